@@ -1,0 +1,36 @@
+# Every target makes its own virtual environment first: a fresh clone needs only Python 3.11 or later and make.
+PYTHON ?= python3
+BIN := .venv/bin
+# Tests are split over this many processes, each with one thread: on two cores that beats one process with two threads.
+JOBS ?= 2
+
+.PHONY: demo test check format clean
+
+demo: .venv/.installed
+	$(BIN)/python examples/demo.py
+
+test: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadfile --timeout 600 $(ARGS)
+
+check: .venv/.installed build/typed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy build/typed/ras_compile
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+# The package as it is installed, as links: mypy cannot see through setuptools' package-dir mapping.
+.PHONY: build/typed
+build/typed:
+	rm -rf $@ && mkdir -p $@/ras_compile
+	ln -s $(CURDIR)/ras_compile/* $(CURDIR)/passes $(CURDIR)/kernels $@/ras_compile/
