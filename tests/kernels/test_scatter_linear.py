@@ -1,0 +1,351 @@
+"""`scatter_linear`, three times over: the eager twin on a CPU, the Triton kernel under the interpreter, and on a GPU.
+
+Triton decides at its import whether it interprets, and other tests need it not to; so the interpreted run of this file
+is a process of its own, started by `test_this_file_under_the_triton_interpreter`.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from ras_compile.kernels import scatter_linear, scatter_linear_reference
+
+# The package's attribute of this name is the op, which hides the module.
+module = importlib.import_module("ras_compile.kernels.scatter_linear")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size: compares NaNs bit by bit
+
+
+@pytest.fixture(autouse=True)
+def kernel_is_what_runs(request, monkeypatch):
+    """Where the kernel should run, the op must not fall back to the twin: the tests would then prove nothing."""
+    if INTERPRETED or "cuda" in request.node.name:
+
+        def twin(cache, x, *_):
+            assert x.dtype is torch.float64, "the op ran its twin instead of the kernel"
+            scatter_linear_reference(cache, x, *_)
+
+        monkeypatch.setattr(module, "scatter_linear_reference", twin)
+
+
+def draw(B, A, S, K, N, dtype=torch.float32, device="cpu", bias=True, shared=False):
+    """Fresh x, weight, bias and rows."""
+    x = torch.randn(B, A, K, device=device, dtype=dtype)
+    weight = (torch.randn(N, K, device=device) * K**-0.5).to(dtype)
+    rows = torch.stack([torch.randperm(S, device=device)[:A] for _ in range(1 if shared else B)])
+    return x, weight, torch.randn(N, device=device, dtype=dtype) if bias else None, rows
+
+
+def expected(cache, x, weight, bias, rows):
+    """The definition, row by row, in float64: (the cache after, which of its elements are written)."""
+    after, written = cache.double(), torch.zeros_like(cache, dtype=torch.bool)
+    for b in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            row = rows[b % rows.shape[0], i]
+            y = weight.double() @ x[b, i].double() + (0 if bias is None else bias.double())
+            after[b, row], written[b, row] = y.reshape(cache.shape[2:]), True
+    return after, written
+
+
+def check(buffer, view, x, weight, bias, rows):
+    """Run the op on `view(buffer)`; every element of the buffer must be right, and untouched ones the same bits."""
+    before = buffer.clone()
+    after, written = expected(view(before), x, weight, bias, rows)
+    scatter_linear(view(buffer), x, weight, bias, rows)
+
+    got, want = view(buffer)[written].double(), after[written]
+    # One rounding to the dtype (the interpreter truncates to bf16, the CPU's linear may round before the bias), and
+    # the order of fp32 sums.
+    roundings = 1 if buffer.is_cuda else 2
+    unit = torch.finfo(buffer.dtype).eps / 2
+    bound = roundings * unit * want.abs() + (1e-12 if buffer.dtype is torch.float64 else 2e-6) * want.abs().max()
+    worst = ((got - want).abs() - bound).max()
+    assert worst <= 0, f"beyond the rounding of {buffer.dtype} by {worst}"
+
+    inside = torch.zeros_like(buffer, dtype=torch.bool)
+    view(inside).copy_(written)
+    bits = INTEGER[buffer.element_size()]
+    assert torch.equal(buffer.view(bits)[~inside], before.view(bits)[~inside])
+
+
+def poisoned(*shape, dtype=torch.float32, device="cpu"):
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+@DEVICES
+@DTYPES
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    ("B", "A", "S", "K", "N"),
+    [
+        (1, 1, 1, 16, 32),
+        (2, 1, 9, 24, 40),
+        (2, 7, 20, 100, 129),
+        (3, 65, 70, 24, 33),
+        (1, 33, 33, 64, 64),
+        (2, 5, 8, 1, 1),
+    ],
+)
+def test_equals_the_definition_at_odd_sizes(device, dtype, bias, B, A, S, K, N):
+    check(poisoned(B, S, N, dtype=dtype, device=device), lambda c: c, *draw(B, A, S, K, N, dtype, device, bias))
+
+
+@DEVICES
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-sample"])
+def test_rows_shared_by_all_samples_or_not(device, shared, index):
+    x, weight, bias, rows = draw(3, 7, 12, 24, 40, device=device, shared=shared)
+    check(poisoned(3, 12, 40, device=device), lambda c: c, x, weight, bias, rows.to(index))
+
+
+# Shape of the buffer, and the cache [B=2, S=12, ...] with N=40 in it. The rest of the buffer must not change.
+CACHES = {
+    "keys [B, H, S, D]": ((2, 5, 12, 8), lambda c: c.permute(0, 2, 1, 3)),
+    "keys [B, S, H, D]": ((2, 12, 5, 8), lambda c: c),
+    "image rows behind text": ((2, 5, 19, 8), lambda c: c[:, :, 7:].permute(0, 2, 1, 3)),
+    "image rows before text": ((2, 19, 40), lambda c: c[:, :12]),
+    "values of one buffer [2, B, H, S, D]": ((2, 2, 5, 12, 8), lambda c: c[1].permute(0, 2, 1, 3)),
+    "every other sample": ((4, 12, 40), lambda c: c[::2]),
+    "some channels": ((2, 12, 50), lambda c: c[..., 3:43]),
+    "channels first": ((2, 40, 12), lambda c: c.transpose(1, 2)),
+    "strided channels": ((2, 12, 80), lambda c: c[..., ::2]),
+    "three dims, two runs": ((2, 5, 12, 4, 2), lambda c: c.permute(0, 2, 1, 3, 4)),
+    "a dim of one": ((2, 12, 40, 1), lambda c: c),
+}
+
+
+@DEVICES
+@pytest.mark.parametrize("name", CACHES)
+def test_cache_of_any_strides(device, name):
+    shape, view = CACHES[name]
+    check(poisoned(*shape, device=device), view, *draw(2, 7, 12, 24, 40, device=device))
+
+
+@DEVICES
+def test_operands_of_any_strides(device):
+    x = torch.randn(24, 7, 2, device=device).permute(2, 1, 0)
+    weight = torch.randn(24, 80, device=device)[:, ::2].T
+    bias = torch.randn(40, 3, device=device)[:, 1]
+    rows = torch.stack([torch.randperm(12, device=device)[:7] for _ in range(2)], dim=1).T
+    check(poisoned(2, 12, 40, device=device), lambda c: c, x, weight, bias, rows)
+    check(poisoned(2, 12, 40, device=device), lambda c: c, x[:1].expand(2, -1, -1), weight, bias, rows)
+
+
+def test_float64_runs_the_twin():
+    check(poisoned(2, 12, 40, dtype=torch.float64), lambda c: c, *draw(2, 7, 12, 24, 40, torch.float64))
+
+
+@DEVICES
+def test_no_active_row_changes_nothing(device):
+    cache = torch.randn(2, 12, 40, device=device)
+    before = cache.clone()
+    x, weight, bias, rows = draw(2, 0, 12, 24, 40, device=device)
+    scatter_linear(cache, x, weight, bias, rows)
+    assert torch.equal(cache, before)
+
+
+@DEVICES
+def test_a_row_does_not_depend_on_the_others(device):
+    x, weight, bias, rows = draw(2, 40, 50, 100, 40, device=device)
+    cache, other = torch.zeros(2, 2, 50, 40, device=device)
+    scatter_linear(cache, x, weight, bias, rows)
+    noise = torch.randn_like(x)
+    noise[:, 17] = x[:, 17]
+    scatter_linear(other, noise, weight, bias, rows)
+    batch = torch.arange(2, device=device)
+    assert torch.equal(cache[batch, rows[:, 17]], other[batch, rows[:, 17]])
+    assert not torch.equal(cache, other)
+
+
+def test_works_on_parameters_and_under_inference_mode():
+    x, weight, bias, rows = draw(2, 7, 12, 24, 40)
+    weight.requires_grad_()
+    cache = torch.zeros(2, 12, 40)
+    with torch.inference_mode():
+        scatter_linear(cache, x, weight, bias, rows)
+    want = torch.zeros(2, 12, 40)
+    scatter_linear(want, x, weight, bias, rows)
+    assert torch.equal(cache, want) and cache.any() and not cache.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"x": torch.zeros(7, 24)}, r"x must be \[B, A, K\]"),
+        ({"weight": torch.zeros(40, 25)}, r"weight must be \[N, K\]"),
+        ({"bias": torch.zeros(41)}, r"bias must be None or \[N\]"),
+        ({"cache": torch.zeros(3, 12, 40)}, r"cache must be \[B, S, N\]"),
+        ({"cache": torch.zeros(2, 12, 5, 9)}, "must multiply to the N"),
+        ({"cache": torch.zeros(2, 6, 40)}, "at most S rows"),
+        ({"cache": torch.zeros(2, 12, 1).expand(2, 12, 40)}, "must not be expanded"),
+        ({"cache": torch.zeros(5, 4, 2, 2, 12).permute(3, 4, 2, 1, 0)}, r"viewable as \[heads, channels\]"),
+        ({"rows": torch.zeros(2, 6, dtype=torch.int64)}, r"rows must be \[B, A\] or \[1, A\]"),
+        ({"rows": torch.zeros(2, 7)}, "int64 or int32"),
+        ({"x": torch.zeros(2, 7, 24, dtype=torch.bfloat16)}, "share one dtype"),
+        ({"weight": torch.zeros(40, 24, device="meta")}, "one device"),
+    ],
+)
+def test_refuses_with_what_is_allowed(change, says):
+    x, weight, bias, rows = draw(2, 7, 12, 24, 40)
+    arguments = {"cache": torch.zeros(2, 12, 40), "x": x, "weight": weight, "bias": bias, "rows": rows} | change
+    with pytest.raises(ValueError, match=says):
+        scatter_linear(**arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(ValueError, match=says):  # also when traced
+        scatter_linear(**{name: mode.from_tensor(t) for name, t in arguments.items()})
+
+
+@pytest.mark.parametrize("row", [-1, 12])
+def test_refuses_a_row_outside_the_cache(row):
+    x, weight, bias, rows = draw(2, 7, 12, 24, 40)
+    rows[1, 3] = row
+    with pytest.raises(IndexError, match=r"\[0, 12\)"):
+        scatter_linear(torch.zeros(2, 12, 40), x, weight, bias, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_row_outside_the_cache_is_left_out_on_cuda():
+    x, weight, bias, rows = draw(1, 2, 4, 64, 64, device="cuda")
+    rows[0] = torch.tensor([-1, 8])
+    buffer = poisoned(3, 4, 64, device="cuda")  # the rows before and after the cache belong to others
+    scatter_linear(buffer[1:2], x, weight, bias, rows)
+    assert buffer.isnan().all()
+
+
+@DEVICES
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_opcheck(device, bias):
+    cache = torch.randn(2, 5, 12, 8, device=device).permute(0, 2, 1, 3)
+    torch.library.opcheck(scatter_linear, (cache, *draw(2, 7, 12, 24, 40, device=device, bias=bias)))
+
+
+def keys_and_values(joint, x, wk, wv, bias, rows):
+    """Both linears of an attention write behind 7 text rows of one joint buffer [2, B, H, S, D], which is then read."""
+    torch.ops.ras_compile.scatter_linear(joint[0, :, :, 7:].permute(0, 2, 1, 3), x, wk, bias, rows)
+    torch.ops.ras_compile.scatter_linear(joint[1, :, :, 7:].permute(0, 2, 1, 3), x * 2, wv, None, rows)
+    return F.scaled_dot_product_attention(joint[0], joint[0], joint[1])
+
+
+def test_make_fx_keeps_the_op_whole():
+    x, wk, bias, rows = draw(2, 7, 12, 24, 40)
+    joint = torch.randn(2, 2, 5, 19, 8)
+    graph = make_fx(keys_and_values)(joint.clone(), x, wk, wk, bias, rows)
+    assert sum(node.target is torch.ops.ras_compile.scatter_linear.default for node in graph.graph.nodes) == 2
+    other = joint.clone()
+    assert torch.equal(graph(joint, x, wk, wk, bias, rows), keys_and_values(other, x, wk, wk, bias, rows))
+    assert torch.equal(joint, other)
+
+
+@DEVICES
+def test_inductor_writes_in_place_without_a_copy_of_the_cache(device):
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    x, wk, bias, rows = draw(2, 7, 12, 24, 40, device=device)
+    wv = torch.randn_like(wk)
+    joint = torch.randn(2, 2, 5, 19, 8, device=device)
+    want_joint = joint.clone()
+    want = keys_and_values(want_joint, x, wk, wv, bias, rows)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        got, code = run_and_get_code(torch.compile(keys_and_values, fullgraph=True), joint, x, wk, wv, bias, rows)
+    torch.testing.assert_close(joint, want_joint, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    code = "\n".join(code)
+    assert code.count("torch.ops.ras_compile.scatter_linear.default(") == 2
+    # Of all buffers that the code allocates, none holds half of the joint cache (the keys, or the values).
+    sizes = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", code)
+    assert sizes, "the pattern no longer matches Inductor's code"
+    numels = [torch.Size(int(n) for n in size.split(",") if n.strip()).numel() for size in sizes]
+    assert max(numels) < joint.numel() // 2, sizes
+
+
+@DEVICES
+def test_flops_are_those_of_the_linear(device):
+    x, weight, bias, rows = draw(2, 7, 12, 24, 40, device=device)
+    with FlopCounterMode(display=False) as fused:
+        scatter_linear(torch.zeros(2, 12, 40, device=device), x, weight, bias, rows)
+    with FlopCounterMode(display=False) as linear:
+        F.linear(x, weight, bias)
+    assert fused.get_total_flops() == linear.get_total_flops() == 2 * 2 * 7 * 24 * 40
+
+
+def test_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # an import of it fails
+import torch
+from ras_compile.kernels import scatter_linear
+cache = torch.zeros(1, 4, 3)
+scatter_linear(cache, torch.ones(1, 2, 5), torch.ones(3, 5), None, torch.tensor([[3, 1]]))
+assert cache[0, :, 0].tolist() == [0, 5, 0, 5]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that run")
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_this_file_under_the_triton_interpreter(request):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("A", "N", "K"), [(512, 1536, 1536), (1000, 3072, 1536), (2048, 64, 3072)])
+def test_real_sizes_are_timed_and_right_on_cuda(A, N, K):
+    """Timing the tiles launches the kernel many times: the rest of the cache must survive it."""
+    x, weight, bias, rows = draw(2, A, 2 * A, K, N, torch.bfloat16, "cuda")
+    cache = poisoned(2, 2 * A, N, dtype=torch.bfloat16, device="cuda")
+    scatter_linear(cache, x, weight, bias, rows)
+    want = F.linear(x.double(), weight.double(), bias.double())
+    batch = torch.arange(2, device="cuda")[:, None]
+    got = cache[batch, rows].double()
+    assert ((got - want).abs() <= 2.0**-8 * want.abs() + 1e-5 * want.abs().max()).all()
+    cache[batch, rows] = torch.nan
+    assert cache.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seen", [True, False], ids=["size seen", "size not seen"])
+def test_cuda_graph_replays_on_new_rows(seen):
+    # A size of its own for each case, so that the other case has not timed it.
+    x, weight, bias, rows = draw(2, 96, 256, 320 if seen else 352, 192, torch.bfloat16, "cuda")
+    cache = poisoned(2, 256, 192, dtype=torch.bfloat16, device="cuda")
+    if seen:
+        scatter_linear(cache, x, weight, bias, rows)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scatter_linear(cache, x, weight, bias, rows)
+    cache.fill_(torch.nan)
+    x.copy_(torch.randn_like(x))
+    rows.copy_(torch.stack([torch.randperm(256, device="cuda")[:96] for _ in range(2)]))
+    graph.replay()
+    want = poisoned(2, 256, 192, dtype=torch.bfloat16, device="cuda")
+    scatter_linear_reference(want, x, weight, bias, rows)
+    torch.testing.assert_close(cache, want, rtol=2**-7, atol=1e-2, equal_nan=True)
