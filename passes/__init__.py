@@ -1,0 +1,1 @@
+"""Graph passes: layouts, rules, propagation, dense and sparse programs. Pure graph code."""

@@ -1,0 +1,345 @@
+"""Factor layouts: where the latent's token grid stands inside the dimensions of a tensor.
+
+Every dimension is an ordered product of *factors*. A factor is an :class:`Axis` (a size, and the *atom* of the latent that
+it is, if any) or a :class:`Concat` (segments behind one another: text | region). In einops' notation a packed joint
+sequence ``b (text | h w) c`` has the dimensions ``(b)``, ``(Concat(text, h w))`` and ``(c)``.
+
+Views only regroup factors. Where a view cuts an atom, the atom is refined everywhere and the propagation starts over
+(:class:`Refine`); an atom that turns out not to be part of the region is dropped from it (:class:`Exclude`).
+
+The *region* is the product of the remaining atoms of the latent, its batch apart. The row-sparse form of a tensor is the
+same tensor with other sizes: the region's leading atom has A entries (the active rows) and every other region atom has
+one. So an op that treats tokens alone is the same op at other sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Atom(NamedTuple):
+    """A part of one latent dimension: entry ``i`` of the dimension has the index ``(i // stride) % size`` in the atom."""
+
+    dim: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A plain factor: ``size`` entries; ``atom`` is None where it carries no part of the latent's grid."""
+
+    size: int
+    atom: Atom | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """Segments behind one another in one dimension, each a product of factors."""
+
+    segments: tuple[tuple[Factor, ...], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(dim_size(segment) for segment in self.segments)
+
+
+Factor = Axis | Concat
+Dim = tuple[Factor, ...]
+
+
+class ViewError(Exception):
+    """A view that no regrouping of factors describes (its borders interleave with those of a factor)."""
+
+
+class Restart(Exception):
+    """A fact about the latent's atoms that changes every layout: the propagation starts over with ``apply(frame)``."""
+
+    def apply(self, frame: Frame) -> Frame:
+        raise NotImplementedError
+
+
+class Refine(Restart):
+    """An atom of size n is cut into (outer, n // outer)."""
+
+    def __init__(self, atom: Atom, outer: int) -> None:
+        self.atom, self.outer = atom, outer
+
+    def apply(self, frame: Frame) -> Frame:
+        return frame.refined(self.atom, self.outer)
+
+
+class Exclude(Restart):
+    """Atoms that are no part of the region: channels, pixels of a patch, or a batch-like factor of factorised attention."""
+
+    def __init__(self, atoms: Iterable[Atom]) -> None:
+        self.atoms = frozenset(atoms)
+
+    def apply(self, frame: Frame) -> Frame:
+        return frame.without(self.atoms)
+
+
+def dim_size(dim: Iterable[Factor]) -> int:
+    """Entries of a dimension: the product of its factors' sizes."""
+    return math.prod(factor.size for factor in dim)
+
+
+def atoms_of(dim: Iterable[Factor]) -> Iterator[Atom]:
+    """Atoms in a dimension, those inside segments included."""
+    for factor in dim:
+        if isinstance(factor, Concat):
+            for segment in factor.segments:
+                yield from atoms_of(segment)
+        elif factor.atom is not None:
+            yield factor.atom
+
+
+def opaque(size: int) -> Dim:
+    """A dimension of ``size`` entries that carries no part of the grid."""
+    return (Axis(size),) if size != 1 else ()
+
+
+def normal(factors: Iterable[Factor]) -> Dim:
+    """The canonical form of a product: no factors of size one, neighbouring plain factors without an atom merged."""
+    result: list[Factor] = []
+    for factor in factors:
+        if isinstance(factor, Concat):
+            if len(factor.segments) == 1:
+                result.extend(factor.segments[0])
+            else:
+                result.append(factor)
+        elif factor.size != 1:
+            last = result[-1] if result else None
+            if factor.atom is None and isinstance(last, Axis) and last.atom is None:
+                result[-1] = Axis(last.size * factor.size)
+            else:
+                result.append(factor)
+    return tuple(result)
+
+
+def concat(segments: Iterable[Dim]) -> Dim:
+    """Segments behind one another; neighbouring segments without an atom become one, nested ones are flattened."""
+    flat: list[Dim] = []
+    for segment in segments:
+        parts = segment[0].segments if len(segment) == 1 and isinstance(segment[0], Concat) else (segment,)
+        for part in parts:
+            if flat and not any(atoms_of(part)) and not any(atoms_of(flat[-1])):
+                flat[-1] = opaque(dim_size(flat[-1]) + dim_size(part))
+            elif dim_size(part):
+                flat.append(part)
+    return normal([Concat(tuple(flat))])
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The layout of one tensor that carries the region.
+
+    Attributes:
+        dims: one product of factors per dimension.
+        raw: True until the first contraction on the way from the latent; what that one contracts is a channel.
+    """
+
+    dims: tuple[Dim, ...]
+    raw: bool = False
+
+    @staticmethod
+    def of(dims: Iterable[Iterable[Factor]], raw: bool = False) -> Layout:
+        return Layout(tuple(normal(dim) for dim in dims), raw)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(dim_size(dim) for dim in self.dims)
+
+    def replace(self, index: int, dim: Dim) -> Layout:
+        """The layout with dimension ``index`` replaced."""
+        dims = list(self.dims)
+        dims[index] = normal(dim)
+        return Layout(tuple(dims), self.raw)
+
+    def reshape(self, shape: Sequence[int]) -> Layout:
+        """The layout after a view to ``shape`` (all sizes given, their product unchanged).
+
+        Raises:
+            Refine: the view cuts an atom.
+            ViewError: no regrouping of factors gives this view.
+        """
+        factors = list(normal(factor for dim in self.dims for factor in dim))[::-1]
+        dims: list[list[Factor]] = []
+        for size in shape:
+            dim: list[Factor] = []
+            left = size
+            while left > 1:
+                if not factors:
+                    raise ViewError(f"cannot view {self} as {tuple(shape)}")
+                factor = factors.pop()
+                if left % factor.size == 0:
+                    dim.append(factor)
+                    left //= factor.size
+                elif isinstance(factor, Axis) and factor.size % left == 0:
+                    if factor.atom is not None:
+                        raise Refine(factor.atom, left)
+                    dim.append(Axis(left))
+                    factors.append(Axis(factor.size // left))
+                    left = 1
+                else:
+                    raise ViewError(f"cannot view {self} as {tuple(shape)}")
+            dims.append(dim)
+        return Layout.of(dims, self.raw)
+
+    def permute(self, order: Sequence[int]) -> Layout:
+        return Layout(tuple(self.dims[index] for index in order), self.raw)
+
+    def __str__(self) -> str:
+        return f"[{', '.join(describe(dim) for dim in self.dims)}]"
+
+
+def describe(dim: Dim) -> str:
+    """A dimension in notation: ``(d2/2 d3/2)``, ``(77 | d1)``."""
+    words = []
+    for factor in dim:
+        if isinstance(factor, Concat):
+            words.append(" | ".join(describe(segment) for segment in factor.segments))
+        elif factor.atom is None:
+            words.append(str(factor.size))
+        else:
+            stride = f"/{factor.atom.stride}" if factor.atom.stride > 1 else ""
+            words.append(f"d{factor.atom.dim}{stride}:{factor.size}")
+    return f"({' '.join(words)})" if len(words) != 1 else words[0]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is known of the latent: how its dimensions fall into atoms, and which of them are the region.
+
+    Attributes:
+        shape: the latent's shape.
+        parts: for each dimension the sizes of its atoms, outermost first.
+        excluded: atoms that are not part of the region.
+        batch_dim: dimension of the latent that counts the samples, or None.
+        window: ``(start, stop)`` along the region's dimension 1, where the latent's other tokens are context.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+    excluded: frozenset[Atom] = frozenset()
+    batch_dim: int | None = 0
+    window: tuple[int, int] | None = None
+
+    @staticmethod
+    def of(shape: Sequence[int], batch_dim: int | None = 0, window: tuple[int, int] | None = None) -> Frame:
+        """Every dimension of the latent is one atom to begin with."""
+        sizes = list(shape)
+        if window is not None:
+            sizes[1] = window[1] - window[0]
+        return Frame(tuple(shape), tuple((size,) for size in sizes), batch_dim=batch_dim, window=window)
+
+    def atoms(self, dim: int) -> tuple[Axis, ...]:
+        """The atoms of one latent dimension, excluded ones without their atom."""
+        axes, stride = [], math.prod(self.parts[dim])
+        for size in self.parts[dim]:
+            stride //= size
+            atom = Atom(dim, stride)
+            axes.append(Axis(size, None if atom in self.excluded else atom))
+        return tuple(axes)
+
+    def refined(self, atom: Atom, outer: int) -> Frame:
+        parts, stride = list(self.parts[atom.dim]), math.prod(self.parts[atom.dim])
+        for index, size in enumerate(parts):
+            stride //= size
+            if stride == atom.stride:
+                parts[index : index + 1] = [outer, size // outer]
+                break
+        return self._with(parts=self.parts[: atom.dim] + (tuple(parts),) + self.parts[atom.dim + 1 :])
+
+    def without(self, atoms: frozenset[Atom]) -> Frame:
+        return self._with(excluded=self.excluded | atoms)
+
+    def _with(self, **changes: Any) -> Frame:
+        values = {name: getattr(self, name) for name in ("shape", "parts", "excluded", "batch_dim", "window")}
+        return Frame(**{**values, **changes})
+
+    def layout(self) -> Layout:
+        """The latent's own layout."""
+        dims: list[Dim] = [self.atoms(dim) for dim in range(len(self.shape))]
+        if self.window is not None:
+            start, stop = self.window
+            dims[1] = concat([opaque_or_empty(start), dims[1], opaque_or_empty(self.shape[1] - stop)])
+        return Layout.of(dims, raw=True)
+
+    @property
+    def batch(self) -> Atom | None:
+        """The atom that counts the samples, or None where there is a single sample."""
+        if self.batch_dim is None or self.shape[self.batch_dim] == 1:
+            return None
+        return Atom(self.batch_dim, 1)
+
+    @property
+    def samples(self) -> int:
+        return 1 if self.batch_dim is None else self.shape[self.batch_dim]
+
+    @property
+    def region(self) -> tuple[tuple[Atom, int], ...]:
+        """The region's atoms with their sizes, in the order in which rows count them (the last one fastest)."""
+        return tuple(
+            (axis.atom, axis.size)
+            for dim in range(len(self.shape))
+            if dim != self.batch_dim
+            for axis in self.atoms(dim)
+            if axis.atom is not None and axis.size > 1
+        )
+
+    def carries(self, layout: Layout) -> bool:
+        """Whether a tensor read by ``layout`` has entries of its own for each token (of a part of the grid, at least)."""
+        region = {atom for atom, _ in self.region}
+        return any(atom in region for dim in layout.dims for atom in atoms_of(dim))
+
+    @property
+    def tokens(self) -> int:
+        """N: the number of rows of the region in one sample."""
+        return math.prod(size for _, size in self.region)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The region's extent along each latent dimension that it has atoms of."""
+        extent: dict[int, int] = {}
+        for atom, size in self.region:
+            extent[atom.dim] = extent.get(atom.dim, 1) * size
+        return tuple(extent.values())
+
+
+def opaque_or_empty(size: int) -> Dim:
+    """A segment of ``size`` entries; an empty one has a factor of size zero, which :func:`concat` drops."""
+    return (Axis(size),)
+
+
+class Sizes:
+    """Sizes in the sparse world: the leading region atom counts the active rows, the other region atoms count one.
+
+    Args:
+        frame: the latent's frame.
+        active: A, the number of active rows; an int, or a sympy symbol for the cost model.
+        context: False leaves out segments that carry no region (``context="frozen"``).
+    """
+
+    def __init__(self, frame: Frame, active: Any) -> None:
+        self.frame, self.active = frame, active
+        self._region = [atom for atom, _ in frame.region]
+
+    def axis(self, axis: Axis) -> Any:
+        if axis.atom is None or axis.atom not in self._region:
+            return axis.size
+        return self.active if axis.atom == self._region[0] else 1
+
+    def dim(self, dim: Dim) -> Any:
+        size: Any = 1
+        for factor in dim:
+            if isinstance(factor, Concat):
+                size = size * sum(self.dim(segment) for segment in factor.segments)
+            else:
+                size = size * self.axis(factor)
+        return size
+
+    def shape(self, layout: Layout) -> tuple[Any, ...]:
+        return tuple(self.dim(dim) for dim in layout.dims)

@@ -1,0 +1,316 @@
+"""Dense and sparse programs: the same graph with two primitives, `gather` and `splice`.
+
+    dense:   x -> linear -> k -> sdpa(q, k, v) -> ... -> noise            (k, v and noise are also left behind as caches)
+    sparse:  gather(x, rows) -> linear -> splice(k_cache, rows, k) -> sdpa(q, k_cache, v_cache) -> ...
+             -> splice(noise_cache, rows, noise)
+
+A splice is an `index_put_` into the cache: in place, with no buffer of full size.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .errors import UnsupportedGraph
+from .layout import Layout, Sizes
+from .positions import PositionBuilder, Positions
+from .propagate import Analysis
+from .registry import Gather, Step, Use, operands
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Splice:
+    """One splice point: the value of ``node`` is made whole from its cache and the active rows."""
+
+    node: fx.Node
+    layout: Layout
+    is_output: bool = False
+
+
+@dataclass
+class SparsePlan:
+    """Splices and gathers of the sparse program, in the order in which they appear."""
+
+    splices: list[Splice] = field(default_factory=list)
+    gathers: dict[fx.Node, list[Layout]] = field(default_factory=dict)
+
+    def splice(self, node: fx.Node) -> int:
+        return next(index for index, splice in enumerate(self.splices) if splice.node is node)
+
+
+def plan(analysis: Analysis) -> SparsePlan:
+    """Collects every splice and every gather that the steps ask for."""
+    result = SparsePlan()
+    whole = {node for node, step in analysis.steps.items() if step.whole}
+    seen: set[fx.Node] = set()
+
+    def gather(node: fx.Node, layout: Layout) -> None:
+        known = result.gathers.setdefault(node, [])
+        if layout not in known:
+            known.append(layout)
+
+    def rows(node: fx.Node) -> None:
+        layout = analysis.layouts[node]
+        if node is analysis.latent or source(node) in whole:
+            assert isinstance(layout, Layout)
+            gather(node, Layout(layout.dims))
+
+    def splice(node: fx.Node, is_output: bool = False) -> None:
+        layout = analysis.layouts[node]
+        assert isinstance(layout, Layout)
+        if node not in seen:
+            seen.add(node)
+            result.splices.append(Splice(node, layout, is_output))
+
+    for node, step in analysis.steps.items():
+        for operand, use in zip(operands(node), step.uses, strict=False):
+            if isinstance(use, Gather):
+                gather(operand, use.layout)
+            elif use is Use.ROWS and node.target is not operator.getitem:
+                rows(operand)
+            elif use is Use.WHOLE and source(operand) not in whole:
+                splice(operand)
+                rows(operand)
+    for index in analysis.outputs:
+        node = analysis.output_nodes[index]
+        rows(node)
+        if node in seen:
+            result.splices[result.splice(node)] = Splice(node, analysis.layouts[node], True)  # type: ignore[arg-type]
+        else:
+            splice(node, is_output=True)
+    return result
+
+
+def source(node: fx.Node) -> fx.Node:
+    """The node that computes a value: the op behind a `getitem`."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
+class Emitter:
+    """Appends nodes to a new graph and runs each one on fake tensors, so that it carries ``meta["val"]``."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.graph, self.mode = fx.Graph(), mode
+        self.origin: fx.Node | None = None
+
+    def placeholder(self, name: str, value: torch.Tensor) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def __call__(self, target: Callable, *args, **kwargs) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        if self.origin is not None:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in self.origin.meta:
+                    node.meta[key] = self.origin.meta[key]
+            node.meta["dense"] = self.origin.name
+        return node
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+            return value.fake_mode
+    raise UnsupportedGraph("a graph without tensors")
+
+
+def sparse_program(analysis: Analysis, active: int, sparse: SparsePlan | None = None) -> fx.GraphModule:
+    """Builds the sparse program for ``active`` rows.
+
+    The program takes the dense graph's inputs, then ``rows`` (int64 [B, active]), then one cache per splice, which it
+    updates in place; it returns the outputs without the region. Outputs with the region are in their caches.
+
+    Raises:
+        UnsupportedGraph: an op cannot run at the sparse sizes.
+    """
+    return _SparseBuilder(analysis, active, sparse or plan(analysis)).build()
+
+
+class _SparseBuilder:
+    def __init__(self, analysis: Analysis, active: int, sparse: SparsePlan) -> None:
+        self.analysis, self.plan = analysis, sparse
+        self.sizes = Sizes(analysis.frame, active)
+        self.emit = Emitter(fake_mode(analysis.graph))
+        self.env: dict[fx.Node, fx.Node] = {}  # values without the region, and whole values
+        self.rows: dict[fx.Node, fx.Node] = {}  # active rows of values with the region
+        self.gathered: dict[tuple[fx.Node, Layout], fx.Node] = {}
+        self.spliced: dict[fx.Node, fx.Node] = {}
+
+    def build(self) -> fx.GraphModule:
+        analysis, emit = self.analysis, self.emit
+        frame = analysis.frame
+        nodes = list(analysis.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        for node in inputs:
+            self.env[node] = emit.placeholder(node.name, node.meta["val"])
+        with emit.mode:
+            device = analysis.latent.meta["val"].device
+            rows_value = torch.empty(frame.samples, self.sizes.active, dtype=torch.int64, device=device)
+            values = [torch.empty_like(splice.node.meta["val"]) for splice in self.plan.splices]
+        rows = emit.placeholder("rows", rows_value)
+        self.caches = [emit.placeholder(f"cache_{index}", value) for index, value in enumerate(values)]
+        self.positions = PositionBuilder(frame, self.sizes, rows, emit)
+        for layout in [splice.layout for splice in self.plan.splices] + [x for each in self.plan.gathers.values() for x in each]:
+            self.positions.of(layout)
+        for node in inputs:
+            self._gathers(node)
+        for node in nodes:
+            if node.op == "get_attr":
+                self.env[node] = emit.graph.node_copy(node)
+            elif node.op == "call_function":
+                emit.origin = node
+                self._node(node)
+                self._gathers(node)
+                emit.origin = None
+        for splice in self.plan.splices:
+            if splice.is_output:
+                self.whole(splice.node)
+        results = [self.env[n] for i, n in enumerate(analysis.output_nodes) if i not in analysis.outputs]
+        emit.graph.output(tuple(results))
+        owner = analysis.graph.owning_module
+        return fx.GraphModule(owner if owner is not None else torch.nn.Module(), emit.graph)
+
+    def _gathers(self, node: fx.Node) -> None:
+        if node in self.env and not isinstance(self.env[node].meta["val"], (tuple, list)):
+            for layout in self.plan.gathers.get(node, []):
+                self.gather(node, layout)
+
+    def _node(self, node: fx.Node) -> None:
+        step = self.analysis.steps.get(node)
+        if node.target is operator.getitem:
+            origin, index = node.args
+            table = self.rows if origin in self.rows else self.env
+            value = self.emit(operator.getitem, table[origin], index)  # type: ignore[index]
+            carries = self.analysis.layouts.get(node) is not None
+            (self.rows if carries and origin in self.rows else self.env)[node] = value
+            return
+        if step is None:
+            self.env[node] = self._copy(node, iter([Use.SAME] * len(operands(node))), node.target, node.args, node.kwargs)
+            return
+        target, args, kwargs = step.rewrite(self.sizes) if step.rewrite else (node.target, node.args, node.kwargs)
+        value = self._copy(node, iter(step.uses), target, args, kwargs)
+        several = isinstance(step.out, tuple)
+        carries = any(out is not None for out in step.out) if several else step.out is not None  # type: ignore[union-attr]
+        sparse = carries and not step.whole
+        (self.rows if sparse else self.env)[node] = value
+        if sparse and not several:
+            self._expect(node, value, step)
+
+    def _expect(self, node: fx.Node, value: fx.Node, step: Step) -> None:
+        assert isinstance(step.out, Layout)
+        if tuple(value.meta["val"].shape) != self.sizes.shape(step.out):
+            raise UnsupportedGraph(
+                f"{node.target} gives {tuple(value.meta['val'].shape)} at the sparse sizes of {step.out}", op=str(node.target)
+            )
+
+    def _copy(self, node: fx.Node, uses: Iterator, target: Callable, args: tuple, kwargs: dict) -> fx.Node:
+        new_args, new_kwargs = fx.node.map_arg((args, kwargs), lambda operand: self.value(operand, next(uses)))
+        return self.emit(target, *new_args, **new_kwargs)
+
+    def value(self, node: fx.Node, use: Use | Gather) -> fx.Node:
+        """The operand in the form in which a step uses it."""
+        if isinstance(use, Gather):
+            return self.gather(node, use.layout)
+        if use is Use.ROWS and node in self.rows:
+            return self.rows[node]
+        if use is Use.ROWS and isinstance(layout := self.analysis.layouts.get(node), Layout):
+            return self.gather(node, Layout(layout.dims))
+        if use is Use.WHOLE:
+            return self.whole(node)
+        return self.env[node]
+
+    def whole(self, node: fx.Node) -> fx.Node:
+        """The whole value: computed whole, or spliced into its cache."""
+        if node in self.env and not any(splice.node is node for splice in self.plan.splices):
+            return self.env[node]
+        if node not in self.spliced:
+            index = self.plan.splice(node)
+            self.spliced[node] = self.splice(self.caches[index], self.value(node, Use.ROWS), self.plan.splices[index].layout)
+        return self.spliced[node]
+
+    def gather(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """`gather(full, rows)`: the active rows of a dense value."""
+        if (node, layout) not in self.gathered:
+            value, positions = self.env[node], self.positions.of(layout)
+            shape = list(value.meta["val"].shape)
+            full = [1] * (positions.rank - len(shape)) + shape
+            if full != shape:
+                value = self.emit(aten.reshape.default, value, full)
+            wanted = [layout.shape[dim] if dim in positions.dims else size for dim, size in enumerate(full)]
+            if wanted != full:
+                value = self.emit(aten.expand.default, value, wanted)
+            value = self.emit(aten.index.Tensor, self._permute(value, positions.order), list(positions.indices))
+            self.gathered[node, layout] = self._permute(value, positions.inverse)
+        return self.gathered[node, layout]
+
+    def splice(self, cache: fx.Node, active: fx.Node, layout: Layout) -> fx.Node:
+        """`splice(cache, rows, active)`: writes the active rows into the cache, and uses the whole cache."""
+        positions = self.positions.of(layout)
+        view = self._permute(cache, positions.order)
+        values = self._permute(active, positions.order)
+        put = self.emit(aten.index_put_.default, view, list(positions.indices), values)
+        put.meta["splice"] = cache.name
+        return cache
+
+    def _permute(self, value: fx.Node, order: tuple[int, ...]) -> fx.Node:
+        return value if order == tuple(range(len(order))) else self.emit(aten.permute.default, value, list(order))
+
+
+def dense_program(analysis: Analysis, sparse: SparsePlan) -> fx.GraphModule:
+    """The dense graph that also returns the value of every splice operand, the outputs' own caches apart.
+
+    It returns the outputs of the graph, then the caches in the order of ``sparse.splices`` (outputs left out: the caller
+    keeps a copy of what it returns). A value that aliases an input, or overlaps itself, is cloned.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(analysis.graph, env)  # type: ignore[arg-type]
+    emit = Emitter(fake_mode(analysis.graph))
+    emit.graph = graph
+    results = [env[node] for node in analysis.output_nodes]
+    for splice in sparse.splices:
+        if not splice.is_output:
+            value = env[splice.node]
+            if aliases_input(splice.node) or overlaps_itself(splice.node):
+                value = emit(aten.clone.default, value, memory_format=torch.contiguous_format)
+            results.append(value)
+    graph.output(tuple(results))
+    owner = analysis.graph.owning_module
+    return fx.GraphModule(owner if owner is not None else torch.nn.Module(), graph)
+
+
+def aliases_input(node: fx.Node) -> bool:
+    """Whether a value may be a view of one of the graph's inputs."""
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+            continue
+        schema = node.target._schema  # type: ignore[union-attr]
+        if not any(result.alias_info is not None for result in schema.returns) and schema.name not in (
+            "aten::reshape", "aten::contiguous", "aten::to", "aten::dropout", "aten::type_as", "aten::flatten",
+        ):  # fmt: skip
+            return False
+        node = operands(node)[0]
+    return True
+
+
+def overlaps_itself(node: fx.Node) -> bool:
+    """Whether entries of a value share memory (an expanded tensor), so that it cannot be written in place."""
+    value = node.meta["val"]
+    return any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+
+
+__all__ = ["Positions", "SparsePlan", "Splice", "dense_program", "plan", "sparse_program"]

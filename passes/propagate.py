@@ -1,0 +1,124 @@
+"""Propagation of layouts through a graph, to the fixpoint at which no fact about the latent's atoms changes any more."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx
+
+from . import rules
+from .errors import UnsupportedGraph
+from .layout import Frame, Layout, Refine, Restart
+from .registry import RULES, Call, Result, Rule, Step, Use, operands, source_line
+from .rules.pointwise import is_pointwise, pointwise
+
+__all__ = ["Analysis", "propagate", "rules"]
+
+ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the propagation found.
+
+    Attributes:
+        graph: the dense graph: functional, pre-dispatch ATen with static shapes.
+        latent: the placeholder that carries the region.
+        frame: how the latent falls into atoms, and which of them are the region.
+        layouts: layout of every value that carries the region (a tuple for a node with several results).
+        steps: what becomes of each node that has an operand with the region.
+        outputs: positions of the graph's outputs that carry the region.
+    """
+
+    graph: fx.Graph
+    latent: fx.Node
+    frame: Frame
+    layouts: dict[fx.Node, Result]
+    steps: dict[fx.Node, Step]
+    outputs: tuple[int, ...]
+
+    @property
+    def output_nodes(self) -> list[fx.Node]:
+        return list(next(iter(reversed(self.graph.nodes))).args[0])  # type: ignore[arg-type]
+
+
+def find_rule(node: fx.Node) -> Rule:
+    """The rule of a node's op.
+
+    Raises:
+        UnsupportedGraph: the op has none.
+    """
+    rule = RULES.get(node.target)  # type: ignore[arg-type]
+    if rule is None and is_pointwise(node.target):
+        rule = pointwise
+    if rule is None:
+        raise UnsupportedGraph(
+            f"no rule says how {node.target} treats the tokens of the picture; add one to the registry",
+            op=str(node.target),
+            source=source_line(node),
+        )
+    return rule
+
+
+def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool = True) -> Analysis:
+    """Finds the layout of every value of ``graph``.
+
+    Args:
+        graph: functional, pre-dispatch ATen; every node's ``meta["val"]`` has static sizes.
+        latent: the placeholder whose grid is the region.
+        frame: the latent's shape, its dimensions not yet cut.
+        kv_cache: False attends among the active tokens alone.
+
+    Raises:
+        UnsupportedGraph: an op has no rule, or no region reaches an output.
+    """
+    for _ in range(ROUNDS):
+        try:
+            return _round(graph, latent, frame, kv_cache)
+        except Restart as fact:
+            if isinstance(fact, Refine) and fact.atom == frame.batch:
+                raise UnsupportedGraph("the model takes the samples of a batch apart") from None
+            frame = fact.apply(frame)
+            if not frame.region:
+                break
+    raise UnsupportedGraph(
+        f"no token grid: no dimension of `{latent.name}` {list(frame.shape)} reaches the output as tokens (all are channels)"
+    )
+
+
+def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> Analysis:
+    layouts: dict[fx.Node, Result] = {latent: frame.layout()}
+    steps: dict[fx.Node, Step] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not any(layouts.get(operand) is not None for operand in operands(node)):
+            continue
+        if node.target is operator.getitem:
+            source, index = node.args
+            result: Result = layouts[source][index]  # type: ignore[index]
+            steps[node] = Step(result, (Use.ROWS,))
+        else:
+            call = Call(node, layouts, frame, kv_cache=kv_cache)
+            step = find_rule(node)(call)
+            check(node, step)
+            steps[node], result = step, step.out
+        if result is not None and not (isinstance(result, tuple) and not any(result)):
+            layouts[node] = result
+    outputs = next(iter(reversed(graph.nodes))).args[0]
+    found = tuple(index for index, node in enumerate(outputs) if isinstance(layouts.get(node), Layout))
+    if not found:
+        raise UnsupportedGraph(f"no output carries the token grid of `{latent.name}`: not a model from a latent to its noise")
+    return Analysis(graph, latent, frame, layouts, steps, found)
+
+
+def check(node: fx.Node, step: Step) -> None:
+    """A layout names the very sizes of the value that it describes: a rule that says otherwise is wrong."""
+    value = node.meta["val"]
+    values, outs = (value, step.out) if isinstance(value, (tuple, list)) else ((value,), (step.out,))
+    for item, out in zip(values, outs if isinstance(outs, tuple) else (None,) * len(values), strict=True):
+        if out is not None and out.shape != tuple(item.shape):
+            raise UnsupportedGraph(
+                f"the rule of {node.target} gives {out} for a value of shape {tuple(item.shape)}",
+                op=str(node.target),
+                source=source_line(node),
+            )

@@ -1,0 +1,73 @@
+"""Scaled dot-product attention: the queries stay sparse, keys and values are spliced."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..layout import Exclude, Layout, opaque
+from ..registry import Call, Gather, Step, Use, rule_for
+from .contraction import region_atoms, smaller
+from .pointwise import dense_use
+
+aten = torch.ops.aten
+
+
+@rule_for(aten.scaled_dot_product_attention.default)
+def attention(call: Call) -> Step:
+    """`b h l e, b h s e, b h s f -> b h l f`; the mask, `b h l s`, is gathered on the query side."""
+    query, key, value, mask = (call.args[name] for name in ("query", "key", "value", "attn_mask"))
+    lead = split_region(call, [query, key, value])
+    if lead is None:
+        return call.whole()
+    in_batch, layout = lead
+    dims = [*layout.dims[:-1], opaque(call.shape[-1])]
+    if in_batch:
+        dims[-2] = opaque(call.shape[-2])
+    out = Layout.of(dims)
+    mixed = Use.ROWS if in_batch or not call.kv_cache else Use.WHOLE
+    uses: list[Use | Gather] = []
+    for index, node in enumerate(call.operands):
+        if node is mask and index == 3:
+            uses.append(mask_use(call, out, node))
+        elif call.layout(node) is not None:
+            uses.append(mixed if index else Use.ROWS)
+        elif in_batch:
+            rest = [opaque(size) for size in call.shape_of(node)[-2:]]
+            uses.append(dense_use(call, Layout((*out.dims[:-2], *rest)), call.shape_of(node)))
+        else:
+            uses.append(Use.SAME)
+    return Step(out, tuple(uses))
+
+
+def mask_use(call: Call, out: Layout, mask: fx.Node) -> Use | Gather:
+    """A mask of positions: its query side is gathered like the queries, its key side stays whole."""
+    if call.layout(mask) is not None:
+        raise call.unsupported("an attention mask computed from the latent's values; masks of positions are supported")
+    if not call.kv_cache and call.shape_of(mask)[-1] != 1:
+        raise call.unsupported("an attention mask beside kv_cache=False: the keys of the mask are not the active tokens")
+    shape = call.shape_of(mask)
+    return dense_use(call, Layout((*out.dims[:-1], opaque(shape[-1]))), shape)
+
+
+def split_region(call: Call, nodes: list) -> tuple[bool, Layout] | None:
+    """Where the tokens stand: ``(in_batch, layout)``, or None where no query row can stay sparse.
+
+    Raises:
+        Exclude: a part of the region counts the batch and another the sequence (factorised attention): the larger stays.
+    """
+    query = call.layout(nodes[0])
+    for node in nodes:
+        layout = call.layout(node)
+        if layout is None:
+            continue
+        batch, sequence = region_atoms(call, layout.dims[:-2]), region_atoms(call, layout.dims[-2:-1])
+        if batch and sequence:
+            raise Exclude(smaller(call, batch, sequence))
+        if region_atoms(call, layout.dims[-1:]):
+            return None
+        if batch:
+            return True, layout
+    if query is None or not region_atoms(call, query.dims[-2:-1]):
+        return None
+    return False, query

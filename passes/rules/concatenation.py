@@ -1,0 +1,242 @@
+"""Ops that put segments behind one another or take them apart: `b t c, b (h w) c -> b (t | h w) c` and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..layout import Axis, Concat, Dim, Exclude, Layout, Sizes, concat, dim_size, opaque
+from ..registry import Call, Gather, Step, Use, rule_for
+from .contraction import grid_atoms, region_atoms
+from .pointwise import broadcast, dense_use, rows_or_gather
+from .views import only_layout
+
+aten = torch.ops.aten
+
+
+@rule_for(aten.cat.default, aten.concat.default, aten.concatenate.default)
+def cat(call: Call) -> Step:
+    """`b t c, b n c -> b (t | n) c`"""
+    nodes = call.args["tensors"]
+    rank = len(call.shape)
+    return joined(call, nodes, call.args["dim"] % rank, [call.shape_of(node) for node in nodes])
+
+
+def joined(call: Call, nodes: Sequence[fx.Node], dim: int, shapes: Sequence[tuple[int, ...]]) -> Step:
+    """Concatenates along ``dim``; the other dimensions are read as in a broadcast."""
+    layouts = [call.layout(node) for node in nodes]
+    known = [layout for layout in layouts if layout is not None and len(layout.dims) == len(call.shape)]
+    others = list(known[0].dims)
+    others[dim] = ()
+    region = region_atoms(call, others)
+    for layout in known:
+        rest = Layout(tuple(() if index == dim else part for index, part in enumerate(layout.dims)))
+        if rest != Layout(tuple(others)):
+            raise call.unsupported(f"segments that arrange the tokens differently: {layout} beside {known[0]}")
+    along = [layout is not None and bool(region_atoms(call, [layout.dims[dim]])) for layout in layouts]
+    if not any(along) and grid_atoms(call, [layout.dims[dim] for layout in known]):
+        return call.whole()
+    if any(along) and region:
+        here = region_atoms(call, [known[0].dims[dim]])
+        raise Exclude(here) if len(here) < len(region) else Exclude(region)
+    if sum(along) > 1:
+        raise call.unsupported("two copies of the latent's tokens behind one another")
+    if any(along):
+        segments: list[Dim] = [
+            layout.dims[dim] if layout is not None else opaque(shape[dim]) or (Axis(1),)
+            for layout, shape in zip(layouts, shapes, strict=True)
+        ]
+        others[dim] = concat(segments)
+    else:
+        others[dim] = opaque(call.shape[dim])
+    out = Layout(tuple(others), all(layout.raw for layout in known))
+
+    def use(node: fx.Node) -> Use | Gather:
+        if call.layout(node) is not None:
+            return Use.ROWS
+        shape = call.shape_of(node)
+        return dense_use(call, out.replace(dim, opaque(shape[dim])), shape)
+
+    return Step(out, call.uses(use))
+
+
+@rule_for(aten.stack.default)
+def stack(call: Call) -> Step:
+    """`a b, a b -> a 2 b`"""
+    nodes, rank = call.args["tensors"], len(call.shape)
+    dim = call.args["dim"] % rank
+    shape = [size for index, size in enumerate(call.shape) if index != dim]
+    inner = broadcast(call, nodes, shape)
+    dims = list(inner.dims)
+    dims.insert(dim, opaque(call.shape[dim]))
+    return Step(Layout(tuple(dims), inner.raw), rows_or_gather(call, inner))
+
+
+def cut(call: Call, dim: Dim, start: int, stop: int) -> Dim | None:
+    """Entries ``start`` to ``stop`` of a dimension, or None where a border goes through the tokens."""
+    if start == 0 and stop == dim_size(dim):
+        return dim
+    if not grid_atoms(call, [dim]):
+        return opaque(stop - start)
+    if len(dim) != 1 or not isinstance(dim[0], Concat):
+        return None
+    taken, offset = [], 0
+    for segment in dim[0].segments:
+        size = dim_size(segment)
+        first, last = max(start - offset, 0), min(stop - offset, size)
+        if first < last:
+            if (first, last) == (0, size):
+                taken.append(segment)
+            elif region_atoms(call, [segment]):
+                return None
+            else:
+                taken.append((Axis(last - first),))
+        offset += size
+    return concat(taken)
+
+
+def sparse_offset(dim: Dim, offset: int, sizes: Sizes) -> int:
+    """Where a border of a dimension stands in the sparse world; a border through the tokens never gets here."""
+    if len(dim) != 1 or not isinstance(dim[0], Concat):
+        return sizes.dim(dim) if offset >= dim_size(dim) else offset
+    place = 0
+    for segment in dim[0].segments:
+        size = dim_size(segment)
+        if offset < size:
+            return place + offset
+        offset -= size
+        place += sizes.dim(segment)
+    return place
+
+
+def piece(call: Call, layout: Layout, dim: int, start: int, stop: int) -> tuple[bool, Layout | None]:
+    """``(possible, layout)`` of a slice; the layout is None where the piece carries no region."""
+    part = cut(call, layout.dims[dim], start, stop)
+    if part is None:
+        return False, None
+    out = layout.replace(dim, part)
+    return True, out if call.frame.carries(out) else None
+
+
+@rule_for(aten.slice.Tensor)
+def slice_(call: Call) -> Step:
+    """`b (t | n) c -> b n c`"""
+    layout, args = only_layout(call), call.args
+    dim = args["dim"] % len(layout.dims)
+    size = layout.shape[dim]
+    start, stop, step = slice(args["start"], args["end"], args["step"]).indices(size)
+    stop = max(start, stop)
+    if step != 1:
+        if grid_atoms(call, [layout.dims[dim]]):
+            return call.whole()
+        return Step(layout.replace(dim, opaque(call.shape[dim])), call.uses())
+    possible, out = piece(call, layout, dim, start, stop)
+    if not possible:
+        return call.whole()
+    return Step(out, call.uses(), rewrite=lambda sizes: moved(call, layout.dims[dim], start, stop, sizes))
+
+
+def moved(call: Call, dim: Dim, start: int, stop: int, sizes: Sizes):
+    return call.with_args(start=sparse_offset(dim, start, sizes), end=sparse_offset(dim, stop, sizes))
+
+
+@rule_for(aten.narrow.default)
+def narrow(call: Call) -> Step:
+    """`b (t | n) c -> b n c`"""
+    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    start, length = call.args["start"], call.args["length"]
+    possible, out = piece(call, layout, dim, start, start + length)
+    if not possible:
+        return call.whole()
+
+    def rewrite(sizes: Sizes):
+        first, last = (sparse_offset(layout.dims[dim], place, sizes) for place in (start, start + length))
+        return call.with_args(start=first, length=last - first)
+
+    return Step(out, call.uses(), rewrite=rewrite)
+
+
+@rule_for(
+    aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.tensor_split.sections
+)  # fmt: skip
+def split(call: Call) -> Step:
+    """`b (t | n) c -> b t c, b n c`"""
+    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    lengths = [value.shape[dim] for value in call.node.meta["val"]]
+    outs, start = [], 0
+    borders = [0]
+    for length in lengths:
+        possible, out = piece(call, layout, dim, start, start + length)
+        if not possible:
+            return call.whole((None,) * len(lengths))
+        outs.append(out)
+        start += length
+        borders.append(start)
+
+    def rewrite(sizes: Sizes):
+        places = [sparse_offset(layout.dims[dim], border, sizes) for border in borders]
+        parts = [stop - first for first, stop in zip(places, places[1:], strict=False)]
+        return aten.split_with_sizes.default, (call.args["self"], parts, dim), {}
+
+    return Step(tuple(outs), call.uses(), rewrite=rewrite)
+
+
+@rule_for(aten.unbind.int)
+def unbind(call: Call) -> Step:
+    """`a 3 b -> a b, a b, a b`"""
+    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    count = len(call.node.meta["val"])
+    if grid_atoms(call, [layout.dims[dim]]):
+        return call.whole((None,) * count)
+    out = Layout(layout.dims[:dim] + layout.dims[dim + 1 :], layout.raw)
+    return Step((out,) * count, call.uses())
+
+
+@rule_for(aten.select.int)
+def select(call: Call) -> Step:
+    """`a 3 b -> a b`"""
+    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    if grid_atoms(call, [layout.dims[dim]]):
+        return call.whole()
+    return Step(Layout(layout.dims[:dim] + layout.dims[dim + 1 :], layout.raw), call.uses())
+
+
+@rule_for(aten.slice_scatter.default)
+def slice_scatter(call: Call) -> Step:
+    """`a b, a c -> a b`: writes ``src`` into a slice of ``self``."""
+    base, src, dim = call.args["self"], call.args["src"], call.args["dim"] % len(call.shape)
+    layouts = [layout for layout in (call.layout(base), call.layout(src)) if layout is not None]
+    if any(grid_atoms(call, [layout.dims[dim]]) for layout in layouts):
+        return call.whole()
+    out = layouts[0].replace(dim, opaque(call.shape[dim]))
+
+    def use(node: fx.Node) -> Use | Gather:
+        if call.layout(node) is not None:
+            return Use.ROWS
+        shape = call.shape_of(node)
+        return dense_use(call, out.replace(dim, opaque(shape[dim])), shape)
+
+    return Step(out, call.uses(use))
+
+
+@rule_for(aten.constant_pad_nd.default, aten.pad.default)
+def pad(call: Call) -> Step:
+    """`b n c -> b (0 | n | 0) c`"""
+    layout, amounts = only_layout(call), list(call.args["pad"])
+    dims = list(layout.dims)
+    constant = call.args.get("mode", "constant") == "constant"
+    for index in range(len(amounts) // 2):
+        before, after = amounts[2 * index : 2 * index + 2]
+        dim = len(dims) - 1 - index
+        if before == after == 0:
+            continue
+        inside = grid_atoms(call, [dims[dim]])
+        if not inside:
+            dims[dim] = opaque(call.shape[dim])
+        elif constant and min(before, after) >= 0 and inside == {atom for atom, _ in call.frame.region}:
+            dims[dim] = concat([(Axis(before),), dims[dim], (Axis(after),)])
+        else:
+            return call.whole()
+    return Step(Layout(tuple(dims), layout.raw), call.uses())

@@ -1,0 +1,188 @@
+"""Contractions: linear, matmul and einsum are one rule over labelled dimensions, `... k, n k -> ... n`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..layout import Atom, Axis, Dim, Exclude, Layout, atoms_of, dim_size, opaque
+from ..registry import Call, Gather, Step, Use, rule_for
+from .pointwise import dense_use
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Term:
+    """One operand of a contraction: its node and a label for each of its dimensions."""
+
+    node: fx.Node
+    labels: tuple[str, ...]
+
+
+def contract(call: Call, terms: Sequence[Term], out: tuple[str, ...], extra: Sequence[fx.Node] = ()) -> Step:
+    """Contracts labelled operands.
+
+    Tokens that are contracted with channels by the first contraction, or together with channels in one dimension, are no
+    tokens but channels or pixels of a patch. Tokens that are contracted otherwise are mixed: their operand is spliced.
+    Where two operands carry the tokens in different places (queries and keys), those of the result stay, the others are
+    spliced.
+
+    Args:
+        extra: further dense operands that broadcast against the result (a bias).
+    """
+    carriers = [term for term in terms if call.layout(term.node) is not None]
+    whole: list[Term] = []
+    for term in carriers:
+        layout = call.layout(term.node)
+        assert layout is not None
+        gone = [dim for dim, label in zip(layout.dims, term.labels, strict=True) if label not in out]
+        lost, kept = region_atoms(call, gone), region_atoms(call, [d for d in layout.dims if d not in gone])
+        if not lost:
+            continue
+        channels = any(isinstance(f, Axis) and f.atom is None for dim in gone if region_atoms(call, [dim]) for f in dim)
+        if layout.raw or (len(carriers) == 1 and channels):
+            raise Exclude(lost)
+        if kept:
+            raise Exclude(smaller(call, lost, kept))
+        whole.append(term)
+    carriers = [term for term in carriers if term not in whole]
+    if len(carriers) > 1:
+        keep = keeper(call, carriers, out)
+        for term in carriers:
+            if place(call, term) != place(call, keep):
+                shared = set(place(call, term)) & set(place(call, keep))
+                if shared:
+                    apart = {a for label in place(call, keep) if label not in shared for a in atoms_at(call, keep, label)}
+                    together = {a for label in shared for a in atoms_at(call, keep, label)}
+                    raise Exclude(smaller(call, together, apart))
+                whole.append(term)
+    uses: dict[int, Use | Gather] = {}
+    dims: dict[str, Dim] = {}
+    for term in terms:
+        shape = call.shape_of(term.node)
+        layout = call.layout(term.node) if term not in whole else None
+        for index, label in enumerate(term.labels):
+            dim = layout.dims[index] if layout is not None else opaque(shape[index])
+            known = dims.get(label, ())
+            if label not in dims or dim_size(known) == 1 or (any(atoms_of(dim)) and not any(atoms_of(known))):
+                dims[label] = dim
+    carriers = [term for term in carriers if term not in whole]
+    result = Layout.of([dims[label] for label in out]) if carriers else None
+    for index, term in enumerate(terms):
+        if term in whole:
+            uses[index] = Use.WHOLE
+        elif term in carriers:
+            uses[index] = Use.ROWS
+        else:
+            uses[index] = dense_use(call, Layout(tuple(dims[label] for label in term.labels)), call.shape_of(term.node))
+    order = {id(term): uses[index] for index, term in enumerate(terms)}
+    pending = list(terms)
+    listed = []
+    for node in call.operands:
+        match = next((term for term in pending if term.node is node), None)
+        if match is not None:
+            pending.remove(match)
+            listed.append(order[id(match)])
+        elif node in extra and result is not None:
+            layout = call.layout(node)
+            listed.append(Use.ROWS if layout is not None else dense_use(call, result, call.shape_of(node)))
+        else:
+            listed.append(Use.WHOLE if call.layout(node) is not None else Use.SAME)
+    return Step(result, tuple(listed), whole=result is None)
+
+
+def region_atoms(call: Call, dims: Sequence[Dim]) -> set[Atom]:
+    region = {atom for atom, _ in call.frame.region}
+    return {atom for dim in dims for atom in atoms_of(dim) if atom in region}
+
+
+def grid_atoms(call: Call, dims: Sequence[Dim]) -> set[Atom]:
+    """Atoms that must not be taken apart: those of the region, and the one that counts the samples."""
+    return {atom for dim in dims for atom in atoms_of(dim) if atom == call.frame.batch} | region_atoms(call, dims)
+
+
+def atoms_at(call: Call, term: Term, label: str) -> set[Atom]:
+    layout = call.layout(term.node)
+    assert layout is not None
+    return region_atoms(call, [layout.dims[term.labels.index(label)]])
+
+
+def place(call: Call, term: Term) -> tuple[str, ...]:
+    """Labels of the dimensions in which an operand carries the region."""
+    return tuple(label for label in term.labels if atoms_at(call, term, label))
+
+
+def keeper(call: Call, carriers: Sequence[Term], out: tuple[str, ...]) -> Term:
+    """The operand whose tokens stay: queries come before keys, so not the one that gives the result's last dimension."""
+    return next((term for term in carriers if not out or out[-1] not in place(call, term)), carriers[0])
+
+
+def smaller(call: Call, first: set[Atom], second: set[Atom]) -> set[Atom]:
+    """Of two parts of the region that an op treats apart, the one with fewer entries leaves the region (ties: the first)."""
+    sizes = dict(call.frame.region)
+    count = {id(part): math.prod(sizes[atom] for atom in part) for part in (first, second)}
+    return first if count[id(first)] <= count[id(second)] else second
+
+
+@rule_for(aten.linear.default)
+def linear(call: Call) -> Step:
+    """`... k, n k -> ... n`"""
+    node, weight, bias = call.args["input"], call.args["weight"], call.args["bias"]
+    lead = tuple(f"i{index}" for index in range(len(call.shape_of(node)) - 1))
+    terms = [Term(node, (*lead, "k")), Term(weight, ("n", "k"))]
+    return contract(call, terms, (*lead, "n"), [bias] if bias is not None else [])
+
+
+def matmul_labels(first: int, second: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Labels of a matrix product of operands of these ranks (`torch.matmul`'s broadcasting)."""
+    batch = [f"b{index}" for index in range(max(first, second) - 2)]
+    left = (*batch[max(0, len(batch) - (first - 2)) :], "m", "k") if first > 1 else ("k",)
+    right = (*batch[max(0, len(batch) - (second - 2)) :], "k", "n") if second > 1 else ("k",)
+    if first <= 2:
+        left = left[-first:]
+    if second <= 2:
+        right = right[-second:]
+    return left, right, (*batch, *(["m"] if first > 1 else []), *(["n"] if second > 1 else []))
+
+
+@rule_for(aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
+def matmul(call: Call) -> Step:
+    """`... m k, ... k n -> ... m n`"""
+    first, second = call.operands
+    left, right, out = matmul_labels(len(call.shape_of(first)), len(call.shape_of(second)))
+    return contract(call, [Term(first, left), Term(second, right)], out)
+
+
+@rule_for(aten.addmm.default, aten.baddbmm.default)
+def addmm(call: Call) -> Step:
+    """`m n, m k, k n -> m n`"""
+    bias, first, second = call.operands
+    left, right, out = matmul_labels(len(call.shape_of(first)), len(call.shape_of(second)))
+    return contract(call, [Term(first, left), Term(second, right)], out, [bias])
+
+
+@rule_for(aten.einsum.default)
+def einsum(call: Call) -> Step:
+    """`equation`, as it stands in the call."""
+    equation, nodes = call.args["equation"].replace(" ", ""), call.args["tensors"]
+    inputs, _, result = equation.partition("->")
+    words = inputs.split(",")
+    if "->" not in equation:
+        letters = [c for word in words for c in word.replace("...", "")]
+        result = ("..." if "..." in inputs else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    ranks = [len(call.shape_of(node)) - len(word.replace("...", "")) for node, word in zip(nodes, words, strict=True)]
+    batch = [f"b{index}" for index in range(max([rank for rank, w in zip(ranks, words, strict=True) if "..." in w], default=0))]
+
+    def labels(word: str, rank: int) -> tuple[str, ...]:
+        head, dots, tail = word.partition("...")
+        return (*head, *(batch[len(batch) - rank :] if dots else []), *tail)
+
+    terms = [Term(node, labels(word, rank)) for node, word, rank in zip(nodes, words, ranks, strict=True)]
+    if any(len(set(term.labels)) != len(term.labels) for term in terms):
+        return call.whole()
+    return contract(call, terms, labels(result, len(batch)))

@@ -1,0 +1,95 @@
+"""Convolutions over the grid: patches (stride = kernel) and 1x1 kernels are token-wise, all others mix tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from ..layout import Axis, Dim, Exclude, Layout, Refine, atoms_of, dim_size, normal, opaque
+from ..registry import Call, Step, rule_for
+from .contraction import region_atoms
+from .views import only_layout
+
+aten = torch.ops.aten
+
+
+def per_dim(value: int | list[int], rank: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * rank if len(values) == 1 else values
+
+
+def cut_patch(dim: Dim, patch: int, call: Call) -> tuple[Dim, Dim]:
+    """Cuts the innermost ``patch`` entries off a dimension.
+
+    Raises:
+        Refine: the cut goes through an atom.
+        UnsupportedGraph: the patch does not divide the dimension.
+    """
+    rest, inner, left = list(dim), [], patch
+    while left > 1:
+        factor = rest.pop() if rest else Axis(1)
+        if left % factor.size == 0 and factor.size > 1:
+            inner.insert(0, factor)
+            left //= factor.size
+        elif factor.size % left == 0 and isinstance(factor, Axis):
+            if factor.atom is not None:
+                raise Refine(factor.atom, factor.size // left)
+            rest.append(Axis(factor.size // left))
+            inner.insert(0, Axis(left))
+            left = 1
+        else:
+            raise call.unsupported(f"a grid side of {dim_size(dim)} that the patch size {patch} does not divide")
+    return normal(rest), normal(inner)
+
+
+@rule_for(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@rule_for(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+def convolution(call: Call) -> Step:
+    """`b c (h p) (w q), d c p q -> b d h w`"""
+    layout, weight = call.layout(call.args["input"]), call.shape_of(call.args["weight"])
+    if layout is None:
+        return call.whole()
+    rank = len(weight) - 2
+    channels = region_atoms(call, [layout.dims[-rank - 1]])
+    if channels:
+        raise Exclude(channels)
+    stride, dilation = per_dim(call.args["stride"], rank), per_dim(call.args["dilation"], rank)
+    padding = call.args["padding"]
+    padding = [0 if padding == "valid" else -1] * rank if isinstance(padding, str) else per_dim(padding, rank)
+    dims: list[Dim] = [*layout.dims[: -rank - 1], opaque(call.shape[-rank - 1])]
+    mixes, dropped = False, set()
+    for index in range(rank):
+        dim, kernel, size = layout.dims[index - rank], weight[index - rank], call.shape[index - rank]
+        if not region_atoms(call, [dim]):
+            dims.append(opaque(size))
+        elif kernel == stride[index] and dilation[index] == 1 and (padding[index] == 0 or kernel == 1 and padding[index] <= 0):
+            outer, inner = cut_patch(dim, kernel, call)
+            dropped |= region_atoms(call, [inner])
+            dims.append(outer)
+        else:
+            mixes = True
+            dims.append(dim if size == dim_size(dim) and stride[index] == 1 else opaque(size))
+    if mixes:
+        out = Layout.of(dims)
+        kept = {atom for dim in out.dims for atom in atoms_of(dim)} >= {atom for atom, _ in call.frame.region}
+        return call.whole(out if kept and not dropped else None)
+    if dropped:
+        raise Exclude(dropped)
+    return Step(Layout.of(dims), call.uses())
+
+
+@rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def transposed_convolution(call: Call) -> Step:
+    """`b c h w, c d p q -> b d (h p) (w q)` where stride = kernel; any other one mixes tokens."""
+    layout, weight = call.layout(call.args["input"]), call.shape_of(call.args["weight"])
+    if layout is None:
+        return call.whole()
+    rank = len(weight) - 2
+    stride, dilation = per_dim(call.args["stride"], rank), per_dim(call.args["dilation"], rank)
+    padding, extra = per_dim(call.args["padding"], rank), per_dim(call.args["output_padding"], rank)
+    if region_atoms(call, [layout.dims[-rank - 1]]):
+        return call.whole()
+    plain = all(s == k and d == 1 and p == 0 and e == 0 for s, k, d, p, e in zip(stride, weight[2:], dilation, padding, extra, strict=True))
+    if not plain:
+        return call.whole()
+    grid = [(*dim, Axis(kernel)) for dim, kernel in zip(layout.dims[-rank:], weight[2:], strict=True)]
+    return Step(Layout.of([*layout.dims[: -rank - 1], opaque(call.shape[-rank - 1]), *grid]), call.uses())

@@ -1,0 +1,85 @@
+"""Ops that read or write by index tensors: token-wise where the indexed dimensions hold no tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from ..layout import Layout, opaque
+from ..registry import Call, Step, rule_for
+from .contraction import grid_atoms
+from .pointwise import broadcast, rows_or_gather
+from .views import only_layout
+
+aten = torch.ops.aten
+
+
+@rule_for(aten.embedding.default)
+def embedding(call: Call) -> Step:
+    """`v c, ... -> ... c`"""
+    layout = call.layout(call.args["indices"])
+    if layout is None:
+        return call.whole()
+    return Step(Layout((*layout.dims, opaque(call.shape[-1])), layout.raw), call.uses())
+
+
+@rule_for(aten.index.Tensor)
+def index(call: Call) -> Step:
+    """`a n b, k -> a k b`"""
+    base = call.layout(call.args["self"])
+    given = [position for position, node in enumerate(call.args["indices"]) if node is not None]
+    if base is None or len(given) != 1 or grid_atoms(call, [base.dims[given[0]]]):
+        return call.whole()
+    node = call.args["indices"][given[0]]
+    if call.layout(node) is not None or node.meta["val"].dtype == torch.bool:
+        return call.whole()
+    dims = list(base.dims)
+    dims[given[0] : given[0] + 1] = [opaque(size) for size in call.shape_of(node)]
+    return Step(Layout(tuple(dims), base.raw), call.uses())
+
+
+@rule_for(aten.index_select.default)
+def index_select(call: Call) -> Step:
+    """`a n b, k -> a k b`"""
+    layout = call.layout(call.args["self"])
+    dim = call.args["dim"]
+    if layout is None or call.layout(call.args["index"]) is not None or grid_atoms(call, [layout.dims[dim]]):
+        return call.whole()
+    return Step(layout.replace(dim, opaque(call.shape[dim])), call.uses())
+
+
+@rule_for(aten.gather.default)
+def gather(call: Call) -> Step:
+    """`a n b, a k b -> a k b`: along a dimension without tokens."""
+    dim = call.args["dim"] % len(call.shape)
+    layouts = [layout for layout in map(call.layout, call.operands) if layout is not None]
+    if any(grid_atoms(call, [layout.dims[dim]]) for layout in layouts):
+        return call.whole()
+    out = layouts[0].replace(dim, opaque(call.shape[dim]))
+    same = Layout(out.dims)
+    if any(Layout(layout.replace(dim, out.dims[dim]).dims) != same for layout in layouts):
+        return call.whole()
+    return Step(out, rows_or_gather(call, out.replace(dim, ())))
+
+
+@rule_for(aten.flip.default)
+def flip(call: Call) -> Step:
+    """`a b -> a b`, reversed along dimensions without tokens."""
+    layout = only_layout(call)
+    dims = [dim % len(layout.dims) for dim in call.args["dims"]]
+    if grid_atoms(call, [layout.dims[dim] for dim in dims]):
+        return call.whole()
+    return Step(broadcast(call, call.operands, call.shape), call.uses())
+
+
+@rule_for(aten.roll.default)
+def roll(call: Call) -> Step:
+    """`a b -> a b`, shifted along dimensions without tokens."""
+    layout = only_layout(call)
+    dims = [dim % len(layout.dims) for dim in call.args["dims"]] or list(range(len(layout.dims)))
+    return call.whole() if grid_atoms(call, [layout.dims[dim] for dim in dims]) else Step(layout, call.uses())
+
+
+@rule_for(aten.index_put.default, aten.scatter.src, aten.scatter_add.default, aten.index_add.default)
+def scatter(call: Call) -> Step:
+    """Writes to computed places: mixes whatever it touches."""
+    return call.whole()

@@ -1,0 +1,83 @@
+"""Ops that treat every entry alone: `f(... , ...) -> ...` with broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..layout import Dim, Layout, atoms_of, dim_size, opaque
+from ..registry import RULES, Call, Gather, Step, Use, rule_for
+
+aten = torch.ops.aten
+
+
+def dense_use(call: Call, out: Layout, shape: Sequence[int]) -> Use | Gather:
+    """A dense operand of ``shape`` that is broadcast against ``out``: its rows where it has an entry for every token."""
+    offset = len(out.dims) - len(shape)
+    dims = [() if index < offset or shape[index - offset] == 1 else dim for index, dim in enumerate(out.dims)]
+    if not call.frame.carries(Layout(tuple(dims))):
+        return Use.SAME
+    samples = [call.frame.batch in atoms_of(dim) for dim in out.dims]
+    return Gather(Layout(tuple(full if per else dim for per, full, dim in zip(samples, out.dims, dims, strict=True))))
+
+
+def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Layout:
+    """The layout of a broadcast of ``nodes`` to ``shape``."""
+    dims: list[Dim] = [opaque(size) for size in shape]
+    raw = True
+    for node in nodes:
+        layout = call.layout(node)
+        if layout is None:
+            continue
+        raw = raw and layout.raw
+        offset = len(shape) - len(layout.dims)
+        for index, dim in enumerate(layout.dims, start=offset):
+            if dim_size(dim) == 1 or dim == dims[index]:
+                continue
+            mine, theirs = set(atoms_of(dim)), set(atoms_of(dims[index]))
+            if mine and theirs:
+                raise call.unsupported(f"operands arrange the tokens differently: {layout} beside {Layout(tuple(dims))}")
+            if mine:
+                dims[index] = dim
+    found = [atom for dim in dims for atom in atoms_of(dim)]
+    if len(found) != len(set(found)):
+        raise call.unsupported(f"an operation between all pairs of tokens, {Layout(tuple(dims))}")
+    return Layout.of(dims, raw)
+
+
+def pointwise(call: Call) -> Step:
+    """`f(... , ...) -> ...`"""
+    out = broadcast(call, call.operands, call.shape)
+    return Step(out, rows_or_gather(call, out))
+
+
+def rows_or_gather(call: Call, out: Layout) -> tuple[Use | Gather, ...]:
+    """Uses of operands that are broadcast together: rows of region values, gathered rows of dense ones."""
+    return call.uses(lambda node: Use.ROWS if call.layout(node) is not None else dense_use(call, out, call.shape_of(node)))
+
+
+@rule_for(aten._to_copy, aten.copy, aten.alias, aten.detach, aten.dropout, aten.clone, aten.contiguous, aten.lift_fresh)
+def copies(call: Call) -> Step:
+    """`... -> ...`: pointwise ops that carry no such tag."""
+    if call.node.target is aten.dropout.default and call.args["train"]:
+        raise call.unsupported("dropout in training mode: region-adaptive sampling runs a model in eval mode")
+    return pointwise(call)
+
+
+@rule_for(aten.type_as.default)
+def like_first(call: Call) -> Step:
+    """`... , other -> ...`: only the dtype of the second operand counts."""
+    return Step(call.layout(call.operands[0]), call.uses())
+
+
+@rule_for(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
+def constant_like(call: Call) -> Step:
+    """`... -> ...`: a constant of the shape of the operand; rows of it are as good as the whole."""
+    return pointwise(call)
+
+
+def is_pointwise(target: object) -> bool:
+    """Whether PyTorch itself tags an op as pointwise and no rule speaks for it."""
+    return isinstance(target, torch._ops.OpOverload) and target not in RULES and torch.Tag.pointwise in target.tags

@@ -1,0 +1,79 @@
+"""Ops that reduce or normalise along dimensions: token-wise where the tokens are not among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..layout import Layout, opaque
+from ..registry import Call, Step, rule_for
+from .contraction import grid_atoms
+from .views import only_layout
+
+aten = torch.ops.aten
+
+
+def reduced_dims(call: Call, rank: int) -> list[int]:
+    dims = call.args.get("dim")
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)]
+
+
+def carries(call: Call, layout: Layout, dims: Sequence[int]) -> bool:
+    return bool(grid_atoms(call, [layout.dims[dim] for dim in dims]))
+
+
+@rule_for(
+    aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default, aten.amax.default, aten.amin.default,
+    aten.max.dim, aten.min.dim, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
+    aten.var_mean.correction, aten.prod.dim_int, aten.logsumexp.default, aten.linalg_vector_norm.default,
+    aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.norm.ScalarOpt_dim,
+)  # fmt: skip
+def reduction(call: Call) -> Step:
+    """`a b -> a`"""
+    layout = only_layout(call, "self" if "self" in call.args else "input")
+    gone = reduced_dims(call, len(layout.dims))
+    if carries(call, layout, gone):
+        return call.whole()
+    keep = call.args.get("keepdim", False)
+    dims = [() if index in gone else dim for index, dim in enumerate(layout.dims) if keep or index not in gone]
+    out = Layout(tuple(dims), layout.raw)
+    value = call.node.meta["val"]
+    return Step((out,) * len(value) if isinstance(value, (tuple, list)) else out, call.uses())
+
+
+@rule_for(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default)
+def along_dim(call: Call) -> Step:
+    """`a b -> a b`: every entry depends on all entries along ``dim``."""
+    layout = only_layout(call)
+    out = Layout(layout.dims, layout.raw)
+    return call.whole(out) if carries(call, layout, [call.args["dim"] % len(layout.dims)]) else Step(out, call.uses())
+
+
+@rule_for(aten.layer_norm.default, aten.rms_norm.default)
+def layer_norm(call: Call) -> Step:
+    """`... c -> ... c`: normalised over the last dimensions."""
+    layout = only_layout(call, "input")
+    last = range(len(layout.dims) - len(call.args["normalized_shape"]), len(layout.dims))
+    return call.whole(layout) if carries(call, layout, last) else Step(layout, call.uses())
+
+
+@rule_for(aten.group_norm.default)
+def group_norm(call: Call) -> Step:
+    """`b c ... -> b c ...`: normalised over groups of channels and all that follows."""
+    layout = only_layout(call, "input")
+    return call.whole(layout) if carries(call, layout, range(1, len(layout.dims))) else Step(layout, call.uses())
+
+
+@rule_for(aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default)
+def order_statistics(call: Call) -> Step:
+    """`a b -> a k, a k`"""
+    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    if carries(call, layout, [dim]):
+        return call.whole((None, None))
+    out = layout.replace(dim, opaque(call.node.meta["val"][0].shape[dim]))
+    return Step((out, out), call.uses())
+
+

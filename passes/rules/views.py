@@ -1,0 +1,133 @@
+"""Ops that only regroup, reorder or repeat dimensions: `b (h w) c -> b h w c` and the like."""
+
+from __future__ import annotations
+
+import torch
+
+from ..layout import Axis, Layout, ViewError, atoms_of, opaque
+from ..registry import Call, Step, rule_for
+
+aten = torch.ops.aten
+
+
+def only_layout(call: Call, name: str = "self") -> Layout:
+    layout = call.layout(call.args[name])
+    assert layout is not None, "a rule is asked only where an operand carries the region"
+    return layout
+
+
+@rule_for(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+@rule_for(aten.unflatten.int, aten.view_as.default, aten.reshape_as.default)
+def reshape(call: Call) -> Step:
+    """`b (h w) c -> b h w c`: factors are regrouped; in the sparse world the same grouping has other sizes."""
+    layout = call.layout(call.operands[0])
+    if layout is None:
+        return Step(None, call.uses())
+    try:
+        out = layout.reshape(call.shape)
+    except ViewError:
+        return call.whole()
+    return call.as_view(out)
+
+
+@rule_for(aten.unsqueeze.default)
+def unsqueeze(call: Call) -> Step:
+    """`a b -> a 1 b`"""
+    dims = list(only_layout(call).dims)
+    dims.insert(call.args["dim"] % (len(dims) + 1), ())
+    return Step(Layout(tuple(dims), only_layout(call).raw), call.uses())
+
+
+@rule_for(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(call: Call) -> Step:
+    """`a 1 b -> a b`: the dimensions are named, since another one may have a single entry only in the sparse world."""
+    layout = only_layout(call)
+    wanted = call.args.get("dim")
+    wanted = range(len(layout.dims)) if wanted is None else [wanted] if isinstance(wanted, int) else wanted
+    gone = {index % len(layout.dims) for index in wanted if layout.shape[index] == 1}
+    out = Layout(tuple(dim for index, dim in enumerate(layout.dims) if index not in gone), layout.raw)
+    return call.as_view(out)
+
+
+@rule_for(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.numpy_T.default)
+@rule_for(aten.swapaxes.default, aten.swapdims.default, aten.mT.default)
+def permute(call: Call) -> Step:
+    """`a b c -> a c b`"""
+    layout = only_layout(call)
+    rank, args, name = len(layout.dims), call.args, call.node.target._schema.name  # type: ignore[union-attr]
+    order = list(range(rank))
+    if "dims" in args:
+        order = [dim % rank for dim in args["dims"]]
+    elif "source" in args:
+        order.insert(args["destination"] % rank, order.pop(args["source"] % rank))
+    else:
+        pair = (args["dim0"], args["dim1"]) if "dim0" in args else (args["axis0"], args["axis1"]) if "axis0" in args else None
+        first, second = pair or ((-2, -1) if name in ("aten::mT", "aten::t") and rank > 1 else (0, -1))
+        order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
+        if name == "aten::numpy_T":
+            order = list(range(rank))[::-1]
+    return Step(layout.permute(order), call.uses())
+
+
+@rule_for(aten.expand.default, aten.broadcast_to.default, aten.expand_as.default)
+def expand(call: Call) -> Step:
+    """`1 b -> n b`"""
+    layout = call.layout(call.operands[0])
+    if layout is None:
+        return Step(None, call.uses())
+    dims = [opaque(size) for size in call.shape]
+    offset = len(dims) - len(layout.dims)
+    for index, dim in enumerate(layout.dims):
+        if layout.shape[index] != 1:
+            dims[index + offset] = dim
+    out = Layout(tuple(dims), layout.raw)
+    operand = call.operands[0]
+    expanded = lambda sizes: (aten.expand.default, (operand, list(sizes.shape(out))), {})  # noqa: E731
+    return Step(out, call.uses()[:1], rewrite=expanded)
+
+
+@rule_for(aten.repeat.default, aten.tile.default)
+def repeat(call: Call) -> Step:
+    """`a b -> (r a) b`"""
+    layout = only_layout(call)
+    times = list(call.args["repeats" if "repeats" in call.args else "dims"])
+    times = [1] * (len(layout.dims) - len(times)) + times
+    dims = [()] * (len(times) - len(layout.dims)) + list(layout.dims)
+    out = Layout.of([(Axis(count), *dim) for count, dim in zip(times, dims, strict=True)], layout.raw)
+    return Step(out, call.uses())
+
+
+@rule_for(aten.repeat_interleave.self_int)
+def repeat_interleave(call: Call) -> Step:
+    """`a b -> (a r) b`"""
+    layout, dim, count = only_layout(call), call.args["dim"], call.args["repeats"]
+    if dim is None:
+        return call.whole()
+    dim %= len(layout.dims)
+    out = layout.replace(dim, (*layout.dims[dim], Axis(count)))
+    return Step(out, call.uses(), rewrite=lambda sizes: call.with_args(output_size=None))
+
+
+@rule_for(aten.view_as_complex.default)
+def view_as_complex(call: Call) -> Step:
+    """`... 2 -> ...`"""
+    layout = only_layout(call)
+    return Step(Layout(layout.dims[:-1], layout.raw), call.uses())
+
+
+@rule_for(aten.view_as_real.default)
+def view_as_real(call: Call) -> Step:
+    """`... -> ... 2`"""
+    layout = only_layout(call)
+    return Step(Layout((*layout.dims, opaque(2)), layout.raw), call.uses())
+
+
+@rule_for(aten.pixel_shuffle.default)
+def pixel_shuffle(call: Call) -> Step:
+    """`b (c r s) h w -> b c (h r) (w s)`"""
+    layout, factor = only_layout(call), call.args["upscale_factor"]
+    *lead, channels, height, width = layout.dims
+    if any(atoms_of(channels)):
+        return call.whole()
+    dims = [*lead, opaque(call.shape[-3]), (*height, Axis(factor)), (*width, Axis(factor))]
+    return Step(Layout.of(dims, layout.raw), call.uses())

@@ -1,0 +1,66 @@
+"""Capture: from the graph that Dynamo hands over to functional, pre-dispatch ATen with static shapes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+
+from .passes.errors import UnsupportedGraph
+from .passes.normalize import normalize
+
+
+class _Bound(nn.Module):
+    """The captured graph as a function of its tensors alone; numbers are baked in."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        super().__init__()
+        self.graph_module = graph
+        self.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def forward(self, *tensors: Tensor) -> tuple:
+        given = iter(tensors)
+        result = self.graph_module(*[next(given) if value is None else value for value in self.inputs])
+        return result if isinstance(result, (tuple, list)) else (result,)
+
+
+def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Normalises a Dynamo graph for the concrete ``inputs``.
+
+    Args:
+        graph: the graph that Dynamo gives to a backend; sizes may be symbolic.
+        inputs: concrete inputs, in order; those that are no tensors are specialised on.
+
+    Returns:
+        A graph whose placeholders are the tensor inputs in order (then constants of the graph, see
+        ``meta["constants"]``), and whose ops are functional: in-place writes on fresh tensors are rewritten.
+
+    Raises:
+        UnsupportedGraph: the graph writes into its inputs or cannot be traced.
+    """
+    bound = _Bound(graph, inputs)
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            captured, signature = aot_export_module(bound, tensors, trace_joint=False, pre_dispatch=True)
+    except RuntimeError as error:
+        raise UnsupportedGraph(f"the graph cannot be captured: {str(error).splitlines()[0]}") from error
+    if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
+        written = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
+        raise UnsupportedGraph(f"the model writes into its inputs or buffers ({', '.join(map(str, written))})")
+    lifted = [*signature.parameters, *signature.buffers]
+    placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    constants = [bound.get_parameter(n) if n in signature.parameters else bound.get_buffer(n) for n in lifted]
+    for node in placeholders[: len(lifted)][::-1]:  # constants come last, so that inputs keep their places
+        placeholders[-1].append(node) if node is not placeholders[-1] else None
+    captured.graph.lint()
+    captured.recompile()
+    captured.meta["constants"] = constants
+    normalize(captured.graph)
+    captured.recompile()
+    return captured
