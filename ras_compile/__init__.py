@@ -1,0 +1,7 @@
+"""Region-adaptive sampling for Diffusion Transformers as a torch.compile backend (RAS, arXiv 2502.10389)."""
+
+from ras_compile.config import ConfigError, RASConfig
+from ras_compile.notices import RASWarning
+from ras_compile.passes.errors import RASError, SpecViolation, UnsupportedGraph
+
+__all__ = ["ConfigError", "RASConfig", "RASError", "RASWarning", "SpecViolation", "UnsupportedGraph"]

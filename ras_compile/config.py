@@ -1,0 +1,190 @@
+"""The options of `torch.compile(transformer, backend="ras", options={...})`, checked once and for all."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ras_compile.passes.errors import RASError
+
+__all__ = ["MODES", "ConfigError", "RASConfig"]
+
+# torch.compile's modes; torch hands `mode=` to the backend instead of options, never beside them.
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class ConfigError(RASError, ValueError):
+    """An option that does not exist or a value that is not allowed; the text lists what is."""
+
+
+@dataclass(frozen=True)
+class RASConfig:
+    """Every option of region-adaptive sampling (RAS, arXiv 2502.10389). Compared and hashed by value.
+
+    Args:
+        sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1].
+        warmup_steps: dense steps at the start of a generation, at least 1.
+        reset_interval: a dense step every so many steps after the warm-up (section 3.3), or None.
+        reset_steps: exactly these steps are dense error resets; rules over `reset_interval` when given.
+        ratio_schedule: "constant", or "linear": the ratio falls over the run with the same average (section 3.3).
+        metric: "std", "l2norm", "random", or a callable ``(noise [B, N, C], info) -> [B, N]``, non-negative.
+        focus: which end of the metric is computed: "low", "high", or the share of the dropped tokens that is taken
+            from the high end, in [0, 1] ("low" is 1.0, "high" is 0.0).
+        starvation_scale: k of eq. 1, at least 0: how strongly a drop count raises a token's priority.
+        max_absence: D_max: a token that was left out of so many sparse steps goes first; at least 1.
+        selector: None, or a callable ``(metric [B, N], drops [B, N], k, info) -> rows [B, k]`` for research.
+        region: None (inferred), or the slice of the latent's tokens that is the picture; a pair (start, stop) will do.
+        context: "fresh", or "frozen": text and reference tokens are computed in dense steps only.
+        noise_reuse: what an inactive token returns: "hold", "linear" or "x0".
+        kv_cache: False lets active tokens attend among themselves only (ablation).
+        inner_backend: "inductor", "eager" or "aot_eager", or any other backend's name.
+        inner_options: options of the inner backend; the key "mode" holds torch.compile's mode, if one was given.
+        cuda_graphs: capture the programs as CUDA graphs where there is CUDA.
+        unsupported: "dense": warn and run dense; "error": refuse.
+        latent: name of the forward argument that is the latent, where inference cannot tell.
+        timestep: name of the forward argument that is the timestep, where inference cannot tell.
+
+    Raises:
+        ConfigError: a bad value; the text names the option and what it takes.
+    """
+
+    sample_ratio: float = 0.5
+    warmup_steps: int = 4
+    reset_interval: int | None = 8
+    reset_steps: tuple[int, ...] | None = None
+    ratio_schedule: str = "constant"
+    metric: str | Callable[..., Any] = "std"
+    focus: str | float = "low"
+    starvation_scale: float = 0.1
+    max_absence: int = 8
+    selector: Callable[..., Any] | None = None
+    region: slice | None = field(default=None, hash=False)  # a slice has no hash before Python 3.12
+    context: str = "fresh"
+    noise_reuse: str = "hold"
+    kv_cache: bool = True
+    inner_backend: str = "inductor"
+    inner_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    cuda_graphs: bool = True
+    unsupported: str = "dense"
+    latent: str | None = None
+    timestep: str | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "sample_ratio", _number(self, "sample_ratio", low=0.0, high=1.0, open_low=True))
+        put(self, "starvation_scale", _number(self, "starvation_scale", low=0.0))
+        _integer(self, "warmup_steps", low=1)
+        _integer(self, "max_absence", low=1)
+        if self.reset_interval is not None:
+            _integer(self, "reset_interval", low=1)
+        put(self, "reset_steps", _steps(self.reset_steps))
+        _one_of(self, "ratio_schedule", ("constant", "linear"))
+        _one_of(self, "context", ("fresh", "frozen"))
+        _one_of(self, "noise_reuse", ("hold", "linear", "x0"))
+        _one_of(self, "unsupported", ("dense", "error"))
+        if not callable(self.metric):
+            _one_of(self, "metric", ("std", "l2norm", "random"), "a callable (noise [B, N, C], info) -> [B, N]")
+        if isinstance(self.focus, str):
+            _one_of(self, "focus", ("low", "high"), "a number in [0, 1]")
+        else:
+            put(self, "focus", _number(self, "focus", low=0.0, high=1.0))
+        if self.selector is not None and not callable(self.selector):
+            raise _bad(self, "selector", "None or a callable (metric [B, N], drops [B, N], k, info) -> rows [B, k]")
+        put(self, "region", _region(self.region))
+        for name in ("kv_cache", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(self, name, "True or False")
+        if not isinstance(self.inner_backend, str) or not self.inner_backend:
+            raise _bad(self, "inner_backend", "the name of a backend, such as 'inductor', 'eager' or 'aot_eager'")
+        if self.inner_backend == "ras":
+            raise ConfigError("inner_backend='ras' would compile for ever; it takes another backend's name.")
+        if not isinstance(self.inner_options, Mapping):
+            raise _bad(self, "inner_options", "a dictionary of the inner backend's options")
+        put(self, "inner_options", dict(self.inner_options))
+        if self.inner_options.get("mode", MODES[0]) not in MODES:
+            raise ConfigError(f"mode={self.inner_options['mode']!r} is not one of {', '.join(map(repr, MODES))}.")
+        for name in ("latent", "timestep"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.isidentifier()):
+                raise _bad(self, name, "None or the name of a forward argument")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None = None) -> RASConfig:
+        """The config of an options dictionary, as torch.compile hands it over.
+
+        `mode` is no option of ours: it goes to ``inner_options["mode"]``, where the inner backend finds it.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest known one) or a bad value.
+        """
+        options = dict(options or {})
+        mode = options.pop("mode", None)
+        known = [option.name for option in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"unknown option {name!r}.{hint} Options: {', '.join(known)}.")
+        if mode is not None:
+            inner = options.get("inner_options", {})
+            options["inner_options"] = {**inner, "mode": mode} if isinstance(inner, Mapping) else inner
+        return cls(**options)
+
+    @property
+    def high_share(self) -> float:
+        """`focus` as a number: the share of the dropped tokens that is taken from the metric's high end."""
+        return {"low": 1.0, "high": 0.0}[self.focus] if isinstance(self.focus, str) else float(self.focus)
+
+
+def _bad(config: RASConfig, name: str, allowed: str) -> ConfigError:
+    return ConfigError(f"option {name}={getattr(config, name)!r} is not allowed; it takes {allowed}.")
+
+
+def _one_of(config: RASConfig, name: str, choices: tuple[str, ...], also: str | None = None) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, str) or value not in choices:
+        raise _bad(config, name, " or ".join([*map(repr, choices), *([also] if also else [])]))
+
+
+def _integer(config: RASConfig, name: str, low: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise _bad(config, name, f"a whole number of at least {low}")
+
+
+def _number(config: RASConfig, name: str, low: float, high: float = math.inf, open_low: bool = False) -> float:
+    value = getattr(config, name)
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value > high or value < low or (open_low and value == low):
+        span = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
+        raise _bad(config, name, f"a number in {span}")
+    return float(value)
+
+
+def _steps(steps: Any) -> tuple[int, ...] | None:
+    if steps is None:
+        return None
+    try:
+        found = tuple(steps)
+    except TypeError:
+        found = (None,)
+    if any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in found):
+        raise ConfigError(f"option reset_steps={steps!r} is not allowed; it takes None or a list of step numbers.")
+    return tuple(sorted(set(found)))
+
+
+def _region(region: Any) -> slice | None:
+    if isinstance(region, (tuple, list)) and len(region) == 2:
+        region = slice(*region)
+    if region is None:
+        return None
+    ends = (region.start, region.stop) if isinstance(region, slice) else ("no slice",)
+    whole = all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends)
+    if not whole or region.step not in (None, 1):
+        raise ConfigError(
+            f"option region={region!r} is not allowed; it takes None, slice(start, stop) or (start, stop)."
+        )
+    return region

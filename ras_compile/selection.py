@@ -1,0 +1,144 @@
+"""Which tokens a sparse step computes (RAS, arXiv 2502.10389, eq. 1). On the device, without a host read.
+
+Everything works on a batch: `B` samples, `N` region tokens, `k` active rows per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ras_compile.config import ConfigError, RASConfig
+
+__all__ = ["SelectionInfo", "sample_groups", "select_rows", "token_metric", "update_counts"]
+
+# Beyond any score (log metric plus scaled drops) and any absence; sums with them stay exact in float32.
+_OVERDUE = 1e6
+_SCORE_LIMIT = 1e5
+_RANDOM_SEED = 0x5A5
+
+
+@dataclass(frozen=True)
+class SelectionInfo:
+    """What a callable `metric` or `selector` is told.
+
+    Args:
+        step: step of the generation, from 0.
+        num_steps: steps of the generation, where known.
+        grid: the region's token grid, such as (height, width) or (frames, height, width); its product is N.
+    """
+
+    step: int = 0
+    num_steps: int | None = None
+    grid: tuple[int, ...] = ()
+
+
+def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionInfo) -> Tensor:
+    """How much each token's predicted noise says: float32 [B, N], non-negative, finite.
+
+    Args:
+        noise: [B, N, P, C]: P pixels of a token's patch, C channels that match the latent's. Where the pipeline packs
+            patches into channels, P is 1.
+        kind: "std": standard deviation over C, mean over P; "l2norm": over P and C; "random": for ablations, the same
+            at every run and not drawn from the global generator; a callable gets ([B, N, P * C], info).
+        info: passed to the callable.
+
+    Raises:
+        ConfigError: the callable returned another shape than [B, N].
+    """
+    batch, tokens, pixels, channels = noise.shape
+    if callable(kind):
+        metric = kind(noise.reshape(batch, tokens, pixels * channels), info)
+        if not isinstance(metric, Tensor) or metric.shape != (batch, tokens):
+            got = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
+            raise ConfigError(f"option metric: the callable must return a tensor [{batch}, {tokens}], not {got}.")
+        metric = metric.float()
+    elif kind == "std":
+        spread = noise.float() if channels > 1 else noise.float().reshape(batch, tokens, 1, pixels)
+        metric = spread.std(dim=-1, correction=0).mean(dim=-1)
+    elif kind == "l2norm":
+        metric = noise.float().flatten(2).norm(dim=-1)
+    else:
+        generator = torch.Generator(noise.device).manual_seed(_RANDOM_SEED + info.step)
+        metric = torch.rand(batch, tokens, device=noise.device, generator=generator)
+    return metric.nan_to_num(nan=0.0).clamp_min(0.0)
+
+
+def sample_groups(latent: Tensor) -> Tensor:
+    """Averaging matrix [B, B] (float32, rows sum to 1): samples with exactly equal latents form a group.
+
+    Batched classifier-free guidance duplicates the latent; both copies must compute the same tokens.
+    """
+    flat = latent.detach().flatten(1)
+    same = torch.stack([(flat == row).all(dim=1) for row in flat]).float()
+    # a sample with a NaN equals nothing, not even itself
+    same = torch.maximum(same, torch.eye(len(flat), device=flat.device))
+    return same / same.sum(dim=1, keepdim=True)
+
+
+def select_rows(
+    metric: Tensor, drops: Tensor, absence: Tensor, k: int, config: RASConfig, info: SelectionInfo | None = None
+) -> Tensor:
+    """The active rows of a sparse step: int64 [B, k], ascending.
+
+    With ``R = metric * exp(scale * drops)`` (eq. 1), the tokens with the lowest R are dropped at the low end and those
+    with the highest ``metric * exp(-scale * drops)`` at the high end, so that a drop count raises a token's priority
+    at either end; `focus` shares the N - k dropped tokens out between the ends. A token absent for `max_absence` sparse
+    steps goes before all others, oldest first. Of equals, the lower index is dropped. Computed as logarithms: exp would overflow.
+
+    Args:
+        metric: [B, N], non-negative.
+        drops: [B, N], how often each token was dropped in this generation.
+        absence: [B, N], sparse steps since each token was last computed.
+        k: rows to select, 1..N.
+        config: `focus`, `starvation_scale`, `max_absence` and `selector` are read.
+        info: passed to a custom `selector`.
+
+    Raises:
+        ConfigError: a custom `selector` returned something else than k distinct rows per sample.
+    """
+    batch, tokens = metric.shape
+    if config.selector is not None:
+        return _checked(config.selector(metric, drops, k, info), batch, tokens, k)
+    if k >= tokens:
+        return torch.arange(tokens, device=metric.device).expand(batch, tokens)
+    from_high = round(config.high_share * (tokens - k))
+    from_low = tokens - k - from_high
+
+    log_metric = metric.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+    lift = config.starvation_scale * drops.float()
+    overdue = absence >= config.max_absence
+    last = _OVERDUE + absence.float()  # dropped after all others, the youngest of them first
+    rows = torch.arange(tokens, device=metric.device).expand(batch, tokens)
+    # each end drops the first of an ascending order; the order is stable, and `rows` stays ascending between the ends
+    for count, score in ((from_high, lift - log_metric), (from_low, lift + log_metric)):
+        if count:
+            order = torch.where(overdue, last, score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)).gather(1, rows)
+            kept = order.argsort(dim=1, stable=True)[:, count:]
+            rows = rows.gather(1, kept).sort(dim=1).values
+    return rows
+
+
+def update_counts(drops: Tensor, absence: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop counts [B, N] (total in the generation) and absences [B, N] after a sparse step on `rows` [B, k]."""
+    dropped = torch.ones_like(drops).scatter_(1, rows, 0)
+    return drops + dropped, (absence + 1) * dropped
+
+
+def _checked(rows: Any, batch: int, tokens: int, k: int) -> Tensor:
+    """Rows of a custom selector, sorted. The checks of the values read from the device: research may pay for that."""
+    if not isinstance(rows, Tensor) or rows.shape != (batch, k):
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ConfigError(f"option selector: the callable must return rows [{batch}, {k}], not {got}.")
+    if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
+        raise ConfigError(f"option selector: the rows must be integers, not {rows.dtype}.")
+    rows = rows.to(torch.int64).sort(dim=1).values
+    if int(rows.min()) < 0 or int(rows.max()) >= tokens:
+        raise ConfigError(f"option selector: rows must lie in 0..{tokens - 1}.")
+    if k > 1 and bool((rows.diff(dim=1) == 0).any()):
+        raise ConfigError("option selector: a row was chosen twice for one sample.")
+    return rows

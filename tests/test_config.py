@@ -1,0 +1,101 @@
+"""Options: what is allowed, what is refused, and that the refusal says what to do."""
+
+import dataclasses
+
+import pytest
+
+from ras_compile import RASConfig, RASError
+
+
+def test_defaults_are_the_documented_ones():
+    assert dataclasses.asdict(RASConfig()) == {
+        "sample_ratio": 0.5,
+        "warmup_steps": 4,
+        "reset_interval": 8,
+        "reset_steps": None,
+        "ratio_schedule": "constant",
+        "metric": "std",
+        "focus": "low",
+        "starvation_scale": 0.1,
+        "max_absence": 8,
+        "selector": None,
+        "region": None,
+        "context": "fresh",
+        "noise_reuse": "hold",
+        "kv_cache": True,
+        "inner_backend": "inductor",
+        "inner_options": {},
+        "cuda_graphs": True,
+        "unsupported": "dense",
+        "latent": None,
+        "timestep": None,
+    }
+
+
+BAD = {
+    "sample_ratio": [0, 0.0, -0.5, 1.01, float("nan"), "0.5", True, None],
+    "warmup_steps": [0, -1, 1.5, True, "4", None],
+    "reset_interval": [0, -1, 2.0, "8", False],
+    "reset_steps": [3, "34", [1.5], [-1], [True]],
+    "ratio_schedule": ["cosine", None, 1],
+    "metric": ["var", None, 3],
+    "focus": ["middle", -0.1, 1.1, None, True],
+    "starvation_scale": [-0.1, float("inf"), "0.1", None],
+    "max_absence": [0, 1.5, None],
+    "selector": ["top", 3],
+    "region": [5, "0:3", slice(0, 10, 2), (1, 2, 3), slice(0.0, 1.0)],
+    "context": ["cold", None],
+    "noise_reuse": ["drop", None],
+    "kv_cache": [1, None],
+    "inner_backend": ["", None, "ras"],
+    "inner_options": [None, [1], {"mode": "fastest"}],
+    "cuda_graphs": ["yes"],
+    "unsupported": ["ignore"],
+    "latent": ["", "two words", 3],
+    "timestep": [0, "a.b"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_bad_value_names_its_option(name, value):
+    with pytest.raises(ValueError, match="mode" if value == {"mode": "fastest"} else name) as caught:
+        RASConfig.from_options({name: value})
+    assert isinstance(caught.value, RASError)
+
+
+def test_every_option_has_bad_values_above():
+    assert set(BAD) == {option.name for option in dataclasses.fields(RASConfig)}
+
+
+def test_an_unknown_option_lists_all_and_suggests_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'sample_ratio'") as caught:
+        RASConfig.from_options({"sampling_ratio": 0.5})
+    assert all(option.name in str(caught.value) for option in dataclasses.fields(RASConfig))
+
+
+def test_a_choice_lists_what_is_allowed():
+    with pytest.raises(ValueError, match="'constant' or 'linear'"):
+        RASConfig(ratio_schedule="cosine")
+
+
+def test_mode_goes_to_the_inner_backend():
+    config = RASConfig.from_options({"mode": "max-autotune", "inner_options": {"shape_padding": True}})
+    assert config.inner_options == {"shape_padding": True, "mode": "max-autotune"}
+    with pytest.raises(ValueError, match="reduce-overhead"):
+        RASConfig.from_options({"mode": "fast"})
+
+
+def test_equal_configs_share_a_key():
+    first = RASConfig.from_options({"region": (0, 64), "inner_options": {"a": [1]}, "reset_steps": [9, 5, 9]})
+    second = RASConfig(region=slice(0, 64), inner_options={"a": [1]}, reset_steps=(5, 9))
+    assert first == second and hash(first) == hash(second) and len({first, second}) == 1
+    assert first != RASConfig(region=slice(0, 32), inner_options={"a": [1]}, reset_steps=(5, 9))
+
+
+@pytest.mark.parametrize(("focus", "share"), [("low", 1.0), ("high", 0.0), (0.25, 0.25), (1, 1.0)])
+def test_focus_is_the_share_dropped_from_the_high_end(focus, share):
+    assert RASConfig(focus=focus).high_share == share
+
+
+def test_from_no_options_at_all():
+    assert RASConfig.from_options(None) == RASConfig.from_options({}) == RASConfig()
