@@ -118,7 +118,8 @@ if triton is not None:
         return triton.Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, num_warps=warps, num_stages=stages)
 
     # Tensor-core tiles for Ampere and Hopper, large to small; those that need more shared memory than the device has
-    # drop out when they are timed.
+    # drop out when they are timed. All have at least the 64 rows of Hopper's instruction and add up K in one order, so
+    # that a result does not depend on which one was fastest.
     _TILES_16_BIT = (
         _tile(128, 256, 64, 8, 4),
         _tile(128, 256, 64, 8, 3),
@@ -127,12 +128,10 @@ if triton is not None:
         _tile(128, 64, 64, 4, 4),
         _tile(64, 128, 64, 4, 4),
         _tile(64, 64, 64, 4, 4),
-        _tile(32, 64, 128, 4, 3),
+        _tile(64, 64, 128, 4, 3),
     )
     # IEEE fp32 runs on the ordinary cores, whose operands live in registers: small tiles.
     _TILES_32_BIT = (_tile(128, 64, 16, 8, 3), _tile(64, 64, 16, 4, 3), _tile(32, 64, 32, 4, 3))
-    # Fits every device since Ampere: runs where nothing may be timed.
-    _UNTIMED_TILE = _tile(64, 64, 32, 4, 3)
     # The interpreter's tiles are small, so that small tests have several of them along each axis.
     _INTERPRETER_TILE = _tile(16, 32, 16, 4, 1)
 
@@ -142,30 +141,32 @@ if triton is not None:
 _fastest: dict[tuple, Any] = {}
 
 
-def _choose_tile(key: tuple, launch: Callable[[Any], None]) -> Any:
-    """The fastest tile for `key`, timed once per process. Timing is safe: every launch writes the same values.
+def _fastest_tile(key: tuple, launch: Callable[[Any], None]) -> Any | None:
+    """The fastest tile for `key`, timed once per process; None if there is none, or if it may not be timed now.
 
-    `triton.autotune` is not used because it times inside the capture of a CUDA graph too (where a host sync is an
-    error), keeps the launch's arguments on itself (threads), and can key only on the kernel's own arguments.
+    Timing is safe, since every launch writes the same values. `triton.autotune` is not used because it also times
+    inside the capture of a CUDA graph (where waiting for the device is an error), keeps the launch's arguments on
+    itself (threads), and can key only on the kernel's own arguments.
     """
-    if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():
-            return _UNTIMED_TILE
+    if key not in _fastest and not torch.cuda.is_current_stream_capturing():
         _, dtype, m, n, _ = key
-        tiles = _TILES_32_BIT if dtype is torch.float32 else _TILES_16_BIT
         # A tile more than twice as large as the output only adds compile time.
-        tiles = [t for t in tiles if t.kwargs["BM"] <= max(2 * m, 64) and t.kwargs["BN"] <= max(2 * n, 64)]
-
-        def milliseconds(tile: Any) -> float:
-            try:
-                return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median")
-            except (triton.OutOfResources, torch.OutOfMemoryError):  # the latter from do_bench's own buffer
-                return math.inf
-
-        times = {tile: milliseconds(tile) for tile in tiles}
+        tiles = [
+            tile
+            for tile in (_TILES_32_BIT if dtype is torch.float32 else _TILES_16_BIT)
+            if tile.kwargs["BM"] <= max(2 * m, 64) and tile.kwargs["BN"] <= max(2 * n, 64)
+        ]
+        times = {tile: _milliseconds(launch, tile) for tile in tiles}
         best = min(tiles, key=times.__getitem__)
-        _fastest[key] = _UNTIMED_TILE if math.isinf(times[best]) else best
-    return _fastest[key]
+        _fastest[key] = None if math.isinf(times[best]) else best
+    return _fastest.get(key)
+
+
+def _milliseconds(launch: Callable[[Any], None], tile: Any) -> float:
+    try:
+        return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median")
+    except (triton.OutOfResources, torch.OutOfMemoryError):  # a tile too large; the timer's own buffer
+        return math.inf
 
 
 def _heads(cache: Tensor) -> list[tuple[int, int]]:
@@ -182,7 +183,8 @@ def _heads(cache: Tensor) -> list[tuple[int, int]]:
 def _run_kernel(cache: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> None:
     """Launch the Triton kernel; the arguments are checked and not empty."""
     (B, A, K), N = x.shape, weight.shape[0]
-    (_, s_ch), (D, s_cd) = [(1, 0)] * (2 - len(runs := _heads(cache))) + runs
+    runs = _heads(cache)
+    (_, s_ch), (D, s_cd) = [(1, 0)] * (2 - len(runs)) + runs
 
     def launch(tile: Any) -> None:
         _scatter_linear_kernel[(triton.cdiv(B * A, tile.kwargs["BM"]) * triton.cdiv(N, tile.kwargs["BN"]),)](
@@ -203,17 +205,20 @@ def _run_kernel(cache: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, r
     if _INTERPRETED:
         return launch(_INTERPRETER_TILE)
     # The active count may change at every step: powers of two keep the number of timings small.
-    key = (x.device, x.dtype, triton.next_power_of_2(B * A), N, K)
-    launch(_choose_tile(key, launch))
+    tile = _fastest_tile((x.device, x.dtype, triton.next_power_of_2(B * A), N, K), launch)
+    if tile is None:
+        scatter_linear_reference(cache, x, weight, bias, rows)
+    else:
+        launch(tile)
 
 
 def _check(cache: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> None:
     """Raise ValueError unless the shapes, dtypes, devices and strides are those that `scatter_linear` documents."""
     tensors = {"cache": cache, "x": x, "weight": weight, "rows": rows} | ({} if bias is None else {"bias": bias})
-    given = ", ".join(f"{name} {t.dtype} {list(t.shape)} on {t.device}" for name, t in tensors.items())
 
     def require(condition: bool, allowed: str) -> None:
         if not condition:
+            given = ", ".join(f"{name} {t.dtype} {list(t.shape)} on {t.device}" for name, t in tensors.items())
             raise ValueError(f"scatter_linear: {allowed}; given: {given}")
 
     require(x.dim() == 3 and weight.dim() == 2, "x must be [B, A, K] and weight [N, K]")
@@ -257,7 +262,7 @@ def scatter_linear(cache: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     Cache, x, weight and bias share one dtype: bf16, fp16, fp32, or float64 (which always runs the eager twin). The
     Triton kernel runs on CUDA, and on a CPU where TRITON_INTERPRET=1 was set before Triton's import; otherwise the
     eager twin does. The first call for a size times a few tile shapes: make it before a CUDA graph is captured, since
-    a capture runs a safe default for a size that it has not seen.
+    a capture takes the eager twin for a size that was not timed before.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides other than these, with what is allowed.
