@@ -298,6 +298,30 @@ def test_flops_are_those_of_the_linear(device):
     assert fused.get_total_flops() == linear.get_total_flops() == 2 * 2 * 7 * 24 * 40
 
 
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+def test_tiles_are_timed_once_and_never_in_a_capture(monkeypatch):
+    timed, capturing = [], True
+    key = ("cuda:0", torch.bfloat16, 4096, 1536, 1536)
+    fastest = tiles(torch.bfloat16)[2]
+
+    def milliseconds(launch, tile):
+        timed.append(tile)
+        return 1.0 if tile is fastest else float("inf")  # the others do not fit
+
+    monkeypatch.setattr(module, "_fastest", {})
+    monkeypatch.setattr(module, "_milliseconds", milliseconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert module._fastest_tile(key, print) is None and not timed
+    capturing = False
+    assert module._fastest_tile(key, print) is fastest and len(timed) == len(tiles(torch.bfloat16))
+    capturing = True
+    assert module._fastest_tile(key, print) is fastest and len(timed) == len(tiles(torch.bfloat16))
+    capturing, fastest = False, None
+    small = ("cuda:0", torch.bfloat16, 16, 64, 1536)
+    assert module._fastest_tile(small, print) is None  # none fits the device: the twin
+    assert {tile.kwargs["BM"] for tile in timed[len(tiles(torch.bfloat16)) :]} == {64}
+
+
 def test_works_without_triton():
     code = """
 import sys
