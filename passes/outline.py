@@ -1,0 +1,187 @@
+"""Outlining of repeated blocks: a transformer's layers become calls of one subgraph, which is compiled once.
+
+    block_0 ops; block_1 ops; block_2 ops      becomes      invoke_subgraph(block, inputs_0); invoke_subgraph(block, inputs_1); ...
+
+Blocks are found in the graph alone: stretches of nodes with the same ops, arguments and shapes, whose operands follow the
+same pattern. The borders are put where the fewest values pass from one stretch to the next.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+MIN_NODES = 12  # shorter stretches are not worth a call
+MIN_REPEATS = 2
+CANDIDATES = 64  # periods that are tried, the commonest distances between two equal ops first
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """``count`` stretches of ``period`` nodes, the first one at ``start``."""
+
+    start: int
+    period: int
+    count: int
+
+
+def outline(module: fx.GraphModule) -> fx.GraphModule:
+    """Outlines repeated stretches of ``module.graph`` in place and returns the module.
+
+    Values that pass between stretches, and the caches that a stretch writes, become operands of the subgraph.
+    """
+    taken: set[fx.Node] = set()
+    for number in range(8):
+        body = [node for node in module.graph.nodes if node.op == "call_function"]
+        found = find_repeat(body, taken)
+        if found is None:
+            break
+        repeat, operand_lists, outputs = found
+        _replace(module, body, repeat, operand_lists, outputs, f"repeated_block_{number}", taken)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def token(node: fx.Node) -> object:
+    """What must agree for two nodes to be the same op: target, arguments without their nodes, sizes and strides."""
+    plain = fx.node.map_arg((node.args, node.kwargs), lambda operand: "node")
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    metas = tuple((v.dtype, tuple(v.shape), v.stride()) if isinstance(v, torch.Tensor) else None for v in values)
+    return str(node.target), str(plain), metas
+
+
+def find_repeat(body: Sequence[fx.Node], taken: set[fx.Node]) -> tuple[Repeat, list[list[fx.Node]], list[int]] | None:
+    """The repeat that saves most nodes, with each stretch's operands and the places of the values it hands on."""
+    names: dict[object, int] = {}
+    word = [-1 - index if node in taken else names.setdefault(token(node), len(names)) for index, node in enumerate(body)]
+    last: dict[int, int] = {}
+    distances: Counter[int] = Counter()
+    for index, letter in enumerate(word):
+        if letter in last:
+            distances[index - last[letter]] += 1
+        last[letter] = index
+    candidates = []
+    for period in [period for period, _ in distances.most_common(CANDIDATES) if period >= MIN_NODES]:
+        for start, length in runs(word, period):
+            count = length // period + 1
+            if count >= MIN_REPEATS:
+                candidates.append(((count - 1) * period, -period, start, length))
+    for _, negative, start, length in sorted(candidates, reverse=True):
+        best = best_cut(body, start, length + -negative, -negative)
+        if best is not None:
+            return best
+    return None
+
+
+def runs(word: Sequence[int], period: int) -> list[tuple[int, int]]:
+    """Maximal stretches ``(start, length)`` in which every letter stands again ``period`` later, of at least one period."""
+    found, start = [], None
+    for index in range(len(word) - period + 1):
+        same = index + period < len(word) and word[index] == word[index + period] and word[index] >= 0
+        if same and start is None:
+            start = index
+        elif not same and start is not None:
+            if index - start >= period:
+                found.append((start, index - start))
+            start = None
+    return found
+
+
+def best_cut(body: Sequence[fx.Node], start: int, length: int, period: int):
+    """Places the borders inside one period so that the fewest values pass; None where the stretches do not match."""
+    best = None
+    for shift in range(period):
+        count = (length - shift) // period
+        if count < MIN_REPEATS:
+            break
+        repeat = Repeat(start + shift, period, count)
+        first, second = (body[repeat.start + k * period : repeat.start + (k + 1) * period] for k in (0, 1))
+        inner = [node for node in first if crosses(node, first)]
+        weight = len(inner) + sum(isinstance(node.meta.get("val"), (tuple, list)) * 1000 for node in inner)
+        lost = (len(body) and (length - shift) - count * period) / period
+        if best is None or (weight + 2 * (length // period - count), lost) < best[0]:
+            best = (weight + 2 * (length // period - count), lost), repeat
+    if best is None or best[0][0] >= 1000:
+        return None
+    return matched(body, best[1])
+
+
+def crosses(node: fx.Node, stretch: Sequence[fx.Node]) -> bool:
+    inside = set(stretch)
+    return any(user not in inside for user in node.users)
+
+
+def matched(body: Sequence[fx.Node], repeat: Repeat):
+    """``(repeat, operands per stretch, output places)`` if all stretches use their operands in the same pattern."""
+    patterns, operand_lists, outputs = [], [], set()
+    for k in range(repeat.count):
+        stretch = body[repeat.start + k * repeat.period : repeat.start + (k + 1) * repeat.period]
+        place = {node: index for index, node in enumerate(stretch)}
+        slots: dict[fx.Node, int] = {}
+        pattern: list[tuple[str, int]] = []
+
+        def note(operand: fx.Node, place=place, slots=slots, pattern=pattern) -> fx.Node:
+            if operand in place:
+                pattern.append(("in", place[operand]))
+            else:
+                pattern.append(("out", slots.setdefault(operand, len(slots))))
+            return operand
+
+        for node in stretch:
+            fx.node.map_arg((node.args, node.kwargs), note)
+        metas = [(v.dtype, tuple(v.shape), v.stride()) if isinstance(v := n.meta.get("val"), torch.Tensor) else None for n in slots]
+        if None in metas:
+            return None
+        patterns.append((pattern, metas))
+        operand_lists.append(list(slots))
+        outputs |= {place[node] for node in stretch if crosses(node, stretch)}
+    if any(pattern != patterns[0] for pattern in patterns[1:]):
+        return None
+    return repeat, operand_lists, sorted(outputs)
+
+
+def _replace(module, body, repeat, operand_lists, outputs, name, taken) -> None:
+    first = body[repeat.start : repeat.start + repeat.period]
+    setattr(module, name, _subgraph(first, operand_lists[0], outputs))
+    renamed: dict[fx.Node, fx.Node] = {}
+    for k, listed in enumerate(operand_lists):
+        operands = [renamed.get(operand, operand) for operand in listed]
+        stretch = body[repeat.start + k * repeat.period : repeat.start + (k + 1) * repeat.period]
+        with module.graph.inserting_after(stretch[-1]):
+            block = module.graph.get_attr(name)
+        with module.graph.inserting_after(block):
+            call = module.graph.call_function(torch.ops.higher_order.invoke_subgraph, (block, name, *operands))
+        call.meta["val"] = tuple(stretch[index].meta["val"] for index in outputs)
+        taken.add(call)
+        after = call
+        for place, index in enumerate(outputs):
+            with module.graph.inserting_after(after):
+                item = module.graph.call_function(operator.getitem, (call, place))
+            item.meta["val"] = stretch[index].meta["val"]
+            taken.add(item)
+            inside = set(stretch)
+            stretch[index].replace_all_uses_with(item, delete_user_cb=lambda user, inside=inside: user not in inside)
+            renamed[stretch[index]] = after = item
+        for node in reversed(stretch):
+            module.graph.erase_node(node)
+
+
+def _subgraph(stretch: Sequence[fx.Node], operands: Sequence[fx.Node], outputs: Sequence[int]) -> fx.GraphModule:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for index, operand in enumerate(operands):
+        env[operand] = graph.placeholder(f"operand_{index}")
+        env[operand].meta["val"] = operand.meta["val"]
+    for node in stretch:
+        env[node] = graph.node_copy(node, lambda operand: env[operand])
+    graph.output(tuple(env[stretch[index]] for index in outputs))
+    return fx.GraphModule({}, graph)
