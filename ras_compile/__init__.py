@@ -1,7 +1,18 @@
 """Region-adaptive sampling for Diffusion Transformers as a torch.compile backend (RAS, arXiv 2502.10389)."""
 
 from ras_compile.config import ConfigError, RASConfig
+from ras_compile.generation import generation
 from ras_compile.notices import RASWarning
 from ras_compile.passes.errors import RASError, SpecViolation, UnsupportedGraph
+from ras_compile.trace import trace
 
-__all__ = ["ConfigError", "RASConfig", "RASError", "RASWarning", "SpecViolation", "UnsupportedGraph"]
+__all__ = [
+    "ConfigError",
+    "RASConfig",
+    "RASError",
+    "RASWarning",
+    "SpecViolation",
+    "UnsupportedGraph",
+    "generation",
+    "trace",
+]

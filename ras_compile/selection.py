@@ -87,8 +87,8 @@ def select_rows(
 
     With ``R = metric * exp(scale * drops)`` (eq. 1), the tokens with the lowest R are dropped at the low end and those
     with the highest ``metric * exp(-scale * drops)`` at the high end, so that a drop count raises a token's priority
-    at either end; `focus` shares the N - k dropped tokens out between the ends. A token absent for `max_absence` sparse
-    steps goes before all others, oldest first. Of equals, the lower index is dropped. Computed as logarithms: exp would overflow.
+    at either end; `focus` shares the N - k dropped tokens out among the ends. A token absent for `max_absence` sparse
+    steps goes before all others, oldest first. Of equals the lower index is dropped. In logarithms: exp overflows.
 
     Args:
         metric: [B, N], non-negative.

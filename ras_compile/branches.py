@@ -1,0 +1,218 @@
+"""Guidance branches: the model calls of one step differ in their context, and each keeps caches of its own.
+
+A call is matched to a branch by the identity of its context tensors, seen through weak references. Some pipelines make
+some of them anew at each step; how a position behaves is learned in the dense steps at the start:
+
+    held     the same object at each step; once it changes, the context has changed
+    fresh    a new object with equal content; compared by a fingerprint (on CUDA one host read)
+    moving   content that has changed at every step so far, such as ControlNet residuals; says nothing
+
+What still cannot be told apart is reported as not sure, and runs dense.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Branch", "Branches", "Match", "equal_prints", "fingerprint", "same_tensor", "tensor_mark"]
+
+# Fingerprints weigh at most about so many elements of a tensor by their position; plain sums take all of them.
+_WEIGHED = 1 << 20
+
+
+def tensor_mark(tensor: Tensor) -> tuple[weakref.ref, int | None]:
+    """What tells a tensor object, and its content, from others: a weak reference and its version.
+
+    Inference tensors have no version: a write into one of them goes unseen.
+    """
+    return weakref.ref(tensor), None if tensor.is_inference() else tensor._version
+
+
+def same_tensor(mark: tuple[weakref.ref, int | None], tensor: Tensor) -> bool:
+    """Whether `tensor` is the very object of `mark` and has not been written since, as far as that can be known."""
+    return mark[0]() is tensor and mark[1] == (None if tensor.is_inference() else tensor._version)
+
+
+class _Prints:
+    """Fingerprints of one call's context, made when first asked for."""
+
+    def __init__(self, context: Sequence[Any]) -> None:
+        self._context, self._made = context, {}  # type: Sequence[Any], dict[int, tuple]
+
+    def __getitem__(self, position: int) -> tuple:
+        if position not in self._made:
+            value = self._context[position]
+            self._made[position] = fingerprint(value) if isinstance(value, Tensor) else (None, value)
+        return self._made[position]
+
+
+def fingerprint(tensor: Tensor) -> tuple:
+    """Shape, dtype, device, and three sums of a tensor's content; made without a host read."""
+    flat = tensor.detach()
+    flat = (torch.view_as_real(flat) if flat.is_complex() else flat).flatten()
+    head = (tensor.shape, tensor.dtype, tensor.device)
+    few = flat[:: max(1, flat.numel() // _WEIGHED)].double()
+    weights = torch.linspace(1, 2, few.numel(), dtype=torch.float64, device=few.device)
+    return head, torch.stack([flat.sum(dtype=torch.float64), few.abs().sum(), (few * weights).sum()])
+
+
+def equal_prints(first: tuple, second: tuple) -> bool:
+    """Whether two fingerprints are equal; on CUDA a host read."""
+    if first[0] != second[0]:
+        return False
+    if isinstance(first[1], Tensor):
+        return torch.equal(first[1], second[1])
+    return bool(first[1] == second[1])
+
+
+@dataclass
+class _Position:
+    """One place in a branch's context: what stood there last, and how it behaved from call to call."""
+
+    mark: Any
+    print: tuple
+    same: int = 0
+    fresh: int = 0
+    moved: int = 0
+    past: list[Any] = field(default_factory=list)  # marks of earlier objects that are still alive
+
+    def compare(self, value: Any, prints: _Prints, at: int, held_counts: bool) -> str:
+        """ "same", "equal", "moving", "unsure" or "differs". `held_counts`: a held object that is replaced differs."""
+        if isinstance(value, Tensor) and isinstance(self.mark, tuple) and same_tensor(self.mark, value):
+            return "same"
+        if any(mark[0]() is value for mark in self.past):
+            return "differs"  # what moves does not come back: two runs or two branches take turns
+        if self.moved and not self.same and not self.fresh:
+            return "moving"
+        if equal_prints(self.print, prints[at]):
+            return "differs" if held_counts and self.same and not self.fresh else "equal"
+        return "unsure" if not self.same and not self.fresh else "differs"
+
+    def learn(self, value: Any, verdict: str, prints: _Prints, at: int) -> None:
+        self.same += verdict == "same"
+        self.fresh += verdict == "equal"
+        self.moved += verdict in ("moving", "unsure", "differs")
+        if verdict != "same" and isinstance(value, Tensor):
+            self.past = [mark for mark in (*self.past, self.mark) if mark and mark[0]() is not None]
+            self.mark = tensor_mark(value)
+        if verdict in ("unsure", "differs"):
+            self.print = prints[at]
+
+
+@dataclass(eq=False)
+class Branch:
+    """One guidance branch of one graph: `slots` holds the backend's caches of it.
+
+    Args:
+        label: the name that somebody gave it, or "0", "1", ... by order of appearance.
+        name: the given name, or None.
+        graph: identity of the compiled plan.
+        order: place among the calls of the last step that had this branch.
+        last_step: last step in which the branch was run to its end.
+    """
+
+    label: str
+    name: str | None
+    graph: Hashable
+    positions: list[_Position]
+    order: int
+    last_step: int | None = None
+    slots: dict = field(default_factory=dict)
+    spare: dict | None = None
+
+
+@dataclass
+class Match:
+    """The branch that a call belongs to (None: not seen yet), and how far that can be trusted."""
+
+    branch: Branch | None
+    sure: bool = True
+    changed: bool = False
+    verdicts: list[str] = field(default_factory=list)
+    prints: Any = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the context ties the call to the branch: by a held object where other positions move."""
+        if self.branch is None or "differs" in self.verdicts:
+            return False
+        return not self.verdicts or "same" in self.verdicts or set(self.verdicts) == {"equal"}
+
+
+class Branches:
+    """The branches of one run.
+
+    Args:
+        check_named: whether a change of context matters where somebody named the branch. If not, such a branch's
+            context is not looked at, so that nothing is ever read from the device.
+    """
+
+    def __init__(self, check_named: bool = True) -> None:
+        self._check_named = check_named
+        self.known: list[Branch] = []
+
+    def find(
+        self, context: Sequence[Any], graph: Hashable, name: str | None, order: int, used: list[Branch], alone: bool
+    ) -> Match:
+        """Match a call.
+
+        Args:
+            context: the call's context, in a fixed order: tensors, or numbers that tell branches apart.
+            graph: identity of the compiled plan.
+            name: the branch's name, where somebody gave it; then the context is only checked for changes.
+            order: the call's place within its step.
+            used: branches already called in this step.
+            alone: nobody says where steps end: a used branch may come again (and so ends the step), and a held object
+                that is replaced means another context. Else a second call in a step is another branch.
+        """
+        context = context if name is None or self._check_named else ()
+        prints = _Prints(context)
+        found: list[tuple[tuple, Match]] = []
+        for branch in self.known:
+            fits = branch.graph == graph and branch.name == name and len(branch.positions) == len(context)
+            if not fits or (not alone and branch in used):
+                continue
+            verdicts = [
+                position.compare(value, prints, at, held_counts=alone)
+                for at, (position, value) in enumerate(zip(branch.positions, context, strict=True))
+            ]
+            if "differs" in verdicts and name is None:
+                continue
+            changed = any(verdict in ("differs", "unsure") for verdict in verdicts)
+            match = Match(branch, name is not None or "unsure" not in verdicts, changed, verdicts, prints)
+            rank = (match.sure, verdicts.count("same"), verdicts.count("equal"), branch not in used)
+            found.append(((*rank, branch.order == order), match))
+        if not found:
+            return Match(None, prints=prints)
+        found.sort(key=lambda entry: entry[0], reverse=True)
+        rank, best = found[0]
+        # two branches fit equally well, and what moves cannot tell them apart
+        if name is None and len(found) > 1 and found[1][0][:3] == rank[:3] and "moving" in best.verdicts:
+            best.sure = False
+        return best
+
+    def add(self, context: Sequence[Any], graph: Hashable, name: str | None, order: int, prints: _Prints) -> Branch:
+        """A branch that has not been seen before."""
+        context = context if name is None or self._check_named else ()
+        positions = [
+            _Position(tensor_mark(value) if isinstance(value, Tensor) else None, prints[at])
+            for at, value in enumerate(context)
+        ]
+        label = name if name is not None else str(sum(branch.name is None for branch in self.known))
+        branch = Branch(label, name, graph, positions, order)
+        self.known.append(branch)
+        return branch
+
+    @staticmethod
+    def learn(match: Match, context: Sequence[Any], order: int) -> None:
+        """Take note of how the positions of a matched branch behaved."""
+        assert match.branch is not None
+        match.branch.order = order
+        for at, (position, verdict) in enumerate(zip(match.branch.positions, match.verdicts, strict=True)):
+            position.learn(context[at], verdict, match.prints, at)

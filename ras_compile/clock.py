@@ -1,0 +1,190 @@
+"""Where a model call stands, as far as somebody says so: `ras_compile.generation(...)`, then an attached pipeline.
+
+Nothing here reads from a device. Where nobody says, `inference.py` infers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ras_compile.config import ConfigError
+
+__all__ = ["AttachedCall", "Follower", "Generation", "Home", "Tick", "attached_call", "generation", "owner", "present"]
+
+
+class Home:
+    """Keeps runs (one per transformer) for as long as whoever runs them: a thread, an asyncio task, or a generation."""
+
+    def __init__(self) -> None:
+        self.runs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+class Generation(Home):
+    """One denoising run of a hand-written loop; made by `ras_compile.generation`.
+
+    Args:
+        num_steps: how many steps the run has, where known; "linear" ratios need it.
+    """
+
+    def __init__(self, num_steps: int | None = None) -> None:
+        super().__init__()
+        if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
+            raise ConfigError(f"generation(num_steps={num_steps!r}): it takes None or a whole number of at least 1.")
+        self.num_steps = num_steps
+        self.key = object()
+        self.current: int | None = None
+        self._branch: str | None = None
+
+    def step(self) -> int:
+        """Call once for each step, before the step's model calls. Returns the step's number, from 0."""
+        self.current = 0 if self.current is None else self.current + 1
+        return self.current
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Name the guidance branch ("cond", "uncond", ...) of the model calls inside; else the contexts tell."""
+        before, self._branch = self._branch, name
+        try:
+            yield
+        finally:
+            self._branch = before
+
+    @property
+    def branch_name(self) -> str | None:
+        return self._branch
+
+
+class Follower(Protocol):
+    """What an attached pipeline can say about the present model call, from host values alone."""
+
+    def tick(self) -> tuple[Hashable, int, int | None] | None:
+        """(identity of the generation, step from 0, number of steps), or None when the scheduler does not say."""
+
+    def picture_shape(self) -> torch.Size | None:
+        """Shape of the sample that the scheduler last stepped: smaller than the latent where tokens were appended."""
+
+
+@dataclass
+class AttachedCall:
+    """One call of an attached transformer, from its entry to its return."""
+
+    follower: Follower
+    transformer: str
+    branch: str | None = None
+    reached: bool = field(default=False)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What is said about the present call; `step` None: nobody says.
+
+    Args:
+        home: where the runs of this caller are kept.
+        key: identity of the generation, compared by `is`.
+        step: step of the generation, from 0.
+        num_steps: steps of the generation, where known.
+        branch: name of the guidance branch, where somebody named it.
+        transformer: label of the transformer, for the trace.
+    """
+
+    home: Home
+    key: Hashable
+    step: int | None
+    num_steps: int | None
+    branch: str | None
+    transformer: str
+
+
+class _Owner(Home):
+    """Home of the runs that no `generation` holds: those of one thread, or of one asyncio task."""
+
+    def __init__(self, who: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.who = tuple(weakref.ref(part) for part in who)
+        self.spare: weakref.WeakKeyDictionary[Any, dict[Hashable, list[dict]]] = weakref.WeakKeyDictionary()
+        self.last_output: tuple[weakref.ref, weakref.ref] | None = None
+
+
+_generation: ContextVar[Generation | None] = ContextVar("ras_compile_generation", default=None)
+_attached: ContextVar[AttachedCall | None] = ContextVar("ras_compile_attached_call", default=None)
+_owner: ContextVar[_Owner | None] = ContextVar("ras_compile_owner", default=None)
+
+
+@contextmanager
+def generation(num_steps: int | None = None) -> Iterator[Generation]:
+    """Mark one denoising run, and say which step is which.
+
+    ::
+
+        with ras_compile.generation(num_steps=28) as gen:
+            for t in timesteps:
+                gen.step()
+                noise = compiled(latent, t, prompt)
+
+    Without any `gen.step()` it only marks where the generation begins and ends. Belongs to the thread or the asyncio
+    task that entered it.
+
+    Raises:
+        ConfigError: `num_steps` is not a positive whole number.
+    """
+    found = Generation(num_steps)
+    token = _generation.set(found)
+    try:
+        yield found
+    finally:
+        _generation.reset(token)
+        for state in list(found.runs):
+            state.retire(found)
+
+
+@contextmanager
+def attached_call(call: AttachedCall) -> Iterator[AttachedCall]:
+    """For `attach`: everything inside is one call of the attached transformer."""
+    token = _attached.set(call)
+    try:
+        yield call
+    finally:
+        _attached.reset(token)
+
+
+def present_call() -> AttachedCall | None:
+    """The attached call that is running, if any."""
+    return _attached.get()
+
+
+def owner() -> _Owner:
+    """The home of the running thread or asyncio task. Contexts are copied into tasks and threads; a home is not."""
+    who: tuple[Any, ...] = (threading.current_thread(),)
+    if asyncio._get_running_loop() is not None and (task := asyncio.current_task()) is not None:
+        who = (*who, task)
+    found = _owner.get()
+    if found is None or [ref() for ref in found.who] != list(who):
+        found = _Owner(who)
+        _owner.set(found)
+    return found
+
+
+def present() -> Tick:
+    """What is said about the call that is running."""
+    explicit, call = _generation.get(), _attached.get()
+    home: Home = explicit or owner()
+    key: Hashable = explicit.key if explicit else None
+    num_steps = explicit.num_steps if explicit else None
+    branch = (explicit.branch_name if explicit else None) or (call.branch if call else None)
+    name = call.transformer if call else "transformer"
+    if explicit is not None and explicit.current is not None:
+        return Tick(home, key, explicit.current, num_steps, branch, name)
+    said = call.follower.tick() if call else None
+    if said is not None:
+        key, step, count = said
+        return Tick(home, key, step, num_steps if num_steps is not None else count, branch, name)
+    return Tick(home, key, None, num_steps, branch, name)

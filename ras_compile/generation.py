@@ -1,0 +1,311 @@
+"""The state of one transformer over its generations: which call is dense, which rows a sparse one computes.
+
+The backend asks `decide` before each model call and tells `record` after it::
+
+    decision = state.decide(call)
+    ...                                  # run the dense or the sparse program on decision.rows, decision.slots
+    state.record(call, decision, noise, output)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ras_compile.blocks import is_block, leave_output
+from ras_compile.branches import Branch, Branches, Match
+from ras_compile.clock import Follower, Generation, Home, Tick, generation, owner, present, present_call
+from ras_compile.config import RASConfig
+from ras_compile.inference import TimeLine, read_time
+from ras_compile.notices import warn_once
+from ras_compile.records import Record
+from ras_compile.rows import RowChooser
+from ras_compile.schedule import Kind, Schedule
+from ras_compile.selection import SelectionInfo
+
+__all__ = ["CallInfo", "Decision", "Generation", "TransformerState", "generation", "reached"]
+
+# More calls than this within one step: whoever counts the steps does not see this loop.
+_CALLS_PER_STEP = 16
+# So many generations of a single evaluation in a row: the timestep is no time, or the loop never gets anywhere.
+_LONE_EVALUATIONS = 8
+
+
+@dataclass
+class CallInfo:
+    """One model call, as the backend sees it.
+
+    Args:
+        graph: identity of the compiled plan (graph and shapes).
+        latent: the latent, the user's own object.
+        context: the user's other inputs in a fixed order, as objects: tensors, and numbers that tell branches apart.
+        timestep: the timestep, tensor or number, or None.
+        batch: B, samples of the call.
+        tokens: N, region tokens per sample.
+        grid: the region's token grid; its product is N.
+    """
+
+    graph: Hashable
+    latent: Tensor
+    context: tuple[Any, ...]
+    timestep: Any
+    batch: int
+    tokens: int
+    grid: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Decision:
+    """What the backend must run.
+
+    Args:
+        kind: "dense" or "sparse".
+        step: step of the generation, from 0.
+        num_steps: steps of the generation, where known.
+        branch: label of the guidance branch.
+        active: A, active rows per sample (N when dense).
+        rows: int64 [B, A], ascending, or None when dense.
+        reason: why the call is dense.
+        slots: the backend's caches of this branch and graph; empty at the branch's first call of a generation.
+        spare: slots of a finished generation with the same graph, made by the same thread, or None. Its tensors may be
+            taken over and overwritten, so that addresses stay.
+    """
+
+    kind: Kind
+    step: int
+    num_steps: int | None
+    branch: str
+    active: int
+    rows: Tensor | None
+    reason: str
+    slots: dict
+    spare: dict | None
+    run: _Run = field(repr=False)
+    of: Branch = field(repr=False)
+    transformer: str = "transformer"
+
+
+@dataclass(eq=False)
+class _Run:
+    """One generation of one transformer."""
+
+    key: Hashable
+    base: int
+    num_steps: int | None
+    chooser: RowChooser
+    branches: Branches
+    line: TimeLine | None = None
+    step: int = -1
+    kind: Kind = "dense"
+    used: list[Branch] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    pending: bool = False
+    epoch: int = 0
+
+
+class TransformerState:
+    """One transformer instance under one config; generations in different threads are apart.
+
+    Args:
+        config: the options.
+    """
+
+    def __init__(self, config: RASConfig) -> None:
+        self.config = config
+        self.schedule = Schedule(config)
+        self.records: list[Record] = []
+        self._epoch = 0
+        self._lone = 0
+
+    @property
+    def follower(self) -> Follower | None:
+        """The attached pipeline that makes the present call, if any."""
+        call = present_call()
+        return call.follower if call else None
+
+    def decide(self, call: CallInfo) -> Decision:
+        """Say how `call` must run. Reads from the device only where nobody tells the step.
+
+        Raises:
+            ConfigError: `ratio_schedule="linear"` without a known number of steps.
+        """
+        reached()
+        tick = present()
+        run = tick.home.runs.get(self)
+        # a call that never came back may have left its caches half written
+        if run is not None and (run.pending or run.epoch != self._epoch):
+            self.retire(tick.home)
+            run = None
+        if tick.step is None:
+            run, match = self._infer(run, tick, call)
+        else:
+            run, match = self._follow(run, tick, call)
+        decision = self._decision(run, match, tick, call)
+        run.pending = True
+        return decision
+
+    def record(self, call: CallInfo, decision: Decision, noise: Tensor | None, output: Any) -> None:
+        """Take the result of a call that ran as decided.
+
+        Args:
+            call: as given to `decide`.
+            decision: as returned by it.
+            noise: [B, N, P, C], a view of what is returned: the predicted noise on the channels that match the
+                latent's; None if there is none, and then the next step runs dense.
+            output: what is returned to the caller.
+        """
+        run = decision.run
+        run.pending = False
+        decision.of.last_step = run.step
+        decision.of.spare = None
+        needed = self.config.sample_ratio < 1 and self.schedule.kind(run.step - run.base + 1) == "sparse"
+        if noise is not None and needed:
+            run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid))
+        run.records.append(
+            Record(
+                decision.step,
+                decision.branch,
+                decision.kind,
+                decision.active,
+                decision.rows,
+                decision.transformer,
+                decision.reason,
+                call.timestep,
+            )
+        )
+        leave_output(self, output)
+
+    def abort(self) -> None:
+        """Forget the generation that is running here: the next call begins a new one."""
+        self.retire(present().home)
+
+    def reset(self) -> None:
+        """Forget every generation, in all threads."""
+        self._epoch += 1
+        self.records = []
+
+    def retire(self, home: Home) -> None:
+        """End the run that `home` keeps; its caches become spares for the next one."""
+        run = home.runs.pop(self, None)
+        if run is not None:
+            spare: dict[Hashable, list[dict]] = {}
+            for branch in run.branches.known:
+                if branch.slots:
+                    spare.setdefault(branch.graph, []).append(branch.slots)
+            owner().spare[self] = spare
+
+    def _begin(self, tick: Tick, call: CallInfo) -> _Run:
+        self.retire(tick.home)
+        base = tick.step or 0
+        self.schedule.check(None if tick.num_steps is None else tick.num_steps - base)
+        check_named = tick.step is None or self.config.context == "frozen"
+        run = _Run(tick.key, base, tick.num_steps, RowChooser(self.config), Branches(check_named), epoch=self._epoch)
+        tick.home.runs[self] = run
+        self.records = run.records
+        self._advance(run, base)
+        return run
+
+    def _advance(self, run: _Run, step: int) -> None:
+        run.kind = self.schedule.kind(step - run.base)
+        run.chooser.advance(dense=run.kind == "dense", skipped=step != run.step + 1)
+        run.step = step
+        run.used = []
+
+    def _follow(self, run: _Run | None, tick: Tick, call: CallInfo) -> tuple[_Run, Match]:
+        """Somebody says the step."""
+        assert tick.step is not None
+        if run is None or run.key is not tick.key or run.line is not None or tick.step < run.step:
+            run = self._begin(tick, call)
+        elif tick.step != run.step:
+            self._advance(run, tick.step)
+        if len(run.used) >= _CALLS_PER_STEP:
+            warn_once(
+                f"ras_compile: {_CALLS_PER_STEP} transformer calls within step {tick.step}: the steps of this loop are "
+                "not the attached scheduler's, so it runs dense. Tell the steps with ras_compile.generation()."
+            )
+            run = self._begin(tick, call)
+        match = run.branches.find(call.context, call.graph, tick.branch, len(run.used), run.used, alone=False)
+        return run, match
+
+    def _infer(self, run: _Run | None, tick: Tick, call: CallInfo) -> tuple[_Run, Match]:
+        """Nobody says the step."""
+        time = read_time(call.timestep)
+        if run is not None and run.line is not None and run.key is tick.key:
+            match = run.branches.find(call.context, call.graph, tick.branch, len(run.used), run.used, alone=True)
+            move = run.line.place(time, call.latent, match, run.used)
+            if move == "advance":
+                run.line.note(time, call.latent)
+                self._advance(run, run.step + 1)
+            if move != "begin":
+                return run, match
+            self._lone = self._lone + 1 if run.line.evaluations == 1 else 0
+            if self._lone == _LONE_EVALUATIONS:
+                warn_once(
+                    "ras_compile: every transformer call looks like the first of a generation, so all run dense. Use "
+                    "ras_compile.attach(pipe), or tell the steps with ras_compile.generation()."
+                )
+        run = self._begin(tick, call)
+        run.line = TimeLine(time, call.latent)
+        return run, run.branches.find(call.context, call.graph, tick.branch, 0, [], alone=True)
+
+    def _decision(self, run: _Run, match: Match, tick: Tick, call: CallInfo) -> Decision:
+        order = len(run.used)
+        branch = match.branch
+        if branch is None:
+            branch = run.branches.add(call.context, call.graph, tick.branch, order, match.prints)
+            spares = owner().spare.get(self, {}).get(call.graph)
+            branch.spare = spares.pop(0) if spares else None
+        else:
+            run.branches.learn(match, call.context, order)
+        if branch not in run.used:
+            run.used.append(branch)
+
+        count = None if run.num_steps is None else run.num_steps - run.base
+        reason = self._why_dense(run, branch, match, call)
+        rows = None
+        if not reason:
+            active = self.schedule.active(run.step - run.base, call.tokens, count)
+            info = SelectionInfo(run.step, run.num_steps, call.grid)
+            rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info)
+            reason = "" if rows is not None else "no noise of the step before to select from"
+        return Decision(
+            kind="dense" if rows is None else "sparse",
+            step=run.step,
+            num_steps=tick.num_steps,
+            branch=branch.label,
+            active=call.tokens if rows is None else rows.shape[1],
+            rows=rows,
+            reason=reason,
+            slots=branch.slots,
+            spare=branch.spare,
+            run=run,
+            of=branch,
+            transformer=tick.transformer,
+        )
+
+    def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo) -> str:
+        if is_block(self, call.graph, call.latent):
+            return "the graph is one block of a transformer"
+        if run.kind == "dense":
+            return "warm-up" if run.step - run.base < self.config.warmup_steps else "error reset"
+        if branch.last_step is None:
+            return "first call of its branch"
+        if branch.last_step < run.step - 1:
+            return "its branch was not called in the step before"
+        if not match.sure:
+            return "its context cannot be told from another branch's"
+        if match.changed and self.config.context == "frozen":
+            return "its context changed"
+        if run.line is not None and not run.line.corroborated:
+            return "the direction of time is not known yet"
+        return ""
+
+
+def reached() -> None:
+    """Note that the backend was reached by the attached call that is running; `decide` does so by itself."""
+    call = present_call()
+    if call is not None:
+        call.reached = True

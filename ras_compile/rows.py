@@ -1,0 +1,75 @@
+"""The rows of each step of one generation: metrics of the step before, drop counts, and the choice itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ras_compile.config import RASConfig
+from ras_compile.selection import SelectionInfo, sample_groups, select_rows, token_metric, update_counts
+
+__all__ = ["RowChooser"]
+
+_Key = tuple[int, int]  # batch and tokens of a call
+
+
+class RowChooser:
+    """Chooses rows once per step, from what all branches of the step before returned. No host read.
+
+    Args:
+        config: the options.
+    """
+
+    def __init__(self, config: RASConfig) -> None:
+        self._config = config
+        self._seen: dict[_Key, list[Tensor]] = {}
+        self._before: dict[_Key, list[Tensor]] = {}
+        self._counts: dict[_Key, tuple[Tensor, Tensor]] = {}
+        self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
+
+    def advance(self, dense: bool, skipped: bool) -> None:
+        """A step begins. After a dense step no token is absent; a step without model calls leaves nothing to go by."""
+        self._before, self._seen, self._chosen = {} if skipped else self._seen, {}, {}
+        if dense:
+            self._counts = {key: (drops, torch.zeros_like(away)) for key, (drops, away) in self._counts.items()}
+
+    def observe(self, noise: Tensor, info: SelectionInfo) -> None:
+        """Take the noise [B, N, P, C] of one call of this step."""
+        metric = token_metric(noise.detach(), self._config.metric, info)
+        self._seen.setdefault((metric.shape[0], metric.shape[1]), []).append(metric)
+
+    def rows(self, latent: Tensor, batch: int, tokens: int, active: int, info: SelectionInfo) -> Tensor | None:
+        """The active rows of this step for a call, int64 [batch, active]; None without noise of the step before.
+
+        A later call of the step gets the first one's rows; where its batch differs (a guidance branch without the
+        duplicated half), each sample gets those of the sample with the same latent.
+        """
+        key = (batch, tokens)
+        if key in self._chosen:
+            return self._chosen[key][0]
+        if active >= tokens:
+            rows = torch.arange(tokens, device=latent.device).repeat(batch, 1)
+        elif first := next((entry for (_, count), entry in self._chosen.items() if count == tokens), None):
+            rows = first[0][_same_sample(latent, first[1], batch, len(first[0]))]
+        elif key in self._before:
+            metric = torch.stack(self._before[key]).mean(dim=0)
+            if 1 < batch == latent.shape[0]:
+                metric = sample_groups(latent) @ metric
+            zeros = torch.zeros(key, dtype=torch.int64, device=metric.device)
+            drops, absence = self._counts.get(key, (zeros, zeros))
+            rows = select_rows(metric, drops, absence, active, self._config, info)
+            self._counts[key] = update_counts(drops, absence, rows)
+        else:
+            return None
+        self._chosen[key] = (rows, latent)
+        return rows
+
+
+def _same_sample(latent: Tensor, other: Tensor, batch: int, others: int) -> Tensor:
+    """For each of `batch` samples the index of the sample of `other` with an equal latent; else they are dealt out."""
+    dealt = torch.arange(batch, device=latent.device) % others
+    if latent.shape[1:] != other.shape[1:] or latent.shape[0] != batch or other.shape[0] != others:
+        return dealt
+    flat = other.flatten(1)
+    same = torch.stack([(flat == sample).all(dim=1) for sample in latent.flatten(1)])
+    return torch.where(same.any(dim=1), same.int().argmax(dim=1), dealt)

@@ -1,0 +1,35 @@
+"""What happened: `ras_compile.trace` tells one record per model call of the last generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ras_compile.records import Record
+from ras_compile.registry import states_of
+
+__all__ = ["Record", "trace"]
+
+
+def trace(compiled: Any) -> list[Record]:
+    """The records of the last generation that began, in the order of the calls.
+
+    Args:
+        compiled: what `torch.compile` returned, the transformer itself, or the handle of `ras_compile.attach`, whose
+            transformers are told together.
+
+    Raises:
+        TypeError: `compiled` is none of these.
+    """
+    modules = compiled.transformers if hasattr(compiled, "transformers") else [compiled]
+    records: list[Record] = []
+    for module in modules:
+        module = getattr(module, "_orig_mod", module)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"trace() takes a compiled transformer or a handle of attach(), not {type(module).__name__}."
+            )
+        found = [state.records for state in states_of([*module.parameters(), *module.buffers()]) if state.records]
+        records += max(found, key=lambda told: told[-1].serial, default=[])
+    return sorted(records, key=lambda record: record.serial)
