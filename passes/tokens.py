@@ -1,0 +1,73 @@
+"""The token view of a value that carries the region: `b c (h p) (w q) -> b (h w) (p q) c`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .errors import UnsupportedGraph
+from .layout import Axis, Concat, Dim, Frame, Layout, atoms_of, normal
+
+
+def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Makes a function from a tensor with ``layout`` to ``[B, N, P, C]``: samples, tokens, pixels of a patch, channels.
+
+    Factors beside the region in its own dimensions are the pixels, all others are channels; a packed token has one pixel.
+
+    Args:
+        channels: only the first so many channels are viewed (a learned variance behind the noise is left out).
+    """
+    region = [atom for atom, _ in frame.region]
+    dims, cuts = [], []
+    for index, dim in enumerate(layout.dims):
+        inside, cut = _segment(dim, region)
+        dims.append(inside)
+        if cut is not None:
+            cuts.append((index, *cut))
+    samples, tokens, pixels, rest = [], {}, [], []
+    exploded = []
+    for dim in dims:
+        beside = any(atom in region for atom in atoms_of(dim))
+        for axis in dim:
+            assert isinstance(axis, Axis)
+            place = len(exploded)
+            exploded.append(axis.size)
+            if axis.atom is not None and axis.atom == frame.batch:
+                samples.append(place)
+            elif axis.atom in region:
+                tokens[axis.atom] = place
+            else:
+                (pixels if beside else rest).append(place)
+    if len(tokens) != len(region):
+        raise UnsupportedGraph(f"an output, {layout}, that has only a part of the token grid")
+    order = [*samples, *(tokens[atom] for atom in region), *pixels, *rest]
+    patch = math.prod(exploded[place] for place in pixels)
+
+    def view(value: Tensor) -> Tensor:
+        for dim, start, length in cuts:
+            value = value.narrow(dim, start, length)
+        value = value.reshape(exploded).permute(order).reshape(frame.samples, frame.tokens, patch, -1)
+        return value if channels is None else value[..., :channels]
+
+    return view
+
+
+def _segment(dim: Dim, region: list) -> tuple[Dim, tuple[int, int] | None]:
+    """The segment of a dimension that holds the region, and where it stands; the dimension itself if it has none."""
+    if len(dim) == 1 and isinstance(dim[0], Concat):
+        start = 0
+        for segment in dim[0].segments:
+            size = math.prod(factor.size for factor in segment)
+            if any(atom in region for atom in atoms_of(segment)):
+                return normal(segment), (start, size)
+            start += size
+    return dim, None
+
+
+def channel_count(layout: Layout, frame: Frame) -> int:
+    """C of the token view of a value with ``layout``."""
+    region = {atom for atom, _ in frame.region}
+    size = math.prod(math.prod(f.size for f in dim) for dim in layout.dims if not region & set(atoms_of(dim)))
+    return size // frame.samples

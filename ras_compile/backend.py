@@ -1,0 +1,146 @@
+"""The backend itself: `torch.compile(transformer, backend="ras", options={...})`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
+
+from .config import ConfigError, RASConfig
+from .generation import CallInfo, reached
+from .inner import Compiled, compile_inner
+from .inputs import describe_inputs, find_timestep
+from .notices import warn_once
+from .passes.errors import UnsupportedGraph
+from .plan import Plan
+from .registry import state_for
+
+
+def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode=None):
+    """Entry point for Dynamo: compiles one graph for region-adaptive sampling (RAS, arXiv 2502.10389).
+
+    Args:
+        graph: the graph of a whole transformer, from the latent to its noise.
+        example_inputs: Dynamo's example inputs; shapes are read when the graph is called.
+        options: see :class:`RASConfig`.
+        mode: torch.compile's mode, handed on to the inner backend.
+
+    Raises:
+        ConfigError: an unknown option or a bad value; at the first call, since Dynamo would wrap it in an error of its own.
+    """
+    try:
+        config = RASConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
+    except ConfigError as error:
+        return _raising(error)
+    return CompiledGraph(graph, config)
+
+
+def _raising(error: ConfigError) -> Callable[..., Any]:
+    def fail(*values: Any) -> Any:
+        raise error
+
+    return fail
+
+
+class CompiledGraph:
+    """What Dynamo calls in place of a graph: looks at the call's shapes and at its step, and runs the right program.
+
+    Args:
+        graph: the Dynamo graph; its sizes may be symbolic.
+        config: the options.
+    """
+
+    def __init__(self, graph: fx.GraphModule, config: RASConfig) -> None:
+        self.graph, self.config = graph, config
+        self.inputs = describe_inputs(graph.graph)
+        self.weights = [index for index, given in enumerate(self.inputs) if given.weight]
+        self.users = [index for index, given in enumerate(self.inputs) if not given.weight]
+        self.broken = graph_break(graph)
+        self.plans: dict[tuple, Plan | Compiled] = {}
+        self._timesteps: dict[tuple, int | None] = {}
+        self._lock = threading.RLock()
+
+    def __call__(self, *values: Any) -> Sequence[Any]:
+        reached()
+        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
+            self._refuse(UnsupportedGraph("gradients are being recorded; sample under torch.no_grad() or inference_mode()"))
+            return self.graph(*values)
+        key = self._key(values)
+        plan = self.plans.get(key)
+        if plan is None:
+            with self._lock:
+                plan = self.plans.get(key)
+                if plan is None:
+                    plan = self.plans[key] = self._make(values)
+        if not isinstance(plan, Plan):
+            return plan(*values)
+        return self._run(plan, key, values)
+
+    def _run(self, plan: Plan, key: tuple, values: Sequence[Any]) -> Sequence[Any]:
+        state = state_for([values[index] for index in self.weights], self.config)
+        frame = plan.analysis.frame
+        time = self._timesteps[key]
+        call = CallInfo(
+            graph=(self, key),
+            latent=values[plan.latent],
+            context=tuple(values[index] for index in self.users if index not in (plan.latent, time)),
+            timestep=None if time is None else values[time],
+            batch=frame.samples,
+            tokens=frame.tokens,
+            grid=frame.grid,
+        )
+        decision = state.decide(call)
+        if decision.rows is None:
+            outputs = plan.dense(values, decision.slots)
+        else:
+            outputs = plan.run_sparse(values, decision.rows, decision.slots)
+        state.record(call, decision, plan.noise_view(outputs[plan.noise]), outputs)
+        return outputs
+
+    def _key(self, values: Sequence[Any]) -> tuple:
+        """What a plan is specialised on: sizes, strides and types of the user's inputs, and numbers themselves."""
+        return tuple(
+            (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v
+            for v in (values[index] for index in self.users)
+        )
+
+    def _make(self, values: Sequence[Any]) -> Plan | Compiled:
+        try:
+            if self.broken is not None:
+                raise self.broken
+            plan = Plan(self.graph, self.inputs, values, self.config)
+            self._timesteps[self._key(values)] = find_timestep(self.inputs, values, self.config.timestep)
+            return plan
+        except UnsupportedGraph as error:
+            self._refuse(error)
+            return self._dense(values)
+
+    def _refuse(self, error: UnsupportedGraph) -> None:
+        if self.config.unsupported == "error":
+            raise error
+        warn_once(f"ras_compile: this model runs dense: {error}")
+
+    def _dense(self, values: Sequence[Any]) -> Compiled:
+        """The graph as it is, through the inner compiler where its sizes are static."""
+        if any(given.size for given in self.inputs):
+            return self.graph
+        return compile_inner(self.graph, values, self.config)
+
+
+def graph_break(graph: fx.GraphModule) -> UnsupportedGraph | None:
+    """The error of a graph that is only a part of the model's forward, because Dynamo broke it; None for a whole one."""
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    if reason is None:
+        return None
+    frames = list(reason.user_stack)
+    where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else None
+    if reason.graph_break:
+        text = str(reason.reason).strip().splitlines()[0]
+        return UnsupportedGraph(f"Dynamo broke the model's graph ({text}); a model must be one graph", source=where)
+    if any(frame.name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX) for frame in frames):
+        return UnsupportedGraph("the graph is the rest of a model behind a graph break; a model must be one graph", source=where)
+    return None

@@ -1,0 +1,107 @@
+"""What the placeholders of a Dynamo graph are: weights of the module, the user's arguments (by name), or sizes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_STEP = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]|\.([A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One placeholder.
+
+    Attributes:
+        argument: name of the forward argument that it is, or belongs to; None for weights and sizes.
+        path: the user's expression for it, such as ``added_cond_kwargs['resolution']``.
+        weight: a parameter or buffer of the module.
+        size: a symbolic size, no tensor.
+    """
+
+    argument: str | None
+    path: str
+    weight: bool = False
+    size: bool = False
+
+
+def source_name(node: fx.Node) -> str:
+    """Dynamo's source expression of a placeholder, such as ``L['kwargs']['timestep']``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None and (held := node.meta.get("grapharg")) is not None:
+        source = held.source
+    name = getattr(source, "name", None)
+    name = name() if callable(name) else name
+    return name if isinstance(name, str) else str(node.target)
+
+
+def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
+    """Describes every placeholder of a Dynamo graph."""
+    names = _argument_names(graph)
+    found = []
+    for node in graph.find_nodes(op="placeholder"):
+        value, name = node.meta.get("example_value"), source_name(node)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int)):
+            found.append(GraphInput(None, name, size=True))
+        elif isinstance(value, nn.Parameter) or "_parameters" in name or "_buffers" in name or name.startswith("L['self']"):
+            found.append(GraphInput(None, name, weight=True))
+        else:
+            found.append(_user_input(name, names))
+    return found
+
+
+def _user_input(name: str, names: Sequence[str]) -> GraphInput:
+    steps = ["".join(groups) for groups in _STEP.findall(name.removeprefix("L"))] or [name]
+    if steps[0] in ("args", "kwargs") and len(steps) > 1 and steps[0] not in names:
+        positional = steps[0] == "args" and steps[1].isdigit()
+        index = int(steps[1]) if positional else 0
+        head = names[index] if positional and index < len(names) else steps[1]
+        steps = [head, *steps[2:]]
+    return GraphInput(steps[0], steps[0] + "".join(f"[{step!r}]" for step in steps[1:]))
+
+
+def _argument_names(graph: fx.Graph) -> list[str]:
+    """Names of the positional arguments of the root module's forward, without ``self``; empty where they are unknown."""
+    for node in graph.nodes:
+        for kind in (entry[1] for entry in (node.meta.get("nn_module_stack") or {}).values()):
+            if isinstance(kind, type) and issubclass(kind, nn.Module):
+                parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters
+                return [name for name in parameters if name != "self"]
+    return []
+
+
+def latent_candidates(inputs: Sequence[GraphInput], values: Sequence[Any], name: str | None) -> list[int]:
+    """Positions of the inputs that may be the latent: the named one, or every floating tensor of two or more dimensions.
+
+    Raises:
+        KeyError: ``name`` is no tensor argument; the error's argument lists those there are.
+    """
+    tensors = [
+        index
+        for index, (given, value) in enumerate(zip(inputs, values, strict=True))
+        if not given.weight and isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+    ]
+    if name is None:
+        return tensors
+    named = [index for index in tensors if name in (inputs[index].argument, inputs[index].path)]
+    if not named:
+        raise KeyError(", ".join(repr(inputs[index].path) for index in tensors))
+    return named
+
+
+def find_timestep(inputs: Sequence[GraphInput], values: Sequence[Any], name: str | None) -> int | None:
+    """Position of the timestep: the named argument, else one whose name says time, else None."""
+    users = [index for index, given in enumerate(inputs) if given.argument is not None]
+    if name is not None:
+        return next((index for index in users if name in (inputs[index].argument, inputs[index].path)), None)
+    for pattern in (r"timesteps?", r".*time.*", r"t|sigmas?|noise_level"):
+        for index in users:
+            if re.fullmatch(pattern, inputs[index].argument or "") and isinstance(values[index], (Tensor, int, float)):
+                return index
+    return None

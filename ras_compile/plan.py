@@ -1,0 +1,175 @@
+"""The plan of one captured graph at concrete shapes: its analysis, and its programs, compiled when first needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .capture import capture
+from .config import ConfigError, RASConfig
+from .inner import Compiled, compile_inner
+from .inputs import GraphInput, latent_candidates
+from .passes.errors import UnsupportedGraph
+from .passes.layout import Frame, Layout
+from .passes.program import SparsePlan, dense_program, plan, sparse_program
+from .passes.propagate import Analysis, propagate
+from .passes.tokens import channel_count, token_view
+
+
+def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Analysis:
+    """Finds the latent among the inputs and propagates its layout.
+
+    Args:
+        graph: captured graph; its first placeholders are the tensor inputs in order.
+        inputs: description of every input of the Dynamo graph.
+        values: the inputs themselves.
+
+    Raises:
+        UnsupportedGraph: no input, or more than one, can be the latent, or an op is not supported.
+        ConfigError: ``latent`` names no tensor argument.
+    """
+    try:
+        candidates = latent_candidates(inputs, values, config.latent)
+    except KeyError as error:
+        raise ConfigError(f"option latent={config.latent!r} names no tensor argument; there are {error.args[0]}.") from None
+    placeholders = iter(graph.find_nodes(op="placeholder"))
+    nodes = {index: next(placeholders) for index, value in enumerate(values) if isinstance(value, Tensor)}
+    outputs = [node.meta["val"] for node in _outputs(graph)]
+    ranked = sorted(candidates, key=lambda index: _likeness(values[index], outputs))
+    found: list[tuple[int, int, Analysis]] = []
+    reasons: list[UnsupportedGraph] = []
+    for index in ranked:
+        rank = _likeness(values[index], outputs)
+        if found and rank > found[0][0]:
+            break
+        try:
+            frame = _frame(values[index], config)
+            found.append((rank, index, propagate(graph, nodes[index], frame, kv_cache=config.kv_cache)))
+        except UnsupportedGraph as error:
+            reasons.append(error)
+    if len(found) > 1:
+        names = " and ".join(repr(inputs[index].argument) for _, index, _ in found)
+        raise UnsupportedGraph(f"{names} could each be the latent; the option latent= names the one that is")
+    if not found:
+        raise reasons[0] if reasons else UnsupportedGraph("no token grid: the model has no floating-point tensor input")
+    return found[0][2]
+
+
+def _outputs(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in next(iter(reversed(graph.nodes))).args[0] if isinstance(node, fx.Node)]
+
+
+def _likeness(value: Tensor, outputs: Sequence[Any]) -> int:
+    """How far an input is from looking like the noise: 0 for its very shape, 1 for all sizes but one, 2 otherwise."""
+    best = 2
+    for output in outputs:
+        if isinstance(output, Tensor) and output.ndim == value.ndim:
+            best = min(best, sum(a != b for a, b in zip(output.shape, value.shape, strict=True)))
+    return best
+
+
+def _frame(latent: Tensor, config: RASConfig) -> Frame:
+    if config.region is None:
+        return Frame.of(latent.shape)
+    if latent.ndim != 3:
+        raise ConfigError(f"option region is for latents of packed tokens [B, N, C]; this one is {list(latent.shape)}.")
+    start, stop, _ = config.region.indices(latent.shape[1])
+    if stop <= start:
+        raise ConfigError(f"option region={config.region} holds none of the latent's {latent.shape[1]} tokens.")
+    return Frame.of(latent.shape, window=(start, stop))
+
+
+class Plan:
+    """One graph at concrete shapes.
+
+    Args:
+        graph: the Dynamo graph.
+        inputs: description of its placeholders.
+        values: concrete inputs.
+        config: the options.
+
+    Raises:
+        UnsupportedGraph: the graph cannot be proved right.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig
+    ) -> None:
+        self.config, self.inputs = config, inputs
+        self.captured = capture(graph, values)
+        self.constants: list[Tensor] = self.captured.meta["constants"]
+        self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
+        self.sparse: SparsePlan = plan(self.analysis)
+        placeholders = self.captured.graph.find_nodes(op="placeholder")
+        tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
+        self.latent = tensors[placeholders.index(self.analysis.latent)]
+        self._programs: dict[int | str, Compiled] = {}
+        self._lock = threading.RLock()
+
+    @cached_property
+    def noise_view(self):
+        """Function from the noise output to its token view [B, N, P, C]."""
+        layout = self.analysis.layouts[self.analysis.output_nodes[self.noise]]
+        assert isinstance(layout, Layout)
+        frame = self.analysis.frame
+        return token_view(layout, frame, min(channel_count(layout, frame), channel_count(frame.layout(), frame)))
+
+    @property
+    def noise(self) -> int:
+        """Position of the noise among the outputs: the first one with the region that looks like the latent most."""
+        latent = self.analysis.latent.meta["val"]
+        return min(
+            self.analysis.outputs, key=lambda index: _likeness(latent, [self.analysis.output_nodes[index].meta["val"]])
+        )
+
+    def dense(self, values: Sequence[Any], slots: dict) -> list[Any]:
+        """Runs the dense program and leaves every splice operand in ``slots["caches"]``."""
+        tensors = self._tensors(values)
+        results = list(self._program("dense", tensors)(*tensors))
+        count = len(self.analysis.output_nodes)
+        outputs, left = results[:count], iter(results[count:])
+        slots["caches"] = [
+            outputs[self._output_of(splice.node)] if splice.is_output else next(left) for splice in self.sparse.splices
+        ]
+        for index in self.analysis.outputs:
+            outputs[index] = outputs[index].clone()
+        return outputs
+
+    def run_sparse(self, values: Sequence[Any], rows: Tensor, slots: dict) -> list[Any]:
+        """Runs the sparse program on ``rows`` (int64 [B, A]); the caches in ``slots`` are updated in place."""
+        caches = slots["caches"]
+        tensors = self._tensors(values)
+        others = iter(self._program(rows.shape[1], [*tensors, rows, *caches])(*tensors, rows, *caches))
+        outputs: list[Any] = []
+        for index, node in enumerate(self.analysis.output_nodes):
+            cached = index in self.analysis.outputs
+            outputs.append(caches[self.sparse.splice(node)].clone() if cached else next(others))
+        return outputs
+
+    def _output_of(self, node: fx.Node) -> int:
+        return self.analysis.output_nodes.index(node)
+
+    def _tensors(self, values: Sequence[Any]) -> list[Tensor]:
+        return [value for value in values if isinstance(value, Tensor)] + self.constants
+
+    def _program(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
+        program = self._programs.get(active)
+        if program is None:
+            with self._lock:
+                program = self._programs.get(active)
+                if program is None:
+                    program = self._programs[active] = compile_inner(self.build(active), inputs, self.config)
+        return program
+
+    def build(self, active: int | str) -> fx.GraphModule:
+        """The program's graph: ``"dense"``, or the sparse one for ``active`` rows."""
+        with torch.no_grad():
+            if active == "dense":
+                return dense_program(self.analysis, self.sparse)
+            assert isinstance(active, int)
+            return sparse_program(self.analysis, active, self.sparse)

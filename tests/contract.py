@@ -1,0 +1,150 @@
+"""The contract's oracle and its properties, shared by every model: see the numbered tests in test_contract.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ras_compile.config import RASConfig
+from ras_compile.explain import record_call
+from ras_compile.inputs import describe_inputs
+from ras_compile.passes.layout import Concat, Frame, Layout
+from ras_compile.plan import Plan
+
+
+@dataclass
+class Subject:
+    """A model under test: its plan, and inputs as the captured graph takes them."""
+
+    plan: Plan
+    values: list[Any]
+
+    @property
+    def frame(self) -> Frame:
+        return self.plan.analysis.frame
+
+    def with_latent(self, latent: Tensor) -> list[Any]:
+        return [latent if index == self.plan.latent else value for index, value in enumerate(self.values)]
+
+    @property
+    def latent(self) -> Tensor:
+        return self.values[self.plan.latent]
+
+    def other_latent(self, seed: int = 1) -> Tensor:
+        """A later latent of the same run: the old one moved by about as much as it is large."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.latent + torch.randn(self.latent.shape, generator=generator, dtype=torch.float64).to(self.latent)
+
+    def rows(self, active: int, seed: int = 2) -> Tensor:
+        """Random active rows, others for each sample: int64 [B, active]."""
+        generator = torch.Generator().manual_seed(seed)
+        picks = [torch.randperm(self.frame.tokens, generator=generator)[:active] for _ in range(self.frame.samples)]
+        return torch.stack([pick.sort().values for pick in picks])
+
+    def sparse(self, values: list[Any], rows: Tensor, caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """``(outputs, caches)`` of a sparse step that starts from copies of ``caches``."""
+        slots = {"caches": [cache.clone() for cache in caches]}
+        with torch.no_grad():
+            outputs = self.plan.run_sparse(values, rows, slots)
+        return outputs, slots["caches"]
+
+    def dense(self, values: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """``(outputs, caches)`` of a dense step."""
+        slots: dict = {}
+        with torch.no_grad():
+            outputs = self.plan.dense(values, slots)
+        return outputs, [cache.clone() for cache in slots["caches"]]
+
+    def reference(self, values: list[Any]) -> list[Tensor]:
+        """The outputs of the captured graph itself."""
+        with torch.no_grad():
+            return list(self.plan.captured(*self.plan._tensors(values)))
+
+    def oracle(self, values: list[Any], rows: Tensor, caches: Sequence[Tensor]) -> list[Tensor]:
+        """The full dense graph in which, at every splice point, the inactive rows are overwritten from the cache."""
+        keep = {
+            splice.node: (cache, active_mask(splice.layout, self.frame, rows))
+            for splice, cache in zip(self.plan.sparse.splices, caches, strict=True)
+        }
+        with torch.no_grad():
+            return list(_Overwrite(self.plan.captured, keep).run(*self.plan._tensors(values)))
+
+
+class _Overwrite(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, keep: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
+        super().__init__(module)
+        self.keep = keep
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if node in self.keep:
+            cache, mask = self.keep[node]
+            value = torch.where(mask, value, cache)
+        return value
+
+
+def active_mask(layout: Layout, frame: Frame, rows: Tensor) -> Tensor:
+    """Which entries of a tensor are fresh in a sparse step: those of active rows, and those that carry no token.
+
+    Written from the meaning of a layout, entry by entry, and not from the compiler's index tensors.
+    """
+    weights, weight = {}, 1
+    for atom, size in reversed(frame.region):
+        weights[atom], weight = weight, weight * size
+    token = torch.zeros(layout.shape, dtype=torch.int64)
+    plain = torch.zeros(layout.shape, dtype=torch.bool)
+    sample = torch.zeros(layout.shape, dtype=torch.int64)
+    for index, dim in enumerate(layout.dims):
+        shape = [-1 if k == index else 1 for k in range(len(layout.dims))]
+        entries = [_entry(list(dim), k, weights, frame.batch) for k in range(layout.shape[index])]
+        token += torch.tensor([e[0] for e in entries]).reshape(shape)
+        plain |= torch.tensor([e[1] for e in entries]).reshape(shape)
+        sample += torch.tensor([e[2] for e in entries]).reshape(shape)
+    active = torch.zeros(frame.samples, frame.tokens, dtype=torch.bool)
+    active.scatter_(1, rows, True)
+    return plain | active[sample, torch.where(plain, 0, token)]
+
+
+def _entry(factors: list, place: int, weights: dict, batch: object) -> tuple[int, bool, int]:
+    """``(part of the token number, carries no token, sample)`` of one entry of a dimension."""
+    token, plain, sample = 0, False, 0
+    for factor in reversed(factors):
+        place, digit = divmod(place, factor.size)
+        if isinstance(factor, Concat):
+            for segment in factor.segments:
+                size = 1
+                for inner in segment:
+                    size *= inner.size
+                if digit < size:
+                    inside = _entry(list(segment), digit, weights, batch)
+                    carries = any(getattr(inner, "atom", None) in weights for inner in segment)
+                    token, plain, sample = token + inside[0], plain or inside[1] or not carries, sample + inside[2]
+                    break
+                digit -= size
+        elif factor.atom in weights:
+            token += digit * weights[factor.atom]
+        elif factor.atom is not None and factor.atom == batch:
+            sample += digit
+    return token, plain, sample
+
+
+def subject(module: nn.Module, inputs: dict, **options: Any) -> Subject:
+    """Captures one call of ``module`` and makes its plan (eager unless ``inner_backend`` says otherwise)."""
+    options = {"inner_backend": "eager", "unsupported": "error", **options}
+    graph, values = record_call(module, inputs)
+    return Subject(Plan(graph, describe_inputs(graph.graph), values, RASConfig.from_options(options)), list(values))
+
+
+def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """max|a - b| / max|b| over several tensors; infinite where something is not finite."""
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape
+        scale = b.abs().max().item()
+        gap = (a - b).abs().max().item()
+        worst = max(worst, gap / scale if scale else gap) if torch.isfinite(a).all() else float("inf")
+    return worst
