@@ -1,5 +1,6 @@
 """Region-adaptive sampling for Diffusion Transformers as a torch.compile backend (RAS, arXiv 2502.10389)."""
 
+from ras_compile.attach import attach
 from ras_compile.config import ConfigError, RASConfig
 from ras_compile.generation import generation
 from ras_compile.notices import RASWarning
@@ -13,6 +14,7 @@ __all__ = [
     "RASWarning",
     "SpecViolation",
     "UnsupportedGraph",
+    "attach",
     "generation",
     "trace",
 ]
