@@ -18,7 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import UnsupportedGraph
-from .layout import Layout, Sizes
+from .layout import Concat, Layout, Sizes
 from .positions import PositionBuilder, Positions
 from .propagate import Analysis
 from .registry import Gather, Step, Use, operands
@@ -163,7 +163,7 @@ class _SparseBuilder:
         rows = emit.placeholder("rows", rows_value)
         self.caches = [emit.placeholder(f"cache_{index}", value) for index, value in enumerate(values)]
         self.positions = PositionBuilder(frame, self.sizes, rows, emit)
-        for layout in [splice.layout for splice in self.plan.splices] + [x for each in self.plan.gathers.values() for x in each]:
+        for layout in self._addressed():
             self.positions.of(layout)
         for node in inputs:
             self._gathers(node)
@@ -180,8 +180,18 @@ class _SparseBuilder:
                 self.whole(splice.node)
         results = [self.env[n] for i, n in enumerate(analysis.output_nodes) if i not in analysis.outputs]
         emit.graph.output(tuple(results))
+        emit.graph.eliminate_dead_code()
         owner = analysis.graph.owning_module
         return fx.GraphModule(owner if owner is not None else torch.nn.Module(), emit.graph)
+
+    def _addressed(self) -> Iterator[Layout]:
+        """Every layout that a gather or a splice addresses, so that index tensors stand before all else."""
+        for splice in self.plan.splices:
+            layouts = [self.analysis.layouts.get(operand) for operand in operands(splice.node)]
+            joint = splice.node.target is aten.cat.default
+            yield from [layout for layout in layouts if isinstance(layout, Layout)] if joint else [splice.layout]
+        for gathers in self.plan.gathers.values():
+            yield from gathers
 
     def _gathers(self, node: fx.Node) -> None:
         if node in self.env and not isinstance(self.env[node].meta["val"], (tuple, list)):
@@ -238,8 +248,33 @@ class _SparseBuilder:
             return self.env[node]
         if node not in self.spliced:
             index = self.plan.splice(node)
-            self.spliced[node] = self.splice(self.caches[index], self.value(node, Use.ROWS), self.plan.splices[index].layout)
+            cache, layout = self.caches[index], self.plan.splices[index].layout
+            for place, part, inner in self._segments(node, layout):
+                self.splice(self._narrow(cache, place), part, inner)
+            self.spliced[node] = cache
         return self.spliced[node]
+
+    def _segments(self, node: fx.Node, layout: Layout) -> list[tuple[tuple[int, int, int] | None, fx.Node, Layout | None]]:
+        """The parts in which a value is written: the operands of a concatenation one by one, so that it is never made.
+
+        Each part comes with its place in the cache, ``(dim, start, length)``, and its layout (None: no tokens).
+        """
+        step = self.analysis.steps.get(node)
+        dim = next((index for index, factors in enumerate(layout.dims) if any(isinstance(f, Concat) for f in factors)), None)
+        if step is None or dim is None or node.target is not aten.cat.default:
+            return [(None, self.value(node, Use.ROWS), layout)]
+        parts, start = [], 0
+        for operand, use in zip(operands(node), step.uses, strict=True):
+            inner, length = self.analysis.layouts.get(operand), operand.meta["val"].shape[dim]
+            parts.append(((dim, start, length), self.value(operand, use), inner if isinstance(inner, Layout) else None))
+            start += length
+        return parts
+
+    def _narrow(self, cache: fx.Node, place: tuple[int, int, int] | None) -> fx.Node:
+        if place is None:
+            return cache
+        dim, start, length = place
+        return self.emit(aten.slice.Tensor, cache, dim, start, start + length)
 
     def gather(self, node: fx.Node, layout: Layout) -> fx.Node:
         """`gather(full, rows)`: the active rows of a dense value."""
@@ -256,14 +291,14 @@ class _SparseBuilder:
             self.gathered[node, layout] = self._permute(value, positions.inverse)
         return self.gathered[node, layout]
 
-    def splice(self, cache: fx.Node, active: fx.Node, layout: Layout) -> fx.Node:
-        """`splice(cache, rows, active)`: writes the active rows into the cache, and uses the whole cache."""
+    def splice(self, cache: fx.Node, active: fx.Node, layout: Layout | None) -> None:
+        """`splice(cache, rows, active)`: writes the active rows into the cache; what has no tokens is written in full."""
+        if layout is None:
+            self.emit(aten.copy_.default, cache, active)
+            return
         positions = self.positions.of(layout)
-        view = self._permute(cache, positions.order)
-        values = self._permute(active, positions.order)
-        put = self.emit(aten.index_put_.default, view, list(positions.indices), values)
-        put.meta["splice"] = cache.name
-        return cache
+        view, values = self._permute(cache, positions.order), self._permute(active, positions.order)
+        self.emit(aten.index_put_.default, view, list(positions.indices), values)
 
     def _permute(self, value: fx.Node, order: tuple[int, ...]) -> fx.Node:
         return value if order == tuple(range(len(order))) else self.emit(aten.permute.default, value, list(order))

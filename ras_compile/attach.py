@@ -38,9 +38,9 @@ class Handle:
         self._attached = transformers
         for name, module in transformers.items():
             module.compile(backend=ras, options=options, **_limits())
-            module._compiled_call_impl = _followed(
-                module._compiled_call_impl, self.follower, name, type(module).__name__
-            )
+            compiled = module._compiled_call_impl
+            assert compiled is not None
+            module._compiled_call_impl = _followed(compiled, self.follower, name, type(module).__name__)
             follow_branches(module)
 
     @property

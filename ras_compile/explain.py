@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
 
     module = getattr(transformer, "_orig_mod", transformer)
 
-    def call(**kwargs: Any) -> Any:  # a function of its own: the module's compiled code, if any, stays as it is
+    def call(**kwargs: Any) -> Any:
         return module(**kwargs)
 
+    # Dynamo keeps what it compiled with the code object: one of our own leaves the module's alone, and never fills up
+    fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
     try:
         with torch.no_grad():
-            torch.compile(call, backend=record, dynamic=False)(**inputs)
+            torch.compile(fresh, backend=record, dynamic=False)(**inputs)
     except _Recorded:
         pass
     broken = graph_break(graphs[0])

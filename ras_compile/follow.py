@@ -34,15 +34,15 @@ class _Steps:
 
 
 @functools.cache
-def _watched(base: type) -> type:
+def _watched(base: Any) -> type:
     """`base` with a `step` that counts, under the same name and signature; copies and pickles are plain `base` again.
 
     A class, because a function put on the instance would go into a deep copy and step the original from there.
     """
 
-    @functools.wraps(base.step)  # type: ignore[attr-defined]
+    @functools.wraps(base.step)
     def step(self, *args, **kwargs):
-        result = base.step(self, *args, **kwargs)  # type: ignore[attr-defined]
+        result = base.step(self, *args, **kwargs)
         steps = vars(self)[_STEPS]
         steps.taken += 1
         sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
@@ -51,10 +51,10 @@ def _watched(base: type) -> type:
         return result
 
     def reduce(self, protocol):
-        _, arguments, state, *rest = base.__reduce_ex__(self, max(protocol, 2))
+        reduced = base.__reduce_ex__(self, max(protocol, 2))
+        _, (_, *arguments), state, *rest = reduced  # copyreg.__newobj__, (class, ...), attributes
         state = {name: value for name, value in (state or {}).items() if name != _STEPS}
-        make, cls, *more = (_new, *arguments)
-        return (make, (base if cls is type(self) else cls, *more), state, *rest)
+        return (_new, (base, *arguments), state, *rest)
 
     members = {"step": step, "__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
     found = type(base.__name__, (base,), members)
@@ -135,7 +135,8 @@ class SchedulerFollower:
             return
         steps = _steps_of(scheduler)
         if steps is None:
-            scheduler.__class__ = _watched(type(scheduler))
+            kind: type = type(scheduler)
+            scheduler.__class__ = _watched(kind)
             steps = _Steps()
             setattr(scheduler, _STEPS, steps)
         steps.watchers += 1

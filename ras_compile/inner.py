@@ -11,7 +11,6 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
 from .config import RASConfig
-from .passes.outline import outline
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -32,7 +31,7 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         if mode is not None:
             options = {**list_mode_options(mode), **options}
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
-        return compile_fx(outline(module), list(inputs), config_patches=options)
+        return compile_fx(module, list(inputs), config_patches=options)
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(config.inner_backend)(module, list(inputs), **config.inner_options)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import kernels  # noqa: F401  (registers the fused ops)
 from .capture import capture
 from .config import ConfigError, RASConfig
 from .inner import Compiled, compile_inner
 from .inputs import GraphInput, latent_candidates
 from .passes.errors import UnsupportedGraph
 from .passes.layout import Frame, Layout
+from .passes.pipeline import prepare
 from .passes.program import SparsePlan, dense_program, plan, sparse_program
 from .passes.propagate import Analysis, propagate
 from .passes.tokens import channel_count, token_view
@@ -167,9 +169,12 @@ class Plan:
         return program
 
     def build(self, active: int | str) -> fx.GraphModule:
-        """The program's graph: ``"dense"``, or the sparse one for ``active`` rows."""
+        """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows."""
+        outline_blocks = self.config.inner_backend == "inductor"
         with torch.no_grad():
             if active == "dense":
-                return dense_program(self.analysis, self.sparse)
+                return prepare(dense_program(self.analysis, self.sparse), fuse=False, outline_blocks=outline_blocks)
             assert isinstance(active, int)
-            return sparse_program(self.analysis, active, self.sparse)
+            fuse = self.analysis.latent.meta["val"].is_cuda
+            program = sparse_program(self.analysis, active, self.sparse)
+            return prepare(program, fuse=fuse, outline_blocks=outline_blocks)

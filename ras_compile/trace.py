@@ -31,5 +31,6 @@ def trace(compiled: Any) -> list[Record]:
                 f"trace() takes a compiled transformer or a handle of attach(), not {type(module).__name__}."
             )
         found = [state.records for state in states_of([*module.parameters(), *module.buffers()]) if state.records]
-        records += max(found, key=lambda told: told[-1].serial, default=[])
+        found.sort(key=lambda told: told[-1].serial)
+        records += found[-1] if found else []
     return sorted(records, key=lambda record: record.serial)
