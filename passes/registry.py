@@ -6,6 +6,7 @@ each tensor operand how the sparse program uses it. An op with no region operand
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -67,15 +68,9 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 
 def source_line(node: fx.Node) -> str | None:
-    """The user's source line of a node: the last frame of its stack trace."""
-    trace = node.meta.get("stack_trace")
-    if not trace:
-        return None
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith("File "):
-            return " ".join(lines[index : index + 2])
-    return lines[-1]
+    """The user's source line of a node, from the last frame of its stack trace: ``file:line in function: code``."""
+    frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)\n\s*(.*)', node.meta.get("stack_trace") or "")
+    return "{}:{} in {}: {}".format(*frames[-1]) if frames else None
 
 
 class Call:

@@ -2,6 +2,7 @@
 
 from ras_compile.attach import attach
 from ras_compile.config import ConfigError, RASConfig
+from ras_compile.explain import Explanation, explain
 from ras_compile.generation import generation
 from ras_compile.notices import RASWarning
 from ras_compile.passes.errors import RASError, SpecViolation, UnsupportedGraph
@@ -9,12 +10,14 @@ from ras_compile.trace import trace
 
 __all__ = [
     "ConfigError",
+    "Explanation",
     "RASConfig",
     "RASError",
     "RASWarning",
     "SpecViolation",
     "UnsupportedGraph",
     "attach",
+    "explain",
     "generation",
     "trace",
 ]

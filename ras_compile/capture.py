@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
+from torch.fx.traceback import preserve_node_meta
 
 from .passes.errors import UnsupportedGraph
 from .passes.normalize import normalize
@@ -24,7 +25,9 @@ class _Bound(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple:
         given = iter(tensors)
-        result = self.graph_module(*[next(given) if value is None else value for value in self.inputs])
+        # an interpreter hands on the nodes' stack traces: the user's source lines
+        interpreter = fx.Interpreter(self.graph_module)
+        result = interpreter.run(*[next(given) if value is None else value for value in self.inputs])
         return result if isinstance(result, (tuple, list)) else (result,)
 
 
@@ -45,7 +48,7 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     bound = _Bound(graph, inputs)
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), preserve_node_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             captured, signature = aot_export_module(bound, tensors, trace_joint=False, pre_dispatch=True)
     except RuntimeError as error:
