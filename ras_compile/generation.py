@@ -210,7 +210,7 @@ class TransformerState:
 
     def _advance(self, run: _Run, step: int) -> None:
         run.kind = self.schedule.kind(step - run.base)
-        run.chooser.advance(dense=run.kind == "dense", skipped=step != run.step + 1)
+        run.chooser.advance(dense=run.kind == "dense")
         run.step = step
         run.used = []
 

@@ -27,9 +27,9 @@ class RowChooser:
         self._counts: dict[_Key, tuple[Tensor, Tensor]] = {}
         self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
 
-    def advance(self, dense: bool, skipped: bool) -> None:
-        """A step begins. After a dense step no token is absent; a step without model calls leaves nothing to go by."""
-        self._before, self._seen, self._chosen = {} if skipped else self._seen, {}, {}
+    def advance(self, dense: bool) -> None:
+        """A step begins. After a dense step no token is absent."""
+        self._before, self._seen, self._chosen = self._seen, {}, {}
         if dense:
             self._counts = {key: (drops, torch.zeros_like(away)) for key, (drops, away) in self._counts.items()}
 

@@ -231,8 +231,9 @@ def test_two_transformers_warm_up_apart_and_name_their_branches():
     assert steps == list(range(20))
 
 
-def test_detach_restores_everything():
-    pipe = sd3()
+@pytest.mark.parametrize("make", [sd3, lambda: wan()])
+def test_detach_restores_everything(make):
+    pipe = make()
     transformer, scheduler = pipe.transformer, type(pipe.scheduler)
     state = set(vars(transformer)) - {"_compiled_call_impl"}
     handle = ras_compile.attach(pipe, sample_ratio=0.25)

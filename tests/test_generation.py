@@ -7,7 +7,10 @@ import torch
 from fakes import CHANNELS, TOKENS, FakeTransformer, denoise, falling, prompts
 
 import ras_compile
+from ras_compile import RASConfig
 from ras_compile.generation import CallInfo
+from ras_compile.rows import RowChooser
+from ras_compile.selection import SelectionInfo
 
 DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps: dense at 0..3, 12 and 20
 
@@ -63,6 +66,44 @@ def test_two_calls_with_one_context_in_a_step_are_two_branches():
             for picture in range(2):
                 model(torch.randn(1, TOKENS, CHANNELS), None, context, truth=(0, picture, step))
     assert model.kinds() == "ddssssss"
+
+
+def test_branches_that_nothing_tells_apart_run_dense():
+    model = FakeTransformer()
+    with ras_compile.generation() as gen:
+        denoise(
+            model,
+            falling(9),
+            prompts("uncond", "cond"),
+            gen=gen,
+            only=lambda name, step: name == "cond" or step != 6,
+            context_of=lambda context, step: (context[0] + step,),
+        )
+    assert model.kinds(branch="cond")[6] == "d"
+
+
+def test_steps_that_begin_anew_are_another_generation():
+    model = FakeTransformer()
+    contexts = prompts("cond")
+    with ras_compile.generation() as gen:
+        denoise(model, falling(8), contexts, gen=gen)
+        gen.current = None
+        denoise(model, falling(8), contexts, gen=gen)
+    assert model.kinds() == "ddddssss"
+
+
+@pytest.mark.parametrize(("dense", "expected"), [(False, 3), (True, 0)])
+def test_after_a_dense_step_no_token_is_absent(dense, expected):
+    chooser = RowChooser(RASConfig(max_absence=2, starvation_scale=0.0, focus="low"))
+    latent, noise = torch.randn(1, 4, 1), torch.tensor([[1.0, -1.0]]) * torch.arange(1.0, 5)[:, None]
+    for step in range(3):
+        chooser.observe(noise.reshape(1, 4, 1, 2), SelectionInfo())
+        if step == 2 and dense:
+            chooser.advance(dense=True)
+            chooser.observe(noise.reshape(1, 4, 1, 2), SelectionInfo())
+        chooser.advance(dense=False)
+        rows = chooser.rows(latent, 1, 4, 1, SelectionInfo())
+    assert rows.tolist() == [[expected]]
 
 
 def test_prompts_of_two_lengths():

@@ -4,6 +4,8 @@ FakeTransformer checks at each sparse call that it does not come too early and h
 tests here say how soon it may come.
 """
 
+import concurrent.futures
+import contextvars
 import math
 import warnings
 
@@ -267,13 +269,29 @@ def test_interleaved_generations_with_help():
     assert model.kinds(0) == model.kinds(1) == "ddddssss"
 
 
-def test_interleaved_generations_without_help_run_dense():
+@pytest.mark.parametrize("context_of", ["as they are", "shared object", "copies"])
+def test_interleaved_generations_without_help_run_dense(context_of):
     model = FakeTransformer()
-    contexts = [prompts("cond"), prompts("cond")]
+    contexts = [prompts("cond")["cond"] for _ in range(2)]
     for step, time in enumerate(falling(8)):
         for which in range(2):
-            model(torch.randn(1, TOKENS, CHANNELS), time, *contexts[which]["cond"], truth=(which, "cond", step))
+            prompt, ids = contexts[which]
+            if context_of == "shared object":
+                ids = contexts[0][1]
+            elif context_of == "copies":
+                prompt, ids = prompt.clone(), ids.clone()
+            model(torch.randn(1, TOKENS, CHANNELS), time, prompt, ids, truth=(which, "cond", step))
     assert "s" not in model.kinds(0) + model.kinds(1)
+
+
+def test_a_copied_context_does_not_carry_a_run_into_another_thread():
+    model = FakeTransformer()
+    contexts, times = prompts("cond"), falling(28)
+    denoise(model, times, contexts, stop=6)
+    copied = contextvars.copy_context()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(copied.run, denoise, model, times[6:12], contexts).result()
+    assert model.kinds() == "ddddss"
 
 
 def test_a_time_that_never_moves_is_told_once():
