@@ -107,7 +107,7 @@ def normal(factors: Iterable[Factor]) -> Dim:
     for factor in factors:
         if isinstance(factor, Concat):
             if len(factor.segments) == 1:
-                result.extend(factor.segments[0])
+                result = list(normal([*result, *factor.segments[0]]))
             else:
                 result.append(factor)
         elif factor.size != 1:
@@ -122,14 +122,16 @@ def normal(factors: Iterable[Factor]) -> Dim:
 def concat(segments: Iterable[Dim]) -> Dim:
     """Segments behind one another; neighbouring segments without an atom become one, nested ones are flattened."""
     flat: list[Dim] = []
-    for segment in segments:
+    for segment in map(normal, segments):
         parts = segment[0].segments if len(segment) == 1 and isinstance(segment[0], Concat) else (segment,)
         for part in parts:
+            if not dim_size(part):
+                continue
             if flat and not any(atoms_of(part)) and not any(atoms_of(flat[-1])):
                 flat[-1] = opaque(dim_size(flat[-1]) + dim_size(part))
-            elif dim_size(part):
+            else:
                 flat.append(part)
-    return normal([Concat(tuple(flat))])
+    return normal([Concat(tuple(flat))]) if flat else (Axis(0),)
 
 
 @dataclass(frozen=True, slots=True)

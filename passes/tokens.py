@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .errors import UnsupportedGraph
-from .layout import Axis, Concat, Dim, Frame, Layout, atoms_of, normal
+from .layout import Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal
 
 
 def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -63,11 +63,15 @@ def _segment(dim: Dim, region: list) -> tuple[Dim, tuple[int, int] | None]:
             if any(atom in region for atom in atoms_of(segment)):
                 return normal(segment), (start, size)
             start += size
+    if any(isinstance(factor, Concat) for factor in dim):
+        raise UnsupportedGraph("an output whose tokens stand in segments that are repeated or split")
     return dim, None
 
 
 def channel_count(layout: Layout, frame: Frame) -> int:
     """C of the token view of a value with ``layout``."""
     region = {atom for atom, _ in frame.region}
-    size = math.prod(math.prod(f.size for f in dim) for dim in layout.dims if not region & set(atoms_of(dim)))
-    return size // frame.samples
+    beside = [dim for dim in layout.dims if not region & set(atoms_of(dim))]
+    return math.prod(
+        dim_size(f for f in dim if not (isinstance(f, Axis) and f.atom and f.atom == frame.batch)) for dim in beside
+    )
