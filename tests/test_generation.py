@@ -90,6 +90,7 @@ def test_steps_that_begin_anew_are_another_generation():
         gen.current = None
         denoise(model, falling(8), contexts, gen=gen)
     assert model.kinds() == "ddddssss"
+    assert len(model.state.records) == 8
 
 
 @pytest.mark.parametrize(("dense", "expected"), [(False, 3), (True, 0)])
