@@ -3,8 +3,8 @@
     python examples/emoji/components.py --out /tmp/untrained   # a pipeline folder with random weights, for tests
 
 Text: two CLIP encoders of 128 channels, joined on channels (256); the transformer attends to 48 text tokens.
-T5 is an empty chair: `null_t5` answers zeros, exactly what the pipeline puts there itself when it is given no T5. It is there
-because `from_pretrained` insists on the component; `max_sequence_length` says how many of these zero tokens are appended.
+T5 is an empty chair: `null_t5` answers zeros, exactly what the pipeline puts there itself when it is given no T5. It is
+there because `from_pretrained` insists on it; `max_sequence_length` says how many of these zero tokens are appended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from objects import BACKGROUND_NAMES, COLOUR_NAMES, FILLS, OBJECTS
 from scenes import SceneSampler
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 TEXT_LENGTH = 48
 TEXT_WIDTH = 128
@@ -27,7 +34,7 @@ SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_to
 
 
 def tokenizer(captions: int = 20_000) -> CLIPTokenizer:
-    """A byte-pair encoding learned from generated captions; every word of theirs is one token, and any other text is spelled."""
+    """A byte-pair encoding learned from captions: every word of theirs is one token, any other text is spelled."""
     sampler = SceneSampler(seed=7, held_out=None)
     text = [sampler.scene().caption for _ in range(captions)]
     text += [" ".join((*OBJECTS, *COLOUR_NAMES, *BACKGROUND_NAMES, *FILLS))] * 50
@@ -83,15 +90,13 @@ def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def null_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
-    """A T5 that says nothing: its tokenizer deletes all text, and its last norm has weight zero, so every output is zero."""
+    """A T5 that says nothing: its tokenizer deletes all text, its last norm has weight zero, so every output is zero."""
     learner = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
     learner.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
     tokens = PreTrainedTokenizerFast(
         tokenizer_object=learner, pad_token="<pad>", unk_token="<unk>", model_max_length=TEXT_LENGTH
     )
-    model = T5EncoderModel(
-        T5Config(vocab_size=8, d_model=2 * TEXT_WIDTH, d_kv=4, d_ff=4, num_layers=0, num_heads=1)
-    )
+    model = T5EncoderModel(T5Config(vocab_size=8, d_model=2 * TEXT_WIDTH, d_kv=4, d_ff=4, num_layers=0, num_heads=1))
     torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
     return model, tokens
 
@@ -162,9 +167,9 @@ def pipeline() -> StableDiffusion3Pipeline:
 
 
 def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Write the pipeline in half precision, in such a way that a plain `from_pretrained(folder)` gives float32 throughout.
+    """Write the pipeline in half precision, yet so that a plain `from_pretrained(folder)` gives float32 throughout.
 
-    diffusers models load as float32 unless told otherwise; transformers models load as their config says, hence the edit.
+    diffusers models load as float32 unless told otherwise, transformers models as their config says: hence the edit.
     """
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -172,6 +177,8 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
         config = json.loads(file.read_text())
         config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    index = folder / "model_index.json"  # the name that every release of transformers knows this tokenizer's class by
+    index.write_text(index.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw batches of scenes on the device: sprites pasted by `grid_sample`, backgrounds by formula; some thousand pictures a second."""
+"""Draw batches of scenes on the device: sprites pasted by `grid_sample`, backgrounds by formula."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dominant_hue(tile: torch.Tensor) -> float:
 
 
 class Atlas:
-    """All sprites as premultiplied RGBA tensors at three sizes; row `variant[item, colour + 1]` is the sprite to draw.
+    """All sprites as premultiplied RGBA tensors; row `variant[item, colour + 1]` is the sprite to draw.
 
     Only the objects named in `OWN_COLOUR` have recoloured variants; for the others every column is the artwork itself.
     """
@@ -102,7 +102,9 @@ def background(batch: dict[str, torch.Tensor], size: int = SIZE) -> torch.Tensor
         torch.sin(wave * k * (u * math.cos(a) + v * math.sin(a)) * 0.42 + 6.28 * seed[:, 3 + i % 5] + 2.1 * i) / k
         for i, (k, a) in enumerate(((0.6, 0.3), (0.9, 1.7), (1.3, 2.6), (1.9, 0.9), (2.6, 2.1)))
     )
-    grain = torch.frac(torch.sin((x + 3.1 * seed[:, 3]).floor() * 12.9898 + y.floor() * 78.233 + seed[:, 4] * 43) * 43758.5453).abs()
+    grain = torch.frac(
+        torch.sin((x + 3.1 * seed[:, 3]).floor() * 12.9898 + y.floor() * 78.233 + seed[:, 4] * 43) * 43758.5453
+    ).abs()
     zero = torch.zeros_like(noise)
     fields = torch.stack(
         (

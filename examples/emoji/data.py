@@ -2,7 +2,7 @@
 
     python examples/emoji/data.py --cache .cache/emoji
 
-The cache then holds `atlas.png` (rows of 96 x 96 RGBA tiles, objects first, then the ten digits) and `atlas.json` (the names).
+The cache then holds `atlas.png` (rows of 96 x 96 RGBA tiles: objects, then the ten digits) and `atlas.json` (names).
 Labels come from `emojibase-data`, joined on the code point without the variation selector FE0F.
 """
 
@@ -95,7 +95,7 @@ def render(svg: str, size: int = TILE) -> np.ndarray:
 
 
 def fitted(tile: np.ndarray, margin: int = 2) -> np.ndarray:
-    """Crop to the drawing and scale its longer side to the tile, so that sizes in a scene mean the same for all objects."""
+    """Crop to the drawing and scale its longer side to the tile, so that a size means the same for all objects."""
     rows, columns = np.where(tile[..., 3].max(1) > 8)[0], np.where(tile[..., 3].max(0) > 8)[0]
     drawing = Image.fromarray(tile[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     scale = (TILE - 2 * margin) / max(drawing.size)
@@ -123,7 +123,9 @@ def load_tiles(cache: Path) -> np.ndarray:
     """All tiles of the atlas: straight-alpha RGBA, uint8 [objects + 10, 96, 96, 4]."""
     count = len(json.loads((cache / "atlas.json").read_text())["objects"]) + 10
     if count != len(OBJECTS) + 10:
-        raise ValueError(f"the atlas in {cache} has {count - 10} objects, the table has {len(OBJECTS)}: run data.py again")
+        raise ValueError(
+            f"the atlas in {cache} has {count - 10} objects, the table has {len(OBJECTS)}: run data.py again"
+        )
     sheet = np.asarray(Image.open(cache / "atlas.png"))
     rows = sheet.shape[0] // TILE
     tiles = sheet.reshape(rows, TILE, COLUMNS, TILE, 4).transpose(0, 2, 1, 3, 4).reshape(-1, TILE, TILE, 4)

@@ -1,8 +1,8 @@
 """Scenes and captions: what is drawn where, and the sentence that says so. Deterministic from a seed.
 
-A scene is one object, two objects side by side or one above the other, or two to four of one object; on a flat, shaded or
-textured background; sometimes with a two-digit number in the lower right corner. `held_out` names the tenth of the tuples
-(objects, relation or count or colours) that training never sees; every object and every relation is seen in others.
+A scene is one object, two objects side by side or one above the other, or two to four of one object; on a flat, shaded
+or textured background; sometimes with a two-digit number in the lower right corner. `held_out` names the tenth of the
+tuples (objects, relation or count or colours) that training never sees; each object and relation is seen in others.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SIZES = {"one": (74, 92), "two": (52, 60), "three": (44, 52), "four": (44, 52)}
 
 @dataclass(frozen=True)
 class Placement:
-    """One sprite: `colour` is an index into the colours, or -1 for the artwork's own; centre, size and angle in pixels, radians."""
+    """One sprite: `colour` indexes the colours, -1 is the artwork's own; centre and size in pixels, angle in radians."""
 
     item: int
     colour: int
@@ -174,7 +174,7 @@ class SceneSampler:
 
 
 def collate(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """Scenes -> tensors: item, colour `b slot` (-1: none), pose `b slot (x y size angle)`, background, fill, number `b`, seed `b 8`."""
+    """Scenes -> tensors: item, colour `b slot` (-1: none), pose `b slot (x y size angle)`, seed `b 8`, the rest `b`."""
     item = torch.full((len(scenes), SLOTS), -1)
     colour = torch.full((len(scenes), SLOTS), -1)
     pose = torch.zeros(len(scenes), SLOTS, 4)
