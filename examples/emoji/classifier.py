@@ -1,4 +1,4 @@
-"""A judge of pictures, trained on the scenes: what stands in each of 3 x 3 cells, its colour, the background, the number.
+"""A judge of pictures, trained on scenes: what stands in each of 3 x 3 cells, its colour, the background, the number.
 
     python examples/emoji/classifier.py --cache .cache/emoji --vae runs/emoji/vae --out runs/emoji
 
@@ -44,7 +44,7 @@ class Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures `b 3 128 128` -> logits: item and colour `b 9 n` (class 0: nothing), background, fill, two digits (10: none)."""
+    """`b 3 128 128` -> logits: item and colour `b 9 n` (class 0: nothing), background, fill, two digits (10: none)."""
 
     HEADS = {"background": len(BACKGROUND_NAMES), "fill": len(FILLS), "tens": 11, "ones": 11}
 
@@ -86,7 +86,7 @@ def targets(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def verdict(judge: Judge, pictures: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Right or wrong, `b` bool: `objects` (every cell holds what it should, and nothing else), `colours` of those, ..."""
+    """Right or wrong, `b` bool: `objects` (each cell holds what it should and nothing else), `colours` of those, ..."""
     want = targets(batch)
     got = {name: logits.argmax(-1) for name, logits in judge(pictures).items()}
     there = want["item"] > 0

@@ -90,7 +90,7 @@ def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def null_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
-    """A T5 that says nothing: its tokenizer deletes all text, its last norm has weight zero, so every output is zero."""
+    """A T5 that says nothing: its tokenizer deletes all text, its last norm has weight zero, so it answers zeros."""
     learner = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
     learner.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
     tokens = PreTrainedTokenizerFast(
@@ -172,13 +172,13 @@ def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     diffusers models load as float32 unless told otherwise, transformers models as their config says: hence the edit.
     """
     pipe.to(dtype=torch.float16).save_pretrained(folder)
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"):
         file = folder / name / "config.json"
         config = json.loads(file.read_text())
-        config["dtype"] = "float32"
+        config.pop("_name_or_path", None)  # where the part lay before says nothing to anyone else
+        if name.startswith("text"):
+            config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    index = folder / "model_index.json"  # the name that every release of transformers knows this tokenizer's class by
-    index.write_text(index.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 if __name__ == "__main__":

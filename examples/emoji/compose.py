@@ -62,11 +62,8 @@ class Atlas:
                     variant[item, colour + 1] = len(sprites)
                     sprites.append(torch.cat((_hsv_to_rgb(turned), tile[..., 3:]), -1))
         self.variant = variant.to(device)
-        self.levels = {
-            size: F.interpolate(self._planes(torch.stack(sprites)), size=(size, size), mode="area" if size < TILE else "nearest")
-            .to(device)
-            for size in (96, 56)
-        }  # fmt: skip
+        planes = self._planes(torch.stack(sprites))
+        self.levels = {size: F.interpolate(planes, size=(size, size), mode="area").to(device) for size in (TILE, 56)}
         self.digits = F.interpolate(self._planes(digits), size=(40, 40), mode="area").to(device)
 
     @staticmethod
@@ -146,7 +143,7 @@ def compose(atlas: Atlas, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         row = atlas.variant[item.clamp(min=0), batch["colour"][:, slot] + 1]
         large = pose[:, 2] > 62
         if slot == 0:  # only a single object is large
-            canvas = _paste(canvas, atlas.levels[96][row], pose, (item >= 0) & large)
+            canvas = _paste(canvas, atlas.levels[TILE][row], pose, (item >= 0) & large)
         canvas = _paste(canvas, atlas.levels[56][row], pose, (item >= 0) & ~large)
     shown = batch["number"] >= 0
     for place, digit in enumerate((batch["number"] // 10, batch["number"] % 10)):

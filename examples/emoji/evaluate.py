@@ -1,6 +1,6 @@
 """Draw held-out prompts with the shipped pipeline, let the judge look, and lay out a contact sheet of 64.
 
-python examples/emoji/evaluate.py --pipeline examples/emoji/pipeline --judge runs/emoji/judge.safetensors --out examples/emoji/results
+python examples/emoji/evaluate.py --out runs/emoji
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def contact_sheet(pictures: list[torch.Tensor], captions: list[str], file: Path,
             align="center",
             spacing=1,
         )
-    sheet.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+    sheet.save(file, optimize=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=Path(__file__).parent / "pipeline")
-    parser.add_argument("--judge", type=Path, required=True)
+    parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--tag", default="", help="appended to the names of the files written")
     parser.add_argument("--count", type=int, default=256)

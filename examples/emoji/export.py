@@ -1,6 +1,6 @@
 """Write the trained parts as a diffusers pipeline folder in half precision.
 
-python examples/emoji/export.py --vae runs/emoji/vae --weights runs/emoji/average.safetensors --out examples/emoji/pipeline
+python examples/emoji/export.py --vae runs/emoji/vae --weights runs/emoji/average.safetensors --out runs/pipeline
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For 2-d parameters only. The update's root mean square is 0.2 lr, about that of AdamW, so both take like rates."""
+    """For 2-d parameters. The update's root mean square is 0.2 lr, about that of AdamW, so both take like rates."""
 
     def __init__(
         self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01

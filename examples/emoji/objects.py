@@ -43,7 +43,8 @@ COLOUR_NAMES: tuple[str, ...] = tuple(COLOURS)
 
 # Sprites of mostly one hue, which may be recoloured, and the name of their own colour.
 _OWN_COLOURS = {
-    "red": "apple tomato heart balloon scarf backpack high-heeled_shoe boxing_glove telephone book magnet teapot octopus rose car",
+    "red": "apple tomato heart balloon scarf backpack high-heeled_shoe boxing_glove telephone book magnet teapot "
+    "octopus rose car",
     "orange": "crab fox tent fire pumpkin maple_leaf basketball carrot tangerine",
     "yellow": "star moon sun crown bell key lemon banana saxophone chick cheese taxi",
     "green": "frog snake cactus shamrock tree pear pepper puzzle_piece broccoli",

@@ -51,7 +51,7 @@ _SIZES = {"one": (74, 92), "two": (52, 60), "three": (44, 52), "four": (44, 52)}
 
 @dataclass(frozen=True)
 class Placement:
-    """One sprite: `colour` indexes the colours, -1 is the artwork's own; centre and size in pixels, angle in radians."""
+    """One sprite: `colour` indexes the colours, -1 is the artwork's; centre and size in pixels, angle in radians."""
 
     item: int
     colour: int

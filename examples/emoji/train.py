@@ -2,7 +2,7 @@
 
 x_s = (1 - s) x_0 + s e,   loss = | f(x_s, s, text) - (e - x_0) |^2,   s logit-normal, then shifted by `SHIFT`
 
-python examples/emoji/train.py --cache .cache/emoji --out runs/emoji --steps 8000     # --resume goes on from the last checkpoint
+python examples/emoji/train.py --cache .cache/emoji --out runs/emoji     # --resume goes on from the last checkpoint
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Model(nn.Module):
         self.transformer = transformer(**shape)
 
     def encode(self, tokens: torch.Tensor, zeros: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the pipeline does: the encoders' last hidden states but one `b t 256`, then zeros; and the pooled `b 256`."""
+        """As the pipeline does: the encoders' last hidden states but one, `b t 256`, then zeros; pooled, `b 256`."""
         outs = [encoder(tokens, output_hidden_states=True) for encoder in self.text]
         hidden = torch.cat([out.hidden_states[-2] for out in outs], -1)
         pooled = torch.cat([out.text_embeds for out in outs], -1)
@@ -174,7 +174,7 @@ if __name__ == "__main__":
     parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"))
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--vae", type=Path, help="the autoencoder's folder, if not OUT/vae")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--muon-rate", type=float, default=3e-3)
