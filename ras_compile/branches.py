@@ -82,14 +82,19 @@ class _Position:
     moved: int = 0
     past: list[Any] = field(default_factory=list)  # marks of earlier objects that are still alive
 
-    def compare(self, value: Any, prints: _Prints, at: int, held_counts: bool) -> str:
-        """ "same", "equal", "moving", "unsure" or "differs". `held_counts`: a held object that is replaced differs."""
+    def compare(self, value: Any, prints: _Prints, at: int, held_counts: bool, read: bool) -> str:
+        """ "same", "equal", "moving", "unsure" or "differs"; "unread" where only the content tells and `read` is off.
+
+        `held_counts`: a held object that is replaced differs.
+        """
         if isinstance(value, Tensor) and isinstance(self.mark, tuple) and same_tensor(self.mark, value):
             return "same"
         if any(mark[0]() is value for mark in self.past):
             return "differs"  # what moves does not come back: two runs or two branches take turns
         if self.moved and not self.same and not self.fresh:
             return "moving"
+        if not read and isinstance(value, Tensor):
+            return "unread"
         if equal_prints(self.print, prints[at]):
             return "differs" if held_counts and self.same and not self.fresh else "equal"
         return "unsure" if not self.same and not self.fresh else "differs"
@@ -173,24 +178,38 @@ class Branches:
         """
         context = context if name is None or self._check_named else ()
         prints = _Prints(context)
-        found: list[tuple[tuple, Match]] = []
-        for branch in self.known:
-            fits = branch.graph == graph and branch.name == name and len(branch.positions) == len(context)
-            if not fits or (not alone and branch in used):
-                continue
-            verdicts = [
-                position.compare(value, prints, at, held_counts=alone)
-                for at, (position, value) in enumerate(zip(branch.positions, context, strict=True))
-            ]
-            if "differs" in verdicts and name is None:
-                continue
-            changed = any(verdict in ("differs", "unsure") for verdict in verdicts)
-            match = Match(branch, name is not None or "unsure" not in verdicts, changed, verdicts, prints)
-            rank = (match.sure, verdicts.count("same"), verdicts.count("equal"), branch not in used)
-            found.append(((*rank, branch.order == order), match))
+        fitting = [
+            branch
+            for branch in self.known
+            if branch.graph == graph
+            and branch.name == name
+            and len(branch.positions) == len(context)
+            and (alone or branch not in used)
+        ]
+
+        def look(read: bool) -> list[tuple[tuple, Match]]:
+            found = []
+            for branch in fitting:
+                verdicts = [
+                    position.compare(value, prints, at, alone, read)
+                    for at, (position, value) in enumerate(zip(branch.positions, context, strict=True))
+                ]
+                if "differs" in verdicts and name is None:
+                    continue
+                changed = "differs" in verdicts or "unsure" in verdicts
+                match = Match(branch, name is not None or "unsure" not in verdicts, changed, verdicts, prints)
+                rank = (match.sure, verdicts.count("same"), verdicts.count("equal"), branch not in used)
+                found.append(((*rank, branch.order == order), match))
+            return sorted(found, key=lambda entry: entry[0], reverse=True)
+
+        # identity first: the content is read only where it could point to another branch
+        found = look(read=False)
+        unread = [rank[1] for rank, match in found if "unread" in match.verdicts]
+        found = [entry for entry in found if "unread" not in entry[1].verdicts]
+        if unread and (not found or max(unread) >= found[0][0][1]):
+            found = look(read=True)
         if not found:
             return Match(None, prints=prints)
-        found.sort(key=lambda entry: entry[0], reverse=True)
         rank, best = found[0]
         # two branches fit equally well, and what moves cannot tell them apart
         if name is None and len(found) > 1 and found[1][0][:3] == rank[:3] and "moving" in best.verdicts:

@@ -33,7 +33,7 @@ def test_no_host_read(no_sync, metric, focus, named):
                         run(state, latent, context.clone())
                 else:
                     run(state, latent, context)
-    assert [record.kind for record in state.records].count("sparse") == 2 * 14
+    assert [record.kind for record in state.records].count("sparse") == 2 * 15  # dense: 0 to 3 and 12
 
 
 def run(state, latent, context):
