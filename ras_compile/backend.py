@@ -15,9 +15,12 @@ from .generation import CallInfo, reached
 from .inner import Compiled, compile_inner
 from .inputs import describe_inputs, find_timestep
 from .notices import warn_once
+from .numbers import as_tensors, number_positions
 from .passes.errors import UnsupportedGraph
 from .plan import Plan
 from .registry import state_for
+
+_breaks: set[tuple[str, int | None]] = set()  # breaks that were told: the parts behind one say no more
 
 
 def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode=None):
@@ -34,9 +37,17 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
     """
     try:
         config = RASConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
+        _refuse_unavailable(config)
     except ConfigError as error:
         return _raising(error)
     return CompiledGraph(graph, config)
+
+
+def _refuse_unavailable(config: RASConfig) -> None:
+    """Options that are part of the design and that nothing acts on yet: refused, so that none is ignored in silence."""
+    for name, available in (("context", "fresh"), ("noise_reuse", "hold")):
+        if getattr(config, name) != available:
+            raise ConfigError(f"option {name}={getattr(config, name)!r} is not available yet; it takes {available!r}.")
 
 
 def _raising(error: ConfigError) -> Callable[..., Any]:
@@ -59,6 +70,7 @@ class CompiledGraph:
         self.inputs = describe_inputs(graph.graph)
         self.weights = [index for index, given in enumerate(self.inputs) if given.weight]
         self.users = [index for index, given in enumerate(self.inputs) if not given.weight]
+        self.numbers = number_positions(self.inputs)
         self.broken = graph_break(graph)
         self.plans: dict[tuple, Plan | Compiled] = {}
         self._timesteps: dict[tuple, int | None] = {}
@@ -67,20 +79,24 @@ class CompiledGraph:
     def __call__(self, *values: Any) -> Sequence[Any]:
         reached()
         if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
-            self._refuse(UnsupportedGraph("gradients are being recorded; sample under torch.no_grad() or inference_mode()"))
+            self._refuse(
+                UnsupportedGraph("gradients are being recorded; sample under torch.no_grad() or inference_mode()")
+            )
             return self.graph(*values)
-        key = self._key(values)
-        plan = self.plans.get(key)
-        if plan is None:
+        while True:
+            given = as_tensors(values, self.numbers)
+            key = self._key(given)
+            plan = self.plans.get(key)
+            if plan is not None:
+                break
             with self._lock:
-                plan = self.plans.get(key)
-                if plan is None:
-                    plan = self.plans[key] = self._make(values)
+                if key not in self.plans:
+                    self._make(key, given)
         if not isinstance(plan, Plan):
-            return plan(*values)
-        return self._run(plan, key, values)
+            return plan(*given)
+        return self._run(plan, key, given, values)
 
-    def _run(self, plan: Plan, key: tuple, values: Sequence[Any]) -> Sequence[Any]:
+    def _run(self, plan: Plan, key: tuple, given: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
         state = state_for([values[index] for index in self.weights], self.config)
         frame = plan.analysis.frame
         time = self._timesteps[key]
@@ -95,9 +111,9 @@ class CompiledGraph:
         )
         decision = state.decide(call)
         if decision.rows is None:
-            outputs = plan.dense(values, decision.slots)
+            outputs = plan.dense(given, decision.slots)
         else:
-            outputs = plan.run_sparse(values, decision.rows, decision.slots)
+            outputs = plan.run_sparse(given, decision.rows, decision.slots)
         state.record(call, decision, plan.noise_view(outputs[plan.noise]), outputs)
         return outputs
 
@@ -108,20 +124,29 @@ class CompiledGraph:
             for v in (values[index] for index in self.users)
         )
 
-    def _make(self, values: Sequence[Any]) -> Plan | Compiled:
+    def _make(self, key: tuple, values: Sequence[Any]) -> None:
+        """Makes the plan for ``key``; if integers were taken for numbers and are sizes, only says so: call again."""
         try:
             if self.broken is not None:
                 raise self.broken
-            plan = Plan(self.graph, self.inputs, values, self.config)
-            self._timesteps[self._key(values)] = find_timestep(self.inputs, values, self.config.timestep)
-            return plan
-        except UnsupportedGraph as error:
-            self._refuse(error)
-            return self._dense(values)
+            self.plans[key] = Plan(self.graph, self.inputs, values, self.config)
+            self._timesteps[key] = find_timestep(self.inputs, values, self.config.timestep)
+        except (UnsupportedGraph, TypeError) as error:
+            if self.numbers:
+                self.numbers = []
+            elif isinstance(error, UnsupportedGraph):
+                self._refuse(error)
+                self.plans[key] = self._dense(values)
+            else:
+                raise
 
     def _refuse(self, error: UnsupportedGraph) -> None:
         if self.config.unsupported == "error":
             raise error
+        if isinstance(error, GraphBreak):
+            if error.where in _breaks:
+                return
+            _breaks.add(error.where)
         warn_once(f"ras_compile: this model runs dense: {error}")
 
     def _dense(self, values: Sequence[Any]) -> Compiled:
@@ -131,16 +156,28 @@ class CompiledGraph:
         return compile_inner(self.graph, values, self.config)
 
 
-def graph_break(graph: fx.GraphModule) -> UnsupportedGraph | None:
+def graph_break(graph: fx.GraphModule) -> GraphBreak | None:
     """The error of a graph that is only a part of the model's forward, because Dynamo broke it; None for a whole one."""
     reason = getattr(graph, "compile_subgraph_reason", None)
-    if reason is None:
+    frames = list(reason.user_stack) if reason is not None else []
+    if not frames:
         return None
-    frames = list(reason.user_stack)
-    where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else None
+    where = frames[-1].filename, frames[-1].lineno
+    source = f"{where[0]}:{where[1]} in {frames[-1].name}"
     if reason.graph_break:
         text = str(reason.reason).strip().splitlines()[0]
-        return UnsupportedGraph(f"Dynamo broke the model's graph ({text}); a model must be one graph", source=where)
-    if any(frame.name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX) for frame in frames):
-        return UnsupportedGraph("the graph is the rest of a model behind a graph break; a model must be one graph", source=where)
+        return GraphBreak(f"Dynamo broke the model's graph ({text}); a model must be one graph", source, where)
+    resumed = next((f for f in frames if f.name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)), None)
+    if resumed is not None:
+        line = int(resumed.name.rpartition("_")[2])
+        text = f"the graph is the rest of a model behind a graph break in line {line}; a model must be one graph"
+        return GraphBreak(text, source, (resumed.filename, line))
     return None
+
+
+class GraphBreak(UnsupportedGraph):
+    """A graph that is a part of a model; ``where`` is the file and line of the break, the same for both sides of it."""
+
+    def __init__(self, reason: str, source: str, where: tuple[str, int | None]) -> None:
+        super().__init__(reason, source=source)
+        self.where = where

@@ -13,6 +13,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from .passes.errors import UnsupportedGraph
 from .passes.normalize import normalize
+from .passes.registry import source_line
 
 
 class _Bound(nn.Module):
@@ -43,8 +44,9 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         ``meta["constants"]``), and whose ops are functional: in-place writes on fresh tensors are rewritten.
 
     Raises:
-        UnsupportedGraph: the graph writes into its inputs or cannot be traced.
+        UnsupportedGraph: the graph writes into its inputs, uses function transforms, or cannot be traced.
     """
+    refuse_function_transforms(graph.graph)
     bound = _Bound(graph, inputs)
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     try:
@@ -67,3 +69,15 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     normalize(captured.graph)
     captured.recompile()
     return captured
+
+
+def refuse_function_transforms(graph: fx.Graph) -> None:
+    """Refuses `torch.func` transforms: tracing them a second time fails and leaves the thread's transform stack open."""
+    for node in graph.nodes:
+        module = getattr(node.target, "__module__", None) or ""
+        if node.op == "call_function" and module.startswith(("torch._functorch", "torch._dynamo._trace_wrapped")):
+            raise UnsupportedGraph(
+                "a graph that contains torch.vmap (flex_attention builds its block mask with it); a mask tensor is supported",
+                op=str(getattr(node.target, "__name__", node.target)),
+                source=source_line(node),
+            )

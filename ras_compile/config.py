@@ -57,7 +57,7 @@ class RASConfig:
     reset_steps: tuple[int, ...] | None = None
     ratio_schedule: str = "constant"
     metric: str | Callable[..., Any] = "std"
-    focus: str | float = "low"
+    focus: str | float = "high"
     starvation_scale: float = 0.1
     max_absence: int = 8
     selector: Callable[..., Any] | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx

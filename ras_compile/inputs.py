@@ -22,7 +22,7 @@ class GraphInput:
         argument: name of the forward argument that it is, or belongs to; None for weights and sizes.
         path: the user's expression for it, such as ``added_cond_kwargs['resolution']``.
         weight: a parameter or buffer of the module.
-        size: a symbolic size, no tensor.
+        size: a symbolic integer, no tensor: the size of one, or an integer argument (which has a name).
     """
 
     argument: str | None
@@ -48,8 +48,14 @@ def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
     for node in graph.find_nodes(op="placeholder"):
         value, name = node.meta.get("example_value"), source_name(node)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int)):
-            found.append(GraphInput(None, name, size=True))
-        elif isinstance(value, nn.Parameter) or "_parameters" in name or "_buffers" in name or name.startswith("L['self']"):
+            plain = _user_input(name, names) if name.startswith("L[") and "(" not in name else None
+            found.append(GraphInput(plain.argument if plain else None, plain.path if plain else name, size=True))
+        elif (
+            isinstance(value, nn.Parameter)
+            or "_parameters" in name
+            or "_buffers" in name
+            or name.startswith("L['self']")
+        ):
             found.append(GraphInput(None, name, weight=True))
         else:
             found.append(_user_input(name, names))

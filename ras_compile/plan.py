@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,16 +12,18 @@ import torch
 from torch import Tensor, fx
 
 from . import kernels  # noqa: F401  (registers the fused ops)
-from .capture import capture
 from .config import ConfigError, RASConfig
 from .inner import Compiled, compile_inner
 from .inputs import GraphInput, latent_candidates
+from .numbers import capture_numbers
 from .passes.errors import UnsupportedGraph
 from .passes.layout import Frame, Layout
 from .passes.pipeline import prepare
 from .passes.program import SparsePlan, dense_program, plan, sparse_program
 from .passes.propagate import Analysis, propagate
 from .passes.tokens import channel_count, token_view
+
+log = logging.getLogger(__name__)
 
 
 def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Analysis:
@@ -38,7 +41,9 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
     try:
         candidates = latent_candidates(inputs, values, config.latent)
     except KeyError as error:
-        raise ConfigError(f"option latent={config.latent!r} names no tensor argument; there are {error.args[0]}.") from None
+        raise ConfigError(
+            f"option latent={config.latent!r} names no tensor argument; there are {error.args[0]}."
+        ) from None
     placeholders = iter(graph.find_nodes(op="placeholder"))
     nodes = {index: next(placeholders) for index, value in enumerate(values) if isinstance(value, Tensor)}
     outputs = [node.meta["val"] for node in _outputs(graph)]
@@ -47,19 +52,34 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
     reasons: list[UnsupportedGraph] = []
     for index in ranked:
         rank = _likeness(values[index], outputs)
-        if found and rank > found[0][0]:
+        if found and rank > found[0][0] and not _unreached(outputs, [analysis for _, _, analysis in found]):
             break
         try:
             frame = _frame(values[index], config)
             found.append((rank, index, propagate(graph, nodes[index], frame, kv_cache=config.kv_cache)))
         except UnsupportedGraph as error:
             reasons.append(error)
+    if _apart([analysis for _, _, analysis in found]):  # as many pictures as outputs: the largest one is the region
+        found = [max(found, key=lambda entry: entry[2].frame.tokens)]
     if len(found) > 1:
         names = " and ".join(repr(inputs[index].argument) for _, index, _ in found)
         raise UnsupportedGraph(f"{names} could each be the latent; the option latent= names the one that is")
     if not found:
         raise reasons[0] if reasons else UnsupportedGraph("no token grid: the model has no floating-point tensor input")
     return found[0][2]
+
+
+def _unreached(outputs: Sequence[Any], found: Sequence[Analysis]) -> bool:
+    """Whether an output has no tokens of any latent found so far: there may be another one."""
+    reached = {index for analysis in found for index in analysis.outputs}
+    return any(isinstance(out, Tensor) and out.ndim > 1 and index not in reached for index, out in enumerate(outputs))
+
+
+def _apart(found: Sequence[Analysis]) -> bool:
+    """Whether each latent has outputs of its own, and one of them has more tokens than any other."""
+    reached = [index for analysis in found for index in analysis.outputs]
+    tokens = sorted(analysis.frame.tokens for analysis in found)
+    return len(found) > 1 and len(reached) == len(set(reached)) and tokens[-1] > tokens[-2]
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
@@ -103,7 +123,7 @@ class Plan:
         self, graph: fx.GraphModule, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig
     ) -> None:
         self.config, self.inputs = config, inputs
-        self.captured = capture(graph, values)
+        self.captured = capture_numbers(graph, values)
         self.constants: list[Tensor] = self.captured.meta["constants"]
         self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
         self.sparse: SparsePlan = plan(self.analysis)
@@ -165,16 +185,24 @@ class Plan:
             with self._lock:
                 program = self._programs.get(active)
                 if program is None:
-                    program = self._programs[active] = compile_inner(self.build(active), inputs, self.config)
+                    program = self._programs[active] = self._compile(active, inputs)
         return program
 
-    def build(self, active: int | str) -> fx.GraphModule:
+    def _compile(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
+        """Compiles a program, its repeated blocks once; block by block where the inner compiler refuses that."""
+        if self.config.inner_backend == "inductor":
+            try:
+                return compile_inner(self.build(active), inputs, self.config)
+            except Exception:
+                log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
+        return compile_inner(self.build(active, outline_blocks=False), inputs, self.config)
+
+    def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
         """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows."""
-        outline_blocks = self.config.inner_backend == "inductor"
         with torch.no_grad():
             if active == "dense":
                 return prepare(dense_program(self.analysis, self.sparse), fuse=False, outline_blocks=outline_blocks)
             assert isinstance(active, int)
-            fuse = self.analysis.latent.meta["val"].is_cuda
             program = sparse_program(self.analysis, active, self.sparse)
+            fuse = self.analysis.latent.meta["val"].is_cuda
             return prepare(program, fuse=fuse, outline_blocks=outline_blocks)

@@ -15,7 +15,7 @@ def test_defaults_are_the_documented_ones():
         "reset_steps": None,
         "ratio_schedule": "constant",
         "metric": "std",
-        "focus": "low",
+        "focus": "high",
         "starvation_scale": 0.1,
         "max_absence": 8,
         "selector": None,

@@ -80,8 +80,8 @@ def test_focus_chooses_the_end():
     assert select(metric, 3, focus=1 / 3).tolist() == [[0, 2, 4]]
 
 
-def test_default_focus_computes_the_low_end():
-    assert select([3.0, 1.0, 2.0], 1).tolist() == [[1]]
+def test_default_focus_computes_the_high_end():
+    assert select([3.0, 1.0, 2.0], 1).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("focus", ["low", "high", 0.5])
@@ -107,9 +107,9 @@ def test_large_drop_counts_do_not_overflow():
 
 def test_the_overdue_go_first_and_the_oldest_of_them():
     metric, absence = [9.0, 9.0, 9.0, 1.0, 2.0], [8, 10, 9, 0, 7]
-    assert select(metric, 2, absence=absence).tolist() == [[1, 2]]
-    assert select(metric, 4, absence=absence).tolist() == [[0, 1, 2, 3]]
-    assert select(metric, 2, absence=absence, max_absence=11).tolist() == [[3, 4]]
+    assert select(metric, 2, absence=absence, focus="low").tolist() == [[1, 2]]
+    assert select(metric, 4, absence=absence, focus="low").tolist() == [[0, 1, 2, 3]]
+    assert select(metric, 2, absence=absence, max_absence=11, focus="low").tolist() == [[3, 4]]
 
 
 def test_all_rows():
@@ -161,7 +161,7 @@ def test_absence_is_bounded(tokens, ratio, bound, focus, scale, how):
 
 
 def test_without_the_bound_a_token_would_starve():
-    config = RASConfig(max_absence=10_000, starvation_scale=0.0)
+    config = RASConfig(max_absence=10_000, starvation_scale=0.0, focus="low")
     drops = absence = torch.zeros(1, 6, dtype=torch.int64)
     for _ in range(40):
         rows = select_rows(torch.arange(6.0)[None], drops, absence, 3, config)

@@ -1,0 +1,232 @@
+"""The main job, end to end: the shipped text-to-image model, sampled densely and region-adaptively.
+
+    python examples/demo.py            # on the GPU if there is one, else on the CPU
+
+It draws the same prompts from the same noise three times: all steps dense (compiled by Inductor), and with RAS at 50 %
+and 25 % of the tokens. It prints a table and writes one PNG: dense | RAS | how often each token was computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm import tqdm
+
+import ras_compile
+
+PIPELINE = Path(__file__).parent / "emoji" / "pipeline"
+PROMPTS = ["a red apple", "a cat to the left of a tree", "three lemons on a blue background", "a rocket above a house"]
+SIZE = 128
+
+
+@dataclass
+class Run:
+    """One way of sampling: its pictures [B, 3, H, W] in [0, 1], and what it cost."""
+
+    name: str
+    ratio: float  # share of the tokens in sparse steps
+    pictures: Tensor
+    first: float  # seconds of the first run, compilation included
+    seconds: float
+    steps: list[float]  # seconds of every step
+    kinds: list[str]
+    computed: Tensor | None = None  # [B, N]: share of the steps in which each token was computed
+    flops: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    """Runs the demo."""
+    args = arguments()
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE, dtype=dtype, local_files_only=True).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    print(f"{where(device)}, torch {torch.__version__}, {dtype}, {len(args.prompts)} prompts, {args.steps} steps")
+
+    call = first_call(pipe, args)
+    explained = ras_compile.explain(pipe.transformer, **call)
+    print(explained if args.explain else str(explained).partition("\n\n")[0], end="\n\n")
+
+    runs = [dense(pipe, args)]
+    for ratio in args.ratios:
+        runs.append(adaptive(pipe, args, ratio, explained))
+    for run in runs:
+        sparse = explained.cost.flop_ratio(round(run.ratio * explained.tokens))
+        run.flops = [sparse if kind == "sparse" else 1.0 for kind in run.kinds]
+    report(runs, explained)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "demo.png"
+    grid(runs, args.prompts, explained.grid).save(path)
+    print(f"\npictures: {path}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--explain", action="store_true", help="list every splice and gather")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    return parser.parse_args()
+
+
+def where(device: torch.device) -> str:
+    """The machine, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def sample(
+    pipe: StableDiffusion3Pipeline, args: argparse.Namespace, label: str, steps: int | None = None
+) -> tuple[Tensor, list[float]]:
+    """``(pictures [B, 3, H, W], seconds of each step)`` from the seed's noise."""
+    generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(args.prompts))]
+    steps = args.steps if steps is None else steps
+    times: list[float] = []
+    with tqdm(total=steps, desc=label, leave=False) as bar:
+
+        def tick(pipe, step, timestep, values):
+            if pipe.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            bar.update()
+            return values
+
+        begin = time.perf_counter()
+        pictures = pipe(
+            args.prompts, num_inference_steps=steps, guidance_scale=args.guidance, height=SIZE, width=SIZE,
+            generator=generators, max_sequence_length=1, callback_on_step_end=tick, output_type="pt",
+        ).images  # fmt: skip
+    return pictures.float().cpu(), np.diff([begin, *times]).tolist()
+
+
+def first_call(pipe: StableDiffusion3Pipeline, args: argparse.Namespace) -> dict:
+    """The keyword arguments of the pipeline's first transformer call."""
+    calls: list[dict] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, given, named: calls.append(named), with_kwargs=True
+    )
+    sample(pipe, args, "look at one call", steps=1)
+    hook.remove()
+    return calls[0]
+
+
+def timed(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, name: str, ratio: float) -> Run:
+    """Samples twice: the first run compiles, the second one is timed."""
+    begin = time.perf_counter()
+    sample(pipe, args, f"{name}, compiling")
+    first = time.perf_counter() - begin
+    pictures, steps = sample(pipe, args, name)
+    return Run(name, ratio, pictures, first, sum(steps), steps, ["dense"] * len(steps))
+
+
+def dense(pipe: StableDiffusion3Pipeline, args: argparse.Namespace) -> Run:
+    """Every step dense, compiled by Inductor."""
+    pipe.transformer.compile()
+    try:
+        return timed(pipe, args, "dense", 1.0)
+    finally:
+        pipe.transformer._compiled_call_impl = None
+
+
+def adaptive(
+    pipe: StableDiffusion3Pipeline, args: argparse.Namespace, ratio: float, explained: ras_compile.Explanation
+) -> Run:
+    """Region-adaptive sampling at one ratio."""
+    with ras_compile.attach(pipe, sample_ratio=ratio) as handle:
+        run = timed(pipe, args, f"RAS {100 * ratio:.4g}%", ratio)
+        records = ras_compile.trace(handle)
+    run.kinds = [record.kind for record in records]
+    samples = len(args.prompts)
+    counts = torch.zeros(2 * samples, explained.tokens)
+    for record in records:
+        counts += 1 if record.rows is None else torch.zeros_like(counts).scatter_(1, record.rows.cpu(), 1.0)
+    run.computed = counts[samples:] / len(records)
+    return run
+
+
+def report(runs: list[Run], explained: ras_compile.Explanation) -> None:
+    """Prints the table."""
+    base = runs[0]
+    head = [
+        "",
+        "seconds",
+        "speed-up",
+        "first run",
+        "ms dense step",
+        "ms sparse step",
+        "sparse FLOPs",
+        "FLOP speed-up",
+        "PSNR dB",
+    ]
+    rows = []
+    for run in runs:
+        by_kind = {
+            kind: [1000 * s for s, k in zip(run.steps, run.kinds, strict=True) if k == kind]
+            for kind in ("dense", "sparse")
+        }
+        ms = {kind: f"{np.median(times):.1f}" if times else "-" for kind, times in by_kind.items()}
+        psnr = [
+            peak_signal_noise_ratio(a, b, data_range=1.0).item()
+            for a, b in zip(run.pictures, base.pictures, strict=True)
+        ]
+        times = [
+            f"{run.seconds:.2f}",
+            f"{base.seconds / run.seconds:.2f}x",
+            f"{run.first:.1f} s",
+            ms["dense"],
+            ms["sparse"],
+        ]
+        flops = [f"{min(run.flops):.3f}", f"{len(run.flops) / sum(run.flops):.2f}x"]
+        rows.append([run.name, *times, *flops, "-" if run is base else f"{np.mean(psnr):.1f}"])
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in [head, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def grid(runs: list[Run], prompts: list[str], tokens: tuple[int, ...], scale: int = 2) -> Image.Image:
+    """One row per prompt: dense | RAS | how often each token was computed (dark: only in dense steps; bright: always)."""
+    columns = [("dense", runs[0].pictures)]
+    for run in runs[1:]:
+        columns += [(run.name, run.pictures), (f"computed, {run.name}", heat(run, tokens))]
+    side, top, left = SIZE * scale, 24, 4
+    sheet = Image.new("RGB", (left + len(columns) * (side + 4), top + len(prompts) * (side + 22)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, pictures) in enumerate(columns):
+        draw.text((left + column * (side + 4) + 4, 6), title, fill="black")
+        for row, picture in enumerate(pictures):
+            tile = Image.fromarray((picture.clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+            sheet.paste(
+                tile.resize((side, side), Image.Resampling.NEAREST),
+                (left + column * (side + 4), top + row * (side + 22)),
+            )
+    for row, prompt in enumerate(prompts):
+        draw.text((left + 4, top + row * (side + 22) + side + 4), prompt, fill="black")
+    return sheet
+
+
+def heat(run: Run, tokens: tuple[int, ...]) -> Tensor:
+    """Focus map [B, 3, H, W]: black for the tokens computed least, through red and yellow to white for those always computed."""
+    assert run.computed is not None
+    least = min(run.kinds.count("dense") / len(run.kinds), run.computed.min().item())
+    share = ((run.computed - least) / max(1 - least, 1e-6)).reshape(-1, 1, *tokens)
+    share = torch.nn.functional.interpolate(share, size=(SIZE, SIZE))
+    return torch.cat([(3 * share).clamp(0, 1), (3 * share - 1).clamp(0, 1), (3 * share - 2).clamp(0, 1)], dim=1)
+
+
+if __name__ == "__main__":
+    main()

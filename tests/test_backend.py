@@ -1,0 +1,273 @@
+"""The backend from the user's side: one line, the right steps, clear errors, nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import ras_compile
+import ras_compile.notices
+
+
+class TinyDiT(nn.Module):
+    """A DiT in a few lines, `[B, 4, H, W] -> [B, 4, H, W]`, with patches of two and text in the joint sequence."""
+
+    def __init__(self, width: int = 16, layers: int = 2) -> None:
+        super().__init__()
+        self.patch, self.text = nn.Conv2d(4, width, 2, 2), nn.Linear(6, width)
+        self.time, self.head = nn.Linear(8, width), nn.Linear(width, 16)
+        self.qkv = nn.ModuleList([nn.Linear(width, 3 * width) for _ in range(layers)])
+        self.mlp = nn.ModuleList([nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(layers)])
+        self.frequencies = nn.Buffer(torch.exp(-torch.arange(8) / 8.0))
+
+    def forward(self, hidden_states, timestep, text):
+        height, width = hidden_states.shape[-2] // 2, hidden_states.shape[-1] // 2
+        emb = self.time(
+            (self.frequencies * (timestep if isinstance(timestep, (int, float)) else timestep[:, None])).sin()
+        )
+        x = torch.cat([self.text(text), self.patch(hidden_states).flatten(2).transpose(1, 2)], 1)
+        x = x + (emb if emb.ndim == 1 else emb[:, None])
+        for qkv, mlp in zip(self.qkv, self.mlp, strict=True):
+            q, k, v = qkv(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + mlp(x)
+        x = self.head(x[:, text.shape[1] :]).unflatten(1, (height, width)).unflatten(3, (2, 2, 4))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+EAGER = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "reset_interval": None}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    ras_compile.notices._said.clear()
+    torch.manual_seed(0)
+
+
+def model() -> TinyDiT:
+    return TinyDiT().eval()
+
+
+def run(compiled, latent, text, steps=6, time=lambda step, steps: torch.full((1,), 1 - step / steps)):
+    """A plain Euler loop; returns the last latent."""
+    with torch.no_grad():
+        for step in range(steps):
+            latent = latent - compiled(latent, time(step, steps).expand(len(latent)), text) / steps
+    return latent
+
+
+def kinds(compiled) -> str:
+    return "".join(record.kind[0] for record in ras_compile.trace(compiled))
+
+
+LATENT, TEXT = torch.randn(2, 4, 8, 12), torch.randn(2, 3, 6)
+
+
+def test_by_its_name_alone():
+    compiled = torch.compile(model(), backend="ras", options=EAGER)
+    run(compiled, LATENT, TEXT)
+    assert kinds(compiled) == "ddssss"
+    sparse = [record for record in ras_compile.trace(compiled) if record.kind == "sparse"]
+    assert all(record.active == 12 and record.rows.shape == (2, 12) for record in sparse)
+
+
+def test_all_tokens_give_the_dense_picture():
+    plain = model()
+    compiled = torch.compile(plain, backend="ras", options={**EAGER, "sample_ratio": 1.0})
+    assert torch.allclose(run(compiled, LATENT, TEXT), run(plain, LATENT, TEXT), atol=1e-6)
+    assert "s" in kinds(compiled)
+
+
+def test_half_the_tokens_stay_near_the_dense_picture():
+    plain = model()
+    compiled = torch.compile(plain, backend="ras", options=EAGER)
+    gap = (run(compiled, LATENT, TEXT) - run(plain, LATENT, TEXT)).norm() / LATENT.norm()
+    assert 0 < gap < 0.1
+
+
+@pytest.mark.parametrize("number", [float, int])
+def test_a_python_number_as_timestep(number):
+    """One graph serves every value, and steps are told by it."""
+    compiled = torch.compile(model(), backend="ras", options=EAGER)
+    latent = LATENT
+    with torch.no_grad():
+        for step in range(10):
+            time = number(1000 - 100 * step)
+            latent = latent - compiled(latent, time, TEXT) / 10
+    assert kinds(compiled).endswith("ssss")
+
+
+def test_a_picture_does_not_depend_on_the_one_before():
+    compiled = torch.compile(model(), backend="ras", options=EAGER)
+    alone = run(compiled, LATENT, TEXT)
+    run(compiled, torch.randn_like(LATENT), torch.randn_like(TEXT), steps=5)
+    with torch.no_grad():  # a run that stops half-way
+        other = torch.randn_like(TEXT)
+        for step in range(4):
+            compiled(torch.randn_like(LATENT), torch.full((2,), 1 - step / 6), other)
+    assert torch.equal(run(compiled, LATENT, TEXT), alone)
+
+
+def test_two_instances_of_a_class_keep_apart():
+    first, second = model(), model()
+    options = {**EAGER, "unsupported": "error"}
+    a, b = (torch.compile(m, backend="ras", options=options) for m in (first, second))
+    alone = run(a, LATENT, TEXT), run(b, LATENT, TEXT)
+    x = y = LATENT
+    other = TEXT.clone()
+    with torch.no_grad():
+        for step in range(6):
+            time = torch.full((2,), 1 - step / 6)
+            x, y = x - a(x, time, TEXT) / 6, y - b(y, time, other) / 6
+    assert torch.equal(x, alone[0])
+    assert torch.equal(y, alone[1])
+
+
+def test_a_second_size_and_a_new_weight():
+    compiled = torch.compile(model(), backend="ras", options=EAGER)
+    run(compiled, LATENT, TEXT)
+    run(compiled, torch.randn(2, 4, 12, 8), TEXT.clone())
+    assert kinds(compiled) == "ddssss"
+    run(compiled, torch.randn(1, 4, 16, 16), torch.randn(1, 5, 6))
+    assert kinds(compiled) == "ddssss"
+    before = run(compiled, LATENT, TEXT)
+    with torch.no_grad():
+        compiled.head.weight.mul_(2)
+    assert not torch.allclose(run(compiled, LATENT, TEXT), before)
+
+
+def test_the_returned_noise_stays_as_it_was():
+    compiled = torch.compile(model(), backend="ras", options=EAGER)
+    kept, copies, latent = [], [], LATENT
+    with torch.no_grad():
+        for step in range(5):
+            noise = compiled(latent, torch.full((2,), 1 - step / 5), TEXT)
+            kept.append(noise)
+            copies.append(noise.clone())
+            latent = latent - noise / 5
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"sampel_ratio": 0.5}, "sampel_ratio.*sample_ratio"),
+        ({"sample_ratio": 0}, "sample_ratio"),
+        ({"sample_ratio": 1.5}, "sample_ratio"),
+        ({"latent": "pixels"}, "pixels.*hidden_states"),
+        ({"unsupported": "maybe"}, "unsupported.*dense.*error"),
+    ],
+)
+def test_a_bad_option_is_one_clear_error(options, names):
+    compiled = torch.compile(model(), backend="ras", options={**EAGER, **options})
+    with pytest.raises(ValueError, match=names) as caught:
+        run(compiled, LATENT, TEXT)
+    assert isinstance(caught.value, ras_compile.RASError)
+
+
+class Prior(nn.Module):
+    """`[B, C] -> [B, C]`: no tokens at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    def forward(self, hidden_states):
+        return self.layers(hidden_states)
+
+
+class Broken(TinyDiT):
+    """Breaks Dynamo's graph in the middle."""
+
+    def forward(self, hidden_states, timestep, text):
+        x = super().forward(hidden_states, timestep, text)
+        torch._dynamo.graph_break()
+        return x * 1.5
+
+
+class Dropping(TinyDiT):
+    """Drops out, in training mode."""
+
+    def forward(self, hidden_states, timestep, text):
+        return nn.functional.dropout(super().forward(hidden_states, timestep, text), 0.1, self.training)
+
+
+def cases():
+    given = (LATENT, torch.ones(2), TEXT)
+    yield "prior", Prior().eval(), (torch.randn(2, 8),), "no token grid"
+    yield "graph break", Broken().eval(), given, "Dynamo broke the model's graph"
+    yield "training mode", Dropping().train(), given, "training mode"
+    yield "ambiguous", Ambiguous().eval(), (LATENT, LATENT + 1, TEXT), "hidden_states.*control.*latent="
+
+
+class Ambiguous(TinyDiT):
+    """Two inputs that could be the latent."""
+
+    def forward(self, hidden_states, control, text):
+        return super().forward(hidden_states + control, torch.ones(len(text)), text)
+
+
+@pytest.mark.parametrize("name", ["prior", "graph break", "training mode", "ambiguous"])
+def test_what_cannot_be_proved_is_refused_or_runs_dense(name):
+    _, module, given, reason = next(case for case in cases() if case[0] == name)
+    with torch.no_grad():
+        refused = torch.compile(copy.deepcopy(module), backend="ras", options={**EAGER, "unsupported": "error"})
+        with pytest.raises(ras_compile.UnsupportedGraph, match=reason):
+            refused(*given)
+        torch._dynamo.reset()
+        dense = torch.compile(module, backend="ras", options=EAGER)
+        torch.manual_seed(1)
+        with pytest.warns(ras_compile.RASWarning, match=reason):
+            found = dense(*given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            dense(*given)
+        torch.manual_seed(1)
+        assert torch.allclose(found, module(*given))
+
+
+def test_gradients_are_refused():
+    compiled = torch.compile(model(), backend="ras", options={**EAGER, "unsupported": "error"})
+    with pytest.raises(ras_compile.UnsupportedGraph, match="no_grad"):
+        compiled(LATENT, torch.ones(2), TEXT)
+
+
+class Block(nn.Module):
+    """One layer, `[B, N, C] -> [B, N, C]`, that looks like a small DiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, hidden_states):
+        q, k, v = (m(hidden_states)[:, None] for m in (self.q, self.k, self.v))
+        return hidden_states + self.o(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def test_one_block_is_not_the_whole():
+    """Block-wise compilation: every block keeps its dense result, and one warning says why."""
+    blocks = [Block().eval() for _ in range(3)]
+    compiled = [torch.compile(block, backend="ras", options=EAGER) for block in blocks]
+    with torch.no_grad(), pytest.warns(ras_compile.RASWarning, match="one block"):
+        for _ in range(8):
+            x = y = torch.randn(1, 12, 16)
+            for block, fast in zip(blocks, compiled, strict=True):
+                x, y = block(x), fast(y)
+            assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_explain_says_why():
+    told = ras_compile.explain(model(), hidden_states=LATENT, timestep=torch.ones(2), text=TEXT)
+    assert told.supported and told.tokens == 24 and told.grid == (4, 6) and told.context == (3,)
+    assert len(told.splices) == 5 and 1 < told.speedup(0.5) < told.speedup(0.25)
+    assert told.speedup(told.ratio_for(1.3)) == pytest.approx(1.3, rel=0.05)
+    assert "test_backend.py" in str(told.splices[0].source) and "24 tokens" in str(told)
+    with pytest.raises(ValueError, match="out of reach"):
+        told.ratio_for(50)
+    refused = ras_compile.explain(Prior().eval(), hidden_states=torch.randn(2, 8))
+    assert not refused.supported and "no token grid" in refused.reason and "no token grid" in str(refused)
