@@ -81,6 +81,13 @@ class Exclude(Restart):
         return frame.without(self.atoms)
 
 
+class Unbatch(Restart):
+    """The latent's first dimension does not count independent samples: it is treated like the others."""
+
+    def apply(self, frame: Frame) -> Frame:
+        return frame.unbatched()
+
+
 def dim_size(dim: Iterable[Factor]) -> int:
     """Entries of a dimension: the product of its factors' sizes."""
     return math.prod(factor.size for factor in dim)
@@ -258,6 +265,9 @@ class Frame:
     def without(self, atoms: frozenset[Atom]) -> Frame:
         return self._with(excluded=self.excluded | atoms)
 
+    def unbatched(self) -> Frame:
+        return self._with(batch_dim=None)
+
     def _with(self, **changes: Any) -> Frame:
         values = {name: getattr(self, name) for name in ("shape", "parts", "excluded", "batch_dim", "window")}
         return Frame(**{**values, **changes})
@@ -296,6 +306,17 @@ class Frame:
         """Whether a tensor read by ``layout`` has entries of its own for each token (of a part of the grid, at least)."""
         region = {atom for atom, _ in self.region}
         return any(atom in region for dim in layout.dims for atom in atoms_of(dim))
+
+    def separable(self, layout: Layout) -> bool:
+        """Whether a tensor holds each token once: no atom twice, and beside other segments all of the region in one."""
+        region = {atom for atom, _ in self.region}
+        found = [atom for dim in layout.dims for atom in atoms_of(dim) if atom in region]
+        for factor in (factor for dim in layout.dims for factor in dim if isinstance(factor, Concat)):
+            inside = [{atom for atom in atoms_of(segment) if atom in region} for segment in factor.segments]
+            held = [atoms for atoms in inside if atoms]
+            if held and (len(held) > 1 or held[0] != set(found)):
+                return False
+        return len(found) == len(set(found))
 
     @property
     def tokens(self) -> int:

@@ -54,7 +54,8 @@ class PositionBuilder:
         self.frame, self.sizes, self.emit = frame, sizes, emit
         self.region = [atom for atom, _ in frame.region]
         self.weights = {
-            atom: math.prod(size for _, size in frame.region[index + 1 :]) for index, (atom, _) in enumerate(frame.region)
+            atom: math.prod(size for _, size in frame.region[index + 1 :])
+            for index, (atom, _) in enumerate(frame.region)
         }
         self.device = rows.meta["val"].device
         self.rows = rows if frame.batch is not None else emit(aten.select.int, rows, 0, 0)  # [B, A] or [A]
@@ -69,7 +70,9 @@ class PositionBuilder:
         marked = [index for index, dim in enumerate(layout.dims) if self._addressed(dim)]
         key = tuple(dim if index in marked else None for index, dim in enumerate(layout.dims))
         if key not in self.known:
-            self.known[key] = Positions(tuple(marked), self._indices([layout.dims[m] for m in marked]), len(layout.dims))
+            self.known[key] = Positions(
+                tuple(marked), self._indices([layout.dims[m] for m in marked]), len(layout.dims)
+            )
         return self.known[key]
 
     def _addressed(self, dim: Dim) -> bool:
@@ -77,16 +80,22 @@ class PositionBuilder:
 
     def _indices(self, dims: list[Dim]) -> tuple[fx.Node, ...]:
         axes = [(place, axis) for place, dim in enumerate(dims) for axis in dim]  # every factor of every dimension
-        batch = next((k for k, (_, axis) in enumerate(axes) if isinstance(axis, Axis) and axis.atom == self.frame.batch), None)
+        batch = next(
+            (k for k, (_, axis) in enumerate(axes) if isinstance(axis, Axis) and axis.atom == self.frame.batch), None
+        )
         if self.frame.batch is None:
             batch = None
         elif batch is None:
             raise UnsupportedGraph("tokens of different samples stand in one dimension; a batch of one is supported")
+        if not {atom for dim in dims for atom in atoms_of(dim)} >= set(self.region):
+            raise UnsupportedGraph("a value with a part of the token grid beside values with all of it")
         lead = next(k for k, (_, axis) in enumerate(axes) if self.region[0] in atoms_of((axis,)))
         extents = [self.sizes.dim((axis,)) for _, axis in axes]
         return tuple(self._index(place, dims, axes, extents, batch, lead) for place in range(len(dims)))
 
-    def _index(self, place: int, dims: list[Dim], axes: list, extents: list[int], batch: int | None, lead: int) -> fx.Node:
+    def _index(
+        self, place: int, dims: list[Dim], axes: list, extents: list[int], batch: int | None, lead: int
+    ) -> fx.Node:
         """The index along one dimension, of a shape that broadcasts to the sparse sizes of all addressed dimensions."""
         terms: list[fx.Node] = []
         needed = {place}

@@ -78,7 +78,7 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
             return _round(graph, latent, frame, kv_cache)
         except Restart as fact:
             if isinstance(fact, Refine) and fact.atom == frame.batch:
-                raise UnsupportedGraph("the model takes the samples of a batch apart") from None
+                frame = frame.unbatched()
             frame = fact.apply(frame)
             if not frame.region:
                 break
@@ -104,10 +104,18 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
             steps[node], result = step, step.out
         if result is not None and not (isinstance(result, tuple) and not any(result)):
             layouts[node] = result
+    for node, result in layouts.items():
+        for layout in result if isinstance(result, tuple) else (result,):
+            if layout is not None and not frame.separable(layout):
+                raise UnsupportedGraph(
+                    f"tokens of the picture stand in several places of one tensor, {layout}", source=source_line(node)
+                )
     outputs = next(iter(reversed(graph.nodes))).args[0]
     found = tuple(index for index, node in enumerate(outputs) if isinstance(layouts.get(node), Layout))
     if not found:
-        raise UnsupportedGraph(f"no output carries the token grid of `{latent.name}`: not a model from a latent to its noise")
+        raise UnsupportedGraph(
+            f"no output carries the token grid of `{latent.name}`: not a model from a latent to its noise"
+        )
     return Analysis(graph, latent, frame, layouts, steps, found)
 
 

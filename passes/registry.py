@@ -83,9 +83,7 @@ class Call:
         kv_cache: False attends among the active tokens alone (an ablation): keys and values are not spliced.
     """
 
-    def __init__(
-        self, node: fx.Node, layouts: dict[fx.Node, Result], frame: Frame, *, kv_cache: bool = True
-    ) -> None:
+    def __init__(self, node: fx.Node, layouts: dict[fx.Node, Result], frame: Frame, *, kv_cache: bool = True) -> None:
         self.node, self.layouts, self.frame, self.kv_cache = node, layouts, frame, kv_cache
         self._bound: dict[str, Any] | None = None
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..layout import Exclude, Layout, opaque
+from ..layout import Atom, Dim, Exclude, Layout, Unbatch, atoms_of, opaque
 from ..registry import Call, Gather, Step, Use, rule_for
-from .contraction import region_atoms, smaller
+from .contraction import counts_samples, region_atoms, smaller
 from .pointwise import dense_use
 
 aten = torch.ops.aten
@@ -17,11 +17,15 @@ aten = torch.ops.aten
 def attention(call: Call) -> Step:
     """`b h l e, b h s e, b h s f -> b h l f`; the mask, `b h l s`, is gathered on the query side."""
     query, key, value, mask = (call.args[name] for name in ("query", "key", "value", "attn_mask"))
+    if call.args["dropout_p"]:
+        raise call.unsupported("dropout in training mode: region-adaptive sampling runs a model in eval mode")
     lead = split_region(call, [query, key, value])
     if lead is None:
         return call.whole()
     in_batch, layout = lead
-    dims = [*layout.dims[:-1], opaque(call.shape[-1])]
+    if call.args["is_causal"] and not in_batch:
+        raise call.unsupported("causal attention among tokens: spell it as a mask")
+    dims = [dim if any(atoms_of(dim)) else opaque(size) for dim, size in zip(layout.dims, call.shape, strict=True)]
     if in_batch:
         dims[-2] = opaque(call.shape[-2])
     out = Layout.of(dims)
@@ -50,21 +54,28 @@ def mask_use(call: Call, out: Layout, mask: fx.Node) -> Use | Gather:
     return dense_use(call, Layout((*out.dims[:-1], opaque(shape[-1]))), shape)
 
 
+def atoms(dim: Dim) -> tuple[Atom, ...]:
+    return tuple(atoms_of(dim))
+
+
 def split_region(call: Call, nodes: list) -> tuple[bool, Layout] | None:
     """Where the tokens stand: ``(in_batch, layout)``, or None where no query row can stay sparse.
 
     Raises:
         Exclude: a part of the region counts the batch and another the sequence (factorised attention): the larger stays.
+        Unbatch: the samples attend to each other.
     """
     query = call.layout(nodes[0])
-    for node in nodes:
-        layout = call.layout(node)
-        if layout is None:
-            continue
+    carriers = [layout for layout in map(call.layout, nodes) if layout is not None]
+    for layout in carriers:
+        if counts_samples(call, layout.dims[-2:]):
+            raise Unbatch
         batch, sequence = region_atoms(call, layout.dims[:-2]), region_atoms(call, layout.dims[-2:-1])
         if batch and sequence:
             raise Exclude(smaller(call, batch, sequence))
         if region_atoms(call, layout.dims[-1:]):
+            return None
+        if batch and any([*map(atoms, layout.dims[:-2])] != [*map(atoms, other.dims[:-2])] for other in carriers):
             return None
         if batch:
             return True, layout

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 
-from ..layout import Axis, Concat, Dim, Exclude, Layout, Sizes, concat, dim_size, opaque
+from ..layout import Axis, Concat, Dim, Exclude, Layout, Sizes, concat, dim_size, normal, opaque, opaque_or_empty
 from ..registry import Call, Gather, Step, Use, rule_for
-from .contraction import grid_atoms, region_atoms
+from .contraction import grid_atoms, region_atoms, smaller
 from .pointwise import broadcast, dense_use, rows_or_gather
 from .views import only_layout
 
@@ -34,15 +35,15 @@ def joined(call: Call, nodes: Sequence[fx.Node], dim: int, shapes: Sequence[tupl
     for layout in known:
         rest = Layout(tuple(() if index == dim else part for index, part in enumerate(layout.dims)))
         if rest != Layout(tuple(others)):
-            raise call.unsupported(f"segments that arrange the tokens differently: {layout} beside {known[0]}")
+            return call.whole()
     along = [layout is not None and bool(region_atoms(call, [layout.dims[dim]])) for layout in layouts]
     if not any(along) and grid_atoms(call, [layout.dims[dim] for layout in known]):
         return call.whole()
-    if any(along) and region:
-        here = region_atoms(call, [known[0].dims[dim]])
-        raise Exclude(here) if len(here) < len(region) else Exclude(region)
-    if sum(along) > 1:
-        raise call.unsupported("two copies of the latent's tokens behind one another")
+    raw = all(layout.raw for layout in known)
+    if not raw and any(along) and region:
+        raise Exclude(smaller(call, region_atoms(call, [layout.dims[dim] for layout in known]), region))
+    if not raw and sum(along) > 1:
+        return call.whole()
     if any(along):
         segments: list[Dim] = [
             layout.dims[dim] if layout is not None else opaque(shape[dim]) or (Axis(1),)
@@ -51,7 +52,7 @@ def joined(call: Call, nodes: Sequence[fx.Node], dim: int, shapes: Sequence[tupl
         others[dim] = concat(segments)
     else:
         others[dim] = opaque(call.shape[dim])
-    out = Layout(tuple(others), all(layout.raw for layout in known))
+    out = Layout(tuple(others), raw)
 
     def use(node: fx.Node) -> Use | Gather:
         if call.layout(node) is not None:
@@ -69,43 +70,74 @@ def stack(call: Call) -> Step:
     dim = call.args["dim"] % rank
     shape = [size for index, size in enumerate(call.shape) if index != dim]
     inner = broadcast(call, nodes, shape)
+    if inner is None:
+        return call.whole()
     dims = list(inner.dims)
     dims.insert(dim, opaque(call.shape[dim]))
     return Step(Layout(tuple(dims), inner.raw), rows_or_gather(call, inner))
 
 
 def cut(call: Call, dim: Dim, start: int, stop: int) -> Dim | None:
-    """Entries ``start`` to ``stop`` of a dimension, or None where a border goes through the tokens."""
+    """Entries ``start`` to ``stop`` of a dimension, or None where a border goes through the tokens.
+
+    Raises:
+        Exclude: a border goes between the entries of a minor part of the region, such as the frames of a video.
+    """
     if start == 0 and stop == dim_size(dim):
         return dim
     if not grid_atoms(call, [dim]):
         return opaque(stop - start)
     if len(dim) != 1 or not isinstance(dim[0], Concat):
-        return None
+        return cut_outermost(call, dim, start, stop)
     taken, offset = [], 0
     for segment in dim[0].segments:
         size = dim_size(segment)
         first, last = max(start - offset, 0), min(stop - offset, size)
         if first < last:
-            if (first, last) == (0, size):
-                taken.append(segment)
-            elif region_atoms(call, [segment]):
+            part = cut(call, segment, first, last)
+            if part is None:
                 return None
-            else:
-                taken.append((Axis(last - first),))
+            taken.append(part or (Axis(1),))
         offset += size
     return concat(taken)
 
 
+def cut_outermost(call: Call, dim: Dim, start: int, stop: int) -> Dim | None:
+    """Cuts a product of factors between the entries of its outermost ones, where both borders allow it."""
+    for count in range(1, len(dim) + 1):
+        outer, inner = dim[:count], dim_size(dim[count:])
+        if start % inner == stop % inner == 0:
+            if not grid_atoms(call, [outer]):
+                return normal([Axis((stop - start) // inner), *dim[count:]])
+            exclude_minor(call, [outer])
+            return None
+    return None
+
+
+def exclude_minor(call: Call, dims: Sequence[Dim]) -> None:
+    """Drops the region atoms of ``dims`` from the region where they are its minor part (frames beside a frame's tokens).
+
+    Raises:
+        Exclude: they are: the square of their number is not above the number of tokens that remain.
+    """
+    here, sizes = region_atoms(call, dims), dict(call.frame.region)
+    count = math.prod(sizes[atom] for atom in here)
+    if here and count**2 <= call.frame.tokens // count:
+        raise Exclude(here)
+
+
 def sparse_offset(dim: Dim, offset: int, sizes: Sizes) -> int:
     """Where a border of a dimension stands in the sparse world; a border through the tokens never gets here."""
+    if offset >= dim_size(dim):
+        return sizes.dim(dim)
     if len(dim) != 1 or not isinstance(dim[0], Concat):
-        return sizes.dim(dim) if offset >= dim_size(dim) else offset
+        inner = dim_size(dim[1:])
+        return offset // inner * sizes.dim(dim[1:]) if offset % inner == 0 else offset
     place = 0
     for segment in dim[0].segments:
         size = dim_size(segment)
         if offset < size:
-            return place + offset
+            return place + sparse_offset(segment, offset, sizes)
         offset -= size
         place += sizes.dim(segment)
     return place
@@ -146,7 +178,8 @@ def moved(call: Call, dim: Dim, start: int, stop: int, sizes: Sizes):
 def narrow(call: Call) -> Step:
     """`b (t | n) c -> b n c`"""
     layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
-    start, length = call.args["start"], call.args["length"]
+    length, start = call.args["length"], call.args["start"]
+    start += layout.shape[dim] if start < 0 else 0
     possible, out = piece(call, layout, dim, start, start + length)
     if not possible:
         return call.whole()
@@ -189,6 +222,7 @@ def unbind(call: Call) -> Step:
     layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
     count = len(call.node.meta["val"])
     if grid_atoms(call, [layout.dims[dim]]):
+        exclude_minor(call, [layout.dims[dim]])
         return call.whole((None,) * count)
     out = Layout(layout.dims[:dim] + layout.dims[dim + 1 :], layout.raw)
     return Step((out,) * count, call.uses())
@@ -199,26 +233,68 @@ def select(call: Call) -> Step:
     """`a 3 b -> a b`"""
     layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
     if grid_atoms(call, [layout.dims[dim]]):
+        exclude_minor(call, [layout.dims[dim]])
         return call.whole()
     return Step(Layout(layout.dims[:dim] + layout.dims[dim + 1 :], layout.raw), call.uses())
 
 
+@rule_for(aten.pad_sequence.default)
+def pad_sequence(call: Call) -> Step:
+    """`n c -> 1 n c`: of a single sequence; several of them are mixed."""
+    if len(call.operands) != 1:
+        return call.whole()
+    layout = call.layout(call.operands[0])
+    assert layout is not None
+    dims = [(), layout.dims[0]] if call.args["batch_first"] else [layout.dims[0], ()]
+    return Step(Layout((*dims, *layout.dims[1:]), layout.raw), call.uses())
+
+
 @rule_for(aten.slice_scatter.default)
 def slice_scatter(call: Call) -> Step:
-    """`a b, a c -> a b`: writes ``src`` into a slice of ``self``."""
+    """`b (t | n) c, b n c -> b (t | n) c`: writes ``src`` into a slice of ``self``."""
     base, src, dim = call.args["self"], call.args["src"], call.args["dim"] % len(call.shape)
-    layouts = [layout for layout in (call.layout(base), call.layout(src)) if layout is not None]
-    if any(grid_atoms(call, [layout.dims[dim]]) for layout in layouts):
+    whole, part = call.layout(base), call.layout(src)
+    start, stop, step = slice(call.args["start"], call.args["end"], call.args["step"]).indices(call.shape[dim])
+    if step != 1:
+        return strided_scatter(call, base, src, dim)
+    if whole is None:
+        assert part is not None
+        rest = [*part.dims[:dim], *part.dims[dim + 1 :]]
+        if grid_atoms(call, [part.dims[dim]]) and region_atoms(call, rest):
+            return call.whole()
+        ends = [opaque_or_empty(start), part.dims[dim], opaque_or_empty(call.shape[dim] - stop)]
+        whole = part.replace(dim, concat(ends) if grid_atoms(call, [part.dims[dim]]) else opaque(call.shape[dim]))
+    taken = cut(call, whole.dims[dim], start, stop)
+    if taken is None:
         return call.whole()
-    out = layouts[0].replace(dim, opaque(call.shape[dim]))
+    inside = whole.replace(dim, taken)
+    if part is not None and part.dims != inside.dims:
+        return call.whole()
+    out = Layout(whole.dims, whole.raw and (part is None or part.raw))
+    reads = {base: out, src: inside}
+
+    def use(node: fx.Node) -> Use | Gather:
+        return Use.ROWS if call.layout(node) is not None else dense_use(call, reads[node], call.shape_of(node))
+
+    return Step(out, call.uses(use), rewrite=lambda sizes: moved(call, out.dims[dim], start, stop, sizes))
+
+
+def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int) -> Step:
+    """`b c, b c/2 -> b c`: every other entry is written, along a dimension without tokens."""
+    known = [layout for layout in (call.layout(base), call.layout(src)) if layout is not None]
+    if any(grid_atoms(call, [layout.dims[dim]]) for layout in known):
+        return call.whole()
+    sizes = {base: call.shape_of(base)[dim], src: call.shape_of(src)[dim]}
+    out = known[0].replace(dim, opaque(sizes[base]))
+    if any(layout.replace(dim, ()).dims != out.replace(dim, ()).dims for layout in known):
+        return call.whole()
 
     def use(node: fx.Node) -> Use | Gather:
         if call.layout(node) is not None:
             return Use.ROWS
-        shape = call.shape_of(node)
-        return dense_use(call, out.replace(dim, opaque(shape[dim])), shape)
+        return dense_use(call, out.replace(dim, opaque(sizes[node])), call.shape_of(node))
 
-    return Step(out, call.uses(use))
+    return Step(Layout(out.dims, all(layout.raw for layout in known)), call.uses(use))
 
 
 @rule_for(aten.constant_pad_nd.default, aten.pad.default)

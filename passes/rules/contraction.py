@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..layout import Atom, Axis, Dim, Exclude, Layout, atoms_of, dim_size, opaque
+from ..layout import Atom, Axis, Dim, Exclude, Layout, Unbatch, atoms_of, dim_size, opaque
 from ..registry import Call, Gather, Step, Use, rule_for
 from .pointwise import dense_use
 
@@ -24,7 +24,7 @@ class Term:
     labels: tuple[str, ...]
 
 
-def contract(call: Call, terms: Sequence[Term], out: tuple[str, ...], extra: Sequence[fx.Node] = ()) -> Step:
+def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) -> Step:
     """Contracts labelled operands.
 
     Tokens that are contracted with channels by the first contraction, or together with channels in one dimension, are no
@@ -33,14 +33,17 @@ def contract(call: Call, terms: Sequence[Term], out: tuple[str, ...], extra: Seq
     spliced.
 
     Args:
-        extra: further dense operands that broadcast against the result (a bias).
+        given: the operands in order; one that is no term broadcasts against the result (a bias).
     """
+    terms = [operand for operand in given if isinstance(operand, Term)]
     carriers = [term for term in terms if call.layout(term.node) is not None]
     whole: list[Term] = []
     for term in carriers:
         layout = call.layout(term.node)
         assert layout is not None
         gone = [dim for dim, label in zip(layout.dims, term.labels, strict=True) if label not in out]
+        if counts_samples(call, gone):
+            raise Unbatch
         lost, kept = region_atoms(call, gone), region_atoms(call, [d for d in layout.dims if d not in gone])
         if not lost:
             continue
@@ -69,36 +72,62 @@ def contract(call: Call, terms: Sequence[Term], out: tuple[str, ...], extra: Seq
         for index, label in enumerate(term.labels):
             dim = layout.dims[index] if layout is not None else opaque(shape[index])
             known = dims.get(label, ())
+            if any(atoms_of(dim)) and any(atoms_of(known)) and dim != known:
+                return call.whole()  # paired in different orders
             if label not in dims or dim_size(known) == 1 or (any(atoms_of(dim)) and not any(atoms_of(known))):
                 dims[label] = dim
     carriers = [term for term in carriers if term not in whole]
     result = Layout.of([dims[label] for label in out]) if carriers else None
+    if result is not None and not one_grid(call, result, [dims[label] for term in whole for label in term.labels]):
+        return call.whole()
     for index, term in enumerate(terms):
         if term in whole:
             uses[index] = Use.WHOLE
         elif term in carriers:
             uses[index] = Use.ROWS
         else:
-            uses[index] = dense_use(call, Layout(tuple(dims[label] for label in term.labels)), call.shape_of(term.node))
-    order = {id(term): uses[index] for index, term in enumerate(terms)}
-    pending = list(terms)
-    listed = []
-    for node in call.operands:
-        match = next((term for term in pending if term.node is node), None)
-        if match is not None:
-            pending.remove(match)
-            listed.append(order[id(match)])
-        elif node in extra and result is not None:
-            layout = call.layout(node)
-            listed.append(Use.ROWS if layout is not None else dense_use(call, result, call.shape_of(node)))
-        else:
-            listed.append(Use.WHOLE if call.layout(node) is not None else Use.SAME)
-    return Step(result, tuple(listed), whole=result is None)
+            use = dense_use(call, Layout(tuple(dims[label] for label in term.labels)), call.shape_of(term.node))
+            if isinstance(use, Gather) and not complete(call, use.layout):
+                return call.whole()  # its rows would need a dimension of samples that it does not have
+            uses[index] = use
+    if result is None:
+        return call.whole()
+    pending = iter(uses.values())
+    listed = [next(pending) if isinstance(operand, Term) else bias_use(call, result, operand) for operand in given]
+    return Step(result, tuple(listed))
+
+
+def one_grid(call: Call, result: Layout, spliced: Sequence[Dim]) -> bool:
+    """Whether a result has each atom once (it is not between all pairs), and no whole operand meets its rows."""
+    atoms = [atom for dim in result.dims for atom in atoms_of(dim)]
+    return len(atoms) == len(set(atoms)) and not region_atoms(call, spliced)
+
+
+def complete(call: Call, layout: Layout) -> bool:
+    """Whether a layout has every atom of the grid, the one that counts the samples included."""
+    wanted = {atom for atom, _ in call.frame.region} | ({call.frame.batch} - {None})
+    return wanted <= {atom for dim in layout.dims for atom in atoms_of(dim)}
+
+
+def bias_use(call: Call, result: Layout, node: fx.Node) -> Use | Gather:
+    """A bias broadcasts against the result; one with the region must have it where the result has it."""
+    layout = call.layout(node)
+    if layout is None:
+        return dense_use(call, result, call.shape_of(node))
+    pairs = zip(layout.dims, result.dims[len(result.dims) - len(layout.dims) :], strict=True)
+    if any(dim and dim != other for dim, other in pairs):
+        raise call.unsupported(f"a bias that arranges the tokens differently: {layout} beside {result}")
+    return Use.ROWS
 
 
 def region_atoms(call: Call, dims: Sequence[Dim]) -> set[Atom]:
     region = {atom for atom, _ in call.frame.region}
     return {atom for dim in dims for atom in atoms_of(dim) if atom in region}
+
+
+def counts_samples(call: Call, dims: Sequence[Dim]) -> bool:
+    """Whether one of these dimensions counts the samples."""
+    return any(atom == call.frame.batch for dim in dims for atom in atoms_of(dim))
 
 
 def grid_atoms(call: Call, dims: Sequence[Dim]) -> set[Atom]:
@@ -135,7 +164,7 @@ def linear(call: Call) -> Step:
     node, weight, bias = call.args["input"], call.args["weight"], call.args["bias"]
     lead = tuple(f"i{index}" for index in range(len(call.shape_of(node)) - 1))
     terms = [Term(node, (*lead, "k")), Term(weight, ("n", "k"))]
-    return contract(call, terms, (*lead, "n"), [bias] if bias is not None else [])
+    return contract(call, [*terms, bias] if bias is not None else terms, (*lead, "n"))
 
 
 def matmul_labels(first: int, second: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -163,7 +192,7 @@ def addmm(call: Call) -> Step:
     """`m n, m k, k n -> m n`"""
     bias, first, second = call.operands
     left, right, out = matmul_labels(len(call.shape_of(first)), len(call.shape_of(second)))
-    return contract(call, [Term(first, left), Term(second, right)], out, [bias])
+    return contract(call, [bias, Term(first, left), Term(second, right)], out)
 
 
 @rule_for(aten.einsum.default)

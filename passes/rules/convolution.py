@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..layout import Axis, Dim, Exclude, Layout, Refine, atoms_of, dim_size, normal, opaque
+from ..layout import Axis, Dim, Exclude, Layout, Refine, Unbatch, atoms_of, dim_size, normal, opaque
 from ..registry import Call, Step, rule_for
-from .contraction import region_atoms
-from .views import only_layout
+from .contraction import counts_samples, region_atoms
 
 aten = torch.ops.aten
 
@@ -46,9 +45,11 @@ def cut_patch(dim: Dim, patch: int, call: Call) -> tuple[Dim, Dim]:
 def convolution(call: Call) -> Step:
     """`b c (h p) (w q), d c p q -> b d h w`"""
     layout, weight = call.layout(call.args["input"]), call.shape_of(call.args["weight"])
-    if layout is None:
+    if layout is None or any(call.layout(call.args[name]) is not None for name in ("weight", "bias")):
         return call.whole()
     rank = len(weight) - 2
+    if counts_samples(call, layout.dims[-rank - 1 :]):
+        raise Unbatch
     channels = region_atoms(call, [layout.dims[-rank - 1]])
     if channels:
         raise Exclude(channels)
@@ -81,9 +82,11 @@ def convolution(call: Call) -> Step:
 def transposed_convolution(call: Call) -> Step:
     """`b c h w, c d p q -> b d (h p) (w q)` where stride = kernel; any other one mixes tokens."""
     layout, weight = call.layout(call.args["input"]), call.shape_of(call.args["weight"])
-    if layout is None:
+    if layout is None or any(call.layout(call.args[name]) is not None for name in ("weight", "bias")):
         return call.whole()
     rank = len(weight) - 2
+    if counts_samples(call, layout.dims[-rank - 1 :]):
+        raise Unbatch
     stride, dilation = per_dim(call.args["stride"], rank), per_dim(call.args["dilation"], rank)
     padding, extra = per_dim(call.args["padding"], rank), per_dim(call.args["output_padding"], rank)
     if region_atoms(call, [layout.dims[-rank - 1]]):

@@ -7,7 +7,7 @@ import torch
 from ..layout import Layout, opaque
 from ..registry import Call, Step, rule_for
 from .contraction import grid_atoms
-from .pointwise import broadcast, rows_or_gather
+from .pointwise import rows_or_gather
 from .views import only_layout
 
 aten = torch.ops.aten
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 def embedding(call: Call) -> Step:
     """`v c, ... -> ... c`"""
     layout = call.layout(call.args["indices"])
-    if layout is None:
+    if layout is None or call.layout(call.args["weight"]) is not None:
         return call.whole()
     return Step(Layout((*layout.dims, opaque(call.shape[-1])), layout.raw), call.uses())
 
@@ -30,7 +30,7 @@ def index(call: Call) -> Step:
     if base is None or len(given) != 1 or grid_atoms(call, [base.dims[given[0]]]):
         return call.whole()
     node = call.args["indices"][given[0]]
-    if call.layout(node) is not None or node.meta["val"].dtype == torch.bool:
+    if call.layout(node) is not None or node.meta["val"].dtype in (torch.bool, torch.uint8):
         return call.whole()
     dims = list(base.dims)
     dims[given[0] : given[0] + 1] = [opaque(size) for size in call.shape_of(node)]
@@ -58,6 +58,9 @@ def gather(call: Call) -> Step:
     same = Layout(out.dims)
     if any(Layout(layout.replace(dim, out.dims[dim]).dims) != same for layout in layouts):
         return call.whole()
+    sizes = {(*shape[:dim], *shape[dim + 1 :]) for shape in map(call.shape_of, call.operands)}
+    if len(sizes) > 1:  # an index smaller than its source reads a corner of it
+        return call.whole()
     return Step(out, rows_or_gather(call, out.replace(dim, ())))
 
 
@@ -68,7 +71,7 @@ def flip(call: Call) -> Step:
     dims = [dim % len(layout.dims) for dim in call.args["dims"]]
     if grid_atoms(call, [layout.dims[dim] for dim in dims]):
         return call.whole()
-    return Step(broadcast(call, call.operands, call.shape), call.uses())
+    return Step(Layout(layout.dims, layout.raw), call.uses())
 
 
 @rule_for(aten.roll.default)
@@ -80,6 +83,7 @@ def roll(call: Call) -> Step:
 
 
 @rule_for(aten.index_put.default, aten.scatter.src, aten.scatter_add.default, aten.index_add.default)
+@rule_for(aten.index_copy.default, aten.masked_scatter.default)
 def scatter(call: Call) -> Step:
     """Writes to computed places: mixes whatever it touches."""
     return call.whole()

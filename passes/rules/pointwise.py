@@ -19,12 +19,12 @@ def dense_use(call: Call, out: Layout, shape: Sequence[int]) -> Use | Gather:
     dims = [() if index < offset or shape[index - offset] == 1 else dim for index, dim in enumerate(out.dims)]
     if not call.frame.carries(Layout(tuple(dims))):
         return Use.SAME
-    samples = [call.frame.batch in atoms_of(dim) for dim in out.dims]
-    return Gather(Layout(tuple(full if per else dim for per, full, dim in zip(samples, out.dims, dims, strict=True))))
+    grid = {call.frame.batch, *(atom for atom, _ in call.frame.region)}  # a part of the grid is repeated along the others
+    return Gather(Layout(tuple(full if grid & set(atoms_of(full)) else dim for full, dim in zip(out.dims, dims, strict=True))))
 
 
-def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Layout:
-    """The layout of a broadcast of ``nodes`` to ``shape``."""
+def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Layout | None:
+    """The layout of a broadcast of ``nodes`` to ``shape``; None where they arrange the tokens differently."""
     dims: list[Dim] = [opaque(size) for size in shape]
     raw = True
     for node in nodes:
@@ -38,19 +38,23 @@ def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Lay
                 continue
             mine, theirs = set(atoms_of(dim)), set(atoms_of(dims[index]))
             if mine and theirs:
-                raise call.unsupported(f"operands arrange the tokens differently: {layout} beside {Layout(tuple(dims))}")
+                return None
             if mine:
                 dims[index] = dim
     found = [atom for dim in dims for atom in atoms_of(dim)]
-    if len(found) != len(set(found)):
-        raise call.unsupported(f"an operation between all pairs of tokens, {Layout(tuple(dims))}")
+    if len(found) != len(set(found)):  # an operation between all pairs of tokens
+        return None
     return Layout.of(dims, raw)
 
 
 def pointwise(call: Call) -> Step:
     """`f(... , ...) -> ...`"""
-    out = broadcast(call, call.operands, call.shape)
-    return Step(out, rows_or_gather(call, out))
+    value = call.node.meta["val"]
+    count = len(value) if isinstance(value, (tuple, list)) else None
+    out = broadcast(call, call.operands, call.shape if count is None else value[0].shape)
+    if out is None:
+        return call.whole() if count is None else call.whole((None,) * count)
+    return Step(out if count is None else (out,) * count, rows_or_gather(call, out))
 
 
 def rows_or_gather(call: Call, out: Layout) -> tuple[Use | Gather, ...]:
@@ -58,10 +62,11 @@ def rows_or_gather(call: Call, out: Layout) -> tuple[Use | Gather, ...]:
     return call.uses(lambda node: Use.ROWS if call.layout(node) is not None else dense_use(call, out, call.shape_of(node)))
 
 
-@rule_for(aten._to_copy, aten.copy, aten.alias, aten.detach, aten.dropout, aten.clone, aten.contiguous, aten.lift_fresh)
+@rule_for(aten._to_copy.default, aten.copy.default, aten.alias.default, aten.detach.default, aten.dropout.default)
+@rule_for(aten.clone.default, aten.contiguous.default, aten.lift_fresh.default)
 def copies(call: Call) -> Step:
     """`... -> ...`: pointwise ops that carry no such tag."""
-    if call.node.target is aten.dropout.default and call.args["train"]:
+    if call.node.target is aten.dropout.default and call.args["train"] and call.args["p"] > 0:
         raise call.unsupported("dropout in training mode: region-adaptive sampling runs a model in eval mode")
     return pointwise(call)
 
@@ -72,7 +77,7 @@ def like_first(call: Call) -> Step:
     return Step(call.layout(call.operands[0]), call.uses())
 
 
-@rule_for(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
+@rule_for(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
 def constant_like(call: Call) -> Step:
     """`... -> ...`: a constant of the shape of the operand; rows of it are as good as the whole."""
     return pointwise(call)

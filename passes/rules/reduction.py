@@ -73,7 +73,9 @@ def order_statistics(call: Call) -> Step:
     layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
     if carries(call, layout, [dim]):
         return call.whole((None, None))
-    out = layout.replace(dim, opaque(call.node.meta["val"][0].shape[dim]))
+    shape = call.node.meta["val"][0].shape
+    gone = len(shape) < len(layout.dims)  # kthvalue without keepdim
+    out = Layout(layout.dims[:dim] + layout.dims[dim + 1 :]) if gone else layout.replace(dim, opaque(shape[dim]))
     return Step((out, out), call.uses())
 
 

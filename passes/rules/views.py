@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..layout import Axis, Layout, ViewError, atoms_of, opaque
-from ..registry import Call, Step, rule_for
+from ..registry import Call, Step, Use, rule_for
+from .contraction import grid_atoms
 
 aten = torch.ops.aten
 
 
 def only_layout(call: Call, name: str = "self") -> Layout:
+    """Layout of the operand ``name``, the only one that may carry the region."""
     layout = call.layout(call.args[name])
-    assert layout is not None, "a rule is asked only where an operand carries the region"
+    if layout is None or sum(call.layouts.get(operand) is not None for operand in call.operands) > 1:
+        raise call.unsupported(f"an operand other than `{name}` that depends on the tokens of the picture")
     return layout
 
 
@@ -22,12 +27,17 @@ def reshape(call: Call) -> Step:
     """`b (h w) c -> b h w c`: factors are regrouped; in the sparse world the same grouping has other sizes."""
     layout = call.layout(call.operands[0])
     if layout is None:
-        return Step(None, call.uses())
+        return same_shape(call, aten.reshape.default)
     try:
         out = layout.reshape(call.shape)
     except ViewError:
         return call.whole()
     return call.as_view(out)
+
+
+def same_shape(call: Call, target: Callable) -> Step:
+    """A dense first operand takes the shape of one with the region: the whole shape, in the sparse program too."""
+    return Step(None, (Use.SAME,), rewrite=lambda sizes: (target, (call.operands[0], list(call.shape)), {}))
 
 
 @rule_for(aten.unsqueeze.default)
@@ -74,7 +84,7 @@ def expand(call: Call) -> Step:
     """`1 b -> n b`"""
     layout = call.layout(call.operands[0])
     if layout is None:
-        return Step(None, call.uses())
+        return same_shape(call, aten.expand.default)
     dims = [opaque(size) for size in call.shape]
     offset = len(dims) - len(layout.dims)
     for index, dim in enumerate(layout.dims):
@@ -112,6 +122,8 @@ def repeat_interleave(call: Call) -> Step:
 def view_as_complex(call: Call) -> Step:
     """`... 2 -> ...`"""
     layout = only_layout(call)
+    if grid_atoms(call, layout.dims[-1:]):
+        return call.whole()
     return Step(Layout(layout.dims[:-1], layout.raw), call.uses())
 
 
