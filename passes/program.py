@@ -21,7 +21,7 @@ from .errors import UnsupportedGraph
 from .layout import Concat, Layout, Sizes
 from .positions import PositionBuilder, Positions
 from .propagate import Analysis
-from .registry import Gather, Step, Use, operands
+from .registry import Call, Gather, Step, Use, operands
 
 aten = torch.ops.aten
 
@@ -87,6 +87,14 @@ def plan(analysis: Analysis) -> SparsePlan:
         else:
             splice(node, is_output=True)
     return result
+
+
+def joined_dim(node: fx.Node, layout: Layout) -> int | None:
+    """The dimension along which a node puts the region's segment beside others; None where it does not."""
+    if node.target is not aten.cat.default:
+        return None
+    dim = Call(node, {}, None).args["dim"] % len(layout.dims)  # type: ignore[arg-type]
+    return dim if any(isinstance(factor, Concat) for factor in layout.dims[dim]) else None
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -188,7 +196,7 @@ class _SparseBuilder:
         """Every layout that a gather or a splice addresses, so that index tensors stand before all else."""
         for splice in self.plan.splices:
             layouts = [self.analysis.layouts.get(operand) for operand in operands(splice.node)]
-            joint = splice.node.target is aten.cat.default
+            joint = joined_dim(splice.node, splice.layout) is not None
             yield from [layout for layout in layouts if isinstance(layout, Layout)] if joint else [splice.layout]
         for gathers in self.plan.gathers.values():
             yield from gathers
@@ -208,7 +216,9 @@ class _SparseBuilder:
             (self.rows if carries and origin in self.rows else self.env)[node] = value
             return
         if step is None:
-            self.env[node] = self._copy(node, iter([Use.SAME] * len(operands(node))), node.target, node.args, node.kwargs)
+            self.env[node] = self._copy(
+                node, iter([Use.SAME] * len(operands(node))), node.target, node.args, node.kwargs
+            )
             return
         target, args, kwargs = step.rewrite(self.sizes) if step.rewrite else (node.target, node.args, node.kwargs)
         value = self._copy(node, iter(step.uses), target, args, kwargs)
@@ -223,7 +233,8 @@ class _SparseBuilder:
         assert isinstance(step.out, Layout)
         if tuple(value.meta["val"].shape) != self.sizes.shape(step.out):
             raise UnsupportedGraph(
-                f"{node.target} gives {tuple(value.meta['val'].shape)} at the sparse sizes of {step.out}", op=str(node.target)
+                f"{node.target} gives {tuple(value.meta['val'].shape)} at the sparse sizes of {step.out}",
+                op=str(node.target),
             )
 
     def _copy(self, node: fx.Node, uses: Iterator, target: Callable, args: tuple, kwargs: dict) -> fx.Node:
@@ -254,14 +265,16 @@ class _SparseBuilder:
             self.spliced[node] = cache
         return self.spliced[node]
 
-    def _segments(self, node: fx.Node, layout: Layout) -> list[tuple[tuple[int, int, int] | None, fx.Node, Layout | None]]:
+    def _segments(
+        self, node: fx.Node, layout: Layout
+    ) -> list[tuple[tuple[int, int, int] | None, fx.Node, Layout | None]]:
         """The parts in which a value is written: the operands of a concatenation one by one, so that it is never made.
 
         Each part comes with its place in the cache, ``(dim, start, length)``, and its layout (None: no tokens).
         """
         step = self.analysis.steps.get(node)
-        dim = next((index for index, factors in enumerate(layout.dims) if any(isinstance(f, Concat) for f in factors)), None)
-        if step is None or dim is None or node.target is not aten.cat.default:
+        dim = joined_dim(node, layout)
+        if step is None or dim is None:
             return [(None, self.value(node, Use.ROWS), layout)]
         parts, start = [], 0
         for operand, use in zip(operands(node), step.uses, strict=True):

@@ -83,7 +83,8 @@ class _Overwrite(fx.Interpreter):
         value = super().run_node(node)
         if node in self.keep:
             cache, mask = self.keep[node]
-            value = torch.where(mask, value, cache)
+            mixed = torch.where(mask.to(value.device), value, cache)
+            value = torch.empty_like(value).copy_(mixed)  # with the strides that it had
         return value
 
 
@@ -104,6 +105,7 @@ def active_mask(layout: Layout, frame: Frame, rows: Tensor) -> Tensor:
         token += torch.tensor([e[0] for e in entries]).reshape(shape)
         plain |= torch.tensor([e[1] for e in entries]).reshape(shape)
         sample += torch.tensor([e[2] for e in entries]).reshape(shape)
+    rows = rows.cpu()
     active = torch.zeros(frame.samples, frame.tokens, dtype=torch.bool)
     active.scatter_(1, rows, True)
     return plain | active[sample, torch.where(plain, 0, token)]
@@ -132,11 +134,40 @@ def _entry(factors: list, place: int, weights: dict, batch: object) -> tuple[int
     return token, plain, sample
 
 
-def subject(module: nn.Module, inputs: dict, **options: Any) -> Subject:
-    """Captures one call of ``module`` and makes its plan (eager unless ``inner_backend`` says otherwise)."""
+def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: Any) -> Subject:
+    """Captures one call of ``module`` and makes its plan (eager unless ``inner_backend`` says otherwise).
+
+    With ``exact`` everything is in double precision, also what the model itself casts to single precision.
+    """
     options = {"inner_backend": "eager", "unsupported": "error", **options}
     graph, values = record_call(module, inputs)
+    if exact:
+        widen(graph)
+        values = [widest(value) for value in values]
     return Subject(Plan(graph, describe_inputs(graph.graph), values, RASConfig.from_options(options)), list(values))
+
+
+WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def widest(value: Any) -> Any:
+    """A tensor in double precision, or a dtype that names it; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(WIDER.get(value.dtype, value.dtype))
+    return WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def widen(graph: fx.GraphModule) -> None:
+    """Takes a Dynamo graph's own casts to fp32 away: models keep some parts in it, and the contract is tested in fp64."""
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.args = torch.utils._pytree.tree_map(widest, node.args)
+                node.kwargs = torch.utils._pytree.tree_map(widest, node.kwargs)
+                if node.op == "call_method" and node.target == "float":
+                    node.target = "double"
+            module.recompile()
+    graph.double()
 
 
 def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator
+from functools import lru_cache
 
 import pytest
 import torch
 from contract import Subject, active_mask, error, subject
-from zoo import ZOO, redraw
+from zoo import NOT_RUN, ZOO, redraw
 
 TIGHT = 1e-9
 
 
-@cache
-def made(name: str) -> Subject:
-    torch.manual_seed(0)
-    case = ZOO[name]
+SUPPORTED = [name for name, case in ZOO.items() if case.refused is None]
+REFUSED = [name for name, case in ZOO.items() if case.refused is not None]
+
+
+def by_model(names: list[str]) -> list:
+    """Parameters that keep the tests of one model in one process, which captures it once."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    """Numbers that become tensors do so in double precision."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    try:
-        return subject(redraw(case.build()).eval().double(), case.inputs(), latent=case.latent)
-    finally:
-        torch.set_default_dtype(default)
+    yield
+    torch.set_default_dtype(default)
 
 
-@pytest.fixture(params=list(ZOO))
+@lru_cache(maxsize=2)
+def made(name: str) -> Subject:
+    case = ZOO[name]
+    torch.manual_seed(0)
+    module, inputs = redraw(case.build()).eval().double(), case.inputs()
+    if case.warm:
+        with torch.no_grad():
+            module(**inputs)
+    return subject(module, inputs, latent=case.latent)
+
+
+@pytest.fixture(params=by_model(SUPPORTED))
 def model(request) -> Subject:
     return made(request.param)
 
