@@ -463,7 +463,7 @@ def contraction() -> list[Row]:
         Row(aten.matmul.default, lambda s: s(s.also(aten.mT.default, s.scores), s.tokens), "whole"),
         Row(aten.matmul.default, lambda s: s(s.heads, s.given(2, 3, 5))),
         Row(aten.matmul.default, lambda s: s(s.heads, s.given(s.batch, 1, 3, 5))),
-        Row(aten.matmul.default, lambda s: s(s.x, s.given(HEIGHT, c, 5)), "whole"),  # a matrix of its own for each row of the grid
+        Row(aten.matmul.default, lambda s: s(s.x, s.given(HEIGHT, c, 5)), "whole"),
         Row(aten.matmul.default, lambda s: s(s.given(n, 5, c), s.also(aten.unsqueeze.default, s.tokens, -1)), "whole", single="rows"),
         Row(aten.matmul.default, lambda s: s(s.given(7, 3), s.pairs)),
         Row(aten.matmul.default, lambda s: s(s.given(4, s.batch), first(s))),

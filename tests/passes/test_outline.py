@@ -1,0 +1,184 @@
+"""Outlining keeps every number and every cache, makes the graph short, and leaves alone what only looks like a repeat."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor.compile_fx import compile_fx
+from torch.nn import functional as F
+
+from ras_compile.capture import capture
+from ras_compile.passes.layout import Frame
+from ras_compile.passes.outline import outline
+from ras_compile.passes.program import dense_program, plan, sparse_program
+from ras_compile.passes.propagate import propagate
+
+invoke = torch.ops.higher_order.invoke_subgraph
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """Attention and a gated linear, with a constant of its own."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.qkv, self.out, self.gate = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.scale = scale
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.gate(x).tanh() * context * self.scale
+
+
+class Model(nn.Module):
+    """Blocks behind one another; ``skip`` says whose output a block adds to its own: (block, earlier block)."""
+
+    def __init__(self, scales: tuple[float, ...] = (1.0,) * 4, skip: tuple[tuple[int, int], ...] = ()) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(Block(scale) for scale in scales)
+        self.skip = dict(skip)
+
+    def forward(self, latent: Tensor, context: Tensor) -> Tensor:
+        x = self.embed(latent.flatten(2).transpose(1, 2))
+        seen = []
+        for index, block in enumerate(self.blocks):
+            x = block(x + seen[self.skip[index]] if index in self.skip else x, context)
+            seen.append(x)
+        return self.head(x).transpose(1, 2).reshape(latent.shape)
+
+
+def inputs() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(2, 4, 2, 3, dtype=torch.float64), torch.randn(2, 1, WIDTH, dtype=torch.float64)]
+
+
+def programs(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule, list[Tensor]]:
+    """``(dense, sparse for two rows, inputs)``; the parameters are constants of the graph."""
+    torch.manual_seed(0)
+    values = inputs()
+    traced = capture(torch.export.export(model.double(), tuple(values)).module(), values)
+    graph = traced.graph
+    latent = next(n for n in graph.find_nodes(op="placeholder") if n.meta["val"].shape == values[0].shape)
+    analysis = propagate(graph, latent, Frame.of(values[0].shape))
+    splices = plan(analysis)
+    return (
+        dense_program(analysis, splices),
+        sparse_program(analysis, 2, splices),
+        [*values, *traced.meta["constants"]],
+    )
+
+
+def run(program: Callable, values: list[Tensor], caches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the caches afterwards."""
+    held = [cache.clone() for cache in caches]
+    with torch.no_grad():
+        return list(program(*values, *held)), held[1:]
+
+
+def outlined(program: fx.GraphModule) -> fx.GraphModule:
+    return outline(copy.deepcopy(program))
+
+
+def calls(program: fx.GraphModule) -> list[fx.Node]:
+    return program.graph.find_nodes(op="call_function", target=invoke)
+
+
+def subgraphs(program: fx.GraphModule) -> set[str]:
+    return {str(call.args[0].target) for call in calls(program)}
+
+
+def size(program: fx.GraphModule) -> int:
+    return sum(node.op == "call_function" for node in program.graph.nodes)
+
+
+def test_numbers_and_caches_are_the_same_bit_for_bit():
+    dense, sparse, values = programs(Model())
+    with torch.no_grad():
+        noise, *caches = (result.clone() for result in dense(*values))
+        for found, wanted in zip(outlined(dense)(*values), dense(*values), strict=True):
+            assert torch.equal(found, wanted)
+    rows = torch.tensor([[1, 4], [0, 5]])
+    values = [torch.randn_like(values[0]), *values[1:]]
+    wanted, after = run(sparse, values, [rows, *caches, noise])
+    found, changed = run(outlined(sparse), values, [rows, *caches, noise])
+    assert all(map(torch.equal, found, wanted))
+    assert all(map(torch.equal, changed, after))
+    assert not any(map(torch.equal, changed, [*caches, noise])), "every cache is written"
+
+
+def test_four_blocks_become_four_calls_of_one_subgraph():
+    for program in programs(Model())[:2]:
+        short = outlined(program)
+        assert len(calls(short)) == 4
+        assert len(subgraphs(short)) == 1
+        assert size(short) < size(program) / 2
+
+
+def test_through_inductor_caches_are_written_in_place():
+    dense, sparse, values = programs(Model())
+    with torch.no_grad():
+        noise, *caches = (result.clone() for result in dense(*values))
+        rows = torch.tensor([[1, 4], [0, 5]])
+        wanted, after = run(sparse, values, [rows, *caches, noise])
+        short = outlined(sparse)
+        assert calls(short)
+        found, changed = run(compile_fx(short, [*values, rows, *caches, noise]), values, [rows, *caches, noise])
+    for a, b in zip([*found, *changed], [*wanted, *after], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_with_another_constant_is_left_alone():
+    """Three blocks alike and one with another scale: only the three share a subgraph."""
+    dense, _, values = programs(Model(scales=(1.5, 1.5, 1.5, 2.5)))
+    short = outlined(dense)
+    assert len(calls(short)) == 3
+    assert all(map(torch.equal, short(*values), dense(*values)))
+    assert not calls(outlined(programs(Model(scales=(1.5, 2.5)))[0])), "two blocks that differ are no repeat"
+
+
+def test_blocks_wired_in_another_pattern_are_left_alone():
+    """Both blocks are the same ops, but the second reads another value than the first does in its place."""
+    graph = fx.Graph()
+    mode = torch._subclasses.fake_tensor.FakeTensorMode()
+    value = mode.from_tensor(torch.zeros(3))
+    first, second = (graph.placeholder(name) for name in ("first", "second"))
+    x = first
+    for block in range(2):
+        inner = x
+        for step in range(7):
+            inner = graph.call_function(torch.ops.aten.mul.Tensor, (inner, inner if block and step == 3 else second))
+            inner = graph.call_function(torch.ops.aten.sin.default, (inner,))
+        x = inner
+    graph.output((x,))
+    for node in graph.nodes:
+        if node.op != "output":
+            node.meta["val"] = value
+    program = fx.GraphModule({}, graph)
+    short = outlined(program)
+    given = [torch.randn(3), torch.randn(3)]
+    assert torch.equal(short(*given)[0], program(*given)[0])
+    for call in calls(short):
+        body = getattr(short, str(call.args[0].target)).graph
+        assert sum(node.op == "call_function" for node in body.nodes) < 14, "whole blocks differ in their wiring"
+
+
+@pytest.mark.parametrize("skip", [((2, 0), (3, 1)), ((1, 0), (3, 0))])
+def test_long_skips_keep_their_ends(skip: tuple):
+    dense, sparse, values = programs(Model(skip=skip))
+    short = outlined(dense)
+    with torch.no_grad():
+        assert all(map(torch.equal, short(*values), dense(*values)))
+        noise, *caches = (result.clone() for result in dense(*values))
+    state = [torch.tensor([[1, 4], [0, 5]]), *caches, noise]
+    for found, wanted in zip(run(outlined(sparse), values, state), run(sparse, values, state), strict=True):
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_short_or_single_stretches_are_left_alone():
+    assert not calls(outlined(programs(Model(scales=(1.0,)))[0]))
