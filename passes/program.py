@@ -348,7 +348,7 @@ def aliases_input(node: fx.Node) -> bool:
             continue
         schema = node.target._schema  # type: ignore[union-attr]
         if not any(result.alias_info is not None for result in schema.returns) and schema.name not in (
-            "aten::reshape", "aten::contiguous", "aten::to", "aten::dropout", "aten::type_as", "aten::flatten",
+            "aten::reshape", "aten::contiguous", "aten::to", "aten::dropout", "aten::type_as", "aten::flatten", "aten::einsum",
         ):  # fmt: skip
             return False
         node = operands(node)[0]

@@ -126,10 +126,10 @@ def holds_grid(dims: Sequence[Dim], frame: Frame, raw: bool = False) -> bool:
         if isinstance(factor, Concat) and any(a in wanted for a in atoms_of((factor,)))
     ]
     if not joint or raw:
-        found = sorted({a for dim in dims for a in atoms_of(dim) if a in wanted} if raw else plain)  # type: ignore[type-var]
+        found = sorted({a for dim in dims for a in atoms_of(dim) if a in wanted} if raw else plain)
         return found == wanted
     inside = [[atom for atom in atoms_of(segment) if atom in wanted] for segment in joint[0].segments]
-    return len(joint) == 1 and any(inside) and all(sorted([*plain, *part]) == wanted for part in inside if part)  # type: ignore[type-var]
+    return len(joint) == 1 and any(inside) and all(sorted([*plain, *part]) == wanted for part in inside if part)
 
 
 def check_step(analysis: Analysis, node: fx.Node, step: Step) -> None:
@@ -175,7 +175,7 @@ def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan)
         if node.op == "call_function":
             check_functional(node)
     last = next(iter(reversed(program.graph.nodes)))
-    results, wanted = list(last.args[0]), analysis.output_nodes  # type: ignore[arg-type]
+    results, wanted = list(last.args[0]), analysis.output_nodes
     inner = [splice for splice in sparse.splices if not splice.is_output]
     demand(
         len(results) == len(wanted) + len(inner),
@@ -238,7 +238,7 @@ def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan
     check_reads_of_latent(inputs[given.index(analysis.latent)])
     check_sparse_sizes(graph, analysis, value.shape[1])
     last = next(iter(reversed(graph.nodes)))
-    for result in last.args[0]:  # type: ignore[union-attr]
+    for result in last.args[0]:
         if isinstance(result, fx.Node):
             demand(memory_of(result) not in caches, last, f"returns `{result.name}`, which may be a cache itself")
 
@@ -260,7 +260,7 @@ def check_caches(graph: fx.Graph, caches: Sequence[fx.Node]) -> None:
             continue
         targets = list(written(node))
         for target in targets:
-            custom = node.target.namespace not in ("aten", "prims")  # type: ignore[union-attr]
+            custom = node.target.namespace not in ("aten", "prims")
             demand(node.target in WRITES or custom, node, "writes in place without being a splice")
             base = memory_of(target, may=False)
             demand(base in writes, node, f"writes into `{base.name}`, which is no cache")

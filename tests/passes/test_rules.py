@@ -338,7 +338,11 @@ def concatenation() -> list[Row]:
                 Row(target, lambda s: s([s.given(s.batch, 1, c), s.joint, s.text], 1)),
                 Row(target, lambda s: s([s.tokens, s.given(s.batch, n, 2), s.tokens], -1)),
                 Row(target, lambda s: s([s.given(s.batch, n, 1), s.tokens], 2)),
-                Row(target, lambda s: s([s.tokens, s.tokens], 1), "whole"),
+                Row(target, lambda s: s([s.tokens, s.tokens], 1)),
+                Row(target, lambda s: s([s.tokens, s.also(aten.repeat.default, s.tokens, [1, 2, 1])], 1)),
+                Row(target, lambda s: s([s.tokens, s.turned], 1), "whole"),
+                Row(target, lambda s: s([s.joint, s.tokens], 1), "whole"),
+                Row(target, lambda s: s([s.tokens, s.text, s.tokens], 1), "whole"),
                 Row(target, lambda s: s([s.tokens, s.given(2, n, c)], 0), "whole", single="rows"),
                 Row(target, lambda s: s([s.tokens, s.turned], -1), "whole"),
                 Row(target, lambda s: s([s.given(s.batch, 2, WIDTH, c), s.x], 1), grid=(WIDTH,)),
@@ -435,6 +439,7 @@ def concatenation() -> list[Row]:
 
 def contraction() -> list[Row]:
     n, c = TOKENS, CHANNELS
+    column = lambda s: s.also(aten.unsqueeze.default, s.tokens, -1)  # noqa: E731
     square = lambda s: s.also(aten.mm.default, s.flat, s.given(c, s.batch * n))  # noqa: E731
     first = lambda s: s.also(aten.movedim.int, s.tokens, 0, 1)  # noqa: E731 -- `n b c`
     return [
@@ -464,7 +469,7 @@ def contraction() -> list[Row]:
         Row(aten.matmul.default, lambda s: s(s.heads, s.given(2, 3, 5))),
         Row(aten.matmul.default, lambda s: s(s.heads, s.given(s.batch, 1, 3, 5))),
         Row(aten.matmul.default, lambda s: s(s.x, s.given(HEIGHT, c, 5)), "whole"),
-        Row(aten.matmul.default, lambda s: s(s.given(n, 5, c), s.also(aten.unsqueeze.default, s.tokens, -1)), "whole", single="rows"),
+        Row(aten.matmul.default, lambda s: s(s.given(n, 5, c), column(s)), "whole", single="rows"),
         Row(aten.matmul.default, lambda s: s(s.given(7, 3), s.pairs)),
         Row(aten.matmul.default, lambda s: s(s.given(4, s.batch), first(s))),
         Row(aten.matmul.default, lambda s: s(s.given(5, 1, 1, n, c), s.columns)),

@@ -304,3 +304,32 @@ def test_slices_of_one_cache_must_cover_it():
     cut.args = (*cut.args[:3], cut.args[3] - 1)
     with pytest.raises(SpecViolation, match="written twice or never"):
         check_sparse(program, analysis, splices)
+
+
+class Unprojected(nn.Module):
+    """Keys and values are views of the latent itself, by an op that does not say that it returns a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(4, 4)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = torch.einsum("bcn->bnc", latent.flatten(2))
+        y = torch.nn.functional.scaled_dot_product_attention(self.query(x), x, x)
+        return y.transpose(1, 2).reshape(latent.shape)
+
+
+def test_a_cache_of_the_latents_own_memory_is_a_copy():
+    inputs = [torch.randn(2, 4, 2, 3)]
+    graph = capture(torch.export.export(Unprojected(), tuple(inputs)).module(), inputs)
+    latent = next(n for n in graph.graph.find_nodes(op="placeholder") if n.meta["val"].shape == inputs[0].shape)
+    analysis = propagate(graph.graph, latent, Frame.of(inputs[0].shape))
+    splices = plan(analysis)
+    dense = dense_program(analysis, splices)
+    check_analysis(analysis)
+    check_dense(dense, analysis, splices)
+    values = [*inputs, *graph.meta["constants"]]
+    with torch.no_grad():
+        held = [result.untyped_storage().data_ptr() for result in dense(*values)]
+    assert inputs[0].untyped_storage().data_ptr() not in held
+    check_sparse(sparse_program(analysis, ACTIVE, splices), analysis, splices)
