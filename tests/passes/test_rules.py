@@ -817,6 +817,13 @@ def resampling() -> list[Row]:
         Row(
             aten._native_batch_norm_legit_no_training.default,
             lambda s: s.pieces(
+                s.tokens, s.given(n), s.given(n), s.given(n), s.constant(torch.ones(n).double()), 0.1, 1e-5
+            ),
+            "whole",
+        ),
+        Row(
+            aten._native_batch_norm_legit_no_training.default,
+            lambda s: s.pieces(
                 s.columns, s.given(c), s.given(c), s.given(c), s.constant(torch.ones(c).double()), 0.1, 1e-5
             ),
         ),
@@ -990,6 +997,7 @@ def test_every_rule_that_can_refuse_has_a_row_for_it():
         "permute",
         "expand",
         "repeat",
+        "one_hot",
         "view_as_real",
     }
     assert {rule.__name__ for rule, says in answers.items() if rule and len(says) == 1 and "rows" in says} <= free
