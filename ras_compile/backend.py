@@ -16,7 +16,7 @@ from .inner import Compiled, compile_inner
 from .inputs import describe_inputs, find_timestep
 from .notices import warn_once
 from .numbers import as_tensors, number_positions
-from .passes.errors import UnsupportedGraph
+from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
 from .registry import state_for
 
@@ -111,7 +111,7 @@ class CompiledGraph:
         )
         decision = state.decide(call)
         if decision.rows is None:
-            outputs = plan.dense(given, decision.slots)
+            outputs = plan.dense(given, decision.slots, decision.spare)
         else:
             outputs = plan.run_sparse(given, decision.rows, decision.slots)
         state.record(call, decision, plan.noise_view(outputs[plan.noise]), outputs)
@@ -131,16 +131,16 @@ class CompiledGraph:
                 raise self.broken
             self.plans[key] = Plan(self.graph, self.inputs, values, self.config)
             self._timesteps[key] = find_timestep(self.inputs, values, self.config.timestep)
-        except (UnsupportedGraph, TypeError) as error:
+        except (UnsupportedGraph, SpecViolation, TypeError) as error:
             if self.numbers:
                 self.numbers = []
-            elif isinstance(error, UnsupportedGraph):
+            elif isinstance(error, (UnsupportedGraph, SpecViolation)):
                 self._refuse(error)
                 self.plans[key] = self._dense(values)
             else:
                 raise
 
-    def _refuse(self, error: UnsupportedGraph) -> None:
+    def _refuse(self, error: UnsupportedGraph | SpecViolation) -> None:
         if self.config.unsupported == "error":
             raise error
         if isinstance(error, GraphBreak):

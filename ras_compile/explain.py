@@ -13,7 +13,7 @@ from .backend import graph_break
 from .config import RASConfig
 from .inputs import describe_inputs
 from .passes.cost import Cost, cost
-from .passes.errors import UnsupportedGraph
+from .passes.errors import SpecViolation, UnsupportedGraph
 from .passes.layout import Concat, Layout
 from .passes.program import Splice
 from .passes.registry import operands, source_line
@@ -190,7 +190,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         graph, values = record_call(transformer, inputs)
         described = describe_inputs(graph.graph)
         plan = Plan(graph, described, values, config)
-    except UnsupportedGraph as error:
+    except (UnsupportedGraph, SpecViolation) as error:
         return Explanation(False, str(error), config=config)
     analysis = plan.analysis
     paths = [given.path for given, value in zip(described, values, strict=True) if isinstance(value, torch.Tensor)]

@@ -13,14 +13,17 @@ from torch import Tensor, fx
 
 from . import kernels  # noqa: F401  (registers the fused ops)
 from .config import ConfigError, RASConfig
+from .cudagraphs import ProgramGraphs
 from .inner import Compiled, compile_inner
 from .inputs import GraphInput, latent_candidates
 from .numbers import capture_numbers
+from .passes.cost import cost
 from .passes.errors import UnsupportedGraph
 from .passes.layout import Frame, Layout
 from .passes.pipeline import prepare
 from .passes.program import SparsePlan, dense_program, plan, sparse_program
 from .passes.propagate import Analysis, propagate
+from .passes.spec import check_analysis, check_captured, check_dense, check_sparse
 from .passes.tokens import channel_count, token_view
 
 log = logging.getLogger(__name__)
@@ -130,8 +133,28 @@ class Plan:
         placeholders = self.captured.graph.find_nodes(op="placeholder")
         tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
         self.latent = tensors[placeholders.index(self.analysis.latent)]
+        self._graphs = self._program_graphs(values) if config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
         self._lock = threading.RLock()
+        self._prove()
+
+    def _prove(self) -> None:
+        """Builds and checks both programs once, so that what cannot be built is known before the first step.
+
+        Raises:
+            UnsupportedGraph: an op cannot run at sparse sizes, or a sparse step saves nothing.
+        """
+        check_captured(self.captured.graph)
+        check_analysis(self.analysis)
+        few = max(1, self.analysis.frame.tokens // 4)
+        with torch.no_grad():
+            check_dense(dense_program(self.analysis, self.sparse), self.analysis, self.sparse)
+            check_sparse(sparse_program(self.analysis, few, self.sparse), self.analysis, self.sparse)
+        price = cost(self.analysis, self.sparse)
+        if price.dense_flops and price.flop_ratio(few) >= 1:
+            raise UnsupportedGraph(
+                "a sparse step would cost as much as a dense one: the operations that mix tokens are all there is"
+            )
 
     @cached_property
     def noise_view(self):
@@ -149,29 +172,46 @@ class Plan:
             self.analysis.outputs, key=lambda index: _likeness(latent, [self.analysis.output_nodes[index].meta["val"]])
         )
 
-    def dense(self, values: Sequence[Any], slots: dict) -> list[Any]:
-        """Runs the dense program and leaves every splice operand in ``slots["caches"]``."""
-        tensors = self._tensors(values)
-        results = list(self._program("dense", tensors)(*tensors))
+    def dense(self, values: Sequence[Any], slots: dict, spare: dict | None = None) -> list[Any]:
+        """Runs the dense program and leaves every splice operand in ``slots["caches"]``.
+
+        Args:
+            values: inputs of the Dynamo graph.
+            slots: what this branch keeps.
+            spare: what a finished generation kept; its memory may be taken over.
+        """
+        results = list(self._run("dense", values, [], slots, spare))
         count = len(self.analysis.output_nodes)
         outputs, left = results[:count], iter(results[count:])
         slots["caches"] = [
             outputs[self._output_of(splice.node)] if splice.is_output else next(left) for splice in self.sparse.splices
         ]
-        for index in self.analysis.outputs:
+        for index in range(count) if self._graphs else self.analysis.outputs:
             outputs[index] = outputs[index].clone()
         return outputs
 
     def run_sparse(self, values: Sequence[Any], rows: Tensor, slots: dict) -> list[Any]:
         """Runs the sparse program on ``rows`` (int64 [B, A]); the caches in ``slots`` are updated in place."""
         caches = slots["caches"]
-        tensors = self._tensors(values)
-        others = iter(self._program(rows.shape[1], [*tensors, rows, *caches])(*tensors, rows, *caches))
+        others = iter(self._run(rows.shape[1], values, [rows, *caches], slots))
         outputs: list[Any] = []
         for index, node in enumerate(self.analysis.output_nodes):
             cached = index in self.analysis.outputs
-            outputs.append(caches[self.sparse.splice(node)].clone() if cached else next(others))
+            output = caches[self.sparse.splice(node)] if cached else next(others)
+            outputs.append(output.clone() if cached or self._graphs else output)
         return outputs
+
+    def _run(
+        self, active: int | str, values: Sequence[Any], state: list[Tensor], slots: dict, spare: dict | None = None
+    ) -> Sequence[Any]:
+        tensors = self._tensors(values)
+        if self._graphs is not None:
+            return self._graphs.run(active, self._program, tensors, state, slots, spare)
+        return self._program(active, [*tensors, *state])(*tensors, *state)
+
+    def _program_graphs(self, values: Sequence[Any]) -> ProgramGraphs | None:
+        given = [given.weight for given, value in zip(self.inputs, values, strict=True) if isinstance(value, Tensor)]
+        return ProgramGraphs.of(self.captured.graph, self._tensors(values), given + [True] * len(self.constants))
 
     def _output_of(self, node: fx.Node) -> int:
         return self.analysis.output_nodes.index(node)
