@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadfile --timeout 600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 $(ARGS)
 
 check: .venv/.installed build/typed
 	$(BIN)/ruff format --check .

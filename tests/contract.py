@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 from ras_compile.config import RASConfig
 from ras_compile.explain import record_call
 from ras_compile.inputs import describe_inputs
+from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import Concat, Frame, Layout
+from ras_compile.passes.program import Splice
 from ras_compile.plan import Plan
 
 
@@ -63,6 +65,12 @@ class Subject:
         """The outputs of the captured graph itself."""
         with torch.no_grad():
             return list(self.plan.captured(*self.plan._tensors(values)))
+
+    def matters(self, splice: Splice, value: Tensor, values: list[Any], wanted: Sequence[Tensor]) -> float:
+        """How far the dense graph's outputs move when the value of a splice point is replaced by ``value``."""
+        keep = {splice.node: (value, torch.zeros(value.shape, dtype=torch.bool))}
+        with torch.no_grad():
+            return error(_Overwrite(self.plan.captured, keep).run(*self.plan._tensors(values)), wanted)
 
     def oracle(self, values: list[Any], rows: Tensor, caches: Sequence[Tensor]) -> list[Tensor]:
         """The full dense graph in which, at every splice point, the inactive rows are overwritten from the cache."""
@@ -141,10 +149,14 @@ def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: A
     """
     options = {"inner_backend": "eager", "unsupported": "error", **options}
     graph, values = record_call(module, inputs)
+    described = describe_inputs(graph.graph)
+    held, owned = sum(given.weight for given in described), len([*module.parameters()])
+    if held < owned / 4:
+        raise UnsupportedGraph(f"Dynamo broke the model's graph: it holds {held} of {owned} weights")
     if exact:
         widen(graph)
         values = [widest(value) for value in values]
-    return Subject(Plan(graph, describe_inputs(graph.graph), values, RASConfig.from_options(options)), list(values))
+    return Subject(Plan(graph, described, values, RASConfig.from_options(options)), list(values))
 
 
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}

@@ -49,7 +49,9 @@ def mask_use(call: Call, out: Layout, mask: fx.Node) -> Use | Gather:
     if call.layout(mask) is not None:
         raise call.unsupported("an attention mask computed from the latent's values; masks of positions are supported")
     if not call.kv_cache and call.shape_of(mask)[-1] != 1:
-        raise call.unsupported("an attention mask beside kv_cache=False: the keys of the mask are not the active tokens")
+        raise call.unsupported(
+            "an attention mask beside kv_cache=False: the keys of the mask are not the active tokens"
+        )
     shape = call.shape_of(mask)
     return dense_use(call, Layout((*out.dims[:-1], opaque(shape[-1]))), shape)
 

@@ -8,9 +8,23 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ..layout import Axis, Concat, Dim, Exclude, Layout, Sizes, concat, dim_size, normal, opaque, opaque_or_empty
+from ..layout import (
+    Axis,
+    Concat,
+    Dim,
+    Exclude,
+    Layout,
+    Sizes,
+    atoms_of,
+    concat,
+    dim_size,
+    normal,
+    opaque,
+    opaque_or_empty,
+)
 from ..registry import Call, Gather, Step, Use, rule_for
 from .contraction import grid_atoms, region_atoms, smaller
+from .convolution import cut_patch
 from .pointwise import broadcast, dense_use, rows_or_gather
 from .views import only_layout
 
@@ -42,9 +56,12 @@ def joined(call: Call, nodes: Sequence[fx.Node], dim: int, shapes: Sequence[tupl
     raw = all(layout.raw for layout in known)
     if not raw and any(along) and region:
         raise Exclude(smaller(call, region_atoms(call, [layout.dims[dim] for layout in known]), region))
-    if not raw and sum(along) > 1:
+    again = stacked([layout.dims[dim] if layout is not None else () for layout in layouts])
+    if again is not None:
+        others[dim] = again
+    elif not raw and sum(along) > 1:
         return call.whole()
-    if any(along):
+    elif any(along):
         segments: list[Dim] = [
             layout.dims[dim] if layout is not None else opaque(shape[dim]) or (Axis(1),)
             for layout, shape in zip(layouts, shapes, strict=True)
@@ -61,6 +78,16 @@ def joined(call: Call, nodes: Sequence[fx.Node], dim: int, shapes: Sequence[tupl
         return dense_use(call, out.replace(dim, opaque(shape[dim])), shape)
 
     return Step(out, call.uses(use))
+
+
+def stacked(dims: Sequence[Dim]) -> Dim | None:
+    """`(k h w), (l h w) -> ((k + l) h w)`: products that differ in a leading plain factor alone; None for others."""
+    if len(dims) < 2 or not all(any(atoms_of(dim)) for dim in dims):
+        return None
+    split = [(dim[0].size, dim[1:]) if isinstance(dim[0], Axis) and dim[0].atom is None else (1, dim) for dim in dims]
+    if any(rest != split[0][1] or isinstance(rest[0], Concat) for _, rest in split):
+        return None
+    return (Axis(sum(count for count, _ in split)), *split[0][1])
 
 
 @rule_for(aten.stack.default)
@@ -162,12 +189,26 @@ def slice_(call: Call) -> Step:
     stop = max(start, stop)
     if step != 1:
         if grid_atoms(call, [layout.dims[dim]]):
-            return call.whole()
+            return strided(call, layout, dim, start, step)
         return Step(layout.replace(dim, opaque(call.shape[dim])), call.uses())
     possible, out = piece(call, layout, dim, start, stop)
     if not possible:
         return call.whole()
     return Step(out, call.uses(), rewrite=lambda sizes: moved(call, layout.dims[dim], start, stop, sizes))
+
+
+def strided(call: Call, layout: Layout, dim: int, start: int, step: int) -> Step:
+    """`b c (h p) -> b c h`: of the latent itself, one pixel of every patch; elsewhere it leaves tokens out."""
+    size = layout.shape[dim]
+    if not layout.raw or size % step or start >= step or call.shape[dim] != size // step:
+        return call.whole()
+    outer, inner = cut_patch(layout.dims[dim], step, call)
+    pixels = region_atoms(call, [inner])
+    if pixels:
+        raise Exclude(pixels)
+    return Step(
+        layout.replace(dim, outer), call.uses(), rewrite=lambda sizes: call.with_args(end=sizes.dim(layout.dims[dim]))
+    )
 
 
 def moved(call: Call, dim: Dim, start: int, stop: int, sizes: Sizes):
@@ -277,6 +318,27 @@ def slice_scatter(call: Call) -> Step:
         return Use.ROWS if call.layout(node) is not None else dense_use(call, reads[node], call.shape_of(node))
 
     return Step(out, call.uses(use), rewrite=lambda sizes: moved(call, out.dims[dim], start, stop, sizes))
+
+
+@rule_for(aten.select_scatter.default)
+def select_scatter(call: Call) -> Step:
+    """`a 3 b, a b -> a 3 b`: writes ``src`` into one entry of ``self``."""
+    base, src, dim = call.args["self"], call.args["src"], call.args["dim"] % len(call.shape)
+    whole, part = call.layout(base), call.layout(src)
+    if whole is not None and grid_atoms(call, [whole.dims[dim]]):
+        return call.whole(Layout(whole.dims))
+    if whole is None:
+        assert part is not None
+        whole = Layout((*part.dims[:dim], opaque(call.shape[dim]), *part.dims[dim:]), part.raw)
+    inside = Layout((*whole.dims[:dim], *whole.dims[dim + 1 :]))
+    if part is not None and part.dims != inside.dims:
+        return call.whole()
+    reads = {base: whole, src: inside}
+
+    def use(node: fx.Node) -> Use | Gather:
+        return Use.ROWS if call.layout(node) is not None else dense_use(call, reads[node], call.shape_of(node))
+
+    return Step(Layout(whole.dims, whole.raw and (part is None or part.raw)), call.uses(use))
 
 
 def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int) -> Step:

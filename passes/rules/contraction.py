@@ -60,7 +60,9 @@ def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) 
             if place(call, term) != place(call, keep):
                 shared = set(place(call, term)) & set(place(call, keep))
                 if shared:
-                    apart = {a for label in place(call, keep) if label not in shared for a in atoms_at(call, keep, label)}
+                    apart = {
+                        a for label in place(call, keep) if label not in shared for a in atoms_at(call, keep, label)
+                    }
                     together = {a for label in shared for a in atoms_at(call, keep, label)}
                     raise Exclude(smaller(call, together, apart))
                 whole.append(term)
@@ -205,7 +207,10 @@ def einsum(call: Call) -> Step:
         letters = [c for word in words for c in word.replace("...", "")]
         result = ("..." if "..." in inputs else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     ranks = [len(call.shape_of(node)) - len(word.replace("...", "")) for node, word in zip(nodes, words, strict=True)]
-    batch = [f"b{index}" for index in range(max([rank for rank, w in zip(ranks, words, strict=True) if "..." in w], default=0))]
+    batch = [
+        f"b{index}"
+        for index in range(max([rank for rank, w in zip(ranks, words, strict=True) if "..." in w], default=0))
+    ]
 
     def labels(word: str, rank: int) -> tuple[str, ...]:
         head, dots, tail = word.partition("...")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..layout import Axis, Dim, Exclude, Layout, Refine, Unbatch, atoms_of, dim_size, normal, opaque
+from ..layout import Axis, Dim, Exclude, Factor, Layout, Refine, Unbatch, atoms_of, dim_size, normal, opaque
 from ..registry import Call, Step, rule_for
 from .contraction import counts_samples, region_atoms
 
@@ -23,7 +23,8 @@ def cut_patch(dim: Dim, patch: int, call: Call) -> tuple[Dim, Dim]:
         Refine: the cut goes through an atom.
         UnsupportedGraph: the patch does not divide the dimension.
     """
-    rest, inner, left = list(dim), [], patch
+    rest, left = list(dim), patch
+    inner: list[Factor] = []
     while left > 1:
         factor = rest.pop() if rest else Axis(1)
         if left % factor.size == 0 and factor.size > 1:
@@ -62,14 +63,23 @@ def convolution(call: Call) -> Step:
         dim, kernel, size = layout.dims[index - rank], weight[index - rank], call.shape[index - rank]
         if not region_atoms(call, [dim]):
             dims.append(opaque(size))
-        elif kernel == stride[index] and dilation[index] == 1 and (padding[index] == 0 or kernel == 1 and padding[index] <= 0):
+        elif (
+            kernel == stride[index]
+            and dilation[index] == 1
+            and (padding[index] == 0 or kernel == 1 and padding[index] <= 0)
+        ):
             outer, inner = cut_patch(dim, kernel, call)
+            dropped |= region_atoms(call, [inner])
+            dims.append(outer)
+        elif layout.raw and stride[index] * size == dim_size(dim):  # patches that overlap
+            mixes = True
+            outer, inner = cut_patch(dim, stride[index], call)
             dropped |= region_atoms(call, [inner])
             dims.append(outer)
         else:
             mixes = True
             dims.append(dim if size == dim_size(dim) and stride[index] == 1 else opaque(size))
-    if mixes:
+    if mixes and not (dropped and layout.raw):
         out = Layout.of(dims)
         kept = {atom for dim in out.dims for atom in atoms_of(dim)} >= {atom for atom, _ in call.frame.region}
         return call.whole(out if kept and not dropped else None)
@@ -91,7 +101,10 @@ def transposed_convolution(call: Call) -> Step:
     padding, extra = per_dim(call.args["padding"], rank), per_dim(call.args["output_padding"], rank)
     if region_atoms(call, [layout.dims[-rank - 1]]):
         return call.whole()
-    plain = all(s == k and d == 1 and p == 0 and e == 0 for s, k, d, p, e in zip(stride, weight[2:], dilation, padding, extra, strict=True))
+    plain = all(
+        s == k and d == 1 and p == 0 and e == 0
+        for s, k, d, p, e in zip(stride, weight[2:], dilation, padding, extra, strict=True)
+    )
     if not plain:
         return call.whole()
     grid = [(*dim, Axis(kernel)) for dim, kernel in zip(layout.dims[-rank:], weight[2:], strict=True)]

@@ -19,8 +19,13 @@ def dense_use(call: Call, out: Layout, shape: Sequence[int]) -> Use | Gather:
     dims = [() if index < offset or shape[index - offset] == 1 else dim for index, dim in enumerate(out.dims)]
     if not call.frame.carries(Layout(tuple(dims))):
         return Use.SAME
-    grid = {call.frame.batch, *(atom for atom, _ in call.frame.region)}  # a part of the grid is repeated along the others
-    return Gather(Layout(tuple(full if grid & set(atoms_of(full)) else dim for full, dim in zip(out.dims, dims, strict=True))))
+    grid = {
+        call.frame.batch,
+        *(atom for atom, _ in call.frame.region),
+    }  # a part of the grid is repeated along the others
+    return Gather(
+        Layout(tuple(full if grid & set(atoms_of(full)) else dim for full, dim in zip(out.dims, dims, strict=True)))
+    )
 
 
 def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Layout | None:
@@ -59,7 +64,9 @@ def pointwise(call: Call) -> Step:
 
 def rows_or_gather(call: Call, out: Layout) -> tuple[Use | Gather, ...]:
     """Uses of operands that are broadcast together: rows of region values, gathered rows of dense ones."""
-    return call.uses(lambda node: Use.ROWS if call.layout(node) is not None else dense_use(call, out, call.shape_of(node)))
+    return call.uses(
+        lambda node: Use.ROWS if call.layout(node) is not None else dense_use(call, out, call.shape_of(node))
+    )
 
 
 @rule_for(aten._to_copy.default, aten.copy.default, aten.alias.default, aten.detach.default, aten.dropout.default)

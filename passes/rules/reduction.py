@@ -44,7 +44,9 @@ def reduction(call: Call) -> Step:
     return Step((out,) * len(value) if isinstance(value, (tuple, list)) else out, call.uses())
 
 
-@rule_for(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default)
+@rule_for(
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default
+)
 def along_dim(call: Call) -> Step:
     """`a b -> a b`: every entry depends on all entries along ``dim``."""
     layout = only_layout(call)
@@ -67,6 +69,22 @@ def group_norm(call: Call) -> Step:
     return call.whole(layout) if carries(call, layout, range(1, len(layout.dims))) else Step(layout, call.uses())
 
 
+@rule_for(aten._native_batch_norm_legit_no_training.default)
+def batch_norm(call: Call) -> Step:
+    """`b c ... -> b c ...`: scaled and moved, channel by channel."""
+    layout = only_layout(call, "input")
+    out = (Layout(layout.dims), None, None)
+    return call.whole(out) if carries(call, layout, [1]) else Step(out, call.uses())
+
+
+@rule_for(aten.argsort.default, aten.argsort.stable)
+def order(call: Call) -> Step:
+    """`a b -> a b`: places of the entries in their order along ``dim``."""
+    layout = only_layout(call)
+    out = Layout(layout.dims)
+    return call.whole() if carries(call, layout, [call.args["dim"] % len(layout.dims)]) else Step(out, call.uses())
+
+
 @rule_for(aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default)
 def order_statistics(call: Call) -> Step:
     """`a b -> a k, a k`"""
@@ -77,5 +95,3 @@ def order_statistics(call: Call) -> Step:
     gone = len(shape) < len(layout.dims)  # kthvalue without keepdim
     out = Layout(layout.dims[:dim] + layout.dims[dim + 1 :]) if gone else layout.replace(dim, opaque(shape[dim]))
     return Step((out, out), call.uses())
-
-

@@ -71,7 +71,13 @@ def permute(call: Call) -> Step:
     elif "source" in args:
         order.insert(args["destination"] % rank, order.pop(args["source"] % rank))
     else:
-        pair = (args["dim0"], args["dim1"]) if "dim0" in args else (args["axis0"], args["axis1"]) if "axis0" in args else None
+        pair = (
+            (args["dim0"], args["dim1"])
+            if "dim0" in args
+            else (args["axis0"], args["axis1"])
+            if "axis0" in args
+            else None
+        )
         first, second = pair or ((-2, -1) if name in ("aten::mT", "aten::t") and rank > 1 else (0, -1))
         order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
         if name == "aten::numpy_T":

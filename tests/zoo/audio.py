@@ -1,4 +1,4 @@
-"""Models of sound and of other one-dimensional signals."""
+"""Models of sound and of other one-dimensional signals (a chain of amino acids)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,15 @@ def _stable_audio3():
     )  # fmt: skip
 
 
-@case("LongCatAudioDiTTransformer", latent="hidden_states", dit_dim=64, dit_depth=2, dit_heads=4, dit_text_dim=32, latent_dim=8)
+@case(
+    "LongCatAudioDiTTransformer",
+    latent="hidden_states",
+    dit_dim=64,
+    dit_depth=2,
+    dit_heads=4,
+    dit_text_dim=32,
+    latent_dim=8,
+)
 def _longcat_audio():
     return dict(
         hidden_states=random(2, 24, 8), encoder_hidden_states=random(2, 6, 32),
@@ -66,7 +74,17 @@ def _minimax_music():
     )
 
 
-@case("T5FilmDecoder", input_dims=6, targets_length=24, d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=32)
+@case(
+    "T5FilmDecoder",
+    region="decoder_input_tokens",
+    input_dims=6,
+    targets_length=24,
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    d_kv=8,
+    d_ff=32,
+)
 def _t5_film():
     return dict(
         encodings_and_masks=[(random(2, 7, 16), padded(2, 7)), (random(2, 5, 16), padded(2, 5))],
@@ -82,4 +100,24 @@ def _prior():
     return dict(
         hidden_states=random(2, 8), timestep=torch.tensor([2, 2]), proj_embedding=random(2, 8),
         encoder_hidden_states=random(2, 7, 8), attention_mask=padded(2, 7).bool(),
+    )  # fmt: skip
+
+
+@case(
+    "RFD4ProteinaTransformer", latent="local_latents", region="local_latents", nlayers=2, token_dim=16, nheads=2,
+    dim_cond=8, pair_repr_dim=8, latent_dim=8, token_type_emb_dim=4, cath_emb_dim=4, t_emb_dim=8, seq_sep_dim=4,
+    xt_pair_dist_dim=6, update_pair_repr_every_n=2, tri_mult_c=8, feats_pair_repr=("xt_bb_ca_pair_dists",),
+    feats_seq=("xt_bb_ca", "xt_local_latents", "token_type"), feats_cond_seq=("time_emb_bb_ca", "time_emb_local_latents"),
+    feats_pair_cond=("time_emb_bb_ca", "time_emb_local_latents"),
+)  # fmt: skip
+def _proteina():
+    length = 24
+    return dict(
+        bb_ca=random(2, length, 3), local_latents=random(2, length, 8), bb_ca_time=torch.tensor([0.5, 0.5]),
+        local_latents_time=torch.tensor([0.5, 0.5]), padding_mask=padded(2, length, 1).bool(),
+        token_type=torch.ones(2, length, dtype=torch.int64),
+        conditioning=dict(
+            is_in_context_conditioning=torch.zeros(2, length, dtype=torch.bool),
+            supports_local_latent=torch.ones(2, length, dtype=torch.bool),
+        ),
     )  # fmt: skip

@@ -33,7 +33,9 @@ def _sd35():
     attention_head_dim=8, num_attention_heads=4, num_embeds_ada_norm=1000, norm_elementwise_affine=False,
 )  # fmt: skip
 def _dit():
-    return dict(hidden_states=random(2, 4, 8, 8), timestep=torch.tensor([500, 500]), class_labels=torch.tensor([3, 1000]))
+    return dict(
+        hidden_states=random(2, 4, 8, 8), timestep=torch.tensor([500, 500]), class_labels=torch.tensor([3, 1000])
+    )
 
 
 @case(
@@ -103,7 +105,8 @@ def _cogview4():
 
 
 @case(
-    "GlmImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+    "GlmImageTransformer2DModel", refused="Dynamic shape operator",
+    patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
     num_attention_heads=2, text_embed_dim=32, time_embed_dim=16, condition_dim=8, prior_vq_quantizer_codebook_size=64,
 )  # fmt: skip
 def _glm_image():
@@ -134,7 +137,8 @@ def _hunyuan_dit():
 
 
 @case(
-    "HunyuanImageTransformer2DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+    "HunyuanImageTransformer2DModel", refused="broke",
+    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
     num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=16, text_embed_2_dim=12,
     rope_axes_dim=(4, 4), guidance_embeds=False,
 )  # fmt: skip
@@ -159,7 +163,8 @@ def _sana():
 
 
 @case(
-    "OmniGenTransformer2DModel", hidden_size=16, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32,
+    "OmniGenTransformer2DModel", refused="Data-dependent branching",
+    hidden_size=16, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32,
     num_layers=2, pad_token_id=0, vocab_size=100, in_channels=4, time_step_dim=4,
     rope_scaling={"long_factor": [1, 2], "short_factor": [1, 2]},
 )  # fmt: skip
@@ -174,7 +179,8 @@ def _omnigen():
 
 
 @case(
-    "Lumina2Transformer2DModel", sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
+    "Lumina2Transformer2DModel", refused="Data dependent operator",
+    sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
     num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=2, ffn_dim_multiplier=None,
     axes_dim_rope=(4, 2, 2), axes_lens=(128, 128, 128), cap_feat_dim=32,
 )  # fmt: skip
@@ -186,7 +192,8 @@ def _lumina2():
 
 
 @case(
-    "HiDreamImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
+    "HiDreamImageTransformer2DModel", refused="broke",
+    patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
     attention_head_dim=8, num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64, num_routed_experts=4,
     num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(32, 32), llama_layers=(0, 1),
     force_inference_output=True,
@@ -221,7 +228,8 @@ def _ernie():
 
 
 @case(
-    "ZImageTransformer2DModel", warm=True, all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2,
+    "ZImageTransformer2DModel", region="x", warm=True,
+    all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2,
     n_refiner_layers=1, n_heads=2, n_kv_heads=2, qk_norm=True, cap_feat_dim=16, axes_dims=[8, 4, 4],
     axes_lens=[64, 16, 16],
 )  # fmt: skip

@@ -98,7 +98,8 @@ def _qwen_image():
 
 
 @case(
-    "QwenImage21Transformer2DModel", patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+    "QwenImage21Transformer2DModel", refused="Dynamic shape operator",
+    patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
     num_attention_heads=2, context_in_dim=8, mlp_ratio=2, axes_dims_rope=(4, 6, 6),
 )  # fmt: skip
 def _qwen_image21():
@@ -113,10 +114,19 @@ def _qwen_image21():
 
 
 @case(
-    "NucleusMoEImageTransformer2DModel", moe_enabled=True, num_experts=4, moe_intermediate_dim=16,
-    dense_moe_strategy="all_moe", capacity_factors=2.0, **_QWEN,
-)  # fmt: skip
+    "NucleusMoEImageTransformer2DModel",
+    moe_enabled=False,
+    **_QWEN | dict(attention_head_dim=32, axes_dims_rope=(16, 8, 8)),
+)
 def _nucleus():
+    return _qwen_inputs() | dict(img_shapes=[(1, 4, 6)] * 2)
+
+
+@case(
+    "NucleusMoEImageTransformer2DModel with experts", "NucleusMoEImageTransformer2DModel", refused="broke",
+    moe_enabled=True, num_experts=4, moe_intermediate_dim=16, dense_moe_strategy="all_moe", capacity_factors=2.0, **_QWEN,
+)  # fmt: skip
+def _nucleus_experts():
     return _qwen_inputs() | dict(img_shapes=[(1, 4, 6)] * 2)
 
 
@@ -165,7 +175,9 @@ def _joyimage():
 @case("JoyImageEditTransformer3DModel with a reference", "JoyImageEditTransformer3DModel", **_JOY)
 def _joyimage_reference():
     return dict(
-        hidden_states=random(2, 2, 4, 1, 4, 6), encoder_hidden_states=random(2, 6, 16), timestep=torch.tensor([500.0] * 2)
+        hidden_states=random(2, 2, 4, 1, 4, 6),
+        encoder_hidden_states=random(2, 6, 16),
+        timestep=torch.tensor([500.0] * 2),
     )
 
 

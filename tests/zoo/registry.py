@@ -21,6 +21,7 @@ class Case:
         latent: name of the argument that carries the region; None where the compiler has to find it.
         refused: pattern of the sentence with which the compiler refuses the model; None where it must be supported.
         warm: the model builds tables on its first call, in a way that Dynamo cannot trace: it is called once before.
+        region: name of the argument that the compiler must take for the latent.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Case:
     latent: str | None = None
     refused: str | None = None
     warm: bool = False
+    region: str = "hidden_states"
 
     def build(self) -> nn.Module:
         """The module, weights as the class initialises them."""
@@ -47,13 +49,14 @@ def case(
     latent: str | None = None,
     refused: str | None = None,
     warm: bool = False,
+    region: str = "hidden_states",
     **config: Any,
 ) -> Callable[[Callable[[], dict]], Callable[[], dict]]:
     """Registers a maker of inputs under ``name``, for the class ``kind`` (by default ``name``) built with ``config``."""
 
     def register(inputs: Callable[[], dict]) -> Callable[[], dict]:
         assert name not in ZOO, name
-        ZOO[name] = Case(kind or name, config, inputs, latent, refused, warm)
+        ZOO[name] = Case(kind or name, config, inputs, latent, refused, warm, region)
         return inputs
 
     return register
