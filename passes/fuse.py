@@ -14,6 +14,7 @@ because a GEMM may put its output tiles anywhere, so the product need not go thr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -75,7 +76,7 @@ def find(put: fx.Node, rows: fx.Node) -> Match | None:
     samples_first = len(indices) == 2
     if indices[-1] is not rows and not (len(indices) == 1 and is_only_sample(indices[0], rows)):
         return None
-    node = values
+    node: Any = values
     while node.target in VIEWS:
         if len(node.users) != 1 or not same_memory(node, node.args[0]):
             return None

@@ -62,7 +62,9 @@ def token(node: fx.Node) -> object:
 def find_repeat(body: Sequence[fx.Node], taken: set[fx.Node]) -> tuple[Repeat, list[list[fx.Node]], list[int]] | None:
     """The repeat that saves most nodes, with each stretch's operands and the places of the values it hands on."""
     names: dict[object, int] = {}
-    word = [-1 - index if node in taken else names.setdefault(token(node), len(names)) for index, node in enumerate(body)]
+    word = [
+        -1 - index if node in taken else names.setdefault(token(node), len(names)) for index, node in enumerate(body)
+    ]
     last: dict[int, int] = {}
     distances: Counter[int] = Counter()
     for index, letter in enumerate(word):
@@ -138,7 +140,10 @@ def matched(body: Sequence[fx.Node], repeat: Repeat):
 
         for node in stretch:
             fx.node.map_arg((node.args, node.kwargs), note)
-        metas = [(v.dtype, tuple(v.shape), v.stride()) if isinstance(v := n.meta.get("val"), torch.Tensor) else None for n in slots]
+        metas = [
+            (v.dtype, tuple(v.shape), v.stride()) if isinstance(v := n.meta.get("val"), torch.Tensor) else None
+            for n in slots
+        ]
         if None in metas:
             return None
         patterns.append((pattern, metas))

@@ -276,7 +276,8 @@ class _SparseBuilder:
         dim = joined_dim(node, layout)
         if step is None or dim is None:
             return [(None, self.value(node, Use.ROWS), layout)]
-        parts, start = [], 0
+        parts: list[tuple[tuple[int, int, int] | None, fx.Node, Layout | None]] = []
+        start = 0
         for operand, use in zip(operands(node), step.uses, strict=True):
             inner, length = self.analysis.layouts.get(operand), operand.meta["val"].shape[dim]
             parts.append(((dim, start, length), self.value(operand, use), inner if isinstance(inner, Layout) else None))

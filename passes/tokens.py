@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .errors import UnsupportedGraph
-from .layout import Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal
+from .layout import Atom, Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal
 
 
 def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -26,8 +26,11 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Cal
         dims.append(inside)
         if cut is not None:
             cuts.append((index, *cut))
-    samples, tokens, pixels, rest = [], {}, [], []
-    exploded = []
+    samples: list[int] = []
+    tokens: dict[Atom, int] = {}
+    pixels: list[int] = []
+    rest: list[int] = []
+    exploded: list[int] = []
     for dim in dims:
         beside = any(atom in region for atom in atoms_of(dim))
         for axis in dim:

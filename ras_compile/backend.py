@@ -160,7 +160,7 @@ def graph_break(graph: fx.GraphModule) -> GraphBreak | None:
     """The error of a graph that is only a part of the model's forward, because Dynamo broke it; None for a whole one."""
     reason = getattr(graph, "compile_subgraph_reason", None)
     frames = list(reason.user_stack) if reason is not None else []
-    if not frames:
+    if reason is None or not frames:
         return None
     where = frames[-1].filename, frames[-1].lineno
     source = f"{where[0]}:{where[1]} in {frames[-1].name}"

@@ -29,7 +29,7 @@ class _Bound(nn.Module):
         # an interpreter hands on the nodes' stack traces: the user's source lines
         interpreter = fx.Interpreter(self.graph_module)
         result = interpreter.run(*[next(given) if value is None else value for value in self.inputs])
-        return result if isinstance(result, (tuple, list)) else (result,)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
 def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -55,6 +55,7 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             captured, signature = aot_export_module(bound, tensors, trace_joint=False, pre_dispatch=True)
     except RuntimeError as error:
         raise UnsupportedGraph(f"the graph cannot be captured: {str(error).splitlines()[0]}") from error
+    assert isinstance(captured, fx.GraphModule)
     if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
         written = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
         raise UnsupportedGraph(f"the model writes into its inputs or buffers ({', '.join(map(str, written))})")

@@ -24,13 +24,15 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
     """
     if config.inner_backend == "eager":
         return module
+    compiled: Any
     if config.inner_backend == "inductor":
         options = dict(config.inner_options)
         mode = options.pop("mode", None)
         if mode is not None:
             options = {**list_mode_options(mode), **options}
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
-        return compile_fx(module, list(inputs), config_patches=options)
+        compiled = compile_fx(module, list(inputs), config_patches=options)
+        return compiled
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(config.inner_backend)(module, list(inputs), **config.inner_options)

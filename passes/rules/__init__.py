@@ -2,4 +2,14 @@
 
 from . import attention, concatenation, contraction, convolution, indexing, pointwise, reduction, resampling, views
 
-__all__ = ["attention", "concatenation", "contraction", "convolution", "indexing", "pointwise", "reduction", "resampling", "views"]
+__all__ = [
+    "attention",
+    "concatenation",
+    "contraction",
+    "convolution",
+    "indexing",
+    "pointwise",
+    "reduction",
+    "resampling",
+    "views",
+]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..layout import Axis, Layout, ViewError, atoms_of, opaque
+from ..layout import Axis, Layout, Sizes, ViewError, atoms_of, opaque
 from ..registry import Call, Step, Use, rule_for
 from .contraction import grid_atoms
 
@@ -98,8 +98,11 @@ def expand(call: Call) -> Step:
             dims[index + offset] = dim
     out = Layout(tuple(dims), layout.raw)
     operand = call.operands[0]
-    expanded = lambda sizes: (aten.expand.default, (operand, list(sizes.shape(out))), {})  # noqa: E731
-    return Step(out, call.uses()[:1], rewrite=expanded)
+
+    def rewrite(sizes: Sizes) -> tuple:
+        return aten.expand.default, (operand, list(sizes.shape(out))), {}
+
+    return Step(out, call.uses()[:1], rewrite=rewrite)
 
 
 @rule_for(aten.repeat.default, aten.tile.default)
