@@ -1,0 +1,1237 @@
+"""Small diffusion transformers as people write them by hand, in plain PyTorch: each differs in one idea from the base.
+
+The base is `DiT`: patches by reshape, adaptive norms without weights, one fused projection, bias-free attention, an MLP,
+and a linear head. A variant replaces a method; `MODELS` holds one case per variant with the inputs of a call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH, HEADS, TEXT = 16, 2, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model.
+
+    Attributes:
+        build: makes the module.
+        shapes: shape of every argument of forward, by name.
+        ratio: most FLOPs that a sparse step with a quarter of the tokens may take, as a share of a dense step's.
+        tokens: N, where the region is not all of the base's grid.
+        refused: pattern of the sentence with which the compiler refuses the model; None where it must be supported.
+        idle: how many splices are there for want of a finer rule: no active row depends on them.
+    """
+
+    build: Callable[[], nn.Module]
+    shapes: dict[str, tuple[int, ...]]
+    ratio: float = 0.45
+    tokens: int = 24
+    refused: str | None = None
+    idle: int = 0
+
+    def inputs(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        return {name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()}
+
+
+MODELS: dict[str, Case] = {}
+
+
+def model(name: str, *args: Any, latent=(2, 4, 8, 12), time=(2,), text=(2, TEXT, 6), ratio=0.45, tokens=24, refused=None,
+          idle=0, **config: Any):  # fmt: skip
+    """Registers a class, built with ``args`` and ``config``, under ``name``; the shapes are those of a call."""
+
+    def register(kind: type[nn.Module]) -> type[nn.Module]:
+        assert name not in MODELS, name
+        shapes = {"latent": latent, "timestep": time, "text": text}
+        shapes = {key: shape for key, shape in shapes.items() if shape is not None}
+        MODELS[name] = Case(lambda: kind(*args, **config), shapes, ratio, tokens, refused, idle)
+        return kind
+
+    return register
+
+
+def heads(x: Tensor, count: int = HEADS) -> Tensor:
+    """`b n (h d) -> b h n d`"""
+    return x.reshape(x.shape[0], x.shape[1], count, -1).transpose(1, 2)
+
+
+def merge(x: Tensor) -> Tensor:
+    """`b h n d -> b n (h d)`"""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+class Block(nn.Module):
+    """`b n c -> b n c`: attention and MLP under adaptive norms."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.cross, self.text = nn.Linear(width, width), nn.Linear(6, 2 * width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.ada = nn.Linear(width, 4 * width)
+        self.width = width
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None, grid: tuple[int, ...]) -> Tensor:
+        shift, scale, gate, second = self.ada(F.silu(emb)).chunk(4, dim=-1)
+        x = x + gate * self.out(self.attend(self.norm(x) * (1 + scale) + shift, grid))
+        if text is not None:
+            key, value = self.text(text).chunk(2, dim=-1)
+            x = x + merge(F.scaled_dot_product_attention(heads(self.cross(self.norm(x))), heads(key), heads(value)))
+        return x + second * self.mlp(self.norm(x), grid)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],))
+
+    def attend(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return merge(self.mix(*(heads(part) for part in self.qkv(x).chunk(3, dim=-1))))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def mlp(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class DiT(nn.Module):
+    """`b c (h p) (w q) -> b c (h p) (w q)`"""
+
+    block: type[Block] = Block
+
+    def __init__(self, patch=(2, 2), channels=4, depth=1) -> None:
+        super().__init__()
+        self.patch, self.channels = patch, channels
+        self.embed = nn.Linear(channels * math.prod(patch), WIDTH)
+        self.time = nn.Linear(8, WIDTH)
+        self.blocks = nn.ModuleList([self.block() for _ in range(depth)])
+        self.head = nn.Linear(WIDTH, channels * math.prod(patch))
+        self.frequencies = nn.Buffer(torch.exp(-torch.arange(8) / 8.0))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor | None = None) -> Tensor:
+        x, grid = self.patchify(latent)
+        x = self.run(x, self.condition(timestep), text, grid)
+        return self.unpatchify(x, grid)
+
+    def condition(self, timestep: Tensor) -> Tensor:
+        """`b -> b 1 c`, or `b n -> b n c`"""
+        emb = self.time((timestep[..., None] * self.frequencies).sin())
+        return emb if emb.ndim == 3 else emb[:, None]
+
+    def patchify(self, latent: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        b, c, height, width = latent.shape
+        p, q = self.patch
+        x = latent.reshape(b, c, height // p, p, width // q, q).permute(0, 2, 4, 3, 5, 1)
+        return self.embed(x.reshape(b, -1, p * q * c)), (height // p, width // q)
+
+    def run(self, x: Tensor, emb: Tensor, text: Tensor | None, grid: tuple[int, ...]) -> Tensor:
+        for block in self.blocks:
+            x = block(x, emb, text, grid)
+        return x
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        (h, w), (p, q) = grid, self.patch
+        x = self.head(x).reshape(x.shape[0], h, w, p, q, self.channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.channels, h * p, w * q)
+
+
+# Sizes
+
+model("base", depth=2)(DiT)
+model("patch 1", patch=(1, 1), latent=(2, 4, 4, 6))(DiT)
+model("patch 4", patch=(4, 4), latent=(2, 4, 16, 24))(DiT)
+model("patch 2 by 4", patch=(2, 4), latent=(2, 4, 8, 24))(DiT)
+model("one sample", latent=(1, 4, 8, 12), time=(1,), text=(1, TEXT, 6))(DiT)
+model("batch of three", latent=(3, 4, 8, 12), time=(3,), text=(3, TEXT, 6))(DiT)
+model("a single column", latent=(2, 4, 48, 2))(DiT)
+model("per-token timesteps", time=(2, 24))(DiT)
+model("as much text as picture", text=(2, 24, 6))(DiT)
+model("no text", text=None)(DiT)
+
+
+# Latents
+
+
+@model("channels last", latent=(2, 8, 12, 4))
+class ChannelsLast(DiT):
+    def forward(self, latent, timestep, text=None):
+        return super().forward(latent.permute(0, 3, 1, 2), timestep, text).permute(0, 2, 3, 1)
+
+
+@model("audio", latent=(2, 4, 96))
+class Audio(DiT):
+    """`b c (n p) -> b c (n p)`"""
+
+    def patchify(self, latent):
+        x = latent.unfold(2, 4, 4)
+        return self.embed(x.permute(0, 2, 3, 1).flatten(2)), (x.shape[2],)
+
+    def unpatchify(self, x, grid):
+        return self.head(x).unflatten(2, (4, 4)).permute(0, 3, 1, 2).flatten(2)
+
+
+class Factorised(Block):
+    """Attention among the tokens of a frame, then along time: `(b f) n c` and `(b n) f c`."""
+
+    def attend(self, x, grid):
+        (b, _, c), f = x.shape, grid[0]
+        inside = super().attend(x.reshape(b * f, -1, c), grid).reshape(b, f, -1, c)
+        turned = inside.transpose(1, 2).reshape(-1, f, c)
+        return super().attend(turned, grid).reshape(b, -1, f, c).transpose(1, 2).reshape(b, -1, c)
+
+
+@model("video with joint attention", latent=(2, 4, 3, 4, 8), tokens=24)
+class Video(DiT):
+    """`b c f (h p) (w q) -> b c f (h p) (w q)`"""
+
+    def patchify(self, latent):
+        b, c, f, height, width = latent.shape
+        x = latent.reshape(b, c, f, height // 2, 2, width // 2, 2).permute(0, 2, 3, 5, 4, 6, 1)
+        return self.embed(x.reshape(b, -1, 4 * c)), (f, height // 2, width // 2)
+
+    def unpatchify(self, x, grid):
+        (f, h, w), c = grid, self.channels
+        x = self.head(x).reshape(x.shape[0], f, h, w, 2, 2, c)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape[0], c, f, 2 * h, 2 * w)
+
+
+@model("video with attention over space and over time", latent=(2, 4, 3, 4, 8), tokens=8)
+class FactorisedVideo(Video):
+    block = Factorised
+
+
+@model("a mask in the latent's channels")
+class Inpainting(DiT):
+    """The latent is joined with a picture of its own size before the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8 * 4, WIDTH)
+        self.known = nn.Parameter(torch.randn(1, 4, 8, 12))
+
+    def patchify(self, latent):
+        return super().patchify(torch.cat([latent, self.known.expand_as(latent)], 1))
+
+
+@model("preconditioned")
+class Preconditioned(DiT):
+    """`skip * latent + out * f(in * latent)`"""
+
+    def forward(self, latent, timestep, text=None):
+        sigma = timestep.exp()[:, None, None, None]
+        scale = (sigma**2 + 1).rsqrt()
+        return scale**2 * latent + sigma * scale * super().forward(scale * latent, timestep, text)
+
+
+@model("learned variance")
+class Variance(DiT):
+    """`b c h w -> b (2 c) h w`"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 8 * 4)
+
+    def unpatchify(self, x, grid):
+        (h, w), x = grid, self.head(x)
+        return x.reshape(-1, h, w, 2, 2, 8).permute(0, 5, 1, 3, 2, 4).reshape(-1, 8, 2 * h, 2 * w)
+
+
+# Ways to cut and to join patches
+
+
+@model("patches by unfold")
+class Unfold(DiT):
+    def patchify(self, latent):
+        x = latent.unfold(2, 2, 2).unfold(3, 2, 2)  # b c h w p q
+        b, _, h, w, *_ = x.shape
+        return self.embed(x.permute(0, 2, 3, 4, 5, 1).reshape(b, h * w, -1)), (h, w)
+
+
+@model("patches by im2col and col2im")
+class Im2Col(DiT):
+    def patchify(self, latent):
+        return self.embed(F.unfold(latent, 2, stride=2).transpose(1, 2)), (latent.shape[2] // 2, latent.shape[3] // 2)
+
+    def unpatchify(self, x, grid):
+        return F.fold(self.head(x).transpose(1, 2), (2 * grid[0], 2 * grid[1]), 2, stride=2)
+
+
+@model("pixel shuffle")
+class Shuffle(DiT):
+    def patchify(self, latent):
+        x = F.pixel_unshuffle(latent, 2)
+        return self.embed(x.flatten(2).transpose(1, 2)), tuple(x.shape[2:])
+
+    def unpatchify(self, x, grid):
+        return F.pixel_shuffle(self.head(x).transpose(1, 2).unflatten(2, grid), 2)
+
+
+@model("transposed convolution")
+class Transposed(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(4, WIDTH, 2, 2), nn.ConvTranspose2d(WIDTH, 4, 2, 2)
+
+    def patchify(self, latent):
+        x = self.embed(latent)
+        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
+
+    def unpatchify(self, x, grid):
+        return self.head(x.transpose(1, 2).unflatten(2, grid))
+
+
+@model("patches by strided slices")
+class Strided(DiT):
+    """Space to depth: `torch.cat([x[..., i::2, j::2] for ...])`."""
+
+    def patchify(self, latent):
+        x = torch.cat([latent[:, :, i::2, j::2] for i in range(2) for j in range(2)], 1)
+        return self.embed(x.flatten(2).transpose(1, 2)), tuple(x.shape[2:])
+
+
+@model("convolutional head")
+class ConvHead(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.smooth = nn.Conv2d(4, 4, 3, padding=1)
+
+    def unpatchify(self, x, grid):
+        return self.smooth(super().unpatchify(x, grid))
+
+
+@model("overlapping patches", ratio=0.7)
+class Overlapping(DiT):
+    """A convolution whose kernel is larger than its stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(4, WIDTH, 4, stride=2, padding=1)
+
+    def patchify(self, latent):
+        x = self.embed(latent)
+        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
+
+
+# Attention
+
+
+def variant(name: str, **config: Any) -> Callable[[type[Block]], type[Block]]:
+    """Registers the base with another block."""
+
+    def register(block: type[Block]) -> type[Block]:
+        model(name, **config)(type(block.__name__, (DiT,), {"block": block}))
+        return block
+
+    return register
+
+
+@variant("bias-free rms norms")
+class RmsNorms(Block):
+    def norm(self, x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+    def mix(self, q, k, v):
+        return super().mix(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)
+
+
+@variant("einsum attention")
+class Einsum(Block):
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, HEADS, -1).unbind(2)
+        weights = torch.einsum("bnhd,bmhd->bhnm", q, k).mul(0.3).softmax(-1)
+        return torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2)
+
+
+@variant("manual attention")
+class Manual(Block):
+    def mix(self, q, k, v):
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+@variant("manual attention with a mask")
+class Masked(Block):
+    def mix(self, q, k, v):
+        place = torch.arange(q.shape[2])
+        near = (place[:, None] - place[None]).abs() < 9
+        scores = q @ k.transpose(-2, -1)
+        return scores.masked_fill(~near, float("-inf")).softmax(-1) @ v
+
+
+@variant("manual attention with a bias of distances")
+class Alibi(Block):
+    def mix(self, q, k, v):
+        place = torch.arange(q.shape[2])
+        return (q @ k.transpose(-2, -1) - 0.1 * (place[:, None] - place).abs()).softmax(-1) @ v
+
+
+@variant("manual attention with an explicit softmax")
+class Explicit(Block):
+    def mix(self, q, k, v):
+        scores = q @ k.mT
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        return weights @ v / weights.sum(-1, keepdim=True)
+
+
+@variant("baddbmm attention")
+class Baddbmm(Block):
+    def mix(self, q, k, v):
+        b, h, n, d = q.shape
+        q, k, v = (part.reshape(b * h, n, d) for part in (q, k, v))
+        zero = torch.zeros(b * h, n, n, dtype=q.dtype)
+        return torch.bmm(torch.baddbmm(zero, q, k.transpose(1, 2), beta=0, alpha=0.4).softmax(-1), v).reshape(
+            b, h, n, d
+        )
+
+
+@variant("talking heads")
+class TalkingHeads(Block):
+    """The scores of different heads are mixed before the softmax: `b h n m, h g -> b g n m`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk = nn.Parameter(torch.randn(HEADS, HEADS))
+
+    def mix(self, q, k, v):
+        scores = torch.einsum("bhnm,hg->bgnm", q @ k.transpose(-2, -1), self.talk)
+        return scores.softmax(-1) @ v
+
+
+@variant("differential attention")
+class Differential(Block):
+    def mix(self, q, k, v):
+        (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+        return ((q1 @ k1.mT).softmax(-1) - 0.3 * (q2 @ k2.mT).softmax(-1)) @ v
+
+
+@variant("linear attention")
+class LinearAttention(Block):
+    def mix(self, q, k, v):
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        state = k.transpose(-2, -1) @ v
+        return q @ state / (q @ k.sum(-2).unsqueeze(-1))
+
+
+@variant("linear attention by einsum")
+class LinearEinsum(Block):
+    def mix(self, q, k, v):
+        q, k = q.softmax(-1), k.softmax(-2)
+        return torch.einsum("bhde,bhnd->bhne", torch.einsum("bhnd,bhne->bhde", k, v), q)
+
+
+@variant("attention over channels")
+class ChannelAttention(Block):
+    """Channels attend to channels (XCiT): `b h d n, b h n e -> b h d e`."""
+
+    def mix(self, q, k, v):
+        weights = (F.normalize(q, dim=-2).mT @ F.normalize(k, dim=-2)).softmax(-1)
+        return (weights @ v.mT).mT
+
+
+@variant("grouped queries")
+class Grouped(Block):
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = heads(q, 4), heads(k[..., :8], 2), heads(v[..., :8], 2)
+        return merge(F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+@variant("grouped queries by repetition")
+class GroupedByHand(Block):
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = heads(q, 4), heads(k[..., :8], 2), heads(v[..., :8], 2)
+        k = k[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+        return merge(self.mix(q, k, v.repeat_interleave(2, dim=1)))
+
+
+@variant("one key for all heads")
+class MultiQuery(Block):
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return merge(self.mix(heads(q, 4), k[:, None, :, :4], v[:, None, :, :4]))
+
+
+@variant("causal attention")
+class Causal(Block):
+    def mix(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@variant("causal attention by a mask")
+class CausalMask(Block):
+    def mix(self, q, k, v):
+        mask = torch.full((q.shape[2], q.shape[2]), float("-inf")).triu(1)
+        return (q @ k.mT + mask).softmax(-1) @ v
+
+
+@variant("no attention among tokens")
+class CrossOnly(Block):
+    def attend(self, x, grid):
+        return self.qkv(x)[..., :WIDTH]
+
+
+def windows(x: Tensor, grid: tuple[int, ...], side: int) -> Tensor:
+    """`b ((h s) (w s)) c -> (b h w) (s s) c`"""
+    b, _, c = x.shape
+    x = x.reshape(b, grid[0] // side, side, grid[1] // side, side, c)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, c)
+
+
+def unwindow(x: Tensor, grid: tuple[int, ...], side: int) -> Tensor:
+    x = x.reshape(-1, grid[0] // side, grid[1] // side, side, side, x.shape[-1])
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(x.shape[0], grid[0] * grid[1], x.shape[-1])
+
+
+@variant("windows", tokens=6)
+class Windows(Block):
+    def attend(self, x, grid):
+        return unwindow(super().attend(windows(x, grid, 2), grid), grid, 2)
+
+
+@variant("shifted windows", ratio=0.6)
+class ShiftedWindows(Block):
+    def attend(self, x, grid):
+        rolled = x.unflatten(1, grid).roll((-1, -1), (1, 2)).flatten(1, 2)
+        y = unwindow(super().attend(windows(rolled, grid, 2), grid), grid, 2)
+        return y.unflatten(1, grid).roll((1, 1), (1, 2)).flatten(1, 2)
+
+
+@variant("axial attention", tokens=6)
+class Axial(Block):
+    """Along rows, then along columns."""
+
+    def attend(self, x, grid):
+        b, _, c = x.shape
+        rows = super().attend(x.reshape(b * grid[0], grid[1], c), grid).reshape(b, *grid, c)
+        columns = super().attend(rows.transpose(1, 2).reshape(b * grid[1], grid[0], c), grid)
+        return columns.reshape(b, grid[1], grid[0], c).transpose(1, 2).reshape(b, -1, c)
+
+
+@variant("neighbours by im2col")
+class Neighbours(Block):
+    """Each token attends to the nine tokens around it."""
+
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        k, v = (
+            F.unfold(part.transpose(1, 2).unflatten(2, grid), 3, padding=1).unflatten(1, (WIDTH, 9)).permute(0, 3, 2, 1)
+            for part in (k, v)
+        )
+        return ((q[:, :, None] @ k.mT).softmax(-1) @ v).squeeze(2)
+
+
+@variant("keys of a coarser grid")
+class Pooled(Block):
+    """Keys and values are averaged over 2x2 tokens (PVT)."""
+
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        k, v = (F.avg_pool2d(part.transpose(1, 2).unflatten(2, grid), 2).flatten(2).transpose(1, 2) for part in (k, v))
+        return merge(self.mix(heads(q), heads(k), heads(v)))
+
+
+@variant("keys of a coarser grid by a convolution", tokens=6)
+class Reduced(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(WIDTH, WIDTH, 2, 2)
+
+    def attend(self, x, grid):
+        small = self.reduce(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        q, (k, v) = self.qkv(x)[..., :WIDTH], self.qkv(small)[..., WIDTH:].chunk(2, -1)
+        return merge(self.mix(heads(q), heads(k), heads(v)))
+
+
+@variant("learned slots")
+class Slots(Block):
+    """Slots read the tokens, then the tokens read the slots (Perceiver)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(1, 5, WIDTH))
+
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        slots = merge(self.mix(heads(self.slots.expand(x.shape[0], -1, -1)), heads(k), heads(v)))
+        return merge(self.mix(heads(q), heads(slots), heads(slots)))
+
+
+@variant("torch's own layer of attention")
+class Library(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def attend(self, x, grid):
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+# Rotary embeddings
+
+
+def angles(grid: tuple[int, ...], dim: int) -> Tensor:
+    """`n d/2`: half of the channels turn with the row, half with the column."""
+    turns = 0.5 ** torch.arange(dim // 4)
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    return torch.cat([rows.reshape(-1, 1) * turns, columns.reshape(-1, 1) * turns], -1)
+
+
+@variant("rotary embedding by complex numbers")
+class ComplexRotary(Block):
+    def attend(self, x, grid):
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        table = torch.polar(torch.ones(()), angles(grid, q.shape[-1]))
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(p.reshape(*p.shape[:-1], -1, 2)) * table).flatten(-2)
+            for p in (q, k)
+        )
+        return merge(self.mix(q, k, v))
+
+
+@variant("rotary embedding by halves")
+class HalfRotary(Block):
+    def attend(self, x, grid):
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        angle = angles(grid, q.shape[-1]).repeat(1, 2)
+
+        def turn(part):
+            first, second = part.chunk(2, -1)
+            return part * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+
+        return merge(self.mix(turn(q), turn(k), v))
+
+
+@variant("rotary embedding written into slices")
+class SliceRotary(Block):
+    def attend(self, x, grid):
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        angle = angles(grid, q.shape[-1])
+
+        def turn(part):
+            out = torch.empty_like(part)
+            out[..., 0::2] = part[..., 0::2] * angle.cos() - part[..., 1::2] * angle.sin()
+            out[..., 1::2] = part[..., 0::2] * angle.sin() + part[..., 1::2] * angle.cos()
+            return out
+
+        return merge(self.mix(turn(q), turn(k), v))
+
+
+# MLPs and blocks
+
+
+@variant("depthwise convolution in the MLP")
+class Depthwise(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(4 * WIDTH, 4 * WIDTH, 3, padding=1, groups=4 * WIDTH)
+
+    def mlp(self, x, grid):
+        y = self.up(x).transpose(1, 2).unflatten(2, grid)
+        return self.down(F.gelu(self.depthwise(y)).flatten(2).transpose(1, 2))
+
+
+@variant("gated convolution with a group norm")
+class Grouping(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed = nn.GroupNorm(4, WIDTH)
+
+    def mlp(self, x, grid):
+        return super().mlp(self.normed(x.transpose(1, 2)).transpose(1, 2), grid)
+
+
+@variant("attention and MLP in parallel")
+class Parallel(Block):
+    def forward(self, x, emb, text, grid):
+        y = self.norm(x) + emb
+        return x + self.out(self.attend(y, grid)) + self.mlp(y, grid)
+
+
+@variant("mixer", ratio=0.7)
+class Mixer(Block):
+    """The MLP works along the tokens instead of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 24))
+
+    def attend(self, x, grid):
+        return self.tokens(x.transpose(1, 2)).transpose(1, 2)
+
+
+@variant("spatial gating", ratio=0.5)
+class SpatialGating(Block):
+    """One half of the channels gates the other after a linear along the tokens (gMLP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.along = nn.Linear(24, 24)
+
+    def attend(self, x, grid):
+        first, second = self.qkv(x).chunk(3, -1)[:2]
+        return first * self.along(second.transpose(1, 2)).transpose(1, 2)
+
+
+@variant("pooled mean fed back")
+class PooledMean(Block):
+    def mlp(self, x, grid):
+        return super().mlp(x + x.mean(1, keepdim=True), grid)
+
+
+@variant("squeeze and excitation")
+class Excitation(Block):
+    def mlp(self, x, grid):
+        y = self.up(x)
+        return self.down(y * self.up(x.mean(dim=1)).sigmoid()[:, None])
+
+
+@variant("statistics over the whole sample")
+class GlobalStatistics(Block):
+    def norm(self, x):
+        return (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True)
+
+
+@variant("token shift")
+class TokenShift(Block):
+    """Half of the channels come from the token before (RWKV)."""
+
+    def mlp(self, x, grid):
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return super().mlp(torch.cat([x[..., : WIDTH // 2], before[..., WIDTH // 2 :]], -1), grid)
+
+
+@variant("running sums", ratio=0.5)
+class RunningSums(Block):
+    """A scan along the tokens, forward and backward."""
+
+    def attend(self, x, grid):
+        y = self.qkv(x)[..., :WIDTH]
+        return y.cumsum(1) * 0.1 + y.flip(1).cumsum(1).flip(1) * 0.1
+
+
+@variant("tokens in another order", ratio=0.6)
+class Reordered(Block):
+    """A snake through the grid: every other row backwards."""
+
+    def attend(self, x, grid):
+        order = torch.arange(24).reshape(grid)
+        order = torch.cat([row if index % 2 == 0 else row.flip(0) for index, row in enumerate(order)])
+        return super().attend(x[:, order], grid)[:, order.argsort()]
+
+
+@variant("only the strongest tokens as keys")
+class TopKeys(Block):
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        best = x.norm(dim=-1).topk(8, dim=1).indices[..., None].expand(-1, -1, WIDTH)
+        return merge(self.mix(heads(q), heads(k.gather(1, best)), heads(v.gather(1, best))))
+
+
+@variant("experts chosen per token")
+class Experts(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 2)
+        self.second = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+
+    def mlp(self, x, grid):
+        chosen = F.one_hot(self.router(x).argmax(-1), 2).to(x.dtype)
+        return chosen[..., :1] * super().mlp(x, grid) + chosen[..., 1:] * self.second(x)
+
+
+# Whole models
+
+
+@model("registers before the picture")
+class RegistersBefore(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Parameter(torch.randn(1, 2, WIDTH)), nn.Parameter(torch.randn(1, 3, WIDTH))
+
+    def join(self, x):
+        return torch.cat([self.before.expand(x.shape[0], -1, -1), x], 1)
+
+    def run(self, x, emb, text, grid):
+        return super().run(self.join(x), emb, text, grid)[:, 2:]
+
+
+@model("registers behind the picture")
+class RegistersAfter(RegistersBefore):
+    def run(self, x, emb, text, grid):
+        count = x.shape[1]
+        return DiT.run(self, torch.cat([x, self.after.expand(x.shape[0], -1, -1)], 1), emb, text, grid)[:, :count]
+
+
+@model("registers on both sides")
+class RegistersAround(RegistersBefore):
+    def join(self, x):
+        return torch.cat([super().join(x), self.after.expand(x.shape[0], -1, -1)], 1)
+
+    def run(self, x, emb, text, grid):
+        _, x, _ = DiT.run(self, self.join(x), emb, text, grid).split([2, x.shape[1], 3], dim=1)
+        return x
+
+
+@model("time and text as tokens")
+class InContext(DiT):
+    """U-ViT: everything is a token, and a long skip is joined to the channels."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=3)
+        self.words, self.skip = nn.Linear(6, WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def run(self, x, emb, text, grid):
+        x = torch.cat([emb, self.words(text), x], 1)
+        first = self.blocks[0](x, emb, None, grid)
+        middle = self.blocks[1](first, emb, None, grid)
+        joined = self.skip(torch.cat([middle, first], -1))
+        return self.blocks[2](joined, emb, None, grid)[:, -grid[0] * grid[1] :]
+
+
+@model("in-context with as much text as picture", text=(2, 24, 6), ratio=0.7)
+class InContextSameLength(InContext):
+    pass
+
+
+@model("a pooled token conditions all")
+class PooledToken(DiT):
+    def run(self, x, emb, text, grid):
+        for block in self.blocks:
+            x = block(x, emb + x.mean(1, keepdim=True), text, grid)
+        return x
+
+
+@model("learned positions")
+class Positions(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(24, WIDTH))
+
+    def run(self, x, emb, text, grid):
+        return super().run(x + self.positions, emb, text, grid)
+
+
+@model("positions of rows and of columns")
+class RowsAndColumns(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Parameter(torch.randn(4, 1, WIDTH)), nn.Parameter(torch.randn(6, WIDTH))
+
+    def run(self, x, emb, text, grid):
+        x = (x.unflatten(1, grid) + self.rows + self.columns).flatten(1, 2)
+        return super().run(x, emb, text, grid)
+
+
+@model("interpolated positions")
+class Interpolated(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, WIDTH, 3, 3))
+
+    def run(self, x, emb, text, grid):
+        table = F.interpolate(self.positions, size=grid, mode="bilinear")
+        return super().run(x + table.flatten(2).transpose(1, 2), emb, text, grid)
+
+
+@model("merged patches", latent=(2, 4, 8, 12), tokens=6)
+class Hourglass(DiT):
+    """2x2 tokens become one of more channels and are taken apart again, with a long skip."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=3)
+        self.down, self.up, self.skip = (
+            nn.Linear(4 * WIDTH, WIDTH),
+            nn.Linear(WIDTH, 4 * WIDTH),
+            nn.Linear(2 * WIDTH, WIDTH),
+        )
+
+    def run(self, x, emb, text, grid):
+        h, w = grid
+        x = self.blocks[0](x, emb, text, grid)
+        small = x.reshape(-1, h // 2, 2, w // 2, 2, WIDTH).permute(0, 1, 3, 2, 4, 5).reshape(x.shape[0], -1, 4 * WIDTH)
+        small = self.up(self.blocks[1](self.down(small), emb, text, (h // 2, w // 2)))
+        large = small.reshape(-1, h // 2, w // 2, 2, 2, WIDTH).permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
+        return self.blocks[2](self.skip(torch.cat([x, large], -1)), emb, text, grid)
+
+
+@model("downsampled by a convolution, upsampled by repetition", tokens=6)
+class Pyramid(Hourglass):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(WIDTH, WIDTH, 2, 2)
+
+    def run(self, x, emb, text, grid):
+        h, w = grid
+        x = self.blocks[0](x, emb, text, grid)
+        small = self.down(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        small = self.blocks[1](small, emb, text, (h // 2, w // 2))
+        large = F.interpolate(small.transpose(1, 2).unflatten(2, (h // 2, w // 2)), scale_factor=2, mode="nearest")
+        return self.blocks[2](self.skip(torch.cat([x, large.flatten(2).transpose(1, 2)], -1)), emb, text, grid)
+
+
+@model("two streams")
+class TwoStreams(DiT):
+    """Text and picture have weights of their own and attend jointly (MMDiT)."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.words = nn.Linear(6, WIDTH)
+        self.other = nn.ModuleList([Block() for _ in range(2)])
+        self.mine = nn.ModuleList([Block() for _ in range(2)])
+
+    def run(self, x, emb, text, grid):
+        y = self.words(text)
+        for mine, other in zip(self.mine, self.other, strict=True):
+            parts = [m.qkv(m.norm(t + emb)).chunk(3, -1) for m, t in ((other, y), (mine, x))]
+            q, k, v = (heads(torch.cat(pair, 1)) for pair in zip(*parts, strict=True))
+            mixed = merge(mine.mix(q, k, v))
+            y, x = y + other.out(mixed[:, :TEXT]), x + mine.out(mixed[:, TEXT:])
+            y, x = y + other.mlp(other.norm(y), grid), x + mine.mlp(mine.norm(x), grid)
+        return x
+
+
+@model("convolutions between the layers", ratio=0.5)
+class Between(DiT):
+    """A residual 3x3 convolution over the grid between the layers."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.between = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="circular")
+
+    def run(self, x, emb, text, grid):
+        x = self.blocks[0](x, emb, text, grid)
+        x = x + self.between(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return self.blocks[1](x, emb, text, grid)
+
+
+@model("guidance inside", refused="no output carries the token grid")
+class GuidanceInside(DiT):
+    """Both branches in one call: the latent is doubled, and the results are combined."""
+
+    def forward(self, latent, timestep, text=None):
+        both = torch.cat([latent, latent])
+        text = torch.cat([text, torch.zeros_like(text)])
+        cond, uncond = super().forward(both, timestep.repeat(2), text).chunk(2)
+        return uncond + 3 * (cond - uncond)
+
+
+@model("norm of the whole noise")
+class Rescaled(DiT):
+    """The noise is divided by its own norm: every token counts for every other."""
+
+    def forward(self, latent, timestep, text=None):
+        noise = super().forward(latent, timestep, text)
+        return noise / noise.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+@variant("frequencies instead of attention")
+class Frequencies(Block):
+    """FNet: the real part of the Fourier transform over the grid."""
+
+    def attend(self, x, grid):
+        y = self.qkv(x)[..., :WIDTH].unflatten(1, grid)
+        return torch.fft.fft2(y, dim=(1, 2)).real.flatten(1, 2) * 0.2
+
+
+@variant("tokens merged by slices")
+class MergedSlices(Block):
+    """Keys and values of 2x2 tokens side by side (Swin's merging)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merge = nn.Linear(4 * WIDTH, WIDTH)
+
+    def attend(self, x, grid):
+        y = x.unflatten(1, grid)
+        small = self.merge(torch.cat([y[:, i::2, j::2] for i in range(2) for j in range(2)], -1)).flatten(1, 2)
+        q, (k, v) = self.qkv(x)[..., :WIDTH], self.qkv(small)[..., WIDTH:].chunk(2, -1)
+        return merge(self.mix(heads(q), heads(k), heads(v)))
+
+
+@variant("positions relative to rows and to columns", idle=1)
+class Decomposed(Block):
+    """The scores get a term for the row and one for the column of the key, which depends on the query (SAM)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Parameter(torch.randn(4, 4, 8)), nn.Parameter(torch.randn(6, 6, 8))
+
+    def mix(self, q, k, v):
+        (b, h, n, d), grid = q.shape, (4, 6)
+        scores = (q @ k.mT).reshape(b * h, *grid, *grid)
+        query = q.reshape(b * h, *grid, d)
+        scores = scores + torch.einsum("bhwc,hkc->bhwk", query, self.rows)[..., None]
+        scores = scores + torch.einsum("bhwc,wkc->bhwk", query, self.columns)[..., None, :]
+        return scores.reshape(b, h, n, n).softmax(-1) @ v
+
+
+@variant("a sink beside the keys")
+class Sink(Block):
+    """One more score that no value belongs to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(HEADS))
+
+    def mix(self, q, k, v):
+        sink = self.sink[None, :, None, None].expand(q.shape[0], -1, q.shape[2], 1)
+        return torch.cat([q @ k.mT, sink], -1).softmax(-1)[..., :-1] @ v
+
+
+@variant("each query reads its best keys")
+class BestKeys(Block):
+    def mix(self, q, k, v):
+        scores = q @ k.mT
+        least = scores.topk(6, dim=-1).values[..., -1:]
+        return scores.masked_fill(scores < least, float("-inf")).softmax(-1) @ v
+
+
+@variant("a key read before the tokens")
+class AddedKeys(Block):
+    """Keys and values are joined with learned ones, on either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.Parameter(torch.randn(2, 1, HEADS, 2, WIDTH // HEADS))
+
+    def mix(self, q, k, v):
+        k, v = (torch.cat([m.expand(q.shape[0], -1, -1, -1), t], 2) for m, t in zip(self.memory, (k, v), strict=True))
+        return super().mix(q, k, v)
+
+
+@variant("batch norm")
+class BatchNorm(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batched = nn.BatchNorm1d(WIDTH)
+
+    def norm(self, x):
+        return self.batched(x.transpose(1, 2)).transpose(1, 2)
+
+
+@variant("windows that do not divide the grid", ratio=0.6)
+class PaddedWindows(Block):
+    """The grid is padded to whole windows and cropped."""
+
+    def attend(self, x, grid):
+        padded = F.pad(x.unflatten(1, grid), (0, 0, 0, 2)).flatten(1, 2)
+        y = unwindow(super().attend(windows(padded, (4, 8), 4), grid), (4, 8), 4)
+        return y.unflatten(1, (4, 8))[:, :, :6].flatten(1, 2)
+
+
+@variant("pairs of neighbours as one token", tokens=12)
+class Pairs(Block):
+    """`b (n 2) c -> b n (2 c)`"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint = nn.Linear(2 * WIDTH, 2 * WIDTH)
+
+    def mlp(self, x, grid):
+        return F.gelu(self.joint(x.reshape(x.shape[0], -1, 2 * WIDTH))).reshape(x.shape)
+
+
+@variant("in place", idle=2)
+class InPlace(Block):
+    """Writes into fresh tensors, as hand-written code does."""
+
+    def attend(self, x, grid):
+        y = super().attend(x, grid)
+        y += x
+        y[:, :, :4] *= 2
+        y[:, 5] = 0
+        return y.clamp_(-3, 3)
+
+
+@variant("samples in the sequence")
+class Packed(Block):
+    """All samples stand behind one another, apart by a mask (NaViT)."""
+
+    def mix(self, q, k, v):
+        b, h, n, d = q.shape
+        sample = torch.arange(b).repeat_interleave(n)
+        q, k, v = (part.transpose(0, 1).reshape(1, h, b * n, d) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sample[:, None] == sample)
+        return y.reshape(h, b, n, d).transpose(0, 1)
+
+
+@model("sequence first")
+class SequenceFirst(DiT):
+    """`n b c` between the layers, and torch's attention in that order."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        self.layers = nn.ModuleList([nn.MultiheadAttention(WIDTH, HEADS) for _ in range(2)])
+
+    def run(self, x, emb, text, grid):
+        x = (x + emb).transpose(0, 1)
+        for layer in self.layers:
+            x = x + layer(x, x, x)[0]
+        return x.transpose(0, 1)
+
+
+@model("torch's own encoder", refused="no rule says how aten._transformer_encoder_layer_fwd")
+class Encoder(DiT):
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, norm_first=True, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def run(self, x, emb, text, grid):
+        return self.encoder(x + emb)
+
+
+@model("columns first")
+class ColumnsFirst(DiT):
+    """The sequence counts the grid column by column."""
+
+    def patchify(self, latent):
+        x, grid = super().patchify(latent.transpose(2, 3))
+        return x, grid
+
+    def unpatchify(self, x, grid):
+        return super().unpatchify(x, grid).transpose(2, 3)
+
+
+@model("window by window")
+class WindowOrder(DiT):
+    """The sequence counts window by window all the way, positions are rotated in that order."""
+
+    def run(self, x, emb, text, grid):
+        place = windows(torch.arange(24.0)[None, :, None], grid, 2).reshape(1, 24, 1)
+        x = windows(x, grid, 2).reshape(x.shape)
+        x = super().run(x * (0.1 * place).cos(), emb, text, grid)
+        return unwindow(x.reshape(-1, 4, WIDTH), grid, 2)
+
+
+@model("channels first all along")
+class ChannelsFirst(DiT):
+    """`b c h w` between the layers, 1x1 convolutions, attention over the flattened grid."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        self.embed, self.head = nn.Conv2d(4, WIDTH, 2, 2), nn.ConvTranspose2d(WIDTH, 4, 2, 2)
+        self.qkv, self.norm = nn.Conv2d(WIDTH, 3 * WIDTH, 1), nn.GroupNorm(1, WIDTH)
+        self.mlp = nn.Sequential(nn.Conv2d(WIDTH, 32, 1), nn.SiLU(), nn.Conv2d(32, WIDTH, 1))
+
+    def forward(self, latent, timestep, text=None):
+        x = self.embed(latent) + self.condition(timestep).transpose(1, 2)[..., None]
+        for _ in range(2):
+            q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)
+            weights = torch.einsum("bcn,bcm->bnm", q, k).softmax(-1)
+            x = x + torch.einsum("bnm,bcm->bcn", weights, v).view_as(x)
+            x = x + self.mlp(x)
+        return self.head(x)
+
+
+@model("text reads the picture")
+class TextReads(DiT):
+    """Text is updated from the picture's tokens, and the picture reads it."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.words, self.kv = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def run(self, x, emb, text, grid):
+        words = self.words(text)
+        for _ in range(2):
+            k, v = self.kv(x).chunk(2, -1)
+            words = words + merge(F.scaled_dot_product_attention(heads(words), heads(k), heads(v)))
+            k, v = self.kv(words).chunk(2, -1)
+            x = self.blocks[0](x + merge(F.scaled_dot_product_attention(heads(x), heads(k), heads(v))), emb, text, grid)
+        return x
+
+
+@model("values of the first layer in all")
+class ValueResidual(DiT):
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, 3 * WIDTH) for _ in range(3)])
+
+    def run(self, x, emb, text, grid):
+        first = None
+        for layer in self.layers:
+            q, k, v = (heads(part) for part in layer(F.rms_norm(x, (WIDTH,)) + emb).chunk(3, -1))
+            first = v if first is None else first
+            x = x + merge(F.scaled_dot_product_attention(q, k, v + 0.5 * first))
+        return x
+
+
+@model("the mean of the latent", ratio=0.5)
+class LatentMean(DiT):
+    """Statistics of the whole latent condition the layers and are added to the noise."""
+
+    def forward(self, latent, timestep, text=None):
+        mean = latent.mean((2, 3), keepdim=True)
+        noise = super().forward(latent - mean, timestep + latent.std((1, 2, 3)), text)
+        return noise + mean
+
+
+@model("two patch sizes", tokens=6)
+class TwoScales(DiT):
+    """Coarse tokens and fine tokens come from the same latent; the coarse ones are repeated and added."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.coarse = nn.Conv2d(4, WIDTH, 4, 4)
+
+    def run_coarse(self, latent, emb):
+        x = self.coarse(latent)
+        b, c, h, w = x.shape
+        x = self.blocks[0](x.flatten(2).transpose(1, 2), emb, None, (h, w))
+        x = x.reshape(b, h, 1, w, 1, c).expand(-1, -1, 2, -1, 2, -1)
+        return x.reshape(b, 4 * h * w, c)
+
+    def forward(self, latent, timestep, text=None):
+        emb = self.condition(timestep)
+        x, grid = self.patchify(latent)
+        return self.unpatchify(self.blocks[1](x + self.run_coarse(latent, emb), emb, text, grid), grid)
+
+
+@model("sorted tokens", ratio=0.97, idle=1)
+class Sorted(DiT):
+    """Tokens are brought into the order of their norms and back."""
+
+    def run(self, x, emb, text, grid):
+        order = x.norm(dim=-1).argsort(1)[..., None].expand_as(x)
+        place = 0.2 * torch.arange(x.shape[1])[:, None]
+        y = super().run(x.gather(1, order) * place.cos(), emb, text, grid)
+        return torch.zeros_like(x).scatter(1, order, y)
+
+
+@model("most tokens are dropped in the middle", depth=2)
+class Dropped(DiT):
+    """Only the strongest tokens take part in a layer (mixture of depths); the others pass by."""
+
+    def run(self, x, emb, text, grid):
+        best = x.norm(dim=-1).topk(8, dim=1).indices[..., None].expand(-1, -1, WIDTH)
+        y = self.blocks[0](x.gather(1, best), emb, text, grid)
+        return self.blocks[1](x.scatter(1, best, y), emb, text, grid)
+
+
+@model("several outputs")
+class Outputs(DiT):
+    """Noise, its own features, and their mean."""
+
+    def forward(self, latent, timestep, text=None):
+        x, grid = self.patchify(latent)
+        x = self.run(x, self.condition(timestep), text, grid)
+        return {"noise": self.unpatchify(x, grid), "features": x, "mean": x.mean(1)}
+
+
+@model("video counted in time first", latent=(2, 4, 3, 4, 8), tokens=24)
+class TimeFirst(Video):
+    """The sequence counts the frames of a place one after the other."""
+
+    def run(self, x, emb, text, grid):
+        x = x.unflatten(1, (grid[0], -1)).transpose(1, 2).flatten(1, 2)
+        x = super().run(x, emb, text, grid)
+        return x.unflatten(1, (-1, grid[0])).transpose(1, 2).flatten(1, 2)
