@@ -1,0 +1,315 @@
+"""CUDA graphs: each program of a plan becomes one launch.
+
+A graph bakes addresses in, so all that it reads and writes must stay where it is, in a *slot*:
+
+    the user's tensors, rows    copied into the slot's buffers before each launch
+    caches                      returned by the slot's dense graph, at addresses of its own; the sparse graphs write there
+    weights                     read where they are; once an address has changed, the program is captured anew
+    outputs                     static too: the plan clones what leaves
+
+A guidance branch of one generation holds a slot from its first dense call until its ``slots`` dictionary dies, or is
+taken over as the spare of a later generation. A plan has a few slots; a branch that finds none runs without graphs.
+
+A program's first call in a slot runs as it is, which compiles and tunes its kernels; the second one at the same weights
+is captured. So what runs once, or has weights that move at every call (offloading), never pays for a capture.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .inner import Compiled
+from .notices import warn_once
+
+__all__ = ["SLOTS", "ProgramGraphs"]
+
+# Slots of one plan: guidance branches, and generations that take turns or run in several threads.
+SLOTS = 4
+DEVICE = "cuda"
+_LEASE = "graph slot"
+_TRANSFERS = {"aten::to", "aten::_to_copy", "aten::copy", "aten::copy_", "prims::device_put"}
+
+_Addresses = tuple[int, ...]
+# One capture at a time: streams come from a small pool, and two threads may be given the same one.
+_capturing = threading.Lock()
+
+
+class Graph:
+    """A captured program. ``results`` are the tensors that every replay writes; they hold no values before the first.
+
+    Args:
+        compiled: the program, which has run before.
+        inputs: what it reads and writes, at addresses that stay.
+        pool: the graph whose memory it may share, as the two never run at once.
+    """
+
+    def __init__(self, compiled: Compiled, inputs: Sequence[Tensor], pool: Graph | None) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._stream: torch.cuda.Stream = torch.cuda.Stream() if pool is None else pool._stream
+        shared = None if pool is None else pool._graph.pool()
+        # a capture that fails leaves its stream behind as the current one: the outer context puts ours back
+        with _capturing, torch.cuda.stream(torch.cuda.current_stream()):
+            # cuBLAS keeps a workspace per stream: each graph gets its own, in its own memory
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                with torch.cuda.graph(self._graph, shared, self._stream, capture_error_mode="thread_local"):
+                    self.results = list(compiled(*inputs))
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Slot:
+    """Buffers for the user's tensors and the rows, and the graphs captured on them.
+
+    Args:
+        users: the user's tensors of the first call; later ones have the same sizes and strides.
+    """
+
+    def __init__(self, users: Sequence[Tensor]) -> None:
+        self._targets = [
+            torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=part.device)
+            for part in map(distinct, users)
+        ]
+        self.users = [target.expand(user.shape) for target, user in zip(self._targets, users, strict=True)]
+        self.rows: dict[int | str, Tensor] = {}
+        self.graphs: dict[int | str, tuple[_Addresses, Graph]] = {}
+        self.seen: dict[int | str, _Addresses] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def fill(self, users: Sequence[Tensor], rows: Sequence[Tensor], active: int | str) -> list[Tensor]:
+        """Copies the inputs of a call in; returns the buffers of the rows (none for a dense call)."""
+        for value in rows:
+            if active not in self.rows:
+                self.rows[active] = torch.empty_like(value)
+        buffers = [self.rows[active] for _ in rows]
+        torch._foreach_copy_([*self._targets, *buffers], [*map(distinct, users), *rows])
+        return buffers
+
+    def enter(self, device: torch.device) -> None:
+        """Waits, on the device, for what another stream still does in this slot."""
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+
+
+class _Lease:
+    """Holds a slot; gives it back when it dies.
+
+    Args:
+        slot: the slot.
+        free: the list that it goes back to (appending is atomic: this may run inside any garbage collection).
+    """
+
+    def __init__(self, slot: Slot, free: list[Slot]) -> None:
+        self.slot, self._free = slot, free
+        self.static = False  # whether the caches of this branch are the slot's own
+
+    def __del__(self) -> None:
+        self._free.append(self.slot)
+
+
+class ProgramGraphs:
+    """Runs the programs of one plan, through CUDA graphs where it can.
+
+    Args:
+        weights: for each tensor input of the programs, whether it is a weight or constant, read at its own address.
+        device: the latent's device.
+    """
+
+    def __init__(self, weights: Sequence[bool], device: torch.device) -> None:
+        self._weights = [index for index, weight in enumerate(weights) if weight]
+        self._users = [index for index, weight in enumerate(weights) if not weight]
+        self._device = device
+        self._free: list[Slot] = []
+        self._made = 0
+        self._lock = threading.Lock()
+        self._refused: set[int | str] = set()
+
+    @classmethod
+    def of(cls, graph: fx.Graph, tensors: Sequence[Tensor], weights: Sequence[bool]) -> ProgramGraphs | None:
+        """The graphs of a plan; None (and one warning, on CUDA) where something in it cannot be captured.
+
+        Args:
+            graph: the captured graph that all programs are made from.
+            tensors: its inputs.
+            weights: which of them are weights or constants.
+        """
+        device = next((value.device for value in tensors if value.device.type == DEVICE), None)
+        if device is None:
+            return None
+        reason = uncapturable(graph, tensors, weights, device)
+        if reason:
+            warn_once(f"ras_compile: without CUDA graphs, which makes small models slower: {reason}.")
+            return None
+        return cls(weights, device)
+
+    def run(
+        self,
+        active: int | str,
+        program: Callable[[int | str, Sequence[Tensor]], Compiled],
+        tensors: Sequence[Tensor],
+        state: Sequence[Tensor],
+        slots: dict,
+        spare: dict | None = None,
+    ) -> Sequence[Tensor]:
+        """Runs one program. What it returns may be overwritten by the next call: the caller clones what leaves.
+
+        Args:
+            active: ``"dense"``, or the sparse program's active rows per sample.
+            program: compiles a program for example inputs, or returns the compiled one.
+            tensors: tensor inputs of the call.
+            state: for a sparse program ``rows`` and the caches, which it writes.
+            slots: what the branch keeps.
+            spare: what a branch of a finished generation kept.
+        """
+        inputs = [*tensors, *state]
+        compiled = program(active, inputs)
+        addresses = tuple([tensors[index].data_ptr() for index in self._weights])
+        dense = active == "dense"
+        lease = self._lease(slots, spare, tensors, addresses) if dense else slots.get(_LEASE)
+        if lease is None:
+            return compiled(*inputs)
+        if dense or lease.static:
+            results = self._replay(active, compiled, tensors, state, lease.slot, addresses)
+            if dense:
+                lease.static = results is not None
+            if results is not None:
+                return results
+        lease.slot.seen[active] = addresses
+        return compiled(*inputs)
+
+    def _replay(
+        self,
+        active: int | str,
+        compiled: Compiled,
+        tensors: Sequence[Tensor],
+        state: Sequence[Tensor],
+        slot: Slot,
+        addresses: _Addresses,
+    ) -> list[Tensor] | None:
+        """The results of a graph, which is captured if it is time to; None: run without."""
+        known, graph = slot.graphs.get(active, (None, None))
+        if known != addresses:
+            graph = None
+            if slot.seen.get(active) != addresses or active in self._refused:
+                return None
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # the user captures a graph of their own
+        # buffers and caches are plain tensors, whatever mode the call is made in: another mode may write them later
+        with torch.inference_mode(False), torch.no_grad(), on(self._device):
+            slot.enter(self._device)
+            rows = slot.fill([tensors[index] for index in self._users], state[:1], active)
+            if graph is None:
+                static = list(tensors)
+                for index, buffer in zip(self._users, slot.users, strict=True):
+                    static[index] = buffer
+                graph = self._capture(active, compiled, [*static, *rows, *state[1:]], slot, addresses)
+                if graph is None:
+                    return None
+            graph.replay()
+            return graph.results
+
+    def _capture(
+        self, active: int | str, compiled: Compiled, inputs: Sequence[Tensor], slot: Slot, addresses: _Addresses
+    ) -> Graph | None:
+        if active == "dense":
+            slot.graphs.clear()  # those on the old caches
+        dense = slot.graphs.get("dense")
+        try:
+            graph = Graph(compiled, inputs, None if dense is None else dense[1])
+        except Exception as error:
+            self._refused.add(active)
+            what = "the dense program" if active == "dense" else f"the sparse program for {active} rows"
+            warn_once(f"ras_compile: {what} runs without a CUDA graph, capturing it failed: {error}")
+            return None
+        slot.graphs[active] = addresses, graph
+        return graph
+
+    def _lease(
+        self, slots: dict, spare: dict | None, tensors: Sequence[Tensor], addresses: _Addresses
+    ) -> _Lease | None:
+        """The slot that a branch holds, or may have from now on."""
+        if _LEASE not in slots:
+            lease = None
+            if spare is not None:
+                lease = spare.get(_LEASE)
+                spare.clear()
+            if lease is None:
+                slot = self._take(tensors, addresses)
+                if slot is None:
+                    warn_once(
+                        f"ras_compile: more than {SLOTS} guidance branches or generations at a time share one compiled "
+                        "graph; the others run without CUDA graphs."
+                    )
+                    return None
+                lease = _Lease(slot, self._free)
+            slots[_LEASE] = lease
+        return slots[_LEASE]
+
+    def _take(self, tensors: Sequence[Tensor], addresses: _Addresses) -> Slot | None:
+        """A free slot that knows these weights (two transformers may share a plan), else a new one, else any free one."""
+        free = list(self._free)
+        known = [slot for slot in free if slot.seen.get("dense") == addresses]
+        for slot in known:
+            if self._claim(slot):
+                return slot
+        with self._lock:
+            fresh = self._made < SLOTS
+            self._made += fresh
+        if fresh:
+            with torch.inference_mode(False), torch.no_grad():
+                return Slot([tensors[index] for index in self._users])
+        return next((slot for slot in free if slot not in known and self._claim(slot)), None)
+
+    def _claim(self, slot: Slot) -> bool:
+        try:
+            self._free.remove(slot)
+        except ValueError:  # another thread was faster
+            return False
+        return True
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one: graphs are launched there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def distinct(tensor: Tensor) -> Tensor:
+    """Without the repetitions of an expanded tensor: a buffer that overlaps itself cannot be copied into."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def uncapturable(
+    graph: fx.Graph, tensors: Sequence[Tensor], weights: Sequence[bool], device: torch.device
+) -> str | None:
+    """Why a program must not be captured: a graph would repeat the first call's values of whatever is not on the device.
+
+    A number that is the same in every call may be baked in; one that is copied to the device is read where it was.
+    """
+    if any(is_traceable_wrapper_subclass(value) for value in tensors):
+        return "an input is a tensor subclass"
+    placeholders = graph.find_nodes(op="placeholder")
+    for node, value, weight in zip(placeholders, tensors, weights, strict=True):
+        if value.device != device and not (weight and value.ndim == 0):
+            return f"the input {node.name} is on {value.device} and not on {device}"
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.device != device and node.op == "call_function":
+            users = [user.target._schema.name for user in node.users if hasattr(user.target, "_schema")]
+            if value.ndim or _TRANSFERS.intersection(users):
+                return f"{node.target} computes on {value.device}"
+    return None
