@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +74,15 @@ def test_a_corrupted_splice_shows(model: Subject, name: str):
 def test_what_is_refused_says_why(refused: str, double: None):  # noqa: F811
     with pytest.raises(UnsupportedGraph, match=MODELS[refused].refused):
         made(refused)
+
+
+def test_the_example_runs(capsys):
+    path = Path(__file__).parents[1] / "examples" / "handwritten_dit.py"
+    runpy.run_path(str(path))["main"]()
+    printed = capsys.readouterr().out
+    assert "192 tokens, grid 12 x 16" in printed
+    for step, kind in enumerate("dddsssssdsss"):
+        lines = [line.split() for line in printed.splitlines() if line.startswith(f"step {step:2d} ")]
+        assert [line[2] for line in lines] == ["cond", "uncond"]
+        assert all(line[3].startswith(kind) for line in lines)
+    assert 0 < float(printed.split()[-1]) < 0.05
