@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,13 +75,16 @@ def test_what_is_refused_says_why(refused: str, double: None):  # noqa: F811
         made(refused)
 
 
-def test_the_example_runs(capsys):
-    path = Path(__file__).parents[1] / "examples" / "handwritten_dit.py"
-    runpy.run_path(str(path))["main"]()
+def test_the_example_runs(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import handwritten_dit
+
+    torch._dynamo.reset()
+    handwritten_dit.main()
     printed = capsys.readouterr().out
     assert "192 tokens, grid 12 x 16" in printed
     for step, kind in enumerate("dddsssssdsss"):
-        lines = [line.split() for line in printed.splitlines() if line.startswith(f"step {step:2d} ")]
-        assert [line[2] for line in lines] == ["cond", "uncond"]
-        assert all(line[3].startswith(kind) for line in lines)
+        calls = [line.split() for line in printed.splitlines() if line.startswith(f"step {step:2d} ")]
+        assert [call[2] for call in calls] == ["cond", "uncond"]
+        assert all(call[3].startswith(kind) for call in calls)
     assert 0 < float(printed.split()[-1]) < 0.05
