@@ -17,8 +17,8 @@ is captured. So what runs once, or has weights that move at every call (offloadi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor, fx
@@ -35,7 +35,6 @@ DEVICE = "cuda"
 _LEASE = "graph slot"
 _TRANSFERS = {"aten::to", "aten::_to_copy", "aten::copy", "aten::copy_", "prims::device_put"}
 
-_Addresses = tuple[int, ...]
 # One capture at a time: streams come from a small pool, and two threads may be given the same one.
 _capturing = threading.Lock()
 
@@ -60,11 +59,20 @@ class Graph:
             try:
                 with torch.cuda.graph(self._graph, shared, self._stream, capture_error_mode="thread_local"):
                     self.results = list(compiled(*inputs))
+            except Exception:
+                _recover()
+                raise
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def _recover() -> None:
+    """After a capture that failed the random generator believes that it still is captured; one that succeeds ends that."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
 
 
 class Slot:
@@ -81,16 +89,13 @@ class Slot:
         ]
         self.users = [target.expand(user.shape) for target, user in zip(self._targets, users, strict=True)]
         self.rows: dict[int | str, Tensor] = {}
-        self.graphs: dict[int | str, tuple[_Addresses, Graph]] = {}
-        self.seen: dict[int | str, _Addresses] = {}
+        self.graphs: dict[int | str, tuple[tuple[int, ...], Graph]] = {}
+        self.seen: dict[int | str, tuple[int, ...]] = {}
         self._stream: torch.cuda.Stream | None = None
 
     def fill(self, users: Sequence[Tensor], rows: Sequence[Tensor], active: int | str) -> list[Tensor]:
         """Copies the inputs of a call in; returns the buffers of the rows (none for a dense call)."""
-        for value in rows:
-            if active not in self.rows:
-                self.rows[active] = torch.empty_like(value)
-        buffers = [self.rows[active] for _ in rows]
+        buffers = [self.rows.setdefault(active, torch.empty_like(value)) for value in rows]
         torch._foreach_copy_([*self._targets, *buffers], [*map(distinct, users), *rows])
         return buffers
 
@@ -128,6 +133,7 @@ class ProgramGraphs:
     """
 
     def __init__(self, weights: Sequence[bool], device: torch.device) -> None:
+        self._count = len(weights)
         self._weights = [index for index, weight in enumerate(weights) if weight]
         self._users = [index for index, weight in enumerate(weights) if not weight]
         self._device = device
@@ -138,13 +144,7 @@ class ProgramGraphs:
 
     @classmethod
     def of(cls, graph: fx.Graph, tensors: Sequence[Tensor], weights: Sequence[bool]) -> ProgramGraphs | None:
-        """The graphs of a plan; None (and one warning, on CUDA) where something in it cannot be captured.
-
-        Args:
-            graph: the captured graph that all programs are made from.
-            tensors: its inputs.
-            weights: which of them are weights or constants.
-        """
+        """The graphs of a plan made from ``graph``; None (and one warning, on CUDA) where it must not be captured."""
         device = next((value.device for value in tensors if value.device.type == DEVICE), None)
         if device is None:
             return None
@@ -155,33 +155,24 @@ class ProgramGraphs:
         return cls(weights, device)
 
     def run(
-        self,
-        active: int | str,
-        program: Callable[[int | str, Sequence[Tensor]], Compiled],
-        tensors: Sequence[Tensor],
-        state: Sequence[Tensor],
-        slots: dict,
-        spare: dict | None = None,
+        self, active: int | str, compiled: Compiled, inputs: Sequence[Tensor], slots: dict, spare: dict | None = None
     ) -> Sequence[Tensor]:
         """Runs one program. What it returns may be overwritten by the next call: the caller clones what leaves.
 
         Args:
             active: ``"dense"``, or the sparse program's active rows per sample.
-            program: compiles a program for example inputs, or returns the compiled one.
-            tensors: tensor inputs of the call.
-            state: for a sparse program ``rows`` and the caches, which it writes.
+            compiled: the program.
+            inputs: tensor inputs of the call; for a sparse program then ``rows`` and the caches, which it writes.
             slots: what the branch keeps.
             spare: what a branch of a finished generation kept.
         """
-        inputs = [*tensors, *state]
-        compiled = program(active, inputs)
-        addresses = tuple([tensors[index].data_ptr() for index in self._weights])
+        addresses = tuple([inputs[index].data_ptr() for index in self._weights])
         dense = active == "dense"
-        lease = self._lease(slots, spare, tensors, addresses) if dense else slots.get(_LEASE)
+        lease = self._lease(slots, spare, inputs, addresses) if dense else slots.get(_LEASE)
         if lease is None:
             return compiled(*inputs)
         if dense or lease.static:
-            results = self._replay(active, compiled, tensors, state, lease.slot, addresses)
+            results = self._replay(active, compiled, inputs, lease.slot, addresses)
             if dense:
                 lease.static = results is not None
             if results is not None:
@@ -190,13 +181,7 @@ class ProgramGraphs:
         return compiled(*inputs)
 
     def _replay(
-        self,
-        active: int | str,
-        compiled: Compiled,
-        tensors: Sequence[Tensor],
-        state: Sequence[Tensor],
-        slot: Slot,
-        addresses: _Addresses,
+        self, active: int | str, compiled: Compiled, inputs: Sequence[Tensor], slot: Slot, addresses: tuple[int, ...]
     ) -> list[Tensor] | None:
         """The results of a graph, which is captured if it is time to; None: run without."""
         known, graph = slot.graphs.get(active, (None, None))
@@ -206,22 +191,22 @@ class ProgramGraphs:
                 return None
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # the user captures a graph of their own
+        rows, caches = inputs[self._count : self._count + 1], inputs[self._count + 1 :]
         # buffers and caches are plain tensors, whatever mode the call is made in: another mode may write them later
         with torch.inference_mode(False), torch.no_grad(), on(self._device):
             slot.enter(self._device)
-            rows = slot.fill([tensors[index] for index in self._users], state[:1], active)
+            rows = slot.fill([inputs[index] for index in self._users], rows, active)
             if graph is None:
-                static = list(tensors)
+                static = list(inputs[: self._count])
                 for index, buffer in zip(self._users, slot.users, strict=True):
                     static[index] = buffer
-                graph = self._capture(active, compiled, [*static, *rows, *state[1:]], slot, addresses)
-                if graph is None:
-                    return None
-            graph.replay()
-            return graph.results
+                graph = self._capture(active, compiled, [*static, *rows, *caches], slot, addresses)
+            if graph is not None:
+                graph.replay()
+            return graph.results if graph is not None else None
 
     def _capture(
-        self, active: int | str, compiled: Compiled, inputs: Sequence[Tensor], slot: Slot, addresses: _Addresses
+        self, active: int | str, compiled: Compiled, inputs: Sequence[Tensor], slot: Slot, addresses: tuple[int, ...]
     ) -> Graph | None:
         if active == "dense":
             slot.graphs.clear()  # those on the old caches
@@ -230,23 +215,22 @@ class ProgramGraphs:
             graph = Graph(compiled, inputs, None if dense is None else dense[1])
         except Exception as error:
             self._refused.add(active)
-            what = "the dense program" if active == "dense" else f"the sparse program for {active} rows"
-            warn_once(f"ras_compile: {what} runs without a CUDA graph, capturing it failed: {error}")
+            what = "dense program" if active == "dense" else f"sparse program for {active} rows"
+            warn_once(f"ras_compile: the {what} runs without a CUDA graph, capturing it failed: {error}")
             return None
         slot.graphs[active] = addresses, graph
         return graph
 
     def _lease(
-        self, slots: dict, spare: dict | None, tensors: Sequence[Tensor], addresses: _Addresses
+        self, slots: dict, spare: dict | None, inputs: Sequence[Tensor], addresses: tuple[int, ...]
     ) -> _Lease | None:
         """The slot that a branch holds, or may have from now on."""
         if _LEASE not in slots:
-            lease = None
-            if spare is not None:
-                lease = spare.get(_LEASE)
-                spare.clear()
+            lease = spare.pop(_LEASE, None) if spare else None
+            if spare:
+                spare.clear()  # its caches, too
             if lease is None:
-                slot = self._take(tensors, addresses)
+                slot = self._take(inputs, addresses)
                 if slot is None:
                     warn_once(
                         f"ras_compile: more than {SLOTS} guidance branches or generations at a time share one compiled "
@@ -257,27 +241,26 @@ class ProgramGraphs:
             slots[_LEASE] = lease
         return slots[_LEASE]
 
-    def _take(self, tensors: Sequence[Tensor], addresses: _Addresses) -> Slot | None:
+    def _take(self, inputs: Sequence[Tensor], addresses: tuple[int, ...]) -> Slot | None:
         """A free slot that knows these weights (two transformers may share a plan), else a new one, else any free one."""
         free = list(self._free)
-        known = [slot for slot in free if slot.seen.get("dense") == addresses]
-        for slot in known:
-            if self._claim(slot):
+        for slot in free:
+            if slot.seen.get("dense") == addresses and self._claim(slot):
                 return slot
         with self._lock:
             fresh = self._made < SLOTS
             self._made += fresh
         if fresh:
             with torch.inference_mode(False), torch.no_grad():
-                return Slot([tensors[index] for index in self._users])
-        return next((slot for slot in free if slot not in known and self._claim(slot)), None)
+                return Slot([inputs[index] for index in self._users])
+        return next((slot for slot in free if self._claim(slot)), None)
 
     def _claim(self, slot: Slot) -> bool:
-        try:
+        """Takes a slot from the list, unless another thread was faster."""
+        with suppress(ValueError):
             self._free.remove(slot)
-        except ValueError:  # another thread was faster
-            return False
-        return True
+            return True
+        return False
 
 
 def on(device: torch.device) -> AbstractContextManager:

@@ -204,10 +204,9 @@ class Plan:
     def _run(
         self, active: int | str, values: Sequence[Any], state: list[Tensor], slots: dict, spare: dict | None = None
     ) -> Sequence[Any]:
-        tensors = self._tensors(values)
-        if self._graphs is not None:
-            return self._graphs.run(active, self._program, tensors, state, slots, spare)
-        return self._program(active, [*tensors, *state])(*tensors, *state)
+        inputs = [*self._tensors(values), *state]
+        program = self._program(active, inputs)
+        return program(*inputs) if self._graphs is None else self._graphs.run(active, program, inputs, slots, spare)
 
     def _program_graphs(self, values: Sequence[Any]) -> ProgramGraphs | None:
         given = [given.weight for given, value in zip(self.inputs, values, strict=True) if isinstance(value, Tensor)]
