@@ -1235,3 +1235,71 @@ class TimeFirst(Video):
         x = x.unflatten(1, (grid[0], -1)).transpose(1, 2).flatten(1, 2)
         x = super().run(x, emb, text, grid)
         return x.unflatten(1, (-1, grid[0])).transpose(1, 2).flatten(1, 2)
+
+
+# What looks like something else
+
+
+@variant("distances instead of products")
+class Distances(Block):
+    def mix(self, q, k, v):
+        return (-torch.cdist(q, k)).softmax(-1) @ v
+
+
+@variant("causal products without a softmax", idle=1)
+class CausalProducts(Block):
+    def mix(self, q, k, v):
+        return (q @ k.mT).tril() @ v * 0.1
+
+
+@variant("softmax over the queries")
+class OverQueries(Block):
+    def mix(self, q, k, v):
+        return (q @ k.mT).softmax(-2) @ v
+
+
+@variant("weights that are used twice")
+class Twice(Block):
+    def mix(self, q, k, v):
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ (weights @ v)
+
+
+@variant("gated linear units")
+class Gated(Block):
+    def mlp(self, x, grid):
+        return self.down(F.glu(self.up(x), dim=-1).repeat(1, 1, 2))
+
+
+@variant("samples that see each other")
+class AcrossSamples(Block):
+    def mlp(self, x, grid):
+        return super().mlp(x + x.mean(0, keepdim=True) + x.flip(0), grid)
+
+
+@variant("the transposed picture is added", latent=(2, 4, 8, 8), tokens=16, ratio=0.7, idle=1)
+class TransposedAdded(Block):
+    """Tokens and their mirror images have the same shape, and as many entries as there are channels."""
+
+    def mlp(self, x, grid):
+        y = x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+        return super().mlp(x + y, grid)
+
+
+@variant("as many tokens as channels", latent=(2, 4, 8, 8), tokens=16)
+class SquareProducts(Block):
+    """`b n c, b n d -> b c d` has the shape of the tokens and is none."""
+
+    def attend(self, x, grid):
+        y = self.qkv(x)[..., :WIDTH]
+        return x @ (y.transpose(1, 2) @ y) * 0.05
+
+
+@model("registers from fresh tensors")
+class FreshRegisters(DiT):
+    def run(self, x, emb, text, grid):
+        b, n, c = x.shape
+        both = x.new_zeros(b, n + 2, c)
+        both[:, 2:] = x
+        both[:, :2] = both.new_full((2, c), 0.5)
+        return super().run(both, emb, text, grid)[:, 2:] + x.new_ones(n, 1)

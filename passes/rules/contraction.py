@@ -189,6 +189,17 @@ def matmul(call: Call) -> Step:
     return contract(call, [Term(first, left), Term(second, right)], out)
 
 
+@rule_for(aten.cdist.default)
+def distances(call: Call) -> Step:
+    """`... n k, ... m k -> ... n m`"""
+    first, second = call.operands
+    rank = len(call.shape)
+    if not rank == len(call.shape_of(first)) == len(call.shape_of(second)):
+        return call.whole()
+    left, right, out = matmul_labels(rank, rank)
+    return contract(call, [Term(first, left), Term(second, (*right[:-2], right[-1], right[-2]))], out)
+
+
 @rule_for(aten.addmm.default, aten.baddbmm.default)
 def addmm(call: Call) -> Step:
     """`m n, m k, k n -> m n`"""

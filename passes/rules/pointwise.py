@@ -71,6 +71,7 @@ def rows_or_gather(call: Call, out: Layout) -> tuple[Use | Gather, ...]:
 
 @rule_for(aten._to_copy.default, aten.copy.default, aten.alias.default, aten.detach.default, aten.dropout.default)
 @rule_for(aten.clone.default, aten.contiguous.default, aten.lift_fresh.default)
+@rule_for(aten.real.default, aten.imag.default, aten.conj.default, aten.resolve_conj.default, aten.complex.default)
 def copies(call: Call) -> Step:
     """`... -> ...`: pointwise ops that carry no such tag."""
     if call.node.target is aten.dropout.default and call.args["train"] and call.args["p"] > 0:
@@ -88,6 +89,12 @@ def like_first(call: Call) -> Step:
 def constant_like(call: Call) -> Step:
     """`... -> ...`: a constant of the shape of the operand; rows of it are as good as the whole."""
     return pointwise(call)
+
+
+@rule_for(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+def new_constant(call: Call) -> Step:
+    """`... -> sizes`: only dtype and device of the operand count; the sizes stand in the call."""
+    return Step(None, call.uses())
 
 
 def is_pointwise(target: object) -> bool:

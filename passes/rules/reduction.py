@@ -62,7 +62,7 @@ def layer_norm(call: Call) -> Step:
     return call.whole(layout) if carries(call, layout, last) else Step(layout, call.uses())
 
 
-@rule_for(aten.group_norm.default)
+@rule_for(aten.group_norm.default, aten.instance_norm.default)
 def group_norm(call: Call) -> Step:
     """`b c ... -> b c ...`: normalised over groups of channels and all that follows."""
     layout = only_layout(call, "input")
@@ -75,6 +75,23 @@ def batch_norm(call: Call) -> Step:
     layout = only_layout(call, "input")
     out = (Layout(layout.dims), None, None)
     return call.whole(out) if carries(call, layout, [1]) else Step(out, call.uses())
+
+
+@rule_for(aten.glu.default, aten.diff.default)
+def shortened(call: Call) -> Step:
+    """`a b -> a c`: entries along ``dim`` are combined with each other."""
+    layout, dim = only_layout(call), call.args["dim"] % len(call.shape)
+    if carries(call, layout, [dim]):
+        return call.whole()
+    return Step(layout.replace(dim, opaque(call.shape[dim])), call.uses())
+
+
+@rule_for(aten.tril.default, aten.triu.default)
+def triangle(call: Call) -> Step:
+    """`... a b -> ... a b`: keeps entries by their places in the last two dimensions."""
+    layout = only_layout(call)
+    out = Layout(layout.dims)
+    return call.whole(out) if carries(call, layout, [-1, -2]) else Step(out, call.uses())
 
 
 @rule_for(aten.argsort.default, aten.argsort.stable)

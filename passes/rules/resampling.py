@@ -143,6 +143,12 @@ def pool(call: Call) -> Step:
     return Step(Layout((*layout.dims[:-rank], *map(opaque, call.shape[-rank:])), layout.raw), call.uses())
 
 
+@rule_for(aten.grid_sampler.default)
+def sample_grid(call: Call) -> Step:
+    """`b c h w, b i j 2 -> b c i j`: reads between entries at computed places, so it mixes whatever it touches."""
+    return call.whole()
+
+
 @rule_for(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
 def nearest(call: Call) -> Step:
     """`b c h w -> b c (h r) (w s)`: every entry is repeated; by other factors than whole ones tokens are mixed."""

@@ -59,7 +59,16 @@ def squeeze(call: Call) -> Step:
     return call.as_view(out)
 
 
-@rule_for(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.numpy_T.default)
+@rule_for(
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.moveaxis.int,
+    aten.moveaxis.intlist,
+    aten.numpy_T.default,
+)
 @rule_for(aten.swapaxes.default, aten.swapdims.default, aten.mT.default)
 def permute(call: Call) -> Step:
     """`a b c -> a c b`"""
@@ -69,7 +78,10 @@ def permute(call: Call) -> Step:
     if "dims" in args:
         order = [dim % rank for dim in args["dims"]]
     elif "source" in args:
-        order.insert(args["destination"] % rank, order.pop(args["source"] % rank))
+        pairs = [[x] if isinstance(x, int) else x for x in (args["source"], args["destination"])]
+        moved = {to % rank: start % rank for start, to in zip(*pairs, strict=True)}
+        stay = iter([dim for dim in order if dim not in moved.values()])
+        order = [moved[dim] if dim in moved else next(stay) for dim in order]
     else:
         pair = (
             (args["dim0"], args["dim1"])
