@@ -74,7 +74,9 @@ def find(put: fx.Node, rows: fx.Node) -> Match | None:
     """The match of one `index_put_`, or None."""
     cache, indices, values = put.args[:3]
     samples_first = len(indices) == 2
-    if indices[-1] is not rows and not (len(indices) == 1 and is_only_sample(indices[0], rows)):
+    if not (
+        counts_rows(indices[-1], rows) if samples_first else len(indices) == 1 and counts_only_sample(indices[0], rows)
+    ):
         return None
     node: Any = values
     while node.target in VIEWS:
@@ -99,12 +101,24 @@ def same_memory(first: fx.Node, second: fx.Node) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-def is_only_sample(index: fx.Node, rows: fx.Node) -> bool:
+def unshaped(index: fx.Node) -> fx.Node:
+    """The value behind reshapes: they leave its entries in order."""
+    while index.target is aten.reshape.default:
+        index = index.args[0]
+    return index
+
+
+def counts_rows(index: fx.Node, rows: fx.Node) -> bool:
+    """The rows themselves, [B, A]."""
+    return unshaped(index) is rows and index.meta["val"].shape == rows.meta["val"].shape
+
+
+def counts_only_sample(index: fx.Node, rows: fx.Node) -> bool:
     """The rows of a batch of one: `select(rows, 0, 0)`."""
-    return index.target is aten.select.int and index.args[0] is rows
+    base = unshaped(index)
+    return base.target is aten.select.int and base.args[0] is rows and index.meta["val"].ndim == 1
 
 
 def is_sample_index(index: fx.Node) -> bool:
     """`arange(B)[:, None]`"""
-    base = index.args[0] if index.target is aten.reshape.default else index
-    return isinstance(base, fx.Node) and base.target is aten.arange.default and index.meta["val"].shape[-1] == 1
+    return unshaped(index).target is aten.arange.default and tuple(index.meta["val"].shape)[1:] == (1,)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._dynamo import eval_frame
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from .config import ConfigError, RASConfig
@@ -20,6 +23,7 @@ from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
 from .registry import state_for
 
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _breaks: set[tuple[str, int | None]] = set()  # breaks that were told: the parts behind one say no more
 
 
@@ -71,7 +75,7 @@ class CompiledGraph:
         self.weights = [index for index, given in enumerate(self.inputs) if given.weight]
         self.users = [index for index, given in enumerate(self.inputs) if not given.weight]
         self.numbers = number_positions(self.inputs)
-        self.broken = graph_break(graph)
+        self.broken = graph_break(graph) or fragment(len(self.weights))
         self.plans: dict[tuple, Plan | Compiled] = {}
         self._timesteps: dict[tuple, int | None] = {}
         self._lock = threading.RLock()
@@ -173,6 +177,33 @@ def graph_break(graph: fx.GraphModule) -> GraphBreak | None:
         text = f"the graph is the rest of a model behind a graph break in line {line}; a model must be one graph"
         return GraphBreak(text, source, (resumed.filename, line))
     return None
+
+
+def fragment(weights: int) -> GraphBreak | None:
+    """The error of a graph that Dynamo made of a function inside the model; None for the model itself.
+
+    Where Dynamo gives a frame up without a word it compiles the functions that the frame calls. While it does so, the
+    frame stands on the stack, between here and the call of what the user compiled.
+
+    Args:
+        weights: how many weights the graph holds.
+    """
+    frame, root, caller = sys._getframe(1), None, None
+    while frame is not None and not frame.f_code.co_qualname.startswith(eval_frame._TorchDynamoContext.__name__ + "."):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and not isinstance(module, fx.GraphModule):
+            root = module
+        if caller is None and not frame.f_code.co_filename.startswith(_LIBRARIES):
+            caller = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    held = sum(1 for _ in root.parameters()) if root is not None else 0
+    if frame is None or caller is None or 4 * weights >= held:
+        return None
+    where = caller.f_code.co_filename, caller.f_lineno
+    text = (
+        f"Dynamo broke the model's graph: what it compiles holds {weights} of {held} weights; a model must be one graph"
+    )
+    return GraphBreak(text, f"{where[0]}:{where[1]} in {caller.f_code.co_name}", where)
 
 
 class GraphBreak(UnsupportedGraph):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .backend import graph_break
+from .backend import fragment, graph_break
 from .config import RASConfig
 from .inputs import describe_inputs
 from .passes.cost import Cost, cost
@@ -35,9 +35,11 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
     """
     graphs: list[fx.GraphModule] = []
     held: list[Any] = []
+    parts: list[UnsupportedGraph | None] = []
 
     def record(graph: fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Any:
         graphs.append(graph)
+        parts.append(graph_break(graph) or fragment(sum(given.weight for given in describe_inputs(graph.graph))))
 
         def leave(*values: Any) -> Any:
             held.extend(values)
@@ -62,9 +64,8 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
         module._compiled_call_impl = attached
     if not graphs:
         raise UnsupportedGraph("Dynamo finds nothing to compile in this call")
-    broken = graph_break(graphs[0])
-    if broken is not None:
-        raise broken
+    if parts[0] is not None:
+        raise parts[0]
     return graphs[0], held
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from ras_compile.config import RASConfig
 from ras_compile.explain import record_call
 from ras_compile.inputs import describe_inputs
-from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import Concat, Frame, Layout
 from ras_compile.passes.program import Splice
 from ras_compile.plan import Plan
@@ -150,9 +149,6 @@ def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: A
     options = {"inner_backend": "eager", "unsupported": "error", **options}
     graph, values = record_call(module, inputs)
     described = describe_inputs(graph.graph)
-    held, owned = sum(given.weight for given in described), len([*module.parameters()])
-    if held < owned / 4:
-        raise UnsupportedGraph(f"Dynamo broke the model's graph: it holds {held} of {owned} weights")
     if exact:
         widen(graph)
         values = [widest(value) for value in values]

@@ -81,3 +81,26 @@ def test_leaves_a_linear_with_another_use_alone():
 
 def test_leaves_other_dtypes_alone():
     assert counts(Attention(), 2, dtypes=(torch.bfloat16,))[:2] == (0, 3)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fires_where_the_grid_has_two_sides(batch):
+    """Rows count a grid of several latent dimensions: still one index, behind reshapes."""
+    torch.manual_seed(0)
+    case = subject(Grid().double().eval(), {"x": torch.randn(batch, 6, 3, 4, dtype=torch.float64)})
+    program = sparse_program(case.plan.analysis, 5, case.plan.sparse)
+    assert fuse_scatter_linear(program.graph, (torch.float64,)) == 2
+    program.recompile()
+    rows, (_, caches) = case.rows(5), case.dense(case.values)
+    own = [cache.clone() for cache in caches]
+    values = case.with_latent(case.other_latent())
+    with torch.no_grad():
+        program(*[value for value in values if isinstance(value, torch.Tensor)], rows, *own)
+    assert error(own, case.sparse(values, rows, caches)[1]) < 1e-12
+
+
+class Grid(Attention):
+    """`[B, C, H, W] -> [B, C, H, W]` around one attention layer."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
