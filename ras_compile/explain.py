@@ -105,6 +105,7 @@ class Explanation:
         gathers: dense values of which a sparse step takes the active rows, with the user's source line.
         context: lengths of the segments that stand beside the region in joint sequences.
         cost: FLOPs and bytes, those of a sparse step as sympy expressions in ``A``.
+        fused: scatter-GEMMs (`linear -> splice` as one kernel) in a sparse step on the inputs' device.
         config: the options.
     """
 
@@ -118,6 +119,7 @@ class Explanation:
     gathers: tuple[tuple[str, str | None], ...] = ()
     context: tuple[int, ...] = ()
     cost: Cost | None = None
+    fused: int = 0
     config: RASConfig = RASConfig()
 
     @property
@@ -164,6 +166,7 @@ class Explanation:
             f"context   {' | '.join(f'{length} tokens' for length in self.context) or 'none in joint sequences'}",
             f"FLOPs     dense {self.cost.dense_flops:.4g}, sparse {self.cost.sparse_flops}",
             f"caches    {self.cache_bytes / 2**20:.1f} MiB a branch, {len(self.splices)} splices",
+            f"kernels   {self.fused} splices as scatter-GEMMs",
             "predicted " + ", ".join(f"{r:.1%} of tokens: {self.speedup(r):.2f}x" for r in (0.5, 0.25, 0.125)),
             "          (by FLOPs, 28 steps)",
             "",
@@ -194,6 +197,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
     except (UnsupportedGraph, SpecViolation) as error:
         return Explanation(False, str(error), config=config)
     analysis = plan.analysis
+    program = plan.build(max(1, analysis.frame.tokens // 4), outline_blocks=False)
     paths = [given.path for given, value in zip(described, values, strict=True) if isinstance(value, torch.Tensor)]
     names = dict(zip(analysis.graph.find_nodes(op="placeholder"), paths, strict=False))
     return Explanation(
@@ -206,6 +210,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         gathers=tuple((names.get(node, node.name), source_line(node)) for node in plan.sparse.gathers),
         context=_context(plan),
         cost=cost(analysis, plan.sparse),
+        fused=len(program.graph.find_nodes(op="call_function", target=torch.ops.ras_compile.scatter_linear.default)),
         config=config,
     )
 
