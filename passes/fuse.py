@@ -103,9 +103,10 @@ def same_memory(first: fx.Node, second: fx.Node) -> bool:
 
 def unshaped(index: fx.Node) -> fx.Node:
     """The value behind reshapes: they leave its entries in order."""
-    while index.target is aten.reshape.default:
-        index = index.args[0]
-    return index
+    base: Any = index
+    while base.target is aten.reshape.default:
+        base = base.args[0]
+    return base
 
 
 def counts_rows(index: fx.Node, rows: fx.Node) -> bool:
