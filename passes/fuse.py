@@ -88,7 +88,7 @@ def find(put: fx.Node, rows: fx.Node) -> Match | None:
     product, value = node.meta["val"], values.meta["val"]
     lead = tuple(rows.meta["val"].shape) if samples_first else (rows.meta["val"].shape[1], 1)
     in_order = value.is_contiguous() and product.is_contiguous() and tuple(value.shape[: len(lead)]) == lead
-    if not in_order or (samples_first and len(indices) == 2 and not is_sample_index(indices[0])):
+    if not in_order or (samples_first and not is_sample_index(indices[0])):
         return None
     if product.numel() != rows.meta["val"].numel() * product.shape[-1] or product.ndim > 3:
         return None

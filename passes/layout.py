@@ -343,7 +343,6 @@ class Sizes:
     Args:
         frame: the latent's frame.
         active: A, the number of active rows; an int, or a sympy symbol for the cost model.
-        context: False leaves out segments that carry no region (``context="frozen"``).
     """
 
     def __init__(self, frame: Frame, active: Any) -> None:

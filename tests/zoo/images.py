@@ -137,7 +137,7 @@ def _hunyuan_dit():
 
 
 @case(
-    "HunyuanImageTransformer2DModel", refused="broke",
+    "HunyuanImageTransformer2DModel", refused="what it compiles holds",
     in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
     num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=16, text_embed_2_dim=12,
     rope_axes_dim=(4, 4), guidance_embeds=False,
@@ -192,7 +192,7 @@ def _lumina2():
 
 
 @case(
-    "HiDreamImageTransformer2DModel", refused="broke",
+    "HiDreamImageTransformer2DModel", refused="what it compiles holds",
     patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
     attention_head_dim=8, num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64, num_routed_experts=4,
     num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(32, 32), llama_layers=(0, 1),

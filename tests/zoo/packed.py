@@ -123,7 +123,7 @@ def _nucleus():
 
 
 @case(
-    "NucleusMoEImageTransformer2DModel with experts", "NucleusMoEImageTransformer2DModel", refused="broke",
+    "NucleusMoEImageTransformer2DModel with experts", "NucleusMoEImageTransformer2DModel", refused="what it compiles holds",
     moe_enabled=True, num_experts=4, moe_intermediate_dim=16, dense_moe_strategy="all_moe", capacity_factors=2.0, **_QWEN,
 )  # fmt: skip
 def _nucleus_experts():
