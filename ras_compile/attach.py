@@ -33,8 +33,7 @@ class Handle:
     """
 
     def __init__(self, pipe: Any, config: RASConfig, transformers: dict[str, nn.Module], options: dict) -> None:
-        self.config = config
-        self.follower = SchedulerFollower(pipe)
+        self.follower = SchedulerFollower(pipe, config)
         self._attached = transformers
         for name, module in transformers.items():
             module.compile(backend=ras, options=options, **_limits())
@@ -47,6 +46,28 @@ class Handle:
     def transformers(self) -> list[nn.Module]:
         """The attached transformers, in the pipeline's order; none after `detach`."""
         return list(self._attached.values())
+
+    @property
+    def config(self) -> RASConfig:
+        """The options of generations that begin now."""
+        return self.follower.config
+
+    def configure(self, **options: Any) -> None:
+        """Replace runtime options from the next generation on; what is compiled stays.
+
+        ::
+
+            handle.configure(sample_ratio=0.25, warmup_steps=3)
+
+        Each count of active tokens that has not been seen yet still compiles a program, once.
+
+        Args:
+            **options: some of :data:`ras_compile.config.RUNTIME_OPTIONS`.
+
+        Raises:
+            ConfigError: an option that changes what is compiled (the text names those that do not), or a bad value.
+        """
+        self.follower.config = self.config.with_runtime(**options)
 
     def detach(self) -> None:
         """Restore the pipeline as it was: uncompiled transformers, a scheduler of its own class. May be repeated."""
@@ -78,7 +99,7 @@ def attach(pipe: Any, **options: Any) -> Handle:
         **options: see :class:`RASConfig`; `mode` is handed to the inner backend.
 
     Returns:
-        A handle with `.detach()`, `.config` and `.transformers`, for `ras_compile.trace` too.
+        A handle with `.detach()`, `.configure()`, `.config` and `.transformers`, for `ras_compile.trace` too.
 
     Raises:
         ConfigError: a bad option, a pipeline without a transformer, or one that is compiled already.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ras_compile.config import ConfigError
+from ras_compile.config import ConfigError, RASConfig
 
 __all__ = ["AttachedCall", "Follower", "Generation", "Home", "Tick", "attached_call", "generation", "owner", "present"]
 
@@ -64,7 +64,13 @@ class Generation(Home):
 
 
 class Follower(Protocol):
-    """What an attached pipeline can say about the present model call, from host values alone."""
+    """What an attached pipeline can say about the present model call, from host values alone.
+
+    Attributes:
+        config: the options of generations that begin now.
+    """
+
+    config: RASConfig
 
     def tick(self) -> tuple[Hashable, int, int | None] | None:
         """(identity of the generation, step from 0, number of steps), or None when the scheduler does not say."""

@@ -5,12 +5,26 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ras_compile.passes.errors import RASError
 
-__all__ = ["MODES", "ConfigError", "RASConfig"]
+__all__ = ["MODES", "RUNTIME_OPTIONS", "ConfigError", "RASConfig"]
+
+# Options that no compiled program depends on: each generation may have others, see `RASConfig.with_runtime`.
+RUNTIME_OPTIONS = (
+    "sample_ratio",
+    "warmup_steps",
+    "reset_interval",
+    "reset_steps",
+    "ratio_schedule",
+    "metric",
+    "focus",
+    "starvation_scale",
+    "max_absence",
+    "selector",
+)
 
 # torch.compile's modes; torch hands `mode=` to the backend instead of options, never beside them.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -122,21 +136,40 @@ class RASConfig:
         """
         options = dict(options or {})
         mode = options.pop("mode", None)
-        known = [option.name for option in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"unknown option {name!r}.{hint} Options: {', '.join(known)}.")
+        _known(options)
         if mode is not None:
             inner = options.get("inner_options", {})
             options["inner_options"] = {**inner, "mode": mode} if isinstance(inner, Mapping) else inner
         return cls(**options)
 
+    def with_runtime(self, **options: Any) -> RASConfig:
+        """This config with other runtime options; all others stay.
+
+        Raises:
+            ConfigError: an option that compiled programs depend on, an unknown one, or a bad value.
+        """
+        _known(options)
+        fixed = [name for name in options if name not in RUNTIME_OPTIONS]
+        if fixed:
+            raise ConfigError(
+                f"option {fixed[0]} changes what is compiled; detach and attach anew. Options that may change between "
+                f"generations: {', '.join(RUNTIME_OPTIONS)}."
+            )
+        return replace(self, **options)
+
     @property
     def high_share(self) -> float:
         """`focus` as a number: the share of the dropped tokens that is taken from the metric's high end."""
         return {"low": 1.0, "high": 0.0}[self.focus] if isinstance(self.focus, str) else float(self.focus)
+
+
+def _known(options: Mapping[str, Any]) -> None:
+    known = [option.name for option in fields(RASConfig)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown option {name!r}.{hint} Options: {', '.join(known)}.")
 
 
 def _bad(config: RASConfig, name: str, allowed: str) -> ConfigError:

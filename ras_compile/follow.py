@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ras_compile.config import RASConfig
+
 __all__ = ["SchedulerFollower", "follow_branches", "present_branch", "unfollow_branches"]
 
 _branch: ContextVar[str | None] = ContextVar("ras_compile_cache_context", default=None)
@@ -75,9 +77,11 @@ class SchedulerFollower:
 
     Args:
         pipe: the pipeline; held weakly. When it is gone, the scheduler it had last is followed for those that share it.
+        config: the options of generations that begin now; may be replaced at any time.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, config: RASConfig = RASConfig()) -> None:
+        self.config = config
         self._pipe = weakref.ref(pipe)
         self._scheduler: Any = None
         self._timesteps: Any = None

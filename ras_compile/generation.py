@@ -95,6 +95,8 @@ class _Run:
     key: Hashable
     base: int
     num_steps: int | None
+    config: RASConfig
+    schedule: Schedule
     chooser: RowChooser
     branches: Branches
     line: TimeLine | None = None
@@ -110,12 +112,12 @@ class TransformerState:
     """One transformer instance under one config; generations in different threads are apart.
 
     Args:
-        config: the options.
+        config: the options that it was compiled with. An attached pipeline may have replaced those that change no
+            program; a generation keeps those that it began with.
     """
 
     def __init__(self, config: RASConfig) -> None:
         self.config = config
-        self.schedule = Schedule(config)
         self.records: list[Record] = []
         self._epoch = 0
         self._lone = 0
@@ -161,7 +163,7 @@ class TransformerState:
         run.pending = False
         decision.of.last_step = run.step
         decision.of.spare = None
-        needed = self.config.sample_ratio < 1 and self.schedule.kind(run.step - run.base + 1) == "sparse"
+        needed = run.config.sample_ratio < 1 and run.schedule.kind(run.step - run.base + 1) == "sparse"
         if noise is not None and needed:
             run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid))
         run.records.append(
@@ -200,16 +202,20 @@ class TransformerState:
     def _begin(self, tick: Tick, call: CallInfo) -> _Run:
         self.retire(tick.home)
         base = tick.step or 0
-        self.schedule.check(None if tick.num_steps is None else tick.num_steps - base)
-        check_named = tick.step is None or self.config.context == "frozen"
-        run = _Run(tick.key, base, tick.num_steps, RowChooser(self.config), Branches(check_named), epoch=self._epoch)
+        follower = self.follower
+        config = self.config if follower is None else follower.config
+        schedule = Schedule(config)
+        schedule.check(None if tick.num_steps is None else tick.num_steps - base)
+        check_named = tick.step is None or config.context == "frozen"
+        branches, chooser = Branches(check_named), RowChooser(config)
+        run = _Run(tick.key, base, tick.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
         tick.home.runs[self] = run
         self.records = run.records
         self._advance(run, base)
         return run
 
     def _advance(self, run: _Run, step: int) -> None:
-        run.kind = self.schedule.kind(step - run.base)
+        run.kind = run.schedule.kind(step - run.base)
         run.chooser.advance(dense=run.kind == "dense")
         run.step = step
         run.used = []
@@ -267,7 +273,7 @@ class TransformerState:
         reason = self._why_dense(run, branch, match, call)
         rows = None
         if not reason:
-            active = self.schedule.active(run.step - run.base, call.tokens, count)
+            active = run.schedule.active(run.step - run.base, call.tokens, count)
             info = SelectionInfo(run.step, run.num_steps, call.grid)
             rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info)
             reason = "" if rows is not None else "no noise of the step before to select from"
@@ -290,14 +296,14 @@ class TransformerState:
         if is_block(self, call.graph, call.latent):
             return "the graph is one block of a transformer"
         if run.kind == "dense":
-            return "warm-up" if run.step - run.base < self.config.warmup_steps else "error reset"
+            return "warm-up" if run.step - run.base < run.config.warmup_steps else "error reset"
         if branch.last_step is None:
             return "first call of its branch"
         if branch.last_step < run.step - 1:
             return "its branch was not called in the step before"
         if not match.sure:
             return "its context cannot be told from another branch's"
-        if match.changed and self.config.context == "frozen":
+        if match.changed and run.config.context == "frozen":
             return "its context changed"
         if run.line is not None and not run.line.corroborated:
             return "the direction of time is not known yet"

@@ -1,6 +1,7 @@
 """attach: diffusers' own pipelines, with tiny random models and a backend that only notes what it is asked to do."""
 
 import copy
+import dataclasses
 import inspect
 import warnings
 
@@ -11,6 +12,7 @@ from spy import spy
 
 import ras_compile
 from ras_compile import attach as attach_function
+from ras_compile.config import RUNTIME_OPTIONS
 from ras_compile.generation import TransformerState
 from ras_compile.notices import RASWarning, _said
 
@@ -244,6 +246,49 @@ def test_detach_restores_everything(make):
     assert transformer._compiled_call_impl is None and type(pipe.scheduler) is scheduler
     assert set(vars(transformer)) - {"_compiled_call_impl"} == state and handle.transformers == []
     ras_compile.attach(pipe).detach()
+
+
+def test_runtime_options_change_from_the_next_generation_on(monkeypatch):
+    graphs = []
+
+    def counting(graph, *args, **kwargs):
+        graphs.append(graph)
+        return spy(graph, *args, **kwargs)
+
+    monkeypatch.setattr(inspect.getmodule(attach_function), "ras", counting)
+    pipe = sd3()
+
+    def configure(pipe, step, time, tensors):
+        if step == 4:
+            handle.configure(sample_ratio=0.25, warmup_steps=2, reset_steps=[5], metric="l2norm")
+        return {}
+
+    with ras_compile.attach(pipe) as handle:
+        draw(pipe, steps=7, callback_on_step_end=configure)
+        assert kinds(handle) == "ddddsss" and ras_compile.trace(handle)[-1].active == 32
+        draw(pipe, steps=7)
+        assert kinds(handle) == "ddsssds" and ras_compile.trace(handle)[-1].active == 16
+        handle.configure(warmup_steps=3)
+        assert handle.config == ras_compile.RASConfig(
+            sample_ratio=0.25, warmup_steps=3, reset_steps=[5], metric="l2norm"
+        )
+        draw(pipe, steps=7)
+        assert kinds(handle) == "dddssds"
+    assert len(graphs) == 1
+
+
+def test_an_option_of_the_programs_cannot_be_configured():
+    with ras_compile.attach(sd3()) as handle:
+        runtime = {"sample_ratio", "warmup_steps", "focus", "selector"}
+        for name in {option.name for option in dataclasses.fields(handle.config)} - set(RUNTIME_OPTIONS):
+            with pytest.raises(ValueError, match=rf"option {name} changes what is compiled.*sample_ratio") as error:
+                handle.configure(warmup_steps=1, **{name: getattr(handle.config, name)})
+            assert all(option in str(error.value) for option in runtime)
+        with pytest.raises(ValueError, match="Did you mean 'warmup_steps'"):
+            handle.configure(warm_up_steps=1)
+        with pytest.raises(ValueError, match="sample_ratio=2"):
+            handle.configure(sample_ratio=2)
+        assert handle.config == ras_compile.RASConfig()
 
 
 def test_what_cannot_be_attached_is_refused():
