@@ -24,6 +24,7 @@ __all__ = ["SchedulerFollower", "follow_branches", "present_branch", "unfollow_b
 
 _branch: ContextVar[str | None] = ContextVar("ras_compile_cache_context", default=None)
 _STEPS = "_ras_compile_steps"
+_DEFAULTS = RASConfig()
 
 
 @dataclass
@@ -80,7 +81,7 @@ class SchedulerFollower:
         config: the options of generations that begin now; may be replaced at any time.
     """
 
-    def __init__(self, pipe: Any, config: RASConfig = RASConfig()) -> None:
+    def __init__(self, pipe: Any, config: RASConfig = _DEFAULTS) -> None:
         self.config = config
         self._pipe = weakref.ref(pipe)
         self._scheduler: Any = None
