@@ -141,7 +141,7 @@ class Cost:
 
 def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
     """Prices the dense and the sparse program of an analysis."""
-    sizes = Sizes(analysis.frame, ACTIVE)
+    sizes = sparse.sizes(analysis.frame, ACTIVE)
     dense_flops, sparse_flops, dense_bytes, sparse_bytes = 0, sympy.Integer(0), 0, sympy.Integer(0)
     for node in analysis.graph.nodes:
         value = node.meta.get("val")
@@ -157,6 +157,8 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
         widths = [operand.meta["val"].element_size() for operand in given] + [value.element_size()]
         traffic = sum(w * math.prod(s) for w, s in zip(widths, [*whole, tuple(value.shape)], strict=True))
         dense_flops, dense_bytes = dense_flops + flops, dense_bytes + traffic
+        if sparse.skips(node):
+            continue
         step = analysis.steps.get(node)
         if step is not None and not step.whole:
             layouts = [analysis.layouts.get(operand) for operand in given]
@@ -165,7 +167,7 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
             flops = flops_of(node, shapes, out)
             traffic = sum(w * math.prod(s) for w, s in zip(widths, [*shapes, out], strict=True))
         sparse_flops, sparse_bytes = sparse_flops + flops, sparse_bytes + traffic
-    caches = [splice.node.meta["val"] for splice in sparse.splices]
+    caches = [node.meta["val"] for node in [*(splice.node for splice in sparse.splices), *sparse.frozen]]
     return Cost(
         dense_flops,
         sympy.expand(sparse_flops),

@@ -343,10 +343,11 @@ class Sizes:
     Args:
         frame: the latent's frame.
         active: A, the number of active rows; an int, or a sympy symbol for the cost model.
+        context: whether the segments beside the region are there; without them (a frozen context) they have no entries.
     """
 
-    def __init__(self, frame: Frame, active: Any) -> None:
-        self.frame, self.active = frame, active
+    def __init__(self, frame: Frame, active: Any, *, context: bool = True) -> None:
+        self.frame, self.active, self.context = frame, active, context
         self._region = [atom for atom, _ in frame.region]
 
     def axis(self, axis: Axis) -> Any:
@@ -358,10 +359,17 @@ class Sizes:
         size: Any = 1
         for factor in dim:
             if isinstance(factor, Concat):
-                size = size * sum(self.dim(segment) for segment in factor.segments)
+                size = size * sum(self.segment(segment) for segment in factor.segments)
             else:
                 size = size * self.axis(factor)
         return size
+
+    def segment(self, segment: Dim) -> Any:
+        """Entries of one segment of a concatenated dimension."""
+        return self.dim(segment) if self.context or self.holds_region(segment) else 0
+
+    def holds_region(self, dim: Dim) -> bool:
+        return any(atom in self._region for atom in atoms_of(dim))
 
     def shape(self, layout: Layout) -> tuple[Any, ...]:
         return tuple(self.dim(dim) for dim in layout.dims)

@@ -170,6 +170,9 @@ class PositionBuilder:
             inside = [factor for factor in segment if isinstance(factor, Axis) and factor.atom in self.region]
             if any(isinstance(factor, Concat) for factor in segment):
                 raise UnsupportedGraph("segments inside a product of segments")
+            if not self.sizes.segment(segment):
+                offset += size
+                continue
             if not inside:
                 part = self._arange(size)
                 if lead_shape:

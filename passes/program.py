@@ -12,16 +12,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import UnsupportedGraph
-from .layout import Concat, Layout, Sizes
+from .layout import Concat, Frame, Layout, Sizes
 from .positions import PositionBuilder, Positions
 from .propagate import Analysis
-from .registry import Call, Gather, Step, Use, operands
+from .registry import Call, Gather, Step, Use, operands, source_line
 
 aten = torch.ops.aten
 
@@ -37,18 +38,39 @@ class Splice:
 
 @dataclass
 class SparsePlan:
-    """Splices and gathers of the sparse program, in the order in which they appear."""
+    """Splices and gathers of the sparse program, in the order in which they appear.
+
+    Attributes:
+        splices: the values that are made whole from their caches.
+        gathers: the dense values of which active rows are taken, and how they are read.
+        frozen: with a frozen context, the values of it that sparse steps take from the last dense one as they are.
+        live: with a frozen context, the nodes that a sparse step computes or reads; else None: all of them.
+    """
 
     splices: list[Splice] = field(default_factory=list)
     gathers: dict[fx.Node, list[Layout]] = field(default_factory=dict)
+    frozen: list[fx.Node] = field(default_factory=list)
+    live: set[fx.Node] | None = None
+
+    def sizes(self, frame: Frame, active: Any) -> Sizes:
+        """The sizes of the sparse world; a frozen context has no entries there."""
+        return Sizes(frame, active, context=self.live is None)
+
+    def skips(self, node: fx.Node) -> bool:
+        """Whether a sparse step does without computing a node."""
+        return self.live is not None and (node not in self.live or node in self.frozen)
 
     def splice(self, node: fx.Node) -> int:
         return next(index for index, splice in enumerate(self.splices) if splice.node is node)
 
 
-def plan(analysis: Analysis) -> SparsePlan:
-    """Collects every splice and every gather that the steps ask for."""
-    result = SparsePlan()
+def plan(analysis: Analysis, *, frozen: bool = False) -> SparsePlan:
+    """Collects every splice and every gather that the steps ask for.
+
+    Args:
+        frozen: whether sparse steps leave the context as the last dense step left it.
+    """
+    result = frozen_plan(analysis) if frozen else SparsePlan()
     whole = {node for node, step in analysis.steps.items() if step.whole}
     seen: set[fx.Node] = set()
 
@@ -71,9 +93,12 @@ def plan(analysis: Analysis) -> SparsePlan:
             result.splices.append(Splice(node, layout, is_output))
 
     for node, step in analysis.steps.items():
+        if result.skips(node):
+            continue
         for operand, use in zip(operands(node), step.uses, strict=False):
             if isinstance(use, Gather):
-                gather(operand, use.layout)
+                if not result.skips(operand) or operand in result.frozen:
+                    gather(operand, use.layout)
             elif use is Use.ROWS and node.target is not operator.getitem:
                 rows(operand)
             elif use is Use.WHOLE and source(operand) not in whole:
@@ -89,9 +114,61 @@ def plan(analysis: Analysis) -> SparsePlan:
     return result
 
 
+def frozen_plan(analysis: Analysis) -> SparsePlan:
+    """Which nodes a sparse step needs, backwards from the outputs, when the context's tokens are not computed in it.
+
+    A concatenation needs its operand with the region alone: the other segments of what it makes are in the cache. Keys and
+    values of attention to the context, and slices of a joint sequence that hold no region, are taken from the dense step.
+    """
+    result = SparsePlan(live=set())
+    assert result.live is not None
+    ambient = [node for node in analysis.graph.nodes if node.op == "call_function" and "val" not in node.meta]
+    todo = [*analysis.output_nodes, analysis.latent, *ambient]
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, fx.Node) or node in result.live:
+            continue
+        result.live.add(node)
+        step = analysis.steps.get(node)
+        if step is not None and sliced_context(analysis, node, step):
+            result.frozen.append(node)
+            continue
+        for place, operand in enumerate(operands(node)):
+            known = analysis.layouts.get(operand)
+            if step is None or known is not None:
+                todo.append(operand)
+            elif isinstance(step.out, Layout) and joined_dim(node, step.out) is not None:
+                continue
+            elif frozen_operand(node, step, place):
+                result.live.add(operand)
+                result.frozen.append(operand)
+            else:
+                todo.append(operand)
+    order = {node: index for index, node in enumerate(analysis.graph.nodes)}
+    result.frozen = sorted(set(result.frozen), key=order.__getitem__)
+    return result
+
+
+def sliced_context(analysis: Analysis, node: fx.Node, step: Step) -> bool:
+    """Whether a node takes a segment without the region out of a joint sequence."""
+    if node.target is operator.getitem:
+        return not analysis.steps[source(node)].whole and analysis.layouts.get(node) is None
+    return not step.whole and step.out is None and Use.ROWS in step.uses
+
+
+def frozen_operand(node: fx.Node, step: Step, place: int) -> bool:
+    """Whether an operand is a key or a value of attention from the picture to the context."""
+    return (
+        node.target is aten.scaled_dot_product_attention.default
+        and place in (1, 2)
+        and not step.whole
+        and step.uses[place] is Use.SAME
+    )
+
+
 def joined_dim(node: fx.Node, layout: Layout) -> int | None:
     """The dimension along which a node puts the region's segment beside others; None where it does not."""
-    if node.target is not aten.cat.default:
+    if node.target not in (aten.cat.default, aten.concat.default, aten.concatenate.default):
         return None
     dim = Call(node, {}, None).args["dim"] % len(layout.dims)  # type: ignore[arg-type]
     return dim if any(isinstance(factor, Concat) for factor in layout.dims[dim]) else None
@@ -117,8 +194,13 @@ class Emitter:
     def __call__(self, target: Callable, *args, **kwargs) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         values = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
-        with self.mode, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
+        try:
+            with self.mode, torch.no_grad():
+                node.meta["val"] = target(*values[0], **values[1])
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            source = None if self.origin is None else source_line(self.origin)
+            reason = f"{target} cannot run at the sparse sizes: {str(error).splitlines()[0]}"
+            raise UnsupportedGraph(reason, op=str(target), source=source) from error
         if self.origin is not None:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
                 if key in self.origin.meta:
@@ -139,7 +221,8 @@ def sparse_program(analysis: Analysis, active: int, sparse: SparsePlan | None = 
     """Builds the sparse program for ``active`` rows.
 
     The program takes the dense graph's inputs, then ``rows`` (int64 [B, active]), then one cache per splice, which it
-    updates in place; it returns the outputs without the region. Outputs with the region are in their caches.
+    updates in place, then the values of a frozen context; it returns the outputs without the region. Outputs with the
+    region are in their caches.
 
     Raises:
         UnsupportedGraph: an op cannot run at the sparse sizes.
@@ -150,7 +233,7 @@ def sparse_program(analysis: Analysis, active: int, sparse: SparsePlan | None = 
 class _SparseBuilder:
     def __init__(self, analysis: Analysis, active: int, sparse: SparsePlan) -> None:
         self.analysis, self.plan = analysis, sparse
-        self.sizes = Sizes(analysis.frame, active)
+        self.sizes = sparse.sizes(analysis.frame, active)
         self.emit = Emitter(fake_mode(analysis.graph))
         self.env: dict[fx.Node, fx.Node] = {}  # values without the region, and whole values
         self.rows: dict[fx.Node, fx.Node] = {}  # active rows of values with the region
@@ -168,14 +251,19 @@ class _SparseBuilder:
             device = analysis.latent.meta["val"].device
             rows_value = torch.empty(frame.samples, self.sizes.active, dtype=torch.int64, device=device)
             values = [torch.empty_like(splice.node.meta["val"]) for splice in self.plan.splices]
+            frozen = [torch.empty_like(node.meta["val"]) for node in self.plan.frozen]
         rows = emit.placeholder("rows", rows_value)
         self.caches = [emit.placeholder(f"cache_{index}", value) for index, value in enumerate(values)]
+        for index, (node, value) in enumerate(zip(self.plan.frozen, frozen, strict=True)):
+            self.env[node] = emit.placeholder(f"frozen_{index}", value)
         self.positions = PositionBuilder(frame, self.sizes, rows, emit)
         for layout in self._addressed():
             self.positions.of(layout)
-        for node in inputs:
+        for node in [*inputs, *self.plan.frozen]:
             self._gathers(node)
         for node in nodes:
+            if self.plan.skips(node):
+                continue
             if node.op == "get_attr":
                 self.env[node] = emit.graph.node_copy(node)
             elif node.op == "call_function":
@@ -186,11 +274,16 @@ class _SparseBuilder:
         for splice in self.plan.splices:
             if splice.is_output:
                 self.whole(splice.node)
-        results = [self.env[n] for i, n in enumerate(analysis.output_nodes) if i not in analysis.outputs]
+        results = [self._result(n) for i, n in enumerate(analysis.output_nodes) if i not in analysis.outputs]
         emit.graph.output(tuple(results))
         emit.graph.eliminate_dead_code()
         owner = analysis.graph.owning_module
         return fx.GraphModule(owner if owner is not None else torch.nn.Module(), emit.graph)
+
+    def _result(self, node: fx.Node) -> fx.Node:
+        """An output without the region; one that is kept from the dense step is copied, as the next step reads it again."""
+        value = self.env[node]
+        return self.emit(aten.clone.default, value) if node in self.plan.frozen else value
 
     def _addressed(self) -> Iterator[Layout]:
         """Every layout that a gather or a splice addresses, so that index tensors stand before all else."""
@@ -221,7 +314,12 @@ class _SparseBuilder:
             )
             return
         target, args, kwargs = step.rewrite(self.sizes) if step.rewrite else (node.target, node.args, node.kwargs)
-        value = self._copy(node, iter(step.uses), target, args, kwargs)
+        dim = None if self.sizes.context or not isinstance(step.out, Layout) else joined_dim(node, step.out)
+        if dim is None:
+            value = self._copy(node, iter(step.uses), target, args, kwargs)
+        else:  # the segments with the region alone
+            parts = [self.value(*pair) for pair in zip(operands(node), step.uses, strict=True) if pair[1] is Use.ROWS]
+            value = self.emit(target, parts, dim)
         several = isinstance(step.out, tuple)
         carries = any(out is not None for out in step.out) if several else step.out is not None  # type: ignore[union-attr]
         sparse = carries and not step.whole
@@ -280,7 +378,9 @@ class _SparseBuilder:
         start = 0
         for operand, use in zip(operands(node), step.uses, strict=True):
             inner, length = self.analysis.layouts.get(operand), operand.meta["val"].shape[dim]
-            parts.append(((dim, start, length), self.value(operand, use), inner if isinstance(inner, Layout) else None))
+            if self.sizes.context or use is Use.ROWS:
+                known = inner if isinstance(inner, Layout) else None
+                parts.append(((dim, start, length), self.value(operand, use), known))
             start += length
         return parts
 
@@ -322,7 +422,8 @@ def dense_program(analysis: Analysis, sparse: SparsePlan) -> fx.GraphModule:
     """The dense graph that also returns the value of every splice operand, the outputs' own caches apart.
 
     It returns the outputs of the graph, then the caches in the order of ``sparse.splices`` (outputs left out: the caller
-    keeps a copy of what it returns). A value that aliases an input, or overlaps itself, is cloned.
+    keeps a copy of what it returns), then the values of a frozen context. A value that aliases an input, or overlaps
+    itself, is cloned.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -330,12 +431,11 @@ def dense_program(analysis: Analysis, sparse: SparsePlan) -> fx.GraphModule:
     emit = Emitter(fake_mode(analysis.graph))
     emit.graph = graph
     results = [env[node] for node in analysis.output_nodes]
-    for splice in sparse.splices:
-        if not splice.is_output:
-            value = env[splice.node]
-            if aliases_input(splice.node) or overlaps_itself(splice.node):
-                value = emit(aten.clone.default, value, memory_format=torch.contiguous_format)
-            results.append(value)
+    for node in [*(splice.node for splice in sparse.splices if not splice.is_output), *sparse.frozen]:
+        value = env[node]
+        if aliases_input(node) or overlaps_itself(node):
+            value = emit(aten.clone.default, value, memory_format=torch.contiguous_format)
+        results.append(value)
     graph.output(tuple(results))
     owner = analysis.graph.owning_module
     return fx.GraphModule(owner if owner is not None else torch.nn.Module(), graph)

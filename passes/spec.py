@@ -165,7 +165,7 @@ def check_step(analysis: Analysis, node: fx.Node, step: Step) -> None:
 
 
 def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan) -> None:
-    """The dense program is the graph, and leaves one cache per splice that is no output.
+    """The dense program is the graph, and leaves one cache per splice that is no output, then the frozen values.
 
     Raises:
         SpecViolation: it writes somewhere, returns something else first, or a cache is not the splice's value in memory of
@@ -176,11 +176,11 @@ def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan)
             check_functional(node)
     last = next(iter(reversed(program.graph.nodes)))
     results, wanted = list(last.args[0]), analysis.output_nodes
-    inner = [splice for splice in sparse.splices if not splice.is_output]
+    kept = [*(splice.node for splice in sparse.splices if not splice.is_output), *sparse.frozen]
     demand(
-        len(results) == len(wanted) + len(inner),
+        len(results) == len(wanted) + len(kept),
         last,
-        f"{len(results)} results: {len(wanted)} outputs, {len(inner)} caches",
+        f"{len(results)} results: {len(wanted)} outputs, {len(kept)} caches",
     )
     for found, node in zip(results, wanted, strict=False):
         demand(
@@ -188,13 +188,11 @@ def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan)
             last,
             f"returns {found} in place of output {node}",
         )
-    for cache, splice in zip(results[len(wanted) :], inner, strict=True):
-        held = cache.args[0] if cache.target is aten.clone.default and cache.name != splice.node.name else cache
-        demand(held.name == splice.node.name, cache, f"the cache of `{splice.node.name}` is another value")
+    for cache, node in zip(results[len(wanted) :], kept, strict=True):
+        held = cache.args[0] if cache.target is aten.clone.default and cache.name != node.name else cache
+        demand(held.name == node.name, cache, f"the cache of `{node.name}` is another value")
         value, base = cache.meta["val"], memory_of(cache)
-        demand(
-            base.op != "placeholder", cache, f"the cache of `{splice.node.name}` may be the input `{base.name}` itself"
-        )
+        demand(base.op != "placeholder", cache, f"the cache of `{node.name}` may be the input `{base.name}` itself")
         apart = not any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
         demand(apart, cache, "the entries of a cache share memory")
 
@@ -223,20 +221,20 @@ def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan
     inputs = graph.find_nodes(op="placeholder")
     given = analysis.graph.find_nodes(op="placeholder")
     demand(
-        len(inputs) == len(given) + 1 + len(sparse.splices),
+        len(inputs) == len(given) + 1 + len(sparse.splices) + len(sparse.frozen),
         inputs[-1],
-        "not the inputs, the rows and one cache per splice",
+        "not the inputs, the rows, one cache per splice and the values of a frozen context",
     )
-    rows, caches = inputs[len(given)], inputs[len(given) + 1 :]
+    rows, caches = inputs[len(given)], inputs[len(given) + 1 :][: len(sparse.splices)]
     value = rows.meta["val"]
     demand(value.dtype == torch.int64 and value.ndim == 2, rows, "rows are int64 [B, A]")
     demand(value.shape[0] == analysis.frame.samples, rows, f"rows of {analysis.frame.samples} samples")
     for cache, splice in zip(caches, sparse.splices, strict=True):
         same = cache.meta["val"].shape == splice.node.meta["val"].shape
         demand(same, cache, f"a cache for `{splice.node.name}` of another shape")
-    check_caches(graph, caches)
+    check_caches(graph, caches, whole=sparse.live is None)
     check_reads_of_latent(inputs[given.index(analysis.latent)])
-    check_sparse_sizes(graph, analysis, value.shape[1])
+    check_sparse_sizes(graph, analysis, sparse.sizes(analysis.frame, value.shape[1]))
     last = next(iter(reversed(graph.nodes)))
     for result in last.args[0]:
         if isinstance(result, fx.Node):
@@ -251,8 +249,12 @@ def written(node: fx.Node) -> Iterator[fx.Node]:
                 yield value
 
 
-def check_caches(graph: fx.Graph, caches: Sequence[fx.Node]) -> None:
-    """Every cache is written once in each of its parts, by a splice, before any other node reads it."""
+def check_caches(graph: fx.Graph, caches: Sequence[fx.Node], whole: bool = True) -> None:
+    """Every cache is written once in each of its parts, by a splice, before any other node reads it.
+
+    Args:
+        whole: False where the context is frozen: its segments are not written.
+    """
     writes: dict[fx.Node, list[fx.Node]] = {cache: [] for cache in caches}
     seen: set[fx.Node] = set()
     for node in graph.nodes:
@@ -269,11 +271,11 @@ def check_caches(graph: fx.Graph, caches: Sequence[fx.Node]) -> None:
         if isinstance(node.target, torch._ops.OpOverload) and memory_of(node) is node:
             seen |= {memory_of(operand) for operand in operands(node) if operand not in targets} & writes.keys()
     for cache, targets in writes.items():
-        check_parts(cache, targets)
+        check_parts(cache, targets, whole)
 
 
-def check_parts(cache: fx.Node, targets: Sequence[fx.Node]) -> None:
-    """The writes into one cache are one write, or slices of one dimension that cover it without overlap."""
+def check_parts(cache: fx.Node, targets: Sequence[fx.Node], whole: bool = True) -> None:
+    """The writes into one cache are one write, or slices of one dimension that cover it (if ``whole``) without overlap."""
     demand(bool(targets), cache, "a cache that is never written")
     slices = [cut for target in targets if (cut := sliced(target)) is not None]
     if not slices:
@@ -286,9 +288,12 @@ def check_parts(cache: fx.Node, targets: Sequence[fx.Node]) -> None:
     )
     place = 0
     for dim, start, stop in sorted(slices):
-        demand(start == place, cache, f"entries {place} to {start} of dimension {dim} are written twice or never")
+        fits = start == place if whole else start >= place
+        demand(fits, cache, f"entries {place} to {start} of dimension {dim} are written twice or never")
         place = stop
-    demand(place == cache.meta["val"].shape[slices[0][0]], cache, f"entries from {place} on are never written")
+    demand(
+        not whole or place == cache.meta["val"].shape[slices[0][0]], cache, f"entries from {place} on are never written"
+    )
 
 
 def sliced(node: fx.Node) -> tuple[int, int, int] | None:
@@ -312,14 +317,13 @@ def check_reads_of_latent(latent: fx.Node) -> None:
             views.append(user)
 
 
-def check_sparse_sizes(graph: fx.Graph, analysis: Analysis, active: int) -> None:
+def check_sparse_sizes(graph: fx.Graph, analysis: Analysis, sizes: Sizes) -> None:
     """A node that stays sparse has the sizes of the sparse form of its dense value."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if "dense" in node.meta and isinstance(value, torch.Tensor):
             shapes.setdefault(node.meta["dense"], []).append(tuple(value.shape))
-    sizes = Sizes(analysis.frame, active)
     for node, step in analysis.steps.items():
         if isinstance(step.out, Layout) and not step.whole and node.name in shapes:
             wanted = sizes.shape(step.out)

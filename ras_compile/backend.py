@@ -49,7 +49,7 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
 
 def _refuse_unavailable(config: RASConfig) -> None:
     """Options that are part of the design and that nothing acts on yet: refused, so that none is ignored in silence."""
-    for name, available in (("context", "fresh"), ("noise_reuse", "hold")):
+    for name, available in (("noise_reuse", "hold"),):
         if getattr(config, name) != available:
             raise ConfigError(f"option {name}={getattr(config, name)!r} is not available yet; it takes {available!r}.")
 

@@ -108,6 +108,8 @@ class RASConfig:
         if self.selector is not None and not callable(self.selector):
             raise _bad(self, "selector", "None or a callable (metric [B, N], drops [B, N], k, info) -> rows [B, k]")
         put(self, "region", _region(self.region))
+        if self.context == "frozen" and self.kv_cache is False:
+            raise ConfigError("context='frozen' keeps the context's keys and values, so it needs kv_cache=True.")
         for name in ("kv_cache", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(self, name, "True or False")

@@ -16,6 +16,7 @@ from .config import ConfigError, RASConfig
 from .cudagraphs import ProgramGraphs
 from .inner import Compiled, compile_inner
 from .inputs import GraphInput, latent_candidates
+from .notices import warn_once
 from .numbers import capture_numbers
 from .passes.cost import cost
 from .passes.errors import UnsupportedGraph
@@ -129,14 +130,23 @@ class Plan:
         self.captured = capture_numbers(graph, values)
         self.constants: list[Tensor] = self.captured.meta["constants"]
         self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
-        self.sparse: SparsePlan = plan(self.analysis)
+        self.sparse: SparsePlan = plan(self.analysis, frozen=config.context == "frozen")
         placeholders = self.captured.graph.find_nodes(op="placeholder")
         tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
         self.latent = tensors[placeholders.index(self.analysis.latent)]
         self._graphs = self._program_graphs(values) if config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
         self._lock = threading.RLock()
-        self._prove()
+        try:
+            self._prove()
+        except UnsupportedGraph as error:
+            if self.sparse.live is None:
+                raise
+            warn_once(
+                f"ras_compile: this model's context is computed afresh in every step, it cannot be frozen: {error}"
+            )
+            self.sparse = plan(self.analysis)
+            self._prove()
 
     def _prove(self) -> None:
         """Builds and checks both programs once, so that what cannot be built is known before the first step.
@@ -185,7 +195,7 @@ class Plan:
         outputs, left = results[:count], iter(results[count:])
         slots["caches"] = [
             outputs[self._output_of(splice.node)] if splice.is_output else next(left) for splice in self.sparse.splices
-        ]
+        ] + list(left)
         for index in range(count) if self._graphs else self.analysis.outputs:
             outputs[index] = outputs[index].clone()
         return outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from ras_compile.config import RASConfig
 from ras_compile.explain import record_call
 from ras_compile.inputs import describe_inputs
 from ras_compile.passes.layout import Concat, Frame, Layout
-from ras_compile.passes.program import Splice
+from ras_compile.passes.program import plan as plan_of
 from ras_compile.plan import Plan
 
 
@@ -40,6 +41,13 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         return self.latent + torch.randn(self.latent.shape, generator=generator, dtype=torch.float64).to(self.latent)
 
+    def frozen(self) -> Subject:
+        """The same model with a frozen context."""
+        other = copy.copy(self.plan)
+        other.sparse, other._programs = plan_of(other.analysis, frozen=True), {}
+        other._prove()
+        return Subject(other, self.values)
+
     def rows(self, active: int, seed: int = 2) -> Tensor:
         """Random active rows, others for each sample: int64 [B, active]."""
         generator = torch.Generator().manual_seed(seed)
@@ -65,24 +73,29 @@ class Subject:
         with torch.no_grad():
             return list(self.plan.captured(*self.plan._tensors(values)))
 
-    def matters(self, splice: Splice, value: Tensor, values: list[Any], wanted: Sequence[Tensor]) -> float:
-        """How far the dense graph's outputs move when the value of a splice point is replaced by ``value``."""
-        keep = {splice.node: (value, torch.zeros(value.shape, dtype=torch.bool))}
+    @property
+    def points(self) -> list[fx.Node]:
+        """The nodes whose values are caches: splice points, then what a frozen context keeps."""
+        return [*(splice.node for splice in self.plan.sparse.splices), *self.plan.sparse.frozen]
+
+    def matters(self, node: fx.Node, value: Tensor, values: list[Any], wanted: Sequence[Tensor]) -> float:
+        """How far the dense graph's outputs move when the value of a node is replaced by ``value``."""
+        keep = {node: (value, torch.zeros(value.shape, dtype=torch.bool))}
         with torch.no_grad():
             return error(_Overwrite(self.plan.captured, keep).run(*self.plan._tensors(values)), wanted)
 
     def oracle(self, values: list[Any], rows: Tensor, caches: Sequence[Tensor]) -> list[Tensor]:
         """The full dense graph in which, at every splice point, the inactive rows are overwritten from the cache."""
-        keep = {
-            splice.node: (cache, active_mask(splice.layout, self.frame, rows))
-            for splice, cache in zip(self.plan.sparse.splices, caches, strict=True)
-        }
+        sparse = self.plan.sparse
+        fresh = [active_mask(s.layout, self.frame, rows, context=sparse.live is None) for s in sparse.splices]
+        fresh += [torch.zeros(node.meta["val"].shape, dtype=torch.bool) for node in sparse.frozen]
+        keep = {node: pair for node, *pair in zip(self.points, caches, fresh, strict=True)}
         with torch.no_grad():
             return list(_Overwrite(self.plan.captured, keep).run(*self.plan._tensors(values)))
 
 
 class _Overwrite(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, keep: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, module: fx.GraphModule, keep: dict[fx.Node, Sequence[Tensor]]) -> None:
         super().__init__(module)
         self.keep = keep
 
@@ -95,8 +108,8 @@ class _Overwrite(fx.Interpreter):
         return value
 
 
-def active_mask(layout: Layout, frame: Frame, rows: Tensor) -> Tensor:
-    """Which entries of a tensor are fresh in a sparse step: those of active rows, and those that carry no token.
+def active_mask(layout: Layout, frame: Frame, rows: Tensor, context: bool = True) -> Tensor:
+    """Which entries of a tensor are fresh in a sparse step: those of active rows, and of the ``context`` if it is fresh.
 
     Written from the meaning of a layout, entry by entry, and not from the compiler's index tensors.
     """
@@ -115,6 +128,8 @@ def active_mask(layout: Layout, frame: Frame, rows: Tensor) -> Tensor:
     rows = rows.cpu()
     active = torch.zeros(frame.samples, frame.tokens, dtype=torch.bool)
     active.scatter_(1, rows, True)
+    if not context:
+        return active[sample, torch.where(plain, 0, token)] & ~plain
     return plain | active[sample, torch.where(plain, 0, token)]
 
 
@@ -183,6 +198,9 @@ def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     worst = 0.0
     for a, b in zip(found, wanted, strict=True):
         assert a.shape == b.shape
+        if not b.numel():
+            continue
+        a, b = (value.to(torch.float64) if value.dtype == torch.bool else value for value in (a, b))
         scale = b.abs().max().item()
         gap = (a - b).abs().max().item()
         worst = max(worst, gap / scale if scale else gap) if torch.isfinite(a).all() else float("inf")

@@ -11,6 +11,8 @@ from torch import nn
 
 import ras_compile
 import ras_compile.notices
+import ras_compile.plan
+from ras_compile.passes.errors import UnsupportedGraph
 
 
 class TinyDiT(nn.Module):
@@ -271,3 +273,50 @@ def test_explain_says_why():
         told.ratio_for(50)
     refused = ras_compile.explain(Prior().eval(), hidden_states=torch.randn(2, 8))
     assert not refused.supported and "no token grid" in refused.reason and "no token grid" in str(refused)
+
+
+def test_a_frozen_context_is_computed_in_dense_steps_only():
+    plain = model()
+    pictures = {}
+    for context in ("fresh", "frozen"):
+        torch._dynamo.reset()
+        compiled = torch.compile(plain, backend="ras", options={**EAGER, "context": context})
+        pictures[context] = run(compiled, LATENT, TEXT)
+        assert kinds(compiled) == "ddssss"
+    dense = run(plain, LATENT, TEXT)
+    assert not torch.equal(pictures["fresh"], pictures["frozen"])
+    assert (pictures["frozen"] - dense).norm() / LATENT.norm() < 0.1
+
+
+class WritesText(TinyDiT):
+    """Writes into the text's part of the joint sequence, in place."""
+
+    def forward(self, hidden_states, timestep, text):
+        x = torch.cat([self.text(text), self.patch(hidden_states).flatten(2).transpose(1, 2)], 1)
+        x[:, : text.shape[1]] = x[:, : text.shape[1]] * 2 + timestep[:, None, None]
+        q, k, v = self.qkv[0](x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        height, width = hidden_states.shape[-2] // 2, hidden_states.shape[-1] // 2
+        x = self.head(x[:, text.shape[1] :]).unflatten(1, (height, width)).unflatten(3, (2, 2, 4))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def test_a_frozen_context_may_be_written_in_place():
+    plain = WritesText().eval()
+    compiled = torch.compile(plain, backend="ras", options={**EAGER, "context": "frozen"})
+    gap = (run(compiled, LATENT, TEXT) - run(plain, LATENT, TEXT)).norm() / LATENT.norm()
+    assert kinds(compiled) == "ddssss" and 0 < gap < 0.1
+
+
+def test_a_context_that_cannot_be_frozen_is_computed_afresh_with_one_warning(monkeypatch):
+    def check(program, analysis, sparse):
+        if sparse.live is not None:
+            raise UnsupportedGraph("an op that wants all of it")
+
+    monkeypatch.setattr(ras_compile.plan, "check_sparse", check)
+    plain = model()
+    compiled = torch.compile(plain, backend="ras", options={**EAGER, "context": "frozen"})
+    with pytest.warns(UserWarning, match="cannot be frozen: an op that wants all of it"):
+        frozen = run(compiled, LATENT, TEXT)
+    torch._dynamo.reset()
+    assert torch.equal(frozen, run(torch.compile(plain, backend="ras", options=EAGER), LATENT, TEXT))

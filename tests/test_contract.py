@@ -9,7 +9,7 @@ from functools import lru_cache
 import pytest
 import torch
 from contract import Subject, active_mask, error, subject
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import NOT_RUN, ZOO, redraw
 
@@ -128,13 +128,17 @@ def test_a_corrupted_splice_shows(model: Subject):
     """4. The test above can fail: with any one cache corrupted, the outputs leave the oracle's."""
     _, caches = model.dense(model.values)
     values, rows = model.with_latent(model.other_latent()), model.rows(quarter(model))
-    wanted = model.oracle(values, rows, caches)
+    each_cache_matters(model, values, rows, caches, model.oracle(values, rows, caches))
+
+
+def each_cache_matters(model: Subject, values: list, rows: Tensor, caches: list[Tensor], wanted: list[Tensor]) -> None:
+    """With any one cache corrupted, the outputs leave the wanted ones."""
     for index, cache in enumerate(caches):
         corrupted = [*caches[:index], cache.roll(1, dims=-1) * 1.5, *caches[index + 1 :]]
         outputs, _ = model.sparse(values, rows, corrupted)
         if error(outputs, wanted) <= 1e3 * TIGHT:  # a product with zeros, such as the first state of a recurrence
-            splice = model.plan.sparse.splices[index]
-            assert model.matters(splice, corrupted[index], values, model.reference(values)) < TIGHT, splice
+            point = model.points[index]
+            assert model.matters(point, corrupted[index], values, model.reference(values)) < TIGHT, point
 
 
 def test_outputs_alias_no_cache(model: Subject):
@@ -166,6 +170,43 @@ def test_sparse_steps_cost_less(model: Subject):
     programs = [sparse_program(plan.analysis, rows, plan.sparse) for rows in (quarter(model), model.frame.tokens // 2)]
     few, half = map(flops, programs)
     assert few < half < dense
+
+
+def test_frozen_context(model: Subject):
+    """With a frozen context 2, 3 and 4 hold as well; the oracle takes the context from the caches, too."""
+    frozen = model.frozen()
+    dense, caches = frozen.dense(model.values)
+    rows = model.rows(quarter(model), seed=0)
+    same, after = frozen.sparse(model.values, rows, caches)
+    assert error(same, dense) < TIGHT
+    assert error(after, caches) < TIGHT
+    for step in (1, 2):
+        values = model.with_latent(model.other_latent(seed=step))
+        rows = model.rows(quarter(model), seed=step)
+        outputs, after = frozen.sparse(values, rows, caches)
+        wanted = frozen.oracle(values, rows, caches)
+        assert error(outputs, wanted) < TIGHT
+        for index in model.plan.analysis.outputs:
+            node = model.plan.analysis.output_nodes[index]
+            mask = active_mask(model.plan.analysis.layouts[node], model.frame, rows, context=False)
+            old = caches[frozen.plan.sparse.splice(node)]
+            assert torch.equal(outputs[index][~mask], old[~mask])
+        caches = after
+
+
+def test_a_corrupted_frozen_cache_shows(model: Subject):
+    frozen = model.frozen()
+    _, caches = frozen.dense(model.values)
+    values, rows = model.with_latent(model.other_latent()), model.rows(quarter(model))
+    each_cache_matters(frozen, values, rows, caches, frozen.oracle(values, rows, caches))
+
+
+def test_a_frozen_context_costs_less(model: Subject):
+    """Its tokens are not computed: no more FLOPs than with a fresh one, and fewer where the plan differs."""
+    frozen, few = model.frozen().plan, quarter(model)
+    fresh = flops(sparse_program(model.plan.analysis, few, model.plan.sparse))
+    cheap = flops(sparse_program(frozen.analysis, few, frozen.sparse))
+    assert cheap < fresh if frozen.sparse.frozen else cheap <= fresh
 
 
 @pytest.mark.parametrize("name", by_model(REFUSED))

@@ -16,6 +16,7 @@ from test_contract import (  # noqa: F401  (the properties, run here on other mo
     quarter,
     test_consistency,
     test_dense_program_is_the_model,
+    test_frozen_context,
     test_identity,
     test_locality,
     test_outputs_alias_no_cache,

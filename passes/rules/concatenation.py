@@ -164,9 +164,9 @@ def sparse_offset(dim: Dim, offset: int, sizes: Sizes) -> int:
     for segment in dim[0].segments:
         size = dim_size(segment)
         if offset < size:
-            return place + sparse_offset(segment, offset, sizes)
+            return place + (sparse_offset(segment, offset, sizes) if sizes.segment(segment) else 0)
         offset -= size
-        place += sizes.dim(segment)
+        place += sizes.segment(segment)
     return place
 
 
@@ -317,7 +317,12 @@ def slice_scatter(call: Call) -> Step:
     def use(node: fx.Node) -> Use | Gather:
         return Use.ROWS if call.layout(node) is not None else dense_use(call, reads[node], call.shape_of(node))
 
-    return Step(out, call.uses(use), rewrite=lambda sizes: moved(call, out.dims[dim], start, stop, sizes))
+    def rewrite(sizes: Sizes):
+        if not sizes.context and not grid_atoms(call, [taken]) and grid_atoms(call, [out.dims[dim]]):
+            return aten.alias.default, (base,), {}  # what is written is context, which has no entries here
+        return moved(call, out.dims[dim], start, stop, sizes)
+
+    return Step(out, call.uses(use), rewrite=rewrite)
 
 
 @rule_for(aten.select_scatter.default)
@@ -363,7 +368,7 @@ def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int) -> Step:
 def pad(call: Call) -> Step:
     """`b n c -> b (0 | n | 0) c`"""
     layout, amounts = only_layout(call), list(call.args["pad"])
-    dims = list(layout.dims)
+    dims, beside = list(layout.dims), list(amounts)
     constant = call.args.get("mode", "constant") == "constant"
     for index in range(len(amounts) // 2):
         before, after = amounts[2 * index : 2 * index + 2]
@@ -375,6 +380,11 @@ def pad(call: Call) -> Step:
             dims[dim] = opaque(call.shape[dim])
         elif constant and min(before, after) >= 0 and inside == {atom for atom, _ in call.frame.region}:
             dims[dim] = concat([(Axis(before),), dims[dim], (Axis(after),)])
+            beside[2 * index : 2 * index + 2] = [0, 0]  # what is padded on is context
         else:
             return call.whole()
-    return Step(Layout(tuple(dims), layout.raw), call.uses())
+    return Step(
+        Layout(tuple(dims), layout.raw),
+        call.uses(),
+        rewrite=lambda sizes: call.with_args(pad=amounts if sizes.context else beside),
+    )
