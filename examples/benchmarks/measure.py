@@ -1,0 +1,152 @@
+"""Clocks: steps by CUDA events, the host's share of a call, calls that wait for the device, memory."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["HostClock", "Marks", "Memory", "null_backend", "synchronising"]
+
+# Runtime calls after which the host has waited for the device. A copy to pageable host memory waits, too.
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+WAITING_COPY = "Memcpy DtoH"
+_STEADY = "benchmark: steady state"
+
+
+class Marks:
+    """Points in a run's time: CUDA events, which the host does not wait for, or the host's clock.
+
+    Args:
+        device: the device that the work runs on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def __call__(self, index: int) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        """Time from each mark to the next; waits for the last one."""
+        if self._cuda:
+            self._marks[-1].synchronize()
+            return [first.elapsed_time(second) for first, second in zip(self._marks, self._marks[1:], strict=False)]
+        return [1e3 * (second - first) for first, second in zip(self._marks, self._marks[1:], strict=False)]
+
+
+class HostClock:
+    """Stands in for a transformer and takes the host's time of every call; the device is idle when a call begins.
+
+    Args:
+        transformer: the transformer.
+        device: its device.
+    """
+
+    def __init__(self, transformer: Any, device: torch.device) -> None:
+        self._transformer, self._cuda = transformer, device.type == "cuda"
+        self.milliseconds: list[float] = []
+        if hasattr(transformer, "cache_context"):
+            self.cache_context = transformer.cache_context
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self._cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = self._transformer(**inputs)
+        self.milliseconds.append(1e3 * (time.perf_counter() - begin))
+        return result
+
+
+def null_backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+    """A backend that computes once and returns at once ever after: what Dynamo itself costs per call."""
+    held: list[Any] = []
+
+    def call(*values: Any) -> Any:
+        if not held:
+            held.append(graph(*values))
+        return held[0]
+
+    return call
+
+
+class Memory:
+    """Peak memory of what is done while it is open, without what others hold.
+
+    Args:
+        device: the device.
+        weights: bytes of the transformer, which every row counts as its own.
+    """
+
+    def __init__(self, device: torch.device, weights: int) -> None:
+        self._cuda, self._weights = device.type == "cuda", weights
+        if self._cuda:
+            torch.cuda.empty_cache()
+            self._before = torch.cuda.memory_allocated()
+            self._reserved = torch.cuda.memory_reserved()
+            torch.cuda.reset_peak_memory_stats()
+
+    def settled(self) -> None:
+        """What came before (compilation, first runs) does not count towards the peak."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gb(self) -> float | None:
+        """GB allocated at the peak: weights, and whatever was added since the beginning."""
+        if not self._cuda:
+            return None
+        return (torch.cuda.max_memory_allocated() - self._before + self._weights) / 1e9
+
+    def reserved_gb(self) -> float | None:
+        """GB taken from the device at the peak: with the memory pools of CUDA graphs, which `peak_gb` sees in part."""
+        if not self._cuda:
+            return None
+        return (torch.cuda.max_memory_reserved() - self._reserved + self._weights) / 1e9
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _Steady:
+    """A mark for `sample` that names the steps from `first` on in the profile."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self._first, self._last = first, last
+        self._range: Any = None
+
+    def __call__(self, index: int) -> None:
+        if index == self._first:
+            self._range = torch.profiler.record_function(_STEADY)
+            self._range.__enter__()
+        if index == self._last and self._range is not None:
+            self._range.__exit__(None, None, None)
+
+
+def synchronising(run: Any, first: int, steps: int) -> dict[str, int]:
+    """Calls that wait for the device, by name, from step `first` to the end of a run; empty: none.
+
+    Args:
+        run: called with a mark; does one run of `steps` steps.
+        first: the first step that counts.
+        steps: steps of the run.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run(_Steady(first, steps))
+        torch.cuda.synchronize()
+    events = list(profiler.profiler.kineto_results.events())
+    span = next(event for event in events if event.name() == _STEADY)
+    begin, end = span.start_ns(), span.start_ns() + span.duration_ns()
+    names = [event.name() for event in events if begin <= event.start_ns() <= end]
+    return dict(Counter(name for name in names if name in WAITS or name.startswith(WAITING_COPY)))

@@ -1,0 +1,422 @@
+"""How fast is region-adaptive sampling? One model, many ways of sampling it, one JSON.
+
+    python examples/benchmarks/run.py --model sd3-medium --methods eager,compile,ras --out results
+    python examples/benchmarks/run.py --model flux-dev --measure starts --out results --merge   # cold and warm starts
+    python examples/benchmarks/run.py --model sd3-medium --size tiny --inner-backend eager --out results   # on a CPU
+
+`DIR/<gpu or cpu>.json` is written after every row; `rows.py` says what its columns mean, `sizes.py` what the models are.
+All rows of a run share one model. Where the way allows it, its runs and those of compiled dense sampling take turns, and
+x_compiled is the ratio of these neighbours: a device that slows down slows down both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from measure import HostClock, Marks, Memory, null_backend, synchronising, weight_bytes
+from rows import FLOOR_TFLOPS, load, merge, new_row, save
+from sizes import MODELS, SIZES, WARMUP, Workload, build, sample
+from ways import METHODS, NotAvailable, Setup, Way, set_up, ways_of
+
+import ras_compile
+from ras_compile.passes.cost import Cost
+
+__all__ = ["main"]
+
+_ENOUGH = 30  # seconds of timed runs after which a row has no more repeats
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), required=True)
+    parser.add_argument("--methods", default="eager,compile,ras,fewer-steps", help=f"some of {','.join(METHODS)}")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.125])
+    parser.add_argument("--contexts", nargs="+", default=["fresh", "frozen"], choices=["fresh", "frozen"])
+    parser.add_argument("--steps", type=int, help="steps of a run; by default the model's")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measure", choices=["speed", "starts"], default="speed")
+    parser.add_argument("--size", choices=SIZES, default="real")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--inner-backend", default="inductor", help="eager: nothing is compiled, to try things out")
+    parser.add_argument("--options", type=json.loads, default={}, help="further options of RAS, as JSON")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further row is begun")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
+    parser.add_argument("--merge", action="store_true", help="keep the rows of an existing file that are not measured")
+    parser.add_argument("--start-of", type=json.loads, help=argparse.SUPPRESS)  # a process of `--measure starts`
+    args = parser.parse_args(argv)
+    if args.repeats < 1 or (args.steps is not None and args.steps < 2):
+        parser.error("--repeats takes at least 1, --steps at least 2")
+    try:
+        args.ways = ways_of(args.methods.split(","), args.ratios, args.contexts)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measures and writes; returns what was written."""
+    begin = time.perf_counter()
+    args = arguments(argv)
+    if args.start_of is not None:
+        print(json.dumps(_start(args)))
+        return {}
+    name = "cpu" if args.device == "cpu" else _slug(torch.cuda.get_device_name())
+    path = args.out / f"{name}.json"
+    before = load(path) if args.merge else {"meta": {}, "rows": []}
+    meta = describe(args, sys.argv[1:] if argv is None else argv)
+    merge(before, {"meta": meta, "rows": []})  # refuses now what could not be written later
+    content = before
+    measured = _starts if args.measure == "starts" else _speeds
+    rows: list[dict] = []
+    for row in measured(args, begin + args.budget):
+        rows.append(row)
+        content = merge(before, {"meta": meta, "rows": rows})
+        save(path, content)
+        print(_line(row), flush=True)
+    print(f"written: {path}")
+    return content
+
+
+def describe(args: argparse.Namespace, argv: list[str]) -> dict:
+    """Device, versions, and the command without its output folder."""
+    shown = [part for at, part in enumerate(argv) if part != "--out" and (at == 0 or argv[at - 1] != "--out")]
+    command = shlex.join(["python", "examples/benchmarks/run.py", *shown])
+    cuda = args.device != "cpu"
+    return dict(
+        gpu=torch.cuda.get_device_name() if cuda else None,
+        driver=_driver() if cuda else None,
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        triton=_version("triton"),
+        diffusers=diffusers.__version__,
+        python=".".join(map(str, sys.version_info[:3])),
+        size=args.size,
+        dtype="bfloat16" if cuda else "float32",
+        floor_tflops=FLOOR_TFLOPS,
+        commands=[dict(command=command, date=datetime.date.today().isoformat())],
+    )
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _slug(name: str) -> str:
+    """`NVIDIA H200` -> `h200`."""
+    return "-".join(word.lower() for word in name.split() if word != "NVIDIA")
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    work = build(args.model, args.size, device, dtype)
+    work.steps = args.steps or work.steps
+    return work
+
+
+# speed
+
+
+class Bench:
+    """One model on one device, and what its rows share.
+
+    Args:
+        args: the arguments.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work = _workload(args)
+        self.device = torch.device(args.device)
+        self.weights = weight_bytes(self.work.transformer)
+        self.seconds: dict[Way, float] = {}  # medians of the rows so far
+        self.dense: Setup | None = None  # compiled dense sampling, once its row has been measured
+        self.few = min(self.work.steps, WARMUP + 4)  # steps that reach every program
+        self._costs: dict[str, Cost | None] = {}
+
+    def run(self, setup: Setup, steps: int | None = None, mark: Any = None, denoise: Any = None) -> Any:
+        """One run of a way; returns the latents."""
+        work = self.work
+        work.transformer._compiled_call_impl = setup.compiled
+        try:
+            return sample(
+                work, denoise or work.transformer, setup.scheduler, steps or work.steps, mark or (lambda index: None)
+            )
+        finally:
+            work.transformer._compiled_call_impl = None
+            setup.between()
+
+    def timed(self, setup: Setup, steps: int | None = None) -> list[float]:
+        """Milliseconds of every step of one run."""
+        marks = Marks(self.device)
+        self.run(setup, steps, marks)
+        return marks.milliseconds()
+
+    def cost(self, context: str) -> Cost | None:
+        """What `explain` says the model's steps cost; None where it is not supported."""
+        if context not in self._costs:
+            with contextlib.suppress(ras_compile.ConfigError):
+                options = dict(context=context, inner_backend=self.args.inner_backend)
+                explained = ras_compile.explain(self.work.transformer, options=options, **self.work.inputs)
+                self._costs[context] = explained.cost
+        return self._costs.get(context)
+
+    @cached_property
+    def null_ms(self) -> float:
+        """Host time of a call whose backend returns at once."""
+        self.work.transformer._compiled_call_impl = None
+        self.work.transformer.compile(backend=null_backend)
+        setup = Setup(self.work.scheduler(), self.work.transformer._compiled_call_impl)
+        return statistics.median(self.host(setup)[1:])
+
+    def host(self, setup: Setup) -> list[float]:
+        """Host milliseconds of every transformer call of one run."""
+        clock = HostClock(self.work.transformer, self.device)
+        self.run(setup, self.few, denoise=clock)
+        return clock.milliseconds
+
+    def row(self, way: Way) -> dict:
+        """Measures one row; a way that cannot be run gives a row with a reason in place of figures."""
+        row = new_row(self.work.name, way.method, way.sample_ratio, way.context)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                if way.method == "fewer-steps":
+                    self._fewer_steps(way, row)
+                else:
+                    self._measure(way, row)
+            except (NotAvailable, ras_compile.RASError) as error:
+                row["reason"] = str(error)
+            except Exception as error:  # a row that fails must not take the others with it
+                row["reason"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        said = [str(one.message) for one in told if issubclass(one.category, ras_compile.RASWarning)]
+        return row | ({"warnings": said} if said else {})
+
+    def _measure(self, way: Way, row: dict) -> None:
+        work = self.work
+        if self.device.type == "cuda":
+            gc.collect()
+        memory = Memory(self.device, self.weights)
+        setup = set_up(work, way, self.args.inner_backend, self.args.options)
+        try:
+            begin = time.perf_counter()
+            self._first(setup, row)
+            row["first_s"] = time.perf_counter() - begin
+            last = self.run(setup)  # settles: captures, allocations
+            memory.settled()
+            runs = [self.timed(setup)]
+            row |= dict(steps=work.steps, peak_gb=memory.peak_gb(), reserved_gb=memory.reserved_gb())
+            neighbours = []
+            pair = self.dense if not setup.exclusive and way.method != "compile" else None
+            for _ in range(self.args.repeats - 1):
+                if sum(map(sum, runs)) > 1e3 * _ENOUGH:
+                    break
+                if pair is not None:
+                    neighbours.append(sum(self.timed(pair)) / 1e3)
+                runs.append(self.timed(setup))
+            self._report(way, row, setup, runs, neighbours)
+            row["finite"] = bool(last.isfinite().all())
+            self._look_inside(way, row, setup)
+            if way.method == "compile":
+                self.dense = setup
+        finally:
+            if setup.exclusive or way.method == "ras":
+                setup.close()
+
+    def _first(self, setup: Setup, row: dict) -> None:
+        """A short first run that compiles everything; a cache that cannot be compiled runs eagerly."""
+        row |= setup.note
+        if setup.compiled is not None:
+            row["compiled"] = True
+        try:
+            self.run(setup, self.few)
+        except Exception as error:
+            if not setup.exclusive:
+                raise
+            row |= dict(compiled=False, not_compiled=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            setup.compiled = None
+            self.run(setup, self.few)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _report(self, way: Way, row: dict, setup: Setup, runs: list[list[float]], neighbours: list[float]) -> None:
+        work = self.work
+        totals = [sum(run) / 1e3 for run in runs]
+        seconds = statistics.median(totals)
+        steps = [statistics.median(values) for values in zip(*runs, strict=True)]
+        kinds = setup.kinds()
+        names = [kinds[index][0] if index in kinds else "dense" for index in range(work.steps)]
+        for kind in ("dense", "sparse"):
+            found = [ms for ms, name in zip(steps, names, strict=True) if name == kind]
+            row[f"{kind}_ms"] = statistics.median(found) if found else None
+        if setup.exclusive:
+            row["dense_ms"] = None  # which of its steps are dense is the cache's own business
+        self.seconds[way] = seconds
+        dense, eager = self.seconds.get(Way("compile")), self.seconds.get(Way("eager"))
+        if neighbours:
+            dense = statistics.median(neighbours)
+        row |= dict(
+            seconds=seconds, runs=totals, step_ms=steps, kinds=None if setup.exclusive else "".join(name[0] for name in names),
+            x_compiled=dense / seconds if dense else None, x_eager=eager / seconds if eager else None,
+        )  # fmt: skip
+        cost = self.cost(way.context or "fresh")
+        if cost is None or setup.exclusive:
+            return
+        shares = [cost.flop_ratio(kinds[index][1]) if names[index] == "sparse" else 1.0 for index in range(work.steps)]
+        ratio = statistics.fmean(shares)
+        flops = cost.dense_flops * work.branches * work.steps * ratio
+        row |= dict(
+            flop_ratio=ratio, dense_tflop=cost.dense_flops * work.branches / 1e12,
+            floor_share=flops / (FLOOR_TFLOPS * 1e12) / seconds,
+        )  # fmt: skip
+        if way.method == "ras":
+            row |= dict(cache_gb=cost.cache_bytes * work.branches / 1e9, resets=list(work.resets), warmup=WARMUP)
+
+    def _look_inside(self, way: Way, row: dict, setup: Setup) -> None:
+        """Host time and waiting calls, in runs of their own."""
+        if way.method not in ("ras", "compile"):
+            return
+        calls = self.host(setup)
+        kinds = setup.kinds()
+        steps = [at * self.few // len(calls) for at in range(len(calls))]
+        steady = [
+            ms for step, ms in zip(steps, calls, strict=True) if kinds.get(step, ("",))[0] == "sparse" or not kinds
+        ]
+        if steady:
+            row |= dict(host_ms=statistics.median(steady) - self.null_ms, null_ms=self.null_ms)
+        if self.device.type == "cuda":
+            row["syncs"] = synchronising(lambda mark: self.run(setup, self.few, mark), self.few - 3, self.few)
+
+    def _fewer_steps(self, way: Way, row: dict) -> None:
+        """Plain compiled sampling with as many steps as fit into the time of the RAS row."""
+        adaptive, whole = self.seconds.get(Way("ras", way.sample_ratio, way.context)), self.seconds.get(Way("compile"))
+        if self.dense is None or adaptive is None or whole is None:
+            raise NotAvailable("needs the rows of compile and of ras")
+        steps = min(self.work.steps, max(1, round(self.work.steps * adaptive / whole)))
+        self.run(self.dense, steps)
+        totals = [sum(self.timed(self.dense, steps)) / 1e3 for _ in range(min(2, self.args.repeats))]
+        seconds = statistics.median(totals)
+        eager = self.seconds.get(Way("eager"))
+        row |= dict(
+            steps=steps, seconds=seconds, runs=totals, x_compiled=whole / seconds,
+            x_eager=eager / seconds if eager else None, flop_ratio=steps / self.work.steps,
+            dense_ms=1e3 * seconds / steps,
+        )  # fmt: skip
+
+
+def _speeds(args: argparse.Namespace, until: float):
+    """Rows of `--measure speed`, one after another."""
+    bench = Bench(args)
+    base: dict[str, float | None] = {}
+    for way in args.ways:
+        if time.perf_counter() > until:
+            print("the budget is spent: the rest is left out", flush=True)
+            return
+        row = bench.row(way)
+        if way.method == "compile":
+            base["peak"] = row["peak_gb"]
+        if way.method == "ras" and row["peak_gb"] is not None and base.get("peak") is not None:
+            row["extra_gb"] = row["peak_gb"] - base["peak"]
+        yield row
+
+
+# starts
+
+
+def _starts(args: argparse.Namespace, until: float):
+    """Rows of `--measure starts`: each way twice in processes of its own, with empty and then with filled caches."""
+    for way in args.ways:
+        if way.method in ("eager", "fewer-steps"):
+            continue
+        with tempfile.TemporaryDirectory() as caches:
+            found: list[float | None] = []
+            for _ in ("cold", "warm"):
+                if time.perf_counter() > until:
+                    print("the budget is spent: the rest is left out", flush=True)
+                    return
+                found.append(_start_process(args, way, caches))
+        row = new_row(args.model, way.method, way.sample_ratio, way.context, starts_only=True)
+        yield row | dict(cold_s=found[0], warm_s=found[1])
+
+
+def _start_process(args: argparse.Namespace, way: Way, caches: str) -> float | None:
+    start_of = json.dumps([way.method, way.sample_ratio, way.context])
+    command = [
+        sys.executable, __file__, "--model", args.model, "--size", args.size, "--device", args.device, "--out",
+        str(args.out), "--inner-backend", args.inner_backend, "--options", json.dumps(args.options), "--start-of",
+        start_of,
+    ]  # fmt: skip
+    places = dict(TORCHINDUCTOR_CACHE_DIR=caches, TRITON_CACHE_DIR=f"{caches}/triton")
+    done = subprocess.run(command, env=os.environ | places, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return None
+    return json.loads(done.stdout.splitlines()[-1])["compile_s"]
+
+
+def _start(args: argparse.Namespace) -> dict:
+    """The process: seconds of the first run (its steps reach every program) over those of a later one."""
+    bench = Bench(args)
+    setup = set_up(bench.work, Way(*args.start_of), args.inner_backend, args.options)
+    taken = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        bench.run(setup, bench.few)
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begin)
+    return dict(compile_s=taken[0] - taken[-1], runs=taken)
+
+
+def _line(row: dict) -> str:
+    """A row for the terminal."""
+    name = f"{row['model']} {row['method']}"
+    if row["sample_ratio"] is not None:
+        name += f" {row['sample_ratio']:.1%} {row['context']}"
+    figures = [
+        f"{label} {row[column]:.3f}"
+        for label, column in (
+            ("s", "seconds"), ("x compiled", "x_compiled"), ("x eager", "x_eager"), ("FLOPs", "flop_ratio"),
+            ("dense ms", "dense_ms"), ("sparse ms", "sparse_ms"), ("peak GB", "peak_gb"), ("cold s", "cold_s"),
+            ("warm s", "warm_s"),
+        )
+        if row[column] is not None
+    ]  # fmt: skip
+    extras = [f"{label} {row[label]}" for label in ("syncs", "reason", "warnings") if row.get(label)]
+    return f"{name:<40} " + "  ".join(figures + extras)
+
+
+if __name__ == "__main__":
+    main()
