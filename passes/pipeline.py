@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from .fuse import fuse_scatter_linear
+from .inplace import write_in_place
 from .outline import outline
 
 
@@ -17,6 +18,7 @@ def prepare(program: fx.GraphModule, *, fuse: bool, outline_blocks: bool) -> fx.
     """
     if fuse:
         fuse_scatter_linear(program.graph)
+    write_in_place(program.graph)
     if outline_blocks:
         outline(program)
     program.graph.lint()
