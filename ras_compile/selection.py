@@ -20,6 +20,8 @@ __all__ = ["SelectionInfo", "sample_groups", "select_rows", "token_metric", "upd
 _OVERDUE = 1e6
 _SCORE_LIMIT = 1e5
 _RANDOM_SEED = 0x5A5
+_MIXER = 0x1E3779B97F4A7C15  # an odd number of mixed bits
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,16 @@ def sample_groups(latent: Tensor) -> Tensor:
 
     Batched classifier-free guidance duplicates the latent; both copies must compute the same tokens.
     """
-    flat = latent.detach().flatten(1)
-    same = torch.stack([(flat == row).all(dim=1) for row in flat]).float()
+    flat = latent.detach().flatten(1) + 0.0  # -0.0 equals 0.0, and its bits shall too
+    bits = flat.view(_BITS[flat.element_size()]).to(torch.int64)
+    bits = bits ^ (bits >> 40)  # simple numbers in double precision have no low bits
+    # one number per sample, by which the first sample that may equal it is found; large batches want no loop over pairs
+    weights = torch.arange(1, bits.shape[1] + 1, device=bits.device) * _MIXER
+    prints = (bits * ((weights ^ (weights >> 29)) * _MIXER | 1)).sum(dim=1)
+    first = (prints[:, None] == prints).int().argmax(dim=1)
     # a sample with a NaN equals nothing, not even itself
-    same = torch.maximum(same, torch.eye(len(flat), device=flat.device))
+    first = torch.where((flat == flat[first]).all(dim=1), first, torch.arange(len(flat), device=flat.device))
+    same = (first[:, None] == first).float()
     return same / same.sum(dim=1, keepdim=True)
 
 

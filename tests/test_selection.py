@@ -190,6 +190,16 @@ def test_duplicated_latents_form_groups():
     assert sample_groups(one[None]).tolist() == [[1.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_groups_are_those_of_a_comparison_of_all_pairs(dtype):
+    latent = torch.randint(-1, 2, (30, 3, 2)).to(dtype)[torch.randint(30, (90,))]
+    latent[3] = -0.0
+    latent[4] = 0.0
+    flat = latent.flatten(1)
+    same = (flat[:, None] == flat).all(-1).float()
+    assert torch.equal(sample_groups(latent), same / same.sum(1, keepdim=True))
+
+
 def test_a_sample_of_nans_is_its_own_group():
     assert sample_groups(torch.full((2, 3), math.nan)).tolist() == [[1, 0], [0, 1]]
 
