@@ -2,9 +2,10 @@
 
 Importing this package registers the operators `torch.ops.ras_compile.*`; Triton is optional and CUDA is not needed.
 
-- `scatter_linear`: `linear -> splice` as one scatter-GEMM that writes the active rows straight into the cache.
+- `scatter_linear`: `linear -> (norm) -> (rotary embedding) -> splice` as one scatter-GEMM that writes the active rows
+  straight into the cache. `epilogue_reference` is the part between the linear and the splice.
 """
 
-from .scatter_linear import scatter_linear, scatter_linear_reference
+from .scatter_linear import epilogue_reference, scatter_linear, scatter_linear_reference
 
-__all__ = ["scatter_linear", "scatter_linear_reference"]
+__all__ = ["epilogue_reference", "scatter_linear", "scatter_linear_reference"]

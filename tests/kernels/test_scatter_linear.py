@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from ras_compile.kernels import scatter_linear, scatter_linear_reference
+from ras_compile.kernels import epilogue_reference, scatter_linear, scatter_linear_reference
+from ras_compile.kernels.tiles import timings
 
 # The package's attribute of this name is the op, which hides the module.
 module = importlib.import_module("ras_compile.kernels.scatter_linear")
@@ -38,7 +40,7 @@ INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size: compares 
 
 
 @pytest.fixture(autouse=True)
-def kernel_is_what_runs(request, monkeypatch):
+def kernel_is_what_runs(request, monkeypatch, tmp_path):
     """Where the kernel should run, the op must not fall back to the twin: the tests would then prove nothing."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if INTERPRETED or (request.node.get_closest_marker("gpu") and parameters.get("timed", True)):
@@ -48,12 +50,10 @@ def kernel_is_what_runs(request, monkeypatch):
             scatter_linear_reference(cache, x, *others)
 
         monkeypatch.setattr(module, "scatter_linear_reference", twin)
+    monkeypatch.setenv("RAS_COMPILE_CACHE_DIR", str(tmp_path))
+    timings.cache_clear()
     if parameters.get("device") == "cuda":  # many sizes: only the tests that are CUDA's own time the tiles
-        monkeypatch.setattr(module, "_fastest_tile", lambda key, launch: tiles(key[1])[-1])
-
-
-def tiles(dtype):
-    return module._TILES_32_BIT if dtype is torch.float32 else module._TILES_16_BIT
+        monkeypatch.setattr(module.Launch, "fastest", lambda launch: list(launch.tiles().values())[-1])
 
 
 def draw(B, A, S, K, N, dtype=torch.float32, device="cpu", bias=True, shared=False):
@@ -138,6 +138,7 @@ CACHES = {
     "channels first": ((2, 40, 12), lambda c: c.transpose(1, 2)),
     "strided channels": ((2, 12, 80), lambda c: c[..., ::2]),
     "three dims, two runs": ((2, 5, 12, 4, 2), lambda c: c.permute(0, 2, 1, 3, 4)),
+    "three dims, three runs": ((2, 2, 5, 4, 12), lambda c: c.permute(0, 4, 3, 1, 2)),
     "a dim of one, of a stride that fits nothing": ((3, 2, 12, 5, 8), lambda c: c[1:2].permute(1, 2, 3, 0, 4)),
 }
 
@@ -157,6 +158,121 @@ def test_operands_of_any_strides(device):
     rows = torch.stack([torch.randperm(12, device=device)[:7] for _ in range(2)], dim=1).T
     check(poisoned(2, 12, 40, device=device), lambda c: c, x, weight, bias, rows)
     check(poisoned(2, 12, 40, device=device), lambda c: c, x[:1].expand(2, -1, -1), weight, bias, rows)
+
+
+def full(more):
+    """All of the op's arguments after the rows, from some of them by name."""
+    defaults = dict(grid_dims=1, head_dim=0, norm="none", norm_weight=None, norm_bias=None, eps=0.0, rope="none",
+                    cos=None, sin=None)  # fmt: skip
+    return (defaults | more).values()
+
+
+def epilogue(B, A, D, norm="none", rope="none", table=torch.float32, wide=False, shared=False, device="cpu"):
+    """Arguments of an epilogue, random; ``wide``: the rotary tables have an entry per channel and not per pair."""
+    more = dict(head_dim=D, norm=norm, rope=rope, eps={"none": 0.0, "rms": 1e-6, "layer": 1e-2}[norm])
+    if norm != "none":
+        more["norm_weight"] = 1 + torch.randn(D, device=device)
+    if norm == "layer":
+        more["norm_bias"] = torch.randn(D, device=device)
+    if rope != "none":
+        size = (1 if shared else B, A, D if wide else D // 2)
+        more["cos"], more["sin"] = (torch.randn(size, device=device).to(table) for _ in range(2))
+    return more
+
+
+def written_out(y, D, norm="none", rope="none", norm_weight=None, norm_bias=None, eps=0.0, cos=None, sin=None):
+    """The epilogue as its definition says, channel by channel, in float64: [B, A, N]."""
+    z = y.double().unflatten(-1, (-1, D))
+    if norm == "layer":
+        z = z - z.mean(-1, keepdim=True)
+    if norm != "none":
+        z = z / (z.pow(2).mean(-1, keepdim=True) + eps).sqrt() * norm_weight.double()
+        z = z + (0 if norm_bias is None else norm_bias.double())
+    if rope == "none":
+        return z.flatten(-2)
+    out = torch.empty_like(z)
+    for i in range(D // 2):
+        a, b = (2 * i, 2 * i + 1) if rope == "interleaved" else (i, i + D // 2)
+        wide = cos.shape[-1] == D
+        for to, other, sign in ((a, b, -1), (b, a, 1)):
+            c, s = (t.double()[..., to if wide else i][..., None] for t in (cos, sin))
+            out[..., to] = z[..., to] * c + sign * z[..., other] * s
+    return out.flatten(-2)
+
+
+EPILOGUES = {
+    "rms": dict(norm="rms"),
+    "layer": dict(norm="layer"),
+    "interleaved": dict(rope="interleaved"),
+    "half": dict(rope="half"),
+    "rms, interleaved, an entry per channel": dict(norm="rms", rope="interleaved", wide=True),
+    "rms, half, an entry per channel": dict(norm="rms", rope="half", wide=True),
+    "layer, half, shared by the samples": dict(norm="layer", rope="half", shared=True),
+    "interleaved, tables of the model's dtype": dict(rope="interleaved", table=None),
+}
+
+
+@DEVICES
+@DTYPES
+@pytest.mark.parametrize("D", [6, 16, 96])
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_norm_and_rotary_embedding_before_the_splice(device, dtype, D, name):
+    """Into the keys of a joint cache [B, H, text + S, D], by the definition of each step."""
+    B, A, S, K, H = 2, 19, 24, 20, 3
+    given = dict(EPILOGUES[name])
+    given["table"] = given.get("table", torch.float32) or dtype
+    x, weight, bias, rows = draw(B, A, S, K, H * D, dtype, device)
+    more = epilogue(B, A, D, **given, device=device)
+    y = x.double() @ weight.double().T + bias.double()
+    want = written_out(y, D, **{name: value for name, value in more.items() if name != "head_dim"})
+
+    buffer = poisoned(B, H, 5 + S, D, dtype=dtype, device=device)
+    cache = buffer[:, :, 5:].permute(0, 2, 1, 3)
+    scatter_linear(cache, x, weight, bias, rows, **more)
+    batch = torch.arange(B, device=device)[:, None]
+    got = cache[batch, rows].flatten(2).double()
+    unit = torch.finfo(dtype).eps
+    assert (got - want).abs().max() <= (unit + 4e-6) * want.abs().max()
+    assert ((got - want).norm() / want.norm()) <= unit + 2e-6
+    cache[batch, rows] = torch.nan
+    assert buffer.isnan().all()
+
+
+@pytest.mark.parametrize("D", [6, 16])
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_the_twin_of_the_epilogue_is_its_definition(D, name):
+    y = torch.randn(2, 5, 3 * D, dtype=torch.float64)
+    more = epilogue(2, 5, D, **{**EPILOGUES[name], "table": torch.float64})
+    want = written_out(y, D, **{name: value for name, value in more.items() if name != "head_dim"})
+    assert (epilogue_reference(y, **more) - want).abs().max() < 1e-12
+
+
+@DEVICES
+@DTYPES
+def test_patches_go_to_their_pixels(device, dtype):
+    """Rows count a grid of two dims, channels are (p, q, c): the last projection and the un-patchify."""
+    B, C, h, w, p, q = 2, 3, 5, 4, 2, 3
+    x, weight, bias, rows = draw(B, 7, h * w, 24, p * q * C, dtype, device)
+    image = poisoned(B, C, h * p, w * q, dtype=dtype, device=device)
+    cache = image.view(B, C, h, p, w, q).permute(0, 2, 4, 3, 5, 1)  # b h w p q c
+    scatter_linear(cache, x, weight, bias, rows, grid_dims=2)
+    y = (x.double() @ weight.double().T + bias.double()).unflatten(-1, (p, q, C))
+    unit = torch.finfo(dtype).eps
+    for b in range(B):
+        for i, row in enumerate(rows[b].tolist()):
+            r, s = divmod(row, w)
+            patch = image[b, :, r * p : (r + 1) * p, s * q : (s + 1) * q]
+            assert (patch.double() - y[b, i].permute(2, 0, 1)).abs().max() <= (unit + 2e-6) * y.abs().max()
+            patch.fill_(torch.nan)
+    assert image.isnan().all()
+
+
+def test_heads_too_large_for_a_tile_run_the_twin(monkeypatch):
+    ran = []
+    monkeypatch.setattr(module, "scatter_linear_reference", lambda *given: ran.append(given))
+    x, weight, bias, rows = draw(1, 3, 4, 8, 600)
+    scatter_linear(torch.zeros(1, 4, 600), x, weight, bias, rows, **epilogue(1, 3, 300, norm="rms"))
+    assert ran
 
 
 def test_float64_runs_the_twin():
@@ -206,7 +322,22 @@ def test_works_on_parameters_and_under_inference_mode():
         ({"cache": torch.zeros(2, 12, 5, 9)}, "must multiply to the N"),
         ({"cache": torch.zeros(2, 6, 40)}, "at most S rows"),
         ({"cache": torch.zeros(2, 12, 1).expand(2, 12, 40)}, "must not be expanded"),
-        ({"cache": torch.zeros(5, 4, 2, 2, 12).permute(3, 4, 2, 1, 0)}, r"viewable as \[heads, channels\]"),
+        (
+            {"cache": torch.zeros(5, 2, 2, 2, 2, 12).permute(4, 5, 3, 2, 1, 0)},
+            r"viewable as \[patch, heads, channels\]",
+        ),
+        ({"grid_dims": 4}, "grid_dims must be"),
+        ({"norm": "batch"}, "norm must be one of"),
+        ({"rope": "full"}, "rope must be one of"),
+        ({"norm": "rms", "head_dim": 7}, "head_dim must divide"),
+        ({"norm_weight": torch.zeros(8)}, "belong to a norm"),
+        ({"norm": "rms", "head_dim": 8, "norm_weight": torch.zeros(9)}, r"must be \[head_dim\]"),
+        ({"rope": "half", "head_dim": 8}, "cos and sin must be given together"),
+        ({"rope": "half", "head_dim": 5, "cos": torch.zeros(2, 7, 5), "sin": torch.zeros(2, 7, 5)}, "must be even"),
+        (
+            {"rope": "half", "head_dim": 8, "cos": torch.zeros(2, 7, 8), "sin": torch.zeros(2, 6, 8)},
+            "a row for each row",
+        ),
         ({"rows": torch.zeros(2, 6, dtype=torch.int64)}, r"rows must be \[B, A\] or \[1, A\]"),
         ({"rows": torch.zeros(2, 7)}, "int64 or int32"),
         ({"x": torch.zeros(2, 7, 24, dtype=torch.bfloat16)}, "share one dtype"),
@@ -219,7 +350,7 @@ def test_refuses_with_what_is_allowed(change, says):
     with pytest.raises(ValueError, match=says):
         scatter_linear(**arguments)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(ValueError, match=says):  # also when traced
-        scatter_linear(**{name: mode.from_tensor(t) for name, t in arguments.items()})
+        scatter_linear(**tree_map_only(torch.Tensor, mode.from_tensor, arguments))
 
 
 @pytest.mark.parametrize("row", [-1, 12])
@@ -298,30 +429,6 @@ def test_flops_are_those_of_the_linear(device):
     assert fused.get_total_flops() == linear.get_total_flops() == 2 * 2 * 7 * 24 * 40
 
 
-@pytest.mark.skipif(triton is None, reason="needs Triton")
-def test_tiles_are_timed_once_and_never_in_a_capture(monkeypatch):
-    timed, capturing = [], True
-    key = ("cuda:0", torch.bfloat16, 4096, 1536, 1536)
-    fastest = tiles(torch.bfloat16)[2]
-
-    def milliseconds(launch, tile):
-        timed.append(tile)
-        return 1.0 if tile is fastest else float("inf")  # the others do not fit
-
-    monkeypatch.setattr(module, "_fastest", {})
-    monkeypatch.setattr(module, "_milliseconds", milliseconds)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert module._fastest_tile(key, print) is None and not timed
-    capturing = False
-    assert module._fastest_tile(key, print) is fastest and len(timed) == len(tiles(torch.bfloat16))
-    capturing = True
-    assert module._fastest_tile(key, print) is fastest and len(timed) == len(tiles(torch.bfloat16))
-    capturing, fastest = False, None
-    small = ("cuda:0", torch.bfloat16, 16, 64, 1536)
-    assert module._fastest_tile(small, print) is None  # none fits the device: the twin
-    assert {tile.kwargs["BM"] for tile in timed[len(tiles(torch.bfloat16)) :]} == {64}
-
-
 def test_works_without_triton():
     code = """
 import sys
@@ -362,21 +469,35 @@ def test_real_sizes_are_timed_and_right_on_cuda(A, N, K):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("inside", [{}, {"norm": "rms", "rope": "half"}], ids=["plain", "norm and rope"])
 @DTYPES
-def test_every_tile_gives_the_same_bits_on_cuda(dtype, monkeypatch):
-    """So that pictures do not change with the timings of a run."""
-    x, weight, bias, rows = draw(2, 300, 400, 1000, 520, dtype, "cuda")
-    caches = []
-    for tile in tiles(dtype):
-        monkeypatch.setattr(module, "_fastest_tile", lambda key, launch, tile=tile: tile)
-        caches.append(torch.zeros(2, 400, 520, dtype=dtype, device="cuda"))
+def test_every_tile_gives_the_same_bits_on_cuda(dtype, inside, monkeypatch):
+    """So that pictures do not change with the timings of a run (a norm sums in an order that depends on the tile)."""
+    x, weight, bias, rows = draw(2, 300, 400, 1000, 512, dtype, "cuda")
+    x = torch.nn.functional.pad(x, (0, 8))[..., :1000]  # rows of 16 bytes, for bulk loads
+    weight = torch.nn.functional.pad(weight, (0, 8))[..., :1000]
+    more = epilogue(2, 300, 64, **inside, device="cuda") if inside else {}
+    caches, names = [], set()
+    tried = module.Launch(
+        torch.zeros(2, 400, 512, dtype=dtype, device="cuda"), x, weight, bias, rows, *full(more)
+    ).tiles()
+    for name, tile in tried.items():
+        monkeypatch.setattr(module.Launch, "fastest", lambda launch, tile=tile: tile)
+        cache = torch.zeros(2, 400, 512, dtype=dtype, device="cuda")
         try:
-            scatter_linear(caches[-1], x, weight, bias, rows)
+            scatter_linear(cache, x, weight, bias, rows, **more)
         except triton.OutOfResources:  # a smaller device
-            caches.pop()
+            continue
+        names.add(name)
+        caches.append(cache)
     assert len(caches) > 1 and caches[0].any()
     for cache in caches[1:]:
-        assert torch.equal(cache, caches[0])
+        if inside:
+            torch.testing.assert_close(cache, caches[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        else:
+            assert torch.equal(cache, caches[0])
+    if dtype is not torch.float32 and torch.cuda.get_device_capability() >= (9, 0):
+        assert any("tma" in name for name in names) and (inside or any("persistent" in name for name in names))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,120 @@
+"""Measured choices: the fastest tile of a kernel, and whether a kernel pays at all, timed once and kept on disk.
+
+The file is JSON, one per device and version of everything that a timing depends on. It is written by `os.replace`, so
+that processes may share it; a file that cannot be read counts as empty, one that cannot be written is left.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+try:
+    import triton
+except ImportError:  # nothing is ever timed
+    triton = None
+
+log = logging.getLogger(__name__)
+
+
+def folder() -> Path:
+    """Where timings are kept: `RAS_COMPILE_CACHE_DIR`, else beside Inductor's cache."""
+    named = os.environ.get("RAS_COMPILE_CACHE_DIR")
+    if named:
+        return Path(named)
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "ras_compile"
+
+
+@cache
+def sources() -> str:
+    """Hash of this package's files: other kernels have other timings."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Timings:
+    """What was measured on one device: `{key: value}` in memory, and in one file."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.lock = threading.RLock()
+        self.known: dict[str, object] = self.read()
+
+    @property
+    def path(self) -> Path:
+        text = repr((self.device, torch.__version__, getattr(triton, "__version__", None), sources()))
+        return folder() / f"timings-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+    def read(self) -> dict[str, object]:
+        try:
+            known = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def add(self, key: str, value: object) -> None:
+        """Remembers, here and on disk; what other processes have written meanwhile is kept."""
+        with self.lock:
+            self.known[key] = value
+            self.known = {**self.read(), **self.known}
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
+                try:
+                    with os.fdopen(handle, "w") as file:
+                        json.dump(self.known, file, indent=0, sort_keys=True)
+                    os.replace(name, self.path)
+                except OSError:
+                    os.unlink(name)
+
+
+@cache
+def timings(device: torch.device) -> Timings:
+    return Timings(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+
+
+def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callable[[str], None]) -> str | None:
+    """The fastest of the named variants; None if none runs here, or if it is not known and may not be timed now.
+
+    Timing is safe where every launch writes the same values. `triton.autotune` is not used because it also times inside
+    the capture of a CUDA graph (where waiting for the device is an error), keeps the launch's arguments on itself
+    (threads), and forgets at the end of the process.
+    """
+    store = timings(device)
+    with store.lock:
+        found = store.known.get(key, False)
+        if not (found is None or found in names):
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None
+            times = {name: milliseconds(partial(launch, name)) for name in names}
+            log.debug("%s: %s", key, times)
+            best = min(names, key=times.__getitem__, default=None)
+            found = None if best is None or math.isinf(times[best]) else best
+            store.add(key, found)
+        return found  # type: ignore[return-value]
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Median time of a call on the device; infinite where it does not fit or does not compile there."""
+    try:
+        return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+    except (triton.OutOfResources, torch.OutOfMemoryError):  # a tile too large; the timer's own buffer
+        return math.inf
+    except Exception as error:  # a variant that this Triton cannot compile for this device is one that is not offered
+        if "CUDA error" in str(error):  # nothing on this device can be trusted after that
+            raise
+        log.info("a kernel variant was left out", exc_info=True)
+        return math.inf

@@ -1,0 +1,134 @@
+"""Measured choices: timed once, kept on disk for other processes, never timed inside a capture."""
+
+import importlib.util
+import os
+import stat
+
+import pytest
+import torch
+
+from ras_compile.kernels import tiles
+from ras_compile.kernels.scatter_linear import tiles_for
+
+CPU = torch.device("cpu")
+NAMES = ["large", "middle", "small"]
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAS_COMPILE_CACHE_DIR", str(tmp_path / "timings"))
+    tiles.timings.cache_clear()
+    yield tmp_path / "timings"
+    tiles.timings.cache_clear()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A clock for variants: the names that were timed, and their times."""
+    ran, times = [], {"large": 3.0, "middle": 1.0, "small": 2.0}
+
+    def milliseconds(run):
+        run()
+        return times[ran[-1]]
+
+    monkeypatch.setattr(tiles, "milliseconds", milliseconds)
+    return ran, times
+
+
+def test_the_fastest_is_timed_once(timed):
+    ran, times = timed
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle"
+    times["large"] = 0.5
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle" and ran == NAMES
+    assert tiles.fastest(CPU, "another", NAMES, ran.append) == "large" and len(ran) == 6
+
+
+def test_another_process_times_nothing(timed, empty):
+    ran, _ = timed
+    tiles.fastest(CPU, "key", NAMES, ran.append)
+    tiles.timings.cache_clear()  # as a new process
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle" and len(ran) == 3
+    assert [path.suffix for path in empty.iterdir()] == [".json"]
+
+
+def test_none_fits(timed):
+    ran, times = timed
+    times.update(dict.fromkeys(NAMES, float("inf")))
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) is None
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) is None and len(ran) == 3
+    assert tiles.fastest(CPU, "none offered", [], ran.append) is None
+
+
+def test_a_name_that_is_no_longer_offered_is_timed_anew(timed):
+    ran, _ = timed
+    tiles.fastest(CPU, "key", NAMES, ran.append)
+    assert tiles.fastest(CPU, "key", ["large", "small"], ran.append) == "small"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00"])
+def test_a_damaged_file_counts_as_empty(timed, text):
+    ran, _ = timed
+    tiles.fastest(CPU, "key", NAMES, ran.append)
+    tiles.timings(CPU).path.write_text(text)
+    tiles.timings.cache_clear()
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle" and len(ran) == 6
+    assert tiles.timings(CPU).read() == {"key": "middle"}
+
+
+def test_what_others_wrote_meanwhile_is_kept(timed):
+    ran, _ = timed
+    mine, other = tiles.Timings("cpu"), tiles.Timings("cpu")
+    mine.add("a", 1)
+    other.add("b", 2)
+    assert tiles.Timings("cpu").known == {"a": 1, "b": 2}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_cannot_be_written(timed, empty):
+    ran, _ = timed
+    empty.mkdir()
+    empty.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle"
+
+
+def test_a_folder_that_cannot_be_made(timed, empty):
+    ran, _ = timed
+    empty.write_text("a file in its place")
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle"
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle" and len(ran) == 3
+
+
+def test_nothing_is_timed_inside_a_capture(timed, monkeypatch):
+    ran, _ = timed
+    capturing, device = True, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    assert tiles.fastest(device, "key", NAMES, ran.append) is None and not ran
+    capturing = False
+    assert tiles.fastest(device, "key", NAMES, ran.append) == "middle"
+    capturing = True
+    assert tiles.fastest(device, "key", NAMES, ran.append) == "middle" and len(ran) == 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("text", ["cannot compile", "CUDA error: an illegal memory access"])
+def test_a_variant_that_cannot_be_compiled_here_is_not_offered(monkeypatch, text):
+    def broken(*args, **kwargs):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(tiles.triton.testing, "do_bench", broken)
+    if "CUDA" in text:  # that the device is broken is never hidden
+        with pytest.raises(RuntimeError, match=text):
+            tiles.milliseconds(print)
+    else:
+        assert tiles.milliseconds(print) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [1, 64, 128, 256])
+def test_every_tile_holds_whole_heads_and_is_not_far_too_large(dtype, padded):
+    for M, N in [(4096, 1536), (16, 256), (512, 3072)]:
+        offered = tiles_for(CPU, dtype, M, N, padded)
+        assert offered
+        for tile in offered:
+            assert tile.BN % padded == 0 and max(2 * M, 64) >= tile.BM and max(2 * N, padded, 64) >= tile.BN
