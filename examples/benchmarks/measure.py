@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
-__all__ = ["HostClock", "Marks", "Memory", "null_backend", "synchronising"]
+__all__ = ["HostClock", "Marks", "Memory", "null_backend", "synchronising", "weight_bytes"]
 
 # Runtime calls after which the host has waited for the device. A copy to pageable host memory waits, too.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -141,12 +142,13 @@ def synchronising(run: Any, first: int, steps: int) -> dict[str, int]:
         first: the first step that counts.
         steps: steps of the run.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:  # of everything that there is
         run(_Steady(first, steps))
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     events = list(profiler.profiler.kineto_results.events())
-    span = next(event for event in events if event.name() == _STEADY)
-    begin, end = span.start_ns(), span.start_ns() + span.duration_ns()
+    # the device has a range of the same name, which begins when its work does
+    spans = [event for event in events if event.name() == _STEADY and event.device_type() == DeviceType.CPU]
+    begin, end = spans[0].start_ns(), spans[0].start_ns() + spans[0].duration_ns()
     names = [event.name() for event in events if begin <= event.start_ns() <= end]
     return dict(Counter(name for name in names if name in WAITS or name.startswith(WAITING_COPY)))
