@@ -18,6 +18,7 @@ import gc
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -147,6 +148,11 @@ def _workload(args: argparse.Namespace) -> Workload:
     return work
 
 
+def _text(said: Exception | Warning) -> str:
+    """The first line of what was said; of files only the name, since results are read on other machines."""
+    return re.sub(r"(?:/[^/\s:]+)+/([^/\s:]+)", r"\1", str(said).strip().partition("\n")[0])
+
+
 # speed
 
 
@@ -166,6 +172,7 @@ class Bench:
         self.dense: Setup | None = None  # compiled dense sampling, once its row has been measured
         self.few = min(self.work.steps, WARMUP + 4)  # steps that reach every program
         self._costs: dict[str, Cost | None] = {}
+        self._adaptive: dict[str | None, tuple[Setup, Memory]] = {}
 
     def run(self, setup: Setup, steps: int | None = None, mark: Any = None, denoise: Any = None) -> Any:
         """One run of a way; returns the latents."""
@@ -219,18 +226,18 @@ class Bench:
                 else:
                     self._measure(way, row)
             except (NotAvailable, ras_compile.RASError) as error:
-                row["reason"] = str(error)
+                row["reason"] = _text(error)
             except Exception as error:  # a row that fails must not take the others with it
-                row["reason"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        said = [str(one.message) for one in told if issubclass(one.category, ras_compile.RASWarning)]
+                row["reason"] = f"{type(error).__name__}: {_text(error)}"
+        said = [_text(one.message) for one in told if issubclass(one.category, ras_compile.RASWarning)]
         return row | ({"warnings": said} if said else {})
 
     def _measure(self, way: Way, row: dict) -> None:
         work = self.work
         if self.device.type == "cuda":
             gc.collect()
-        memory = Memory(self.device, self.weights)
-        setup = set_up(work, way, self.args.inner_backend, self.args.options)
+        setup, memory = self._set_up(way)
+        memory.settled()
         try:
             begin = time.perf_counter()
             self._first(setup, row)
@@ -253,8 +260,20 @@ class Bench:
             if way.method == "compile":
                 self.dense = setup
         finally:
-            if setup.exclusive or way.method == "ras":
+            if setup.exclusive:
                 setup.close()
+
+    def _set_up(self, way: Way) -> tuple[Setup, Memory]:
+        """The way, ready to run. The ratios of RAS share one attached pipeline, as they would in a server."""
+        if way.method == "ras" and way.context in self._adaptive:
+            setup, memory = self._adaptive[way.context]
+            setup.handle.configure(sample_ratio=way.sample_ratio)
+            return setup, memory
+        memory = Memory(self.device, self.weights)
+        setup = set_up(self.work, way, self.args.inner_backend, self.args.options)
+        if way.method == "ras":
+            self._adaptive[way.context] = setup, memory
+        return setup, memory
 
     def _first(self, setup: Setup, row: dict) -> None:
         """A short first run that compiles everything; a cache that cannot be compiled runs eagerly."""
@@ -266,7 +285,7 @@ class Bench:
         except Exception as error:
             if not setup.exclusive:
                 raise
-            row |= dict(compiled=False, not_compiled=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            row |= dict(compiled=False, not_compiled=f"{type(error).__name__}: {_text(error)}")
             setup.compiled = None
             self.run(setup, self.few)
         if self.device.type == "cuda":

@@ -140,6 +140,8 @@ def _transformer(kind: type, config: dict, device: torch.device, dtype: torch.dt
             weight.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=generator)
         elif name.endswith("bias"):
             weight.normal_(0, 0.02, generator=generator)
+        elif not weight.any():  # a gate
+            weight.normal_(0, 0.5, generator=generator)
     for name, buffer in transformer.named_buffers():
         if any(part in name.split(".") for part in kept):
             buffer.data = buffer.data.float()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,6 +56,7 @@ class Setup:
         kinds: the kinds ("dense", "sparse") and active rows of the last run, by step.
         between: called after each run.
         handle: of `ras_compile.attach`.
+        pipe: what it is attached to; kept here, since a handle holds it weakly.
         exclusive: the transformer's modules are changed, so that no other way can run until this one is closed.
         note: more keys of the row.
     """
@@ -67,6 +67,7 @@ class Setup:
     kinds: Callable[[], dict[int, tuple[str, int]]] = dict
     between: Callable[[], None] = lambda: None
     handle: Any = None
+    pipe: Any = None
     exclusive: bool = False
     note: dict[str, Any] = field(default_factory=dict)
 
@@ -142,8 +143,7 @@ def _ras(work: Workload, way: Way, inner_backend: str, options: dict[str, Any]) 
     def kinds() -> dict[int, tuple[str, int]]:
         return {record.step: (record.kind, record.active) for record in ras_compile.trace(handle)}
 
-    # the pipe is kept with the way: the follower holds it weakly
-    return Setup(scheduler, compiled, handle.detach, kinds, handle=SimpleNamespace(handle=handle, pipe=pipe))
+    return Setup(scheduler, compiled, handle.detach, kinds, handle=handle, pipe=pipe)
 
 
 def _cache(work: Workload, config: Any, inner_backend: str) -> Setup:

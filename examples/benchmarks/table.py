@@ -1,0 +1,113 @@
+"""The README's benchmark tables, generated from the JSON between two markers.
+
+python examples/benchmarks/table.py            # rewrites the README
+python examples/benchmarks/table.py --print    # only shows the tables
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rows import load
+
+__all__ = ["BEGIN", "END", "README", "RESULTS", "put", "tables"]
+
+README = Path(__file__).parents[2] / "README.md"
+RESULTS = Path(__file__).parent / "results" / "h200.json"
+BEGIN, END = "<!-- benchmark -->\n", "<!-- /benchmark -->\n"
+NAMES = {
+    "eager": "eager",
+    "compile": "`torch.compile`",
+    "reduce-overhead": "`torch.compile`, reduce-overhead",
+    "max-autotune": "`torch.compile`, max-autotune",
+    "first-block-cache": "FirstBlockCache (diffusers)",
+    "taylorseer": "TaylorSeer (diffusers)",
+    "magcache": "MagCache (diffusers)",
+    "cache-dit": "cache-dit",
+}
+HEADER = (
+    "sampling", "steps", "seconds", "vs compiled", "vs eager", "FLOPs", "dense ms", "sparse ms", "of the floor", "GB",
+    "cold / warm start s", "host ms",
+)  # fmt: skip
+
+
+def tables(content: dict) -> str:
+    """One table for each model, and a sentence about the machine and the commands."""
+    meta, parts = content["meta"], []
+    for model in dict.fromkeys(row["model"] for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["model"] == model]
+        measured = [row for row in rows if row["seconds"] is not None]
+        lines = [f"**{model}**", "", _line(HEADER), _line(["---"] * len(HEADER))]
+        lines += [_line(_cells(row)) for row in measured]
+        left_out = [f"{_name(row)} ({row['reason']})" for row in rows if row["seconds"] is None and row.get("reason")]
+        if left_out:
+            lines += ["", f"Not measured: {'; '.join(left_out)}."]
+        parts.append("\n".join(lines))
+    commands = "\n".join(dict.fromkeys(command["command"] for command in meta["commands"]))
+    where = (
+        f"{meta['gpu'] or 'CPU'}, driver {meta['driver']}, torch {meta['torch']}, Triton {meta['triton']}, diffusers "
+        f"{meta['diffusers']}, {meta['dtype']}, random weights, {meta['commands'][-1]['date']}. *of the floor*: the time "
+        f"that the run's FLOPs take at {meta['floor_tflops']} TFLOP/s over its seconds. *host ms*: host time that a "
+        "call adds to Dynamo's own."
+    )
+    return "\n\n".join([where, *parts, f"```sh\n{commands}\n```"]) + "\n"
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _name(row: dict) -> str:
+    if row["method"] == "ras":
+        frozen = ", frozen text" if row["context"] == "frozen" else ""
+        return f"**RAS {row['sample_ratio']:.4g}**{frozen}"
+    if row["method"] == "fewer-steps":
+        frozen = ", frozen text" if row["context"] == "frozen" else ""
+        return f"fewer steps, the time of RAS {row['sample_ratio']:.4g}{frozen}"
+    name = NAMES.get(row["method"], row["method"])
+    return f"{name}, not compiled" if row.get("compiled") is False else name
+
+
+def _cells(row: dict) -> list[str]:
+    def figure(name: str, form: str) -> str:
+        return "" if row.get(name) is None else form.format(row[name])
+
+    starts = "" if row["cold_s"] is None else f"{row['cold_s']:.0f} / {row['warm_s']:.0f}"
+    return [
+        _name(row), str(row["steps"]), figure("seconds", "{:.3f}"), figure("x_compiled", "{:.2f}x"),
+        figure("x_eager", "{:.2f}x"), figure("flop_ratio", "{:.3f}"), figure("dense_ms", "{:.1f}"),
+        figure("sparse_ms", "{:.1f}"), figure("floor_share", "{:.0%}"), figure("peak_gb", "{:.1f}"), starts,
+        figure("host_ms", "{:.2f}"),
+    ]  # fmt: skip
+
+
+def put(readme: str, text: str) -> str:
+    """The README with `text` between the markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"the README needs the lines {BEGIN.strip()} and {END.strip()}, once each and in this order")
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + text + END + rest.split(END)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--print", action="store_true", dest="shown", help="show the tables, write nothing")
+    args = parser.parse_args()
+    if not args.results.exists():
+        raise SystemExit(f"there is no {args.results}; examples/benchmarks/run.py writes it")
+    text = tables(load(args.results))
+    if args.shown:
+        print(text)
+    else:
+        README.write_text(put(README.read_text(), text))
+
+
+if __name__ == "__main__":
+    main()
