@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from ras_compile.config import RASConfig
-from ras_compile.selection import SelectionInfo, sample_groups, select_rows, token_metric, update_counts
+from ras_compile.replay import Replayed
+from ras_compile.selection import SelectionInfo, choose, sample_groups, select_rows, token_metric, update_counts
 
 __all__ = ["RowChooser"]
+
+_REPLAYED_METRICS = ("std", "l2norm")  # a callable may do anything, and "random" draws numbers
+_metric = Replayed(lambda noise, kind: (token_metric(noise, kind, SelectionInfo()),))
+_choose = Replayed(choose)
 
 _Key = tuple[int, int]  # batch and tokens of a call
 
@@ -35,7 +40,11 @@ class RowChooser:
 
     def observe(self, noise: Tensor, info: SelectionInfo) -> None:
         """Take the noise [B, N, P, C] of one call of this step."""
-        metric = token_metric(noise.detach(), self._config.metric, info)
+        config = self._config
+        if config.metric in _REPLAYED_METRICS and config.cuda_graphs:
+            (metric,) = _metric([noise.detach()], config.metric)
+        else:
+            metric = token_metric(noise.detach(), config.metric, info)
         self._seen.setdefault((metric.shape[0], metric.shape[1]), []).append(metric)
 
     def rows(self, latent: Tensor, batch: int, tokens: int, active: int, info: SelectionInfo) -> Tensor | None:
@@ -52,16 +61,28 @@ class RowChooser:
         elif first := next((entry for (_, count), entry in self._chosen.items() if count == tokens), None):
             rows = first[0][_same_sample(latent, first[1], batch, len(first[0]))]
         elif key in self._before:
-            metric = torch.stack(self._before[key]).mean(dim=0)
-            if 1 < batch == latent.shape[0]:
-                metric = sample_groups(latent) @ metric
-            zeros = torch.zeros(key, dtype=torch.int64, device=metric.device)
-            drops, absence = self._counts.get(key, (zeros, zeros))
-            rows = select_rows(metric, drops, absence, active, self._config, info)
-            self._counts[key] = update_counts(drops, absence, rows)
+            rows = self._choice(latent, key, active, info)
         else:
             return None
         self._chosen[key] = (rows, latent)
+        return rows
+
+    def _choice(self, latent: Tensor, key: _Key, active: int, info: SelectionInfo) -> Tensor:
+        config, metrics = self._config, self._before[key]
+        zeros = torch.zeros(key, dtype=torch.int64, device=latent.device)
+        drops, absence = self._counts.get(key, (zeros, zeros))
+        grouped = latent if 1 < key[0] == latent.shape[0] else latent.new_empty(0)
+        if config.selector is None:
+            options = active, config.high_share, config.starvation_scale, config.max_absence
+            run = _choose if config.cuda_graphs else lambda tensors, *settings: choose(*tensors, *settings)
+            rows, drops, absence = run([*metrics, grouped.detach(), drops, absence], *options)
+            self._counts[key] = drops, absence
+            return rows
+        metric = torch.stack(metrics).mean(dim=0)
+        if grouped.numel():
+            metric = sample_groups(grouped) @ metric
+        rows = select_rows(metric, drops, absence, active, config, info)
+        self._counts[key] = update_counts(drops, absence, rows)
         return rows
 
 

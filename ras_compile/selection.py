@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ras_compile.config import ConfigError, RASConfig
 
-__all__ = ["SelectionInfo", "sample_groups", "select_rows", "token_metric", "update_counts"]
+__all__ = ["SelectionInfo", "choose", "sample_groups", "select_rows", "token_metric", "update_counts"]
 
 # Beyond any score (log metric plus scaled drops) and any absence; sums with them stay exact in float32.
 _OVERDUE = 1e6
 _SCORE_LIMIT = 1e5
 _RANDOM_SEED = 0x5A5
 _MIXER = 0x1E3779B97F4A7C15  # an odd number of mixed bits
+_NEVER = torch.iinfo(torch.int64).min
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -88,6 +89,21 @@ def sample_groups(latent: Tensor) -> Tensor:
     return same / same.sum(dim=1, keepdim=True)
 
 
+def choose(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``(rows, drops, absence)`` of a sparse step: all of the built-in selection, on the device.
+
+    Args:
+        given: the metrics [B, N] of the branches of the step before, the latent of a batch (or one that is empty), drop
+            counts and absences [B, N]; then k, and `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
+    """
+    *metrics, latent, drops, absence, k, high_share, scale, max_absence = given
+    metric = torch.stack(metrics).mean(dim=0) if len(metrics) > 1 else metrics[0]
+    if latent.numel():
+        metric = sample_groups(latent) @ metric
+    rows = ranked(metric, drops, absence, k, high_share, scale, max_absence)
+    return rows, *update_counts(drops, absence, rows)
+
+
 def select_rows(
     metric: Tensor, drops: Tensor, absence: Tensor, k: int, config: RASConfig, info: SelectionInfo | None = None
 ) -> Tensor:
@@ -114,21 +130,39 @@ def select_rows(
         return _checked(config.selector(metric, drops, k, info), batch, tokens, k)
     if k >= tokens:
         return torch.arange(tokens, device=metric.device).expand(batch, tokens)
-    from_high = round(config.high_share * (tokens - k))
-    from_low = tokens - k - from_high
+    return ranked(metric, drops, absence, k, config.high_share, config.starvation_scale, config.max_absence)
 
+
+def ranked(
+    metric: Tensor, drops: Tensor, absence: Tensor, k: int, high_share: float, scale: float, max_absence: int
+) -> Tensor:
+    """The built-in choice of `select_rows`, with the options as numbers."""
+    batch, tokens = metric.shape
+    from_high = round(high_share * (tokens - k))
+    from_low = tokens - k - from_high
     log_metric = metric.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-    lift = config.starvation_scale * drops.float()
-    overdue = absence >= config.max_absence
+    lift = scale * drops.float()
+    overdue = absence >= max_absence
     last = _OVERDUE + absence.float()  # dropped after all others, the youngest of them first
-    rows = torch.arange(tokens, device=metric.device).expand(batch, tokens)
-    # each end drops the first of an ascending order; the order is stable, and `rows` stays ascending between the ends
+    kept, left = None, tokens
     for count, score in ((from_high, lift - log_metric), (from_low, lift + log_metric)):
         if count:
-            order = torch.where(overdue, last, score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)).gather(1, rows)
-            kept = order.argsort(dim=1, stable=True)[:, count:]
-            rows = rows.gather(1, kept).sort(dim=1).values
-    return rows
+            left -= count
+            order = _ordered(torch.where(overdue, last, score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)))
+            order = order if kept is None else torch.where(kept, order, _NEVER)
+            kept = order >= order.topk(left, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    if kept is None:
+        return torch.arange(tokens, device=metric.device).repeat(batch, 1)
+    place = torch.where(kept, kept.cumsum(dim=1) - 1, k)  # what is dropped goes to a column of its own
+    columns = torch.arange(tokens, device=metric.device).expand(batch, tokens)
+    return place.new_empty(batch, k + 1).scatter_(1, place, columns)[:, :k].contiguous()
+
+
+def _ordered(score: Tensor) -> Tensor:
+    """int64 keys in the order of float32 scores [B, N], all different: of equal scores the lower index comes first."""
+    bits = (score + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.long() << 32) | torch.arange(score.shape[1], device=score.device)
 
 
 def update_counts(drops: Tensor, absence: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
