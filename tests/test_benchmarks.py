@@ -12,7 +12,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))  # its scripts import each other as scripts do
 
-measure, rows, run, sizes, table, ways = map(__import__, ("measure", "rows", "run", "sizes", "table", "ways"))
+names = ("kernel_sites", "measure", "rows", "run", "sizes", "step_profile", "table", "ways")
+kernel_sites, measure, rows, run, sizes, step_profile, table, ways = map(__import__, names)
 
 
 def bench(tmp_path, *more, model="sd3-medium"):
@@ -183,3 +184,45 @@ def test_readme_shows_the_measured_figures():
     readme = table.README.read_text()
     text = table.tables(rows.load(table.RESULTS))
     assert table.put(readme, text) == readme, "run python examples/benchmarks/table.py"
+
+
+TINY_SITES = (
+    kernel_sites.Site("m", "key", 2, (4, 6), 32, 48, 16, context=5, norm="rms", rope="interleaved"),
+    kernel_sites.Site("m", "value", 2, (4, 6), 32, 48, 16),
+    kernel_sites.Site("m", "output", 2, (4, 6), 32, 12, patch=2),
+    kernel_sites.Site("m", "output", 1, (4, 6), 32, 12),
+)
+
+
+def test_every_kernel_site_is_checked_before_it_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_sites, "SITES", TINY_SITES)
+    command = [
+        "--device",
+        "cpu",
+        "--inner-backend",
+        "eager",
+        "--ratios",
+        "0.5",
+        "--out",
+        str(tmp_path),
+        "--models",
+        "m",
+    ]
+    content = kernel_sites.main(command)
+    assert len(content["rows"]) == len(TINY_SITES) and all(row["right"] for row in content["rows"])
+    assert rows.load(tmp_path / "kernels-cpu.json")["rows"][0]["m"] == 2 * 12
+    # a kernel that writes nothing
+    monkeypatch.setattr(kernel_sites, "scatter_linear", lambda cache, x, w, b, r, *a, **k: None)
+    row = kernel_sites.measure(TINY_SITES[0], 0.5, torch.device("cpu"), "eager")
+    assert not row["right"] and row["fused_us"] is None
+
+
+@pytest.mark.parametrize("kind, told", [("sparse", ["sparse"]), ("dense", ["dense"]), ("compile", [])])
+def test_profile_of_a_step(tmp_path, kind, told):
+    command = ["--model", "sd3-medium", "--size", "tiny", "--device", "cpu", "--inner-backend", "eager", "--kind", kind]
+    content = step_profile.main([*command, "--out", str(tmp_path)])
+    assert content["kinds"] == told
+    linears = sum(kernel["count"] for kernel in content["kernels"] if kernel["name"] in ("aten::addmm", "aten::mm"))
+    assert linears >= 20, "every linear of a step is seen"
+    assert content["busy_ms"] == pytest.approx(sum(content["families"].values()))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".txt"]

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import math
 import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -30,11 +28,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+from machine import describe, dtype_of, short_name
 from measure import HostClock, Marks, Memory, null_backend, synchronising, weight_bytes
 from rows import FLOOR_TFLOPS, load, merge, new_row, save
 from sizes import MODELS, SIZES, WARMUP, Workload, build, sample
+from torch.utils.flop_counter import FlopCounterMode
 from ways import METHODS, NotAvailable, Setup, Way, set_up, ways_of
 
 import ras_compile
@@ -81,10 +80,11 @@ def main(argv: list[str] | None = None) -> dict:
     if args.start_of is not None:
         print(json.dumps(_start(args)))
         return {}
-    name = "cpu" if args.device == "cpu" else _slug(torch.cuda.get_device_name())
-    path = args.out / f"{name}.json"
+    device = torch.device(args.device)
+    path = args.out / f"{short_name(device)}.json"
     before = load(path) if args.merge else {"meta": {}, "rows": []}
-    meta = describe(args, sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    meta = describe(__file__, given, device, size=args.size, floor_tflops=FLOOR_TFLOPS)
     merge(before, {"meta": meta, "rows": []})  # refuses now what could not be written later
     content = before
     measured = _starts if args.measure == "starts" else _speeds
@@ -98,52 +98,9 @@ def main(argv: list[str] | None = None) -> dict:
     return content
 
 
-def describe(args: argparse.Namespace, argv: list[str]) -> dict:
-    """Device, versions, and the command without its output folder."""
-    shown = [part for at, part in enumerate(argv) if part != "--out" and (at == 0 or argv[at - 1] != "--out")]
-    command = shlex.join(["python", "examples/benchmarks/run.py", *shown])
-    cuda = args.device != "cpu"
-    return dict(
-        gpu=torch.cuda.get_device_name() if cuda else None,
-        driver=_driver() if cuda else None,
-        torch=torch.__version__,
-        cuda=torch.version.cuda,
-        triton=_version("triton"),
-        diffusers=diffusers.__version__,
-        python=".".join(map(str, sys.version_info[:3])),
-        size=args.size,
-        dtype="bfloat16" if cuda else "float32",
-        floor_tflops=FLOOR_TFLOPS,
-        commands=[dict(command=command, date=datetime.date.today().isoformat())],
-    )
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _slug(name: str) -> str:
-    """`NVIDIA H200` -> `h200`."""
-    return "-".join(word.lower() for word in name.split() if word != "NVIDIA")
-
-
 def _workload(args: argparse.Namespace) -> Workload:
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    work = build(args.model, args.size, device, dtype)
+    work = build(args.model, args.size, device, dtype_of(device))
     work.steps = args.steps or work.steps
     return work
 
@@ -312,7 +269,11 @@ class Bench:
             x_compiled=dense / seconds if dense else None, x_eager=eager / seconds if eager else None,
         )  # fmt: skip
         cost = self.cost(way.context or "fresh")
-        if cost is None or setup.exclusive:
+        if cost is None:
+            return
+        if setup.exclusive:
+            whole = cost.dense_flops * work.branches * work.steps
+            row["flop_ratio"] = self._counted(setup) / whole if self.device.type == "cuda" else None
             return
         shares = [cost.flop_ratio(kinds[index][1]) if names[index] == "sparse" else 1.0 for index in range(work.steps)]
         ratio = statistics.fmean(shares)
@@ -323,6 +284,16 @@ class Bench:
         )  # fmt: skip
         if way.method == "ras":
             row |= dict(cache_gb=cost.cache_bytes * work.branches / 1e9, resets=list(work.resets), warmup=WARMUP)
+
+    def _counted(self, setup: Setup) -> int:
+        """FLOPs of one run, counted while it runs eagerly (on a CPU the counter misses attention)."""
+        compiled, setup.compiled = setup.compiled, None
+        try:
+            with FlopCounterMode(display=False) as counter:
+                self.run(setup)
+        finally:
+            setup.compiled = compiled
+        return counter.get_total_flops()
 
     def _look_inside(self, way: Way, row: dict, setup: Setup) -> None:
         """Host time and waiting calls, in runs of their own."""

@@ -134,10 +134,11 @@ class Pipe:
 def _ras(work: Workload, way: Way, inner_backend: str, options: dict[str, Any]) -> Setup:
     scheduler = work.scheduler()
     pipe = Pipe(work.transformer, scheduler)
-    handle = ras_compile.attach(
-        pipe, sample_ratio=way.sample_ratio, context=way.context, warmup_steps=WARMUP, reset_steps=work.resets,
-        unsupported="error", inner_backend=inner_backend, **options,
+    chosen = dict(
+        sample_ratio=way.sample_ratio, context=way.context, warmup_steps=WARMUP, reset_steps=work.resets,
+        unsupported="error", inner_backend=inner_backend,
     )  # fmt: skip
+    handle = ras_compile.attach(pipe, **chosen | options)
     compiled, work.transformer._compiled_call_impl = work.transformer._compiled_call_impl, None
 
     def kinds() -> dict[int, tuple[str, int]]:
