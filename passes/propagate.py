@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from . import rules
@@ -12,6 +13,8 @@ from .errors import UnsupportedGraph
 from .layout import Frame, Layout, Refine, Restart
 from .registry import RULES, Call, Result, Rule, Step, Use, operands, source_line
 from .rules.pointwise import is_pointwise, pointwise
+
+aten = torch.ops.aten
 
 __all__ = ["Analysis", "propagate", "rules"]
 
@@ -90,7 +93,10 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
 def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> Analysis:
     layouts: dict[fx.Node, Result] = {latent: frame.layout()}
     steps: dict[fx.Node, Step] = {}
+    mixed: set[fx.Node] = set()
     for node in graph.nodes:
+        if any(operand in mixed for operand in node.all_input_nodes[node.target is aten.copy.default :]):
+            mixed.add(node)
         if node.op != "call_function" or not any(layouts.get(operand) is not None for operand in operands(node)):
             continue
         if node.target is operator.getitem:
@@ -98,12 +104,15 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
             result: Result = layouts[source][index]  # type: ignore[index]
             steps[node] = Step(result, (Use.ROWS,))
         else:
-            call = Call(node, layouts, frame, kv_cache=kv_cache)
+            call = Call(node, layouts, frame, kv_cache=kv_cache, mixed=mixed)
             step = find_rule(node)(call)
             check(node, step)
             steps[node], result = step, step.out
         if result is not None and not (isinstance(result, tuple) and not any(result)):
             layouts[node] = result
+            mixed.discard(node)
+        elif node in steps and steps[node].whole:
+            mixed.add(node)
     for node, result in layouts.items():
         for layout in result if isinstance(result, tuple) else (result,):
             if layout is not None and not frame.separable(layout):
@@ -113,8 +122,13 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
     outputs = next(iter(reversed(graph.nodes))).args[0]
     found = tuple(index for index, node in enumerate(outputs) if isinstance(layouts.get(node), Layout))
     if not found:
+        lost = next(
+            (node for node in graph.nodes if node in mixed and steps.get(node) is not None and steps[node].whole), None
+        )
         raise UnsupportedGraph(
             f"no output carries the token grid of `{latent.name}`: not a model from a latent to its noise"
+            + (f", or its tokens are lost in {lost.target}" if lost is not None else ""),
+            source=source_line(lost) if lost is not None else None,
         )
     return Analysis(graph, latent, frame, layouts, steps, found)
 

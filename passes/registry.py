@@ -7,7 +7,7 @@ each tensor operand how the sparse program uses it. An op with no region operand
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -81,10 +81,19 @@ class Call:
         layouts: layout of every value that carries the region, by node (a tuple for a node with several results).
         frame: what is known of the latent.
         kv_cache: False attends among the active tokens alone (an ablation): keys and values are not spliced.
+        mixed: values without a layout in which tokens stand in places that are not known.
     """
 
-    def __init__(self, node: fx.Node, layouts: dict[fx.Node, Result], frame: Frame, *, kv_cache: bool = True) -> None:
-        self.node, self.layouts, self.frame, self.kv_cache = node, layouts, frame, kv_cache
+    def __init__(
+        self,
+        node: fx.Node,
+        layouts: dict[fx.Node, Result],
+        frame: Frame,
+        *,
+        kv_cache: bool = True,
+        mixed: Set[fx.Node] = frozenset(),
+    ) -> None:
+        self.node, self.layouts, self.frame, self.kv_cache, self.mixed = node, layouts, frame, kv_cache, mixed
         self._bound: dict[str, Any] | None = None
 
     @property

@@ -15,6 +15,7 @@ from ..layout import (
     Exclude,
     Layout,
     Sizes,
+    Unbatch,
     atoms_of,
     concat,
     dim_size,
@@ -23,7 +24,7 @@ from ..layout import (
     opaque_or_empty,
 )
 from ..registry import Call, Gather, Step, Use, rule_for
-from .contraction import grid_atoms, region_atoms, smaller
+from .contraction import counts_samples, grid_atoms, region_atoms, smaller
 from .convolution import cut_patch
 from .pointwise import broadcast, dense_use, rows_or_gather
 from .views import only_layout
@@ -142,11 +143,14 @@ def cut_outermost(call: Call, dim: Dim, start: int, stop: int) -> Dim | None:
 
 
 def exclude_minor(call: Call, dims: Sequence[Dim]) -> None:
-    """Drops the region atoms of ``dims`` from the region where they are its minor part (frames beside a frame's tokens).
+    """Drops what is taken apart from the grid where it is its minor part: frames beside a frame's tokens, or samples.
 
     Raises:
-        Exclude: they are: the square of their number is not above the number of tokens that remain.
+        Unbatch: samples are taken apart, one by one in a loop, say; they then share their active rows.
+        Exclude: the square of the number of parts is not above the number of tokens that remain.
     """
+    if counts_samples(call, dims) and call.frame.samples**2 <= call.frame.tokens:
+        raise Unbatch
     here, sizes = region_atoms(call, dims), dict(call.frame.region)
     count = math.prod(sizes[atom] for atom in here)
     if here and count**2 <= call.frame.tokens // count:
@@ -295,16 +299,19 @@ def slice_scatter(call: Call) -> Step:
     """`b (t | n) c, b n c -> b (t | n) c`: writes ``src`` into a slice of ``self``."""
     base, src, dim = call.args["self"], call.args["src"], call.args["dim"] % len(call.shape)
     whole, part = call.layout(base), call.layout(src)
+    if part is None and src in call.mixed:
+        return call.whole()  # its tokens may stand elsewhere than those of the base
     start, stop, step = slice(call.args["start"], call.args["end"], call.args["step"]).indices(call.shape[dim])
     if step != 1:
         return strided_scatter(call, base, src, dim)
     if whole is None:
         assert part is not None
         rest = [*part.dims[:dim], *part.dims[dim + 1 :]]
-        if grid_atoms(call, [part.dims[dim]]) and region_atoms(call, rest):
+        along = bool(grid_atoms(call, [part.dims[dim]]))
+        if (along and region_atoms(call, rest)) or (not along and base in call.mixed):
             return call.whole()
         ends = [opaque_or_empty(start), part.dims[dim], opaque_or_empty(call.shape[dim] - stop)]
-        whole = part.replace(dim, concat(ends) if grid_atoms(call, [part.dims[dim]]) else opaque(call.shape[dim]))
+        whole = part.replace(dim, concat(ends) if along else opaque(call.shape[dim]))
     taken = cut(call, whole.dims[dim], start, stop)
     if taken is None:
         return call.whole()
@@ -330,6 +337,8 @@ def select_scatter(call: Call) -> Step:
     """`a 3 b, a b -> a 3 b`: writes ``src`` into one entry of ``self``."""
     base, src, dim = call.args["self"], call.args["src"], call.args["dim"] % len(call.shape)
     whole, part = call.layout(base), call.layout(src)
+    if src in call.mixed or base in call.mixed:
+        return call.whole()  # the tokens of the one may stand elsewhere than those of the other
     if whole is not None and grid_atoms(call, [whole.dims[dim]]):
         return call.whole(Layout(whole.dims))
     if whole is None:

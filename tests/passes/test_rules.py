@@ -165,6 +165,11 @@ class Row:
         return self.single if batch == 1 and self.single is not None else self.says
 
 
+def shifted(stage: Stage) -> fx.Node:
+    """`b (h w) c`, but its tokens stand one place further."""
+    return stage.also(aten.roll.default, stage.tokens, [1], [1])
+
+
 def views() -> list[Row]:
     n, c = TOKENS, CHANNELS
     cut_last = lambda s: s.also(aten.reshape.default, s.columns, [s.batch, c, n // 2, 2])  # noqa: E731
@@ -371,7 +376,7 @@ def concatenation() -> list[Row]:
         Row(aten.slice.Tensor, lambda s: s(s.tokens, -1, 0, c, 2)),
         Row(aten.slice.Tensor, lambda s: s(s.tokens, 2, -2)),
         Row(aten.slice.Tensor, lambda s: s(s.tokens)),
-        Row(aten.slice.Tensor, lambda s: s(s.tokens, 0, 0, 1), "whole", single="rows"),
+        Row(aten.slice.Tensor, lambda s: s(s.tokens, 0, 0, 1)),
         Row(aten.slice.Tensor, lambda s: s(s.also(aten.repeat.default, s.joint, [1, 2, 1]), 1, 0, 3), "whole"),
         Row(aten.narrow.default, lambda s: s(s.joint, 1, TEXT, n)),
         Row(aten.narrow.default, lambda s: s(s.joint, 1, -n, n)),
@@ -381,7 +386,7 @@ def concatenation() -> list[Row]:
         Row(aten.narrow.default, lambda s: s(s.tokens, -1, 1, 2)),
         Row(aten.split.Tensor, lambda s: s.pieces(s.joint, 3, 1), "whole"),
         Row(aten.split.Tensor, lambda s: s.pieces(s.tokens, 4, -1)),
-        Row(aten.split.Tensor, lambda s: s.pieces(s.tokens, 1), "whole", single="rows"),
+        Row(aten.split.Tensor, lambda s: s.pieces(s.tokens, 1)),
         *[
             row
             for target in (aten.split_with_sizes.default, aten.split.sizes)
@@ -397,14 +402,14 @@ def concatenation() -> list[Row]:
         Row(aten.chunk.default, lambda s: s.pieces(s.tokens, 3, -1)),
         Row(aten.chunk.default, lambda s: s.pieces(s.tokens, 4, -1)),
         Row(aten.chunk.default, lambda s: s.pieces(s.tokens, 2, 1), "whole"),
-        Row(aten.chunk.default, lambda s: s.pieces(s.tokens, 2, 0), "whole", single="rows"),
+        Row(aten.chunk.default, lambda s: s.pieces(s.tokens, 2, 0)),
         Row(aten.tensor_split.sections, lambda s: s.pieces(s.tokens, 4, -1)),
         Row(aten.tensor_split.sections, lambda s: s.pieces(s.joint, 5, 1), "whole"),
         Row(aten.unbind.int, lambda s: s.pieces(s.pairs, -2)),
         Row(aten.unbind.int, lambda s: s.pieces(s.tokens, 1), "whole"),
-        Row(aten.unbind.int, lambda s: s.pieces(s.tokens), "whole", single="rows"),
+        Row(aten.unbind.int, lambda s: s.pieces(s.tokens)),
         Row(aten.select.int, lambda s: s(s.x, -1, -2)),
-        Row(aten.select.int, lambda s: s(s.tokens, 0, -1), "whole", single="rows"),
+        Row(aten.select.int, lambda s: s(s.tokens, 0, -1)),
         Row(aten.select.int, lambda s: s(s.x, 1, 1), "whole"),
         Row(aten.select.int, lambda s: s(s.joint, 1, 0), "whole"),
         Row(aten.slice_scatter.default, lambda s: s(s.tokens, s.given(s.batch, n, 2), -1, 1, 3)),
@@ -413,6 +418,13 @@ def concatenation() -> list[Row]:
         Row(aten.slice_scatter.default, lambda s: s(s.tokens, s.turned, 2), "whole"),
         Row(aten.slice_scatter.default, lambda s: s(s.joint, s.text, 1, 0, TEXT)),
         Row(aten.slice_scatter.default, lambda s: s(s.given(s.batch, both, c), s.tokens, 1, TEXT)),
+        # a value in which tokens stand elsewhere, written beside tokens that are known
+        Row(aten.slice_scatter.default, lambda s: s(s.tokens, shifted(s), -1), "whole"),
+        Row(
+            aten.slice_scatter.default,
+            lambda s: s(s.also(aten.cat.default, [shifted(s), shifted(s)], 2), s.tokens, 2, 2, 8),
+            "whole",
+        ),
         *[
             row
             for target in (aten.constant_pad_nd.default, aten.pad.default)
@@ -836,6 +848,16 @@ def resampling() -> list[Row]:
         Row(aten.one_hot.default, lambda s: s(s.classes, CHANNELS)),
         Row(aten.select_scatter.default, lambda s: s(s.tokens, s.given(s.batch, n), -1, 2)),
         Row(aten.select_scatter.default, lambda s: s(s.tokens, s.given(s.batch, c), 1, 2), "whole"),
+        Row(
+            aten.select_scatter.default,
+            lambda s: s(s.tokens, s.also(aten.select.int, shifted(s), -1, 0), -1, 2),
+            "whole",
+        ),
+        Row(
+            aten.select_scatter.default,
+            lambda s: s(shifted(s), s.also(aten.select.int, s.tokens, -1, 0), -1, 2),
+            "whole",
+        ),
         Row(aten.argsort.default, lambda s: s(s.tokens, -1)),
         Row(aten.argsort.default, lambda s: s(s.tokens, 1), "whole"),
         Row(aten.argsort.stable, lambda s: s(s.tokens, stable=True, dim=2)),
