@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from types import TracebackType
@@ -16,6 +15,7 @@ from ras_compile.clock import AttachedCall, attached_call
 from ras_compile.config import ConfigError, RASConfig
 from ras_compile.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
 from ras_compile.notices import warn_once
+from ras_compile.traced import Exchangeable
 
 __all__ = ["Handle", "attach"]
 
@@ -39,7 +39,7 @@ class Handle:
             module.compile(backend=ras, options=options, **_limits())
             compiled = module._compiled_call_impl
             assert compiled is not None
-            module._compiled_call_impl = _followed(compiled, self.follower, name, type(module).__name__)
+            module._compiled_call_impl = _Followed(compiled, self.follower, name, type(module).__name__)
             follow_branches(module)
 
     @property
@@ -136,18 +136,18 @@ def _limits() -> dict[str, Any]:
     return {}
 
 
-def _followed(compiled: Callable, follower: SchedulerFollower, name: str, kind: str) -> Callable:
+class _Followed(Exchangeable):
     """The compiled call, made as a call of this pipeline; says so once when it never reaches the backend."""
 
-    @functools.wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with attached_call(AttachedCall(follower, name, present_branch())) as present:
-            result = compiled(*args, **kwargs)
+    def __init__(self, compiled: Callable[..., Any], follower: SchedulerFollower, name: str, kind: str) -> None:
+        self.compiled, self._follower, self._name, self._kind = compiled, follower, name, kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with attached_call(AttachedCall(self._follower, self._name, present_branch())) as present:
+            result = self.compiled(*args, **kwargs)
         if not present.reached:
             warn_once(
-                f"ras_compile: a call of {kind} ran uncompiled, past the attached backend. Either torch.compile is "
+                f"ras_compile: a call of {self._kind} ran uncompiled, past the attached backend. Either torch.compile is "
                 f"disabled, or Dynamo gave up after {_RECOMPILE_LIMIT} recompilations (run with TORCH_LOGS=recompiles)."
             )
         return result
-
-    return call

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +13,16 @@ from torch._dynamo import eval_frame
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from .config import ConfigError, RASConfig
-from .generation import CallInfo, reached
+from .generation import reached
 from .inner import Compiled, compile_inner
 from .inputs import describe_inputs, find_timestep
 from .notices import warn_once
 from .numbers import as_tensors, number_positions
 from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
-from .registry import state_for
+from .steps import run_step
+from .traced import LIBRARIES, places_given, take_over
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _breaks: set[tuple[str, int | None]] = set()  # breaks that were told: the parts behind one say no more
 
 
@@ -76,6 +75,8 @@ class CompiledGraph:
         self.users = [index for index, given in enumerate(self.inputs) if not given.weight]
         self.numbers = number_positions(self.inputs)
         self.broken = graph_break(graph) or fragment(len(self.weights))
+        self.placed: set[tuple] = set()  # calls that are refused, and whose arguments say where tokens stand
+        self.told = False
         self.plans: dict[tuple, Plan | Compiled] = {}
         self._timesteps: dict[tuple, int | None] = {}
         self._lock = threading.RLock()
@@ -93,6 +94,11 @@ class CompiledGraph:
             plan = self.plans.get(key)
             if plan is not None:
                 break
+            if not self.told and (self.broken is not None or key in self.placed):
+                traced = take_over(self.config)
+                if traced:
+                    return self.graph(*values)
+                self.told = traced is not None
             with self._lock:
                 if key not in self.plans:
                     self._make(key, given)
@@ -101,25 +107,17 @@ class CompiledGraph:
         return self._run(plan, key, given, values)
 
     def _run(self, plan: Plan, key: tuple, given: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
-        state = state_for([values[index] for index in self.weights], self.config)
-        frame = plan.analysis.frame
         time = self._timesteps[key]
-        call = CallInfo(
+        return run_step(
+            plan,
+            given,
             graph=(self, key),
             latent=values[plan.latent],
             context=tuple(values[index] for index in self.users if index not in (plan.latent, time)),
             timestep=None if time is None else values[time],
-            batch=frame.samples,
-            tokens=frame.tokens,
-            grid=frame.grid,
+            weights=[values[index] for index in self.weights],
+            config=self.config,
         )
-        decision = state.decide(call)
-        if decision.rows is None:
-            outputs = plan.dense(given, decision.slots, decision.spare)
-        else:
-            outputs = plan.run_sparse(given, decision.rows, decision.slots)
-        state.record(call, decision, plan.noise_view(outputs[plan.noise]), outputs)
-        return outputs
 
     def _key(self, values: Sequence[Any]) -> tuple:
         """What a plan is specialised on: sizes, strides and types of the user's inputs, and numbers themselves."""
@@ -138,8 +136,13 @@ class CompiledGraph:
         except (UnsupportedGraph, SpecViolation, TypeError) as error:
             if self.numbers:
                 self.numbers = []
+            elif (
+                isinstance(error, UnsupportedGraph) and not (self.broken or key in self.placed) and places_given(values)
+            ):
+                self.placed.add(key)
             elif isinstance(error, (UnsupportedGraph, SpecViolation)):
-                self._refuse(error)
+                if not self.told:
+                    self._refuse(error)
                 self.plans[key] = self._dense(values)
             else:
                 raise
@@ -193,7 +196,7 @@ def fragment(weights: int) -> GraphBreak | None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and not isinstance(module, fx.GraphModule):
             root = module
-        if caller is None and not frame.f_code.co_filename.startswith(_LIBRARIES):
+        if caller is None and not frame.f_code.co_filename.startswith(LIBRARIES):
             caller = frame
         frame = frame.f_back  # type: ignore[assignment]
     held = sum(1 for _ in root.parameters()) if root is not None else 0

@@ -47,12 +47,21 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         UnsupportedGraph: the graph writes into its inputs, uses function transforms, or cannot be traced.
     """
     refuse_function_transforms(graph.graph)
-    bound = _Bound(graph, inputs)
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    return export(_Bound(graph, inputs), [value for value in inputs if isinstance(value, Tensor)])
+
+
+def export(bound: nn.Module, tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """Captures ``bound(*tensors)``: see :func:`capture`.
+
+    Raises:
+        UnsupportedGraph: it writes into its inputs, or cannot be traced.
+    """
     try:
         with torch.no_grad(), preserve_node_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            captured, signature = aot_export_module(bound, tensors, trace_joint=False, pre_dispatch=True)
+            captured, signature = aot_export_module(bound, list(tensors), trace_joint=False, pre_dispatch=True)
+    except UnsupportedGraph:
+        raise
     except RuntimeError as error:
         raise UnsupportedGraph(f"the graph cannot be captured: {str(error).splitlines()[0]}") from error
     assert isinstance(captured, fx.GraphModule)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from .backend import fragment, graph_break
+from .backend import GraphBreak, fragment, graph_break
 from .config import RASConfig
 from .inputs import describe_inputs
 from .passes.cost import Cost, cost
@@ -19,6 +20,7 @@ from .passes.program import Splice
 from .passes.registry import operands, source_line
 from .plan import Plan
 from .schedule import Schedule
+from .traced import places_given, specialise
 
 __all__ = ["Explanation", "SplicePoint", "explain", "record_call"]
 
@@ -191,9 +193,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
     """
     config = RASConfig.from_options(options)
     try:
-        graph, values = record_call(transformer, inputs)
-        described = describe_inputs(graph.graph)
-        plan = Plan(graph, described, values, config)
+        plan, described, values = plan_of(transformer, inputs, config)
     except (UnsupportedGraph, SpecViolation) as error:
         return Explanation(False, str(error), config=config)
     analysis = plan.analysis
@@ -213,6 +213,24 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         fused=len(program.graph.find_nodes(op="call_function", target=torch.ops.ras_compile.scatter_linear.default)),
         config=config,
     )
+
+
+def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -> tuple[Plan, list, list]:
+    """The plan of ``transformer(**inputs)``, the description of its inputs, and the inputs.
+
+    Raises:
+        UnsupportedGraph: there is none.
+    """
+    try:
+        graph, values = record_call(transformer, inputs)
+        described = describe_inputs(graph.graph)
+        return Plan(graph, described, values, config), described, values
+    except UnsupportedGraph as error:
+        leaves = pytree.tree_leaves(((), inputs))
+        if not isinstance(error, GraphBreak) and not places_given(leaves):
+            raise
+    made = specialise(getattr(transformer, "_orig_mod", transformer), (), inputs, config)
+    return made.plan, made.inputs, made.values(leaves)
 
 
 def _point(plan: Plan, splice: Splice) -> SplicePoint:

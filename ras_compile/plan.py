@@ -114,7 +114,7 @@ class Plan:
     """One graph at concrete shapes.
 
     Args:
-        graph: the Dynamo graph.
+        graph: the Dynamo graph, or one that is captured already.
         inputs: description of its placeholders.
         values: concrete inputs.
         config: the options.
@@ -127,7 +127,7 @@ class Plan:
         self, graph: fx.GraphModule, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig
     ) -> None:
         self.config, self.inputs = config, inputs
-        self.captured = capture_numbers(graph, values)
+        self.captured = graph if "constants" in graph.meta else capture_numbers(graph, values)
         self.constants: list[Tensor] = self.captured.meta["constants"]
         self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
         self.sparse: SparsePlan = plan(self.analysis, frozen=config.context == "frozen")

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
+from ras_compile.backend import GraphBreak
 from ras_compile.config import RASConfig
 from ras_compile.explain import record_call
-from ras_compile.inputs import describe_inputs
+from ras_compile.inputs import GraphInput, describe_inputs
+from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import Concat, Frame, Layout
 from ras_compile.passes.program import plan as plan_of
 from ras_compile.plan import Plan
+from ras_compile.traced import places_given, specialise
 
 
 @dataclass
@@ -161,13 +165,24 @@ def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: A
 
     With ``exact`` everything is in double precision, also what the model itself casts to single precision.
     """
-    options = {"inner_backend": "eager", "unsupported": "error", **options}
-    graph, values = record_call(module, inputs)
-    described = describe_inputs(graph.graph)
+    config = RASConfig.from_options({"inner_backend": "eager", "unsupported": "error", **options})
+    try:
+        graph, values = record_call(module, inputs)
+        described = describe_inputs(graph.graph)
+        if places_given(tree_leaves(inputs)):
+            Plan(graph, described, values, config)
+    except UnsupportedGraph as error:
+        if not isinstance(error, GraphBreak) and not places_given(tree_leaves(inputs)):
+            raise
+        made = specialise(module, (), inputs, config)
+        graph, leaves = made.trace.graph, made.values(tree_leaves(((), inputs)))
+        given = [pair for pair in zip(made.inputs, leaves, strict=True) if isinstance(pair[1], Tensor)]
+        given += [(GraphInput(None, "constant", weight=True), constant) for constant in graph.meta.pop("constants")]
+        described, values = [pair[0] for pair in given], [pair[1] for pair in given]
     if exact:
         widen(graph)
         values = [widest(value) for value in values]
-    return Subject(Plan(graph, described, values, RASConfig.from_options(options)), list(values))
+    return Subject(Plan(graph, described, values, config), list(values))
 
 
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}

@@ -184,12 +184,19 @@ class Prior(nn.Module):
 
 
 class Broken(TinyDiT):
-    """Breaks Dynamo's graph in the middle."""
+    """Breaks Dynamo's graph in the middle; in a compiled function, so that there is no module to trace."""
 
     def forward(self, hidden_states, timestep, text):
         x = super().forward(hidden_states, timestep, text)
         torch._dynamo.graph_break()
         return x * 1.5
+
+
+class Deciding(TinyDiT):
+    """Goes one of two ways, by the values of its latent."""
+
+    def forward(self, hidden_states, timestep, text):
+        return super().forward(hidden_states, timestep, text) * (1.5 if hidden_states.mean() < 5 else 2.0)
 
 
 class Dropping(TinyDiT):
@@ -202,7 +209,9 @@ class Dropping(TinyDiT):
 def cases():
     given = (LATENT, torch.ones(2), TEXT)
     yield "prior", Prior().eval(), (torch.randn(2, 8),), "no token grid"
-    yield "graph break", Broken().eval(), given, "Dynamo broke the model's graph"
+    broken = Broken().eval()
+    yield "graph break", lambda *arguments: broken(*arguments), given, "Dynamo broke the model's graph"
+    yield "latent read", Deciding().eval(), given, "Python code reads.*latent's values.*in forward"
     yield "training mode", Dropping().train(), given, "training mode"
     yield "ambiguous", Ambiguous().eval(), (LATENT, LATENT + 1, TEXT), "hidden_states.*control.*latent="
 
@@ -214,7 +223,7 @@ class Ambiguous(TinyDiT):
         return super().forward(hidden_states + control, torch.ones(len(text)), text)
 
 
-@pytest.mark.parametrize("name", ["prior", "graph break", "training mode", "ambiguous"])
+@pytest.mark.parametrize("name", ["prior", "graph break", "latent read", "training mode", "ambiguous"])
 def test_what_cannot_be_proved_is_refused_or_runs_dense(name):
     _, module, given, reason = next(case for case in cases() if case[0] == name)
     with torch.no_grad():

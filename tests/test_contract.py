@@ -18,7 +18,8 @@ from ras_compile.passes.program import fake_mode, sparse_program
 
 aten = torch.ops.aten
 TIGHT = 1e-9
-SUPPORTED_CLASSES = 60
+EXPERTS = (aten.index.Tensor, aten.scatter_add.default)  # they pick tokens, and work on each alone
+SUPPORTED_CLASSES = 70
 
 
 SUPPORTED = [name for name, case in ZOO.items() if case.refused is None]
@@ -44,9 +45,6 @@ def made(name: str) -> Subject:
     case = ZOO[name]
     torch.manual_seed(0)
     module, inputs = redraw(case.build()).eval().double(), case.inputs()
-    if case.warm:
-        with torch.no_grad():
-            module(**inputs)
     return subject(module, inputs, latent=case.latent)
 
 
@@ -105,7 +103,8 @@ def test_locality(model: Subject):
     for index in analysis.outputs:
         mask = active_mask(analysis.layouts[analysis.output_nodes[index]], model.frame, rows)
         assert torch.equal(outputs[index][~mask], dense[index][~mask])
-        assert (outputs[index] != dense[index])[mask].float().mean() > 0.9
+        tokens = active_mask(analysis.layouts[analysis.output_nodes[index]], model.frame, rows, context=False)
+        assert (outputs[index] != dense[index])[tokens].float().mean() > 0.9
     elsewhere, _ = model.sparse(model.with_latent(torch.where(read, latent, latent + 1)), rows, caches)
     here, _ = model.sparse(model.with_latent(torch.where(read, latent + 1, latent)), rows, caches)
     for index in analysis.outputs:
@@ -138,6 +137,9 @@ def each_cache_matters(model: Subject, values: list, rows: Tensor, caches: list[
         outputs, _ = model.sparse(values, rows, corrupted)
         if error(outputs, wanted) <= 1e3 * TIGHT:  # a product with zeros, such as the first state of a recurrence
             point = model.points[index]
+            picked = all(user.target in EXPERTS for user in point.users)
+            if picked and error(model.oracle(values, rows, corrupted), wanted) < TIGHT:
+                continue
             assert model.matters(point, corrupted[index], values, model.reference(values)) < TIGHT, point
 
 

@@ -105,8 +105,7 @@ def _cogview4():
 
 
 @case(
-    "GlmImageTransformer2DModel", refused="Dynamic shape operator",
-    patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+    "GlmImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
     num_attention_heads=2, text_embed_dim=32, time_embed_dim=16, condition_dim=8, prior_vq_quantizer_codebook_size=64,
 )  # fmt: skip
 def _glm_image():
@@ -137,14 +136,13 @@ def _hunyuan_dit():
 
 
 @case(
-    "HunyuanImageTransformer2DModel", refused="what it compiles holds",
-    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+    "HunyuanImageTransformer2DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
     num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=16, text_embed_2_dim=12,
     rope_axes_dim=(4, 4), guidance_embeds=False,
 )  # fmt: skip
 def _hunyuan_image():
     return dict(
-        hidden_states=random(2, 4, 4, 6), timestep=torch.tensor([500, 500]), encoder_hidden_states=random(2, 7, 16),
+        hidden_states=random(2, 4, 4, 6), timestep=torch.tensor([500.0, 500.0]), encoder_hidden_states=random(2, 7, 16),
         encoder_attention_mask=padded(2, 7), encoder_hidden_states_2=random(2, 5, 12),
         encoder_attention_mask_2=padded(2, 5),
     )  # fmt: skip
@@ -163,8 +161,7 @@ def _sana():
 
 
 @case(
-    "OmniGenTransformer2DModel", refused="Data-dependent branching",
-    hidden_size=16, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32,
+    "OmniGenTransformer2DModel", hidden_size=16, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32,
     num_layers=2, pad_token_id=0, vocab_size=100, in_channels=4, time_step_dim=4,
     rope_scaling={"long_factor": [1, 2], "short_factor": [1, 2]},
 )  # fmt: skip
@@ -178,17 +175,38 @@ def _omnigen():
     )  # fmt: skip
 
 
-@case(
-    "Lumina2Transformer2DModel", refused="Data dependent operator",
-    sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
-    num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=2, ffn_dim_multiplier=None,
-    axes_dim_rope=(4, 2, 2), axes_lens=(128, 128, 128), cap_feat_dim=32,
+_LUMINA2 = dict(
+    sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
+    num_attention_heads=3, num_kv_heads=1, multiple_of=2, ffn_dim_multiplier=None, axes_dim_rope=(4, 2, 2),
+    axes_lens=(128, 128, 128), cap_feat_dim=32,
 )  # fmt: skip
-def _lumina2():
+
+
+def _lumina2_inputs(mask):
+    samples = len(mask)
     return dict(
-        hidden_states=random(2, 4, 8, 12), encoder_hidden_states=random(2, 6, 32), timestep=torch.tensor([0.3, 0.3]),
-        encoder_attention_mask=padded(2, 6).bool(),
+        hidden_states=random(samples, 4, 8, 12), encoder_hidden_states=random(samples, 6, 32),
+        timestep=torch.full([samples], 0.3), encoder_attention_mask=mask.bool(),
     )  # fmt: skip
+
+
+@case("Lumina2Transformer2DModel", **_LUMINA2)
+def _lumina2():
+    return _lumina2_inputs(padded(1, 6))
+
+
+@case("Lumina2Transformer2DModel with two pictures of a prompt", "Lumina2Transformer2DModel", **_LUMINA2)
+def _lumina2_pictures():
+    return _lumina2_inputs(padded(1, 6).repeat(2, 1))
+
+
+# its tokens stand behind texts of different lengths, so in other places for each sample
+@case(
+    "Lumina2Transformer2DModel with prompts of two lengths", "Lumina2Transformer2DModel",
+    refused="no output carries", **_LUMINA2,
+)  # fmt: skip
+def _lumina2_prompts():
+    return _lumina2_inputs(padded(2, 6))
 
 
 @case(
@@ -228,7 +246,7 @@ def _ernie():
 
 
 @case(
-    "ZImageTransformer2DModel", region="x", warm=True,
+    "ZImageTransformer2DModel", region="x",
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2,
     n_refiner_layers=1, n_heads=2, n_kv_heads=2, qk_norm=True, cap_feat_dim=16, axes_dims=[8, 4, 4],
     axes_lens=[64, 16, 16],
@@ -238,7 +256,7 @@ def _z_image():
 
 
 @case(
-    "BriaFibo2Transformer2DModel", warm=True, in_channels=4, patch_size=2, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2,
+    "BriaFibo2Transformer2DModel", in_channels=4, patch_size=2, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2,
     cap_feat_dim=24, injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=4, max_num_gist_tokens=8,
     gist_step=4, gist_min_text_len=4, gist_max_text_len=16, axes_dims=(4, 6, 6), axes_lens=(16, 16, 16),
 )  # fmt: skip

@@ -98,8 +98,7 @@ def _qwen_image():
 
 
 @case(
-    "QwenImage21Transformer2DModel", refused="Dynamic shape operator",
-    patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+    "QwenImage21Transformer2DModel", patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
     num_attention_heads=2, context_in_dim=8, mlp_ratio=2, axes_dims_rope=(4, 6, 6),
 )  # fmt: skip
 def _qwen_image21():
@@ -123,8 +122,8 @@ def _nucleus():
 
 
 @case(
-    "NucleusMoEImageTransformer2DModel with experts", "NucleusMoEImageTransformer2DModel", refused="what it compiles holds",
-    moe_enabled=True, num_experts=4, moe_intermediate_dim=16, dense_moe_strategy="all_moe", capacity_factors=2.0, **_QWEN,
+    "NucleusMoEImageTransformer2DModel with experts", "NucleusMoEImageTransformer2DModel", moe_enabled=True,
+    num_experts=4, moe_intermediate_dim=16, dense_moe_strategy="all_moe", capacity_factors=2.0, **_QWEN,
 )  # fmt: skip
 def _nucleus_experts():
     return _qwen_inputs() | dict(img_shapes=[(1, 4, 6)] * 2)

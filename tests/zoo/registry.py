@@ -20,7 +20,6 @@ class Case:
         inputs: makes keyword inputs for a call.
         latent: name of the argument that carries the region; None where the compiler has to find it.
         refused: pattern of the sentence with which the compiler refuses the model; None where it must be supported.
-        warm: the model builds tables on its first call, in a way that Dynamo cannot trace: it is called once before.
         region: name of the argument that the compiler must take for the latent.
     """
 
@@ -29,7 +28,6 @@ class Case:
     inputs: Callable[[], dict]
     latent: str | None = None
     refused: str | None = None
-    warm: bool = False
     region: str = "hidden_states"
 
     def build(self) -> nn.Module:
@@ -48,7 +46,6 @@ def case(
     *,
     latent: str | None = None,
     refused: str | None = None,
-    warm: bool = False,
     region: str = "hidden_states",
     **config: Any,
 ) -> Callable[[Callable[[], dict]], Callable[[], dict]]:
@@ -56,7 +53,7 @@ def case(
 
     def register(inputs: Callable[[], dict]) -> Callable[[], dict]:
         assert name not in ZOO, name
-        ZOO[name] = Case(kind or name, config, inputs, latent, refused, warm, region)
+        ZOO[name] = Case(kind or name, config, inputs, latent, refused, region)
         return inputs
 
     return register

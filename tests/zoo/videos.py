@@ -137,8 +137,7 @@ def _hunyuan_video_replace():
 
 
 @case(
-    "HunyuanVideoFramepackTransformer3DModel", refused="broke",
-    pooled_projection_dim=8, guidance_embeds=True, has_image_proj=True,
+    "HunyuanVideoFramepackTransformer3DModel", pooled_projection_dim=8, guidance_embeds=True, has_image_proj=True,
     image_proj_dim=16, has_clean_x_embedder=True, **_HUNYUAN,
 )  # fmt: skip
 def _framepack():
@@ -151,8 +150,7 @@ def _framepack():
 
 
 @case(
-    "HunyuanVideo15Transformer3DModel", refused="broke",
-    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+    "HunyuanVideo15Transformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
     num_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=16, text_embed_2_dim=12,
     image_embed_dim=10, rope_axes_dim=(2, 2, 4), target_size=16, task_type="t2v",
 )  # fmt: skip
@@ -243,8 +241,7 @@ def _sana_wm_refiner():
 
 
 @case(
-    "MochiTransformer3DModel", refused="what it compiles holds",
-    patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+    "MochiTransformer3DModel", patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2,
     pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=4, max_sequence_length=16,
 )  # fmt: skip
 def _mochi():
@@ -268,8 +265,7 @@ def _motif():
 
 
 @case(
-    "MiniMaxH3Transformer3DModel", refused="no output carries",
-    num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2,
+    "MiniMaxH3Transformer3DModel", num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2,
     num_refiner_layers=1, ffn_dim=32, in_channels=4, audio_in_channels=6, patch_size=(1, 2, 2), text_dim=8, freq_dim=8,
     time_embed_hidden_dim=24, time_embed_dim=16, rope_freq_dim=2,
 )  # fmt: skip
@@ -316,8 +312,8 @@ def _sana_wm():
 
 
 @case(
-    "Cosmos3OmniTransformer", refused="no output carries",
-    head_dim=6, hidden_size=12, intermediate_size=24, latent_channel=2, latent_patch_size=1,
+    "Cosmos3OmniTransformer", region="vision_tokens", head_dim=6, hidden_size=12, intermediate_size=24,
+    latent_channel=2, latent_patch_size=1,
     num_attention_heads=2, num_hidden_layers=2, num_key_value_heads=1, patch_latent_dim=2, rope_axes_dim=[1, 1, 1],
     vocab_size=32,
 )  # fmt: skip

@@ -1,0 +1,44 @@
+"""One model call on a plan: asks the transformer's state what to run, runs it, and tells the state."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .config import RASConfig
+from .generation import CallInfo
+from .plan import Plan
+from .registry import state_for
+
+
+def run_step(
+    plan: Plan,
+    given: Sequence[Any],
+    *,
+    graph: Hashable,
+    latent: Tensor,
+    context: tuple[Any, ...],
+    timestep: Any,
+    weights: Sequence[Tensor],
+    config: RASConfig,
+) -> list[Any]:
+    """Runs the dense or the sparse program, as the step wants it; returns the graph's outputs.
+
+    Args:
+        plan: the plan.
+        given: the inputs, as the plan's graph takes them.
+        graph, latent, context, timestep: see :class:`CallInfo`; the user's own objects.
+        weights: they say which transformer it is.
+        config: the options.
+    """
+    state, frame = state_for(weights, config), plan.analysis.frame
+    call = CallInfo(graph, latent, context, timestep, frame.samples, frame.tokens, frame.grid)
+    decision = state.decide(call)
+    if decision.rows is None:
+        outputs = plan.dense(given, decision.slots, decision.spare)
+    else:
+        outputs = plan.run_sparse(given, decision.rows, decision.slots)
+    state.record(call, decision, plan.noise_view(outputs[plan.noise]), outputs)
+    return outputs

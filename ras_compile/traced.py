@@ -1,0 +1,321 @@
+"""A model that Dynamo cannot capture as one graph, captured by tracing it: see `tracing.py`.
+
+Dynamo breaks such a model's graph and hands a backend its fragments. The first fragment that runs finds out which model
+the user compiled, and from then on the compiled object calls a :class:`TracedModel` instead of Dynamo's fragments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import eval_frame
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils import _pytree as pytree
+
+from .config import RASConfig
+from .generation import reached
+from .inputs import GraphInput, find_timestep
+from .notices import warn_once
+from .passes.errors import SpecViolation, UnsupportedGraph
+from .plan import Plan
+from .state import PythonState
+from .steps import run_step
+from .tracing import Trace, trace
+
+# So many sets of values (lengths of prompts, say) are compiled for one set of sizes; further ones run dense.
+_SPECIALISATIONS = 16
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_LEAVES = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice)
+
+
+@dataclass
+class Specialisation:
+    """A plan for calls of one kind: the same sizes, numbers, Python state and facts.
+
+    Attributes:
+        trace: what tracing gave.
+        state: the model's Python objects when it was traced.
+        inputs: description of the plan's inputs: leaves of the arguments, then closed tensors.
+        plan: the plan.
+        timestep: position of the timestep among the inputs, or None.
+        known: inputs that were seen to give the same facts, by identity and version.
+    """
+
+    trace: Trace
+    state: PythonState
+    inputs: list[GraphInput]
+    plan: Plan
+    timestep: int | None
+    known: deque = field(default_factory=lambda: deque(maxlen=8))
+
+    def values(self, leaves: Sequence[Any]) -> list[Any]:
+        """The plan's inputs for a call with these leaves."""
+        return [*leaves, *(closed.now() for closed in self.trace.closed)]
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether the call is one that was traced: the model's state and what Python code read are as they were.
+
+        Facts are computed again only when an input that they depend on is another object, or was written to.
+        """
+        if not self.state.holds():
+            return False
+        tensors = [value for value in self.values(leaves) if isinstance(value, Tensor)]
+        read = [tensors[index] for index in self.trace.guard.reads]
+        versions = versions_of(read)
+        if any(versions == old and same_objects(read, seen) for seen, old in self.known):
+            return True
+        if not self.trace.guard.holds(tensors):
+            return False
+        if versions is not None:
+            self.known.append(([weakref.ref(value) for value in read], versions))
+        return True
+
+
+def same_objects(tensors: Sequence[Tensor], seen: Sequence[weakref.ref]) -> bool:
+    return all(value is other() for value, other in zip(tensors, seen, strict=True))
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
+    """How often each tensor was written to; None where that is not counted (tensors made under inference_mode)."""
+    if any(value.is_inference() for value in tensors):
+        return None
+    return [value._version for value in tensors]
+
+
+def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) -> Specialisation:
+    """Traces one call and makes its plan.
+
+    Raises:
+        UnsupportedGraph: the call cannot be traced, or its graph cannot be proved right.
+    """
+    leaves, _ = pytree.tree_flatten((args, kwargs))
+    strange = next((leaf for leaf in leaves if not isinstance(leaf, _LEAVES)), None)
+    if strange is not None:
+        raise UnsupportedGraph(
+            f"an argument is or holds a {type(strange).__name__}; tensors, numbers and words are supported"
+        )
+    hooked = next(
+        (name for name, module in root.named_modules() if module._forward_hooks or module._forward_pre_hooks), None
+    )
+    if hooked is not None:
+        raise UnsupportedGraph(
+            f"the module {hooked or 'itself'!r} has forward hooks, and Dynamo broke the model's graph"
+        )
+    try:
+        return _specialise(root, args, kwargs, config, runs=False)
+    except UnsupportedGraph:
+        if not places_given(leaves):
+            raise
+    return _specialise(root, args, kwargs, config, runs=True)
+
+
+def places_given(values: Sequence[Any]) -> bool:
+    """Whether an argument may say where tokens stand: a vector of whole numbers."""
+    return any(
+        isinstance(v, Tensor) and v.ndim == 1 and len(v) > 1 and v.dtype in (torch.int64, torch.int32) for v in values
+    )
+
+
+def _specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig, *, runs: bool) -> Specialisation:
+    leaves, _ = pytree.tree_flatten((args, kwargs))
+    traced = trace(root, args, kwargs, runs=runs)
+    state = PythonState(root)
+    inputs = [*describe(root, args, kwargs), *(GraphInput(None, entry.name, weight=True) for entry in traced.closed)]
+    values = [*leaves, *(entry.now() for entry in traced.closed)]
+    plan = Plan(traced.graph, inputs, values, config)
+    place = sum(isinstance(value, Tensor) for value in values[: plan.latent])
+    sources = traced.guard.sources(place)
+    if sources:
+        raise UnsupportedGraph("Python code reads a value that depends on the latent's values", source=sources[0])
+    return Specialisation(traced, state, inputs, plan, find_timestep(inputs, values, config.timestep))
+
+
+def describe(root: nn.Module, args: tuple, kwargs: dict) -> list[GraphInput]:
+    """The leaves of a call's arguments, by the names of the forward's parameters."""
+    names = [name for name in inspect.signature(inspect.unwrap(type(root).forward)).parameters if name != "self"]
+    found = []
+    for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        keys: list[Any] = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))) for key in path[1:]]
+        positional = path[0].idx == 0  # type: ignore[attr-defined]
+        head = names[keys[0]] if positional and keys[0] < len(names) else str(keys[0])
+        found.append(GraphInput(head, head + "".join(f"[{str(key)!r}]" for key in keys[1:])))
+    return found
+
+
+class TracedModel:
+    """Called in place of a model: finds the specialisation that fits the call, or makes one, and runs its step.
+
+    Args:
+        root: the model.
+        compiled: what Dynamo made of it, for calls that cannot be proved right.
+        config: the options.
+    """
+
+    def __init__(self, root: nn.Module, compiled: Callable[..., Any], config: RASConfig) -> None:
+        self.root, self.compiled, self.config = weakref.ref(root), compiled, config
+        self.found: dict[tuple, list[Specialisation]] = {}
+        self.dense: set[tuple] = set()
+        self._lock = threading.RLock()
+        self._local = threading.local()
+
+    @property
+    def falling_back(self) -> bool:
+        """Whether the present call, in this thread, goes to Dynamo's fragments."""
+        return getattr(self._local, "falling_back", False)
+
+    def prepare(self, args: tuple, kwargs: dict) -> bool:
+        """Whether a call can be made; makes its specialisation. See :meth:`make`."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        with self._lock:
+            return self.make(self.key(leaves, spec), args, kwargs) is not None
+
+    def fall_back(self, args: tuple, kwargs: dict) -> Any:
+        self._local.falling_back = True
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            self._local.falling_back = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reached()
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if torch.is_grad_enabled():
+            return self.fall_back(args, kwargs)  # whose fragments refuse what records gradients
+        key = self.key(leaves, spec)
+        fitting = self.fitting(key, leaves)
+        if fitting is None and key not in self.dense:
+            with self._lock:
+                fitting = self.fitting(key, leaves) or self.make(key, args, kwargs)
+        if fitting is None:
+            return self.fall_back(args, kwargs)
+        return self.run(fitting, key, leaves)
+
+    def key(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> tuple:
+        """Sizes, strides and types of tensors, other arguments themselves, and the ambient state that code may read."""
+        described = tuple(
+            (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else (type(v), str(v)) for v in leaves
+        )
+        kinds = {v.device.type for v in leaves if isinstance(v, Tensor)}
+        ambient = tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)
+        )
+        return described, str(spec), ambient, torch.get_default_dtype()
+
+    def fitting(self, key: tuple, leaves: Sequence[Any]) -> Specialisation | None:
+        return next((entry for entry in self.found.get(key, ()) if entry.fits(leaves)), None)
+
+    def make(self, key: tuple, args: tuple, kwargs: dict) -> Specialisation | None:
+        """Makes the specialisation of a call; None (with a warning) where it runs dense.
+
+        Raises:
+            UnsupportedGraph: it cannot be made, and the option ``unsupported`` is "error".
+        """
+        root, known = self.root(), self.found.setdefault(key, [])
+        known[:] = [entry for entry in known if entry.state.holds()]
+        assert root is not None
+        try:
+            if len(known) >= _SPECIALISATIONS:
+                raise UnsupportedGraph(f"values that Python code reads differ in more than {_SPECIALISATIONS} ways")
+            made = specialise(root, args, kwargs, self.config)
+        except (UnsupportedGraph, SpecViolation) as error:
+            if self.config.unsupported == "error":
+                raise
+            self.dense.add(key)
+            warn_once(f"ras_compile: this model runs dense: {error}")
+            return None
+        known.append(made)
+        return made
+
+    def run(self, entry: Specialisation, key: tuple, leaves: Sequence[Any]) -> Any:
+        plan, values, time = entry.plan, entry.values(leaves), entry.timestep
+        outputs = run_step(
+            plan,
+            values,
+            graph=(self, key, id(entry)),
+            latent=values[plan.latent],
+            context=tuple(v for index, v in enumerate(leaves) if index not in (plan.latent, time)),
+            timestep=None if time is None else values[time],
+            weights=[closed.now() for closed in entry.trace.closed if closed.owner is not None],
+            config=self.config,
+        )
+        given = iter(outputs)
+        flat = [
+            next(given) if tensor else other
+            for tensor, other in zip(entry.trace.is_tensor, entry.trace.others, strict=True)
+        ]
+        return pytree.tree_unflatten(flat, entry.trace.output_spec)
+
+
+@torch.compiler.disable
+def take_over(config: RASConfig) -> bool | None:
+    """Called by a fragment of a model: lets the model be called as a :class:`TracedModel` from now on.
+
+    Returns:
+        True where the present call can be traced, so that its fragments need no compiling; False where it was refused
+        and that was told; None where nobody is to be found who calls the model, and nothing was told.
+
+    Raises:
+        UnsupportedGraph: it cannot be traced, and the option ``unsupported`` is "error".
+    """
+    found = compiled_call()
+    if found is None:
+        return None
+    owner, args, kwargs = found
+    present = callee(owner)
+    if isinstance(present, TracedModel):
+        return not present.falling_back
+    root = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
+    model = TracedModel(root, present, config)
+    if isinstance(owner, OptimizedModule):
+        owner.forward = model
+    elif isinstance(owner._compiled_call_impl, Exchangeable):
+        owner._compiled_call_impl.compiled = model
+    else:
+        owner._compiled_call_impl = model
+    return model.prepare(args, kwargs)
+
+
+class Exchangeable:
+    """A callable that calls another one, ``compiled``, which may be exchanged."""
+
+    compiled: Callable[..., Any]
+
+
+def callee(owner: nn.Module) -> Callable[..., Any]:
+    """What is called when the user calls a compiled module."""
+    if isinstance(owner, OptimizedModule):
+        return owner.forward
+    held = owner._compiled_call_impl
+    assert held is not None
+    return held.compiled if isinstance(held, Exchangeable) else held
+
+
+def compiled_call() -> tuple[nn.Module, tuple, dict] | None:
+    """The compiled module whose call is running now, and its arguments; None where a function was compiled instead."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_qualname.startswith(eval_frame._TorchDynamoContext.__name__ + "."):
+        frame = frame.f_back
+    if frame is None:
+        return None
+    args, kwargs = frame.f_locals.get("args"), frame.f_locals.get("kwargs")
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        return None
+    frame = frame.f_back
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, OptimizedModule) or (
+            isinstance(owner, nn.Module) and owner._compiled_call_impl is not None
+        ):
+            return owner, args, kwargs
+        frame = frame.f_back
+    return None
