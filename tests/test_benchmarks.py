@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import ras_compile
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))  # its scripts import each other as scripts do
 
@@ -41,6 +43,10 @@ def test_rows_of_one_run(tmp_path):
         assert 0 < quarter["flop_ratio"] < half["flop_ratio"] < 1
         assert by_key["fewer-steps", 0.5, context]["steps"] <= 14
     assert by_key["ras", 0.5, "frozen"]["flop_ratio"] < by_key["ras", 0.5, "fresh"]["flop_ratio"]
+    work = sizes.build("sd3-medium", "tiny", torch.device("cpu"), torch.float32)
+    explained = ras_compile.explain(work.transformer, options={"reset_steps": (12,)}, **work.inputs)
+    predicted = 1 / explained.speedup(0.5, 14)
+    assert by_key["ras", 0.5, "fresh"]["flop_ratio"] == pytest.approx(predicted, rel=1e-4)
 
 
 def test_28_steps_have_6_dense_ones():
@@ -151,6 +157,28 @@ def test_waiting_calls_are_counted_in_the_steady_state_only(monkeypatch):
         sizes.sample(work, work.transformer, work.scheduler(), 5, mark)
 
     assert measure.synchronising(sample, 3, 5) == {"aten::scaled_dot_product_attention": 2 * 2}
+
+
+def test_what_is_looked_at_apart(tmp_path):
+    """The runs that a device is needed for to make sense, without one."""
+    args = [
+        "--model",
+        "wan-1.3b",
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--inner-backend",
+        "eager",
+        "--out",
+        str(tmp_path),
+    ]
+    made = run.Bench(run.arguments(args))
+    assert made.null_ms > 0
+    setup = ways.set_up(made.work, ways.Way("compile"), "eager", {})
+    assert len(made.host(setup)) == 2 * made.few == 16
+    counted = made._counted(setup, 4)
+    assert counted == 2 * made._counted(setup, 2) > 0 and setup.compiled is not None
 
 
 def test_null_backend_computes_once():

@@ -12,7 +12,6 @@ x_compiled is the ratio of these neighbours: a device that slows down slows down
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import math
@@ -37,7 +36,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import METHODS, NotAvailable, Setup, Way, set_up, ways_of
 
 import ras_compile
-from ras_compile.passes.cost import Cost
 
 __all__ = ["main"]
 
@@ -128,7 +126,6 @@ class Bench:
         self.seconds: dict[Way, float] = {}  # medians of the rows so far
         self.dense: Setup | None = None  # compiled dense sampling, once its row has been measured
         self.few = min(self.work.steps, WARMUP + 4)  # steps that reach every program
-        self._costs: dict[str, Cost | None] = {}
         self._adaptive: dict[str | None, tuple[Setup, Memory]] = {}
 
     def run(self, setup: Setup, steps: int | None = None, mark: Any = None, denoise: Any = None) -> Any:
@@ -149,14 +146,10 @@ class Bench:
         self.run(setup, steps, marks)
         return marks.milliseconds()
 
-    def cost(self, context: str) -> Cost | None:
-        """What `explain` says the model's steps cost; None where it is not supported."""
-        if context not in self._costs:
-            with contextlib.suppress(ras_compile.ConfigError):
-                options = dict(context=context, inner_backend=self.args.inner_backend)
-                explained = ras_compile.explain(self.work.transformer, options=options, **self.work.inputs)
-                self._costs[context] = explained.cost
-        return self._costs.get(context)
+    @cached_property
+    def dense_flops(self) -> int | None:
+        """FLOPs of a dense step, counted in an eager one; None on a CPU, where the counter misses attention."""
+        return self._counted(Setup(self.work.scheduler()), 2) // 2 if self.device.type == "cuda" else None
 
     @cached_property
     def null_ms(self) -> float:
@@ -268,29 +261,27 @@ class Bench:
             seconds=seconds, runs=totals, step_ms=steps, kinds=None if setup.exclusive else "".join(name[0] for name in names),
             x_compiled=dense / seconds if dense else None, x_eager=eager / seconds if eager else None,
         )  # fmt: skip
-        cost = self.cost(way.context or "fresh")
-        if cost is None:
-            return
-        if setup.exclusive:
-            whole = cost.dense_flops * work.branches * work.steps
-            row["flop_ratio"] = self._counted(setup) / whole if self.device.type == "cuda" else None
-            return
-        shares = [cost.flop_ratio(kinds[index][1]) if names[index] == "sparse" else 1.0 for index in range(work.steps)]
-        ratio = statistics.fmean(shares)
-        flops = cost.dense_flops * work.branches * work.steps * ratio
-        row |= dict(
-            flop_ratio=ratio, dense_tflop=cost.dense_flops * work.branches / 1e12,
-            floor_share=flops / (FLOOR_TFLOPS * 1e12) / seconds,
-        )  # fmt: skip
+        ratio: float | None = 1.0
+        flops = self.dense_flops
         if way.method == "ras":
+            cost = setup.cost()
+            flops = cost.dense_flops * work.branches
+            ratio = statistics.fmean(
+                cost.flop_ratio(active) if kind == "sparse" else 1.0 for kind, active in kinds.values()
+            )
             row |= dict(cache_gb=cost.cache_bytes * work.branches / 1e9, resets=list(work.resets), warmup=WARMUP)
+        elif setup.exclusive:
+            ratio = self._counted(setup, work.steps) / (flops * work.steps) if flops else None
+        row |= dict(flop_ratio=ratio, dense_tflop=flops / 1e12 if flops else None)
+        if flops and ratio is not None:
+            row["floor_share"] = flops * work.steps * ratio / (FLOOR_TFLOPS * 1e12) / seconds
 
-    def _counted(self, setup: Setup) -> int:
-        """FLOPs of one run, counted while it runs eagerly (on a CPU the counter misses attention)."""
+    def _counted(self, setup: Setup, steps: int) -> int:
+        """FLOPs of a run, counted while it runs eagerly."""
         compiled, setup.compiled = setup.compiled, None
         try:
             with FlopCounterMode(display=False) as counter:
-                self.run(setup)
+                self.run(setup, steps)
         finally:
             setup.compiled = compiled
         return counter.get_total_flops()

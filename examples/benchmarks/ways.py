@@ -13,6 +13,9 @@ from sizes import WARMUP, Workload
 from torch import nn
 
 import ras_compile
+from ras_compile.clock import owner
+from ras_compile.passes.cost import Cost, cost
+from ras_compile.registry import states_of
 
 __all__ = ["METHODS", "NotAvailable", "Setup", "Way", "set_up", "ways_of"]
 
@@ -55,6 +58,7 @@ class Setup:
         close: takes everything down.
         kinds: the kinds ("dense", "sparse") and active rows of the last run, by step.
         between: called after each run.
+        cost: what the last run's steps cost by the cost model; of RAS only.
         handle: of `ras_compile.attach`.
         pipe: what it is attached to; kept here, since a handle holds it weakly.
         exclusive: the transformer's modules are changed, so that no other way can run until this one is closed.
@@ -66,6 +70,7 @@ class Setup:
     close: Callable[[], None] = lambda: None
     kinds: Callable[[], dict[int, tuple[str, int]]] = dict
     between: Callable[[], None] = lambda: None
+    cost: Callable[[], Cost] | None = None
     handle: Any = None
     pipe: Any = None
     exclusive: bool = False
@@ -144,7 +149,16 @@ def _ras(work: Workload, way: Way, inner_backend: str, options: dict[str, Any]) 
     def kinds() -> dict[int, tuple[str, int]]:
         return {record.step: (record.kind, record.active) for record in ras_compile.trace(handle)}
 
-    return Setup(scheduler, compiled, handle.detach, kinds, handle=handle, pipe=pipe)
+    return Setup(scheduler, compiled, handle.detach, kinds, cost=lambda: _cost(work), handle=handle, pipe=pipe)
+
+
+def _cost(work: Workload) -> Cost:
+    """The price of the plan that ran last; `ras_compile.explain` would make the plan anew, which takes its time."""
+    states = [state for state in states_of(work.transformer.parameters()) if state.records]
+    last = max(states, key=lambda state: state.records[-1].serial)
+    graph, key = owner().runs[last].branches.known[0].graph
+    plan = graph.plans[key]
+    return cost(plan.analysis, plan.sparse)
 
 
 def _cache(work: Workload, config: Any, inner_backend: str) -> Setup:
