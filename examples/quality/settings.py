@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from ras_compile.config import RASConfig
+from ras_compile.selection import SelectionInfo
+
 STEPS = (3, 4, 5, 7, 10, 14, 20, 28)  # of the dense baselines
 REFERENCE_STEPS, EXACT_STEPS = 28, 200
+WARMUP = RASConfig().warmup_steps
+GUIDANCE = 4.0
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,94 @@ def table_a() -> list[Setting]:
     return dense + adaptive + solvers
 
 
+def table_b() -> list[Setting]:
+    """What each part of the method is worth (paper, table 4): every part taken away alone."""
+    rows, whole, shares = [], [], []
+    for steps in (28, 10, 14):
+        for ratio in (0.125, 0.25):
+            default = ras(steps, ratio)
+
+            def without(variant: str, default: Setting = default, **options: Any) -> Setting:
+                return ras(default.steps, default.ratio, variant, default.key, **options)
+
+            rows += [
+                default,
+                without("random tokens", metric="random"),
+                without("no drop count", starvation_scale=0.0, max_absence=10**6),
+            ]
+            if resets(steps):  # a short run has none by default
+                rows.append(without("no error reset", reset_interval=None))
+            sparse = steps - WARMUP
+            rows += [
+                without(f"one reset, {name}", reset_steps=(WARMUP + round(share * sparse),))
+                for name, share in (("early", 0.25), ("middle", 0.5), ("late", 0.75))
+            ]
+            whole.append(without("no K/V cache", kv_cache=False))
+            if steps != 14:
+                shares.append(without("falling ratio", ratio_schedule="linear"))
+    # these compile programs of their own: one more for each mask of keys, four more for each ratio that falls
+    return rows + whole + shares
+
+
+def resets(steps: int) -> list[int]:
+    """Dense steps after the warm-up at default options."""
+    interval = RASConfig().reset_interval or steps
+    return list(range(WARMUP + interval, steps, interval))
+
+
+def table_c() -> list[Setting]:
+    """Why the options are what they are, and other ways to save the same time; 28 steps at 25 % unless it says so."""
+    default = ras(28, 0.25)
+
+    def other(variant: str, **options: Any) -> Setting:
+        return ras(28, 0.25, variant, default.key, **options)
+
+    tried = [
+        *(other(f"focus {focus}", focus=focus) for focus in ("low", 0.5)),
+        other("metric l2norm", metric="l2norm"),
+        other("metric of the guided noise", metric=guided),
+        other("metric of the prompt's branch", metric=prompted),
+        other("one selection for all pictures", metric=shared),
+        *(other(f"starvation scale {scale}", starvation_scale=scale) for scale in (0.0, 0.05, 0.2, 0.5)),
+        *(other(f"reset every {interval} steps", reset_interval=interval) for interval in (4, 6, 12)),
+        other("no error reset", reset_interval=None),
+        *(other(f"{steps} dense steps first", warmup_steps=steps) for steps in (2, 6)),
+    ]
+    faster = [Setting("dense", steps, name) for name in ("euler", "even") for steps in (10, 14, 18, 22)]
+    programs = [other("frozen context", context="frozen"), other("noise goes on linearly", noise_reuse="linear")]
+    return [default, *tried, *faster, *programs]
+
+
+def _spread(noise: Tensor) -> Tensor:
+    """The default metric of noise [..., n, c]: [..., n]."""
+    return noise.float().std(-1, correction=0)
+
+
+def guided(noise: Tensor, info: SelectionInfo) -> Tensor:
+    """The default metric [2 b, n] of the guided noise; `noise` [2 b, n, c] holds uncond, then cond samples."""
+    uncond, cond = noise.float().chunk(2)
+    return _spread(uncond + GUIDANCE * (cond - uncond)).repeat(2, 1)
+
+
+def prompted(noise: Tensor, info: SelectionInfo) -> Tensor:
+    """The default metric [2 b, n] of the cond samples alone."""
+    return _spread(noise.chunk(2)[1]).repeat(2, 1)
+
+
+def shared(noise: Tensor, info: SelectionInfo) -> Tensor:
+    """The default metric [2 b, n], the mean over the batch for each sample: all compute the same tokens."""
+    return _spread(noise).mean(0).expand(len(noise), -1)
+
+
+TABLES = {"a": table_a, "b": table_b, "c": table_c}
+
+
 def settings(table: str) -> list[Setting]:
-    """The settings of table "a".
+    """The settings of table "a", "b" or "c".
 
     Raises:
         ValueError: no such table.
     """
-    tables = {"a": table_a}
-    if table not in tables:
-        raise ValueError(f"table {table!r} is not one of {', '.join(tables)}")
-    return tables[table]()
+    if table not in TABLES:
+        raise ValueError(f"table {table!r} is not one of {', '.join(TABLES)}")
+    return TABLES[table]()
