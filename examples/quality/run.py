@@ -21,7 +21,8 @@ import diffusers
 import measure
 import torch
 from measure import EMOJI, Distances, Facts, Looks, likeness, look, ndcg, summary
-from sampler import Drawn, Sampler
+from others import METHODS, module_flops
+from sampler import Drawn, Sampler, scheduler_of
 from settings import EXACT_STEPS, GUIDANCE, REFERENCE_STEPS, TABLES, Setting, settings
 from torch import Tensor
 from tqdm import tqdm
@@ -157,6 +158,7 @@ class Bench:
         self.dense: Drawn | None = None
         self.exact: Tensor | None = None
         self.ranks: list[dict[str, Any]] = []
+        self.layers: dict[str, int] = {}
 
     def look(self, pictures: Tensor, facts: Facts) -> Looks:
         """What the judge sees."""
@@ -181,12 +183,24 @@ class Bench:
         """The pictures of one setting."""
         count = self.args.n
         if setting.method == "RAS":
-            return self.sampler.adaptive(count, setting.steps, dict(setting.options), setting.sampler, bar.update)
+            return self.sampler.adaptive(count, setting.steps, ras_options(setting), setting.sampler, bar.update)
+        if setting.method in METHODS:
+            return self.other(setting, bar)
         if (setting.steps, setting.sampler) == (REFERENCE_STEPS, "euler"):
             assert self.dense is not None
             bar.update(count)
             return self.dense
         return self.sampler.dense(count, setting.steps, setting.sampler, bar=bar.update)
+
+    def other(self, setting: Setting, bar: tqdm) -> Drawn:
+        """The pictures of a method that skips layers."""
+        plain = self.sampler.plain
+        self.layers = self.layers or module_flops(plain, self.sampler.one_call())
+        model = METHODS[setting.method](plain, self.args.inner_backend, **setting.options)
+        scheduler = scheduler_of(setting.sampler, self.sampler.shift)
+        drawn = self.sampler.draw(model, scheduler, self.args.n, setting.steps, bar=bar.update, around=model.around)
+        drawn.flops = model.flops(setting.steps, self.layers)
+        return drawn
 
     def row(self, setting: Setting, drawn: Drawn) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The row of a setting, and its scores per picture."""
@@ -205,7 +219,7 @@ class Bench:
             "options": {name: value if _json(value) else getattr(value, "__name__", str(value)) for name, value in
                         options.items()},
             "dense_steps": sum(kind == "dense" for kind, _ in drawn.kinds) if drawn.kinds else setting.steps,
-            "flops": self.prices(setting.steps, dict(setting.options), drawn.kinds),
+            "flops": drawn.flops or self.prices(setting.steps, ras_options(setting), drawn.kinds),
             "seconds": drawn.seconds, "decode_seconds": drawn.decode_seconds, "first_batch_seconds": drawn.first,
             "n": len(drawn.pictures), **summary(looks, scored, self.facts, self.distances),
         }, scored  # fmt: skip
@@ -219,6 +233,11 @@ class Bench:
             head = {"key": method, "method": method, "steps": 0, "sample_ratio": 1.0, "flops": 0, "seconds": 0.0}
             rows.append((head | {"n": len(shown)} | summary(looks, looks.scores, facts, self.distances), looks.scores))
         return rows
+
+
+def ras_options(setting: Setting) -> dict[str, Any]:
+    """Options of region-adaptive sampling; none for other methods."""
+    return dict(setting.options) if setting.method == "RAS" else {}
 
 
 def _json(value: Any) -> bool:
@@ -325,7 +344,10 @@ def main(argv: list[str] | None = None) -> None:
             started = time.monotonic()
             try:
                 drawn = bench.draw(setting, bar)
-            except RASError as error:  # an option that this version does not have
+            except Exception as error:
+                # an option that this version does not have, or another library's method that fails on this model
+                if setting.method not in METHODS and not isinstance(error, RASError):
+                    raise
                 bar.write(f"left out, {setting.key}: {error}")
                 bench.sampler.detach()
                 continue

@@ -70,6 +70,7 @@ class Drawn:
         decode_seconds: the same of the decoder.
         first: seconds of the first batch, in which programs may be compiled.
         kinds: per step (kind, active tokens) of the last batch; empty without region-adaptive sampling.
+        flops: per picture, where a method knows better than the steps do.
     """
 
     pictures: Tensor
@@ -77,6 +78,7 @@ class Drawn:
     decode_seconds: float
     first: float
     kinds: list[tuple[str, int]] = field(default_factory=list)
+    flops: float | None = None
 
 
 class Sampler:

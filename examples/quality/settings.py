@@ -22,10 +22,10 @@ class Setting:
     """One row of a table.
 
     Attributes:
-        method: "dense" or "RAS".
+        method: "dense", "RAS", or a name in `others.METHODS`.
         steps: steps of the scheduler.
         sampler: "euler", "even", "unipc" or "dpm++" (`sampler.scheduler_of`).
-        options: of `ras_compile.attach`, where the method is RAS.
+        options: of `ras_compile.attach`, where the method is RAS, or of the other method.
         variant: what is unlike the default, in words.
         default: key of the row that this one is compared with picture by picture, or "".
     """
@@ -123,7 +123,15 @@ def table_c() -> list[Setting]:
     ]
     faster = [Setting("dense", steps, name) for name in ("euler", "even") for steps in (10, 14, 18, 22)]
     programs = [other("frozen context", context="frozen"), other("noise goes on linearly", noise_reuse="linear")]
-    return [default, *tried, *faster, *programs]
+    layers = [
+        Setting(method, 28, options=options, variant=variant, default=default.key)
+        for method, options, variant in (
+            *(("attention reuse", dict(warmup=WARMUP, every=k), f"computed every {k} steps") for k in (2, 4, 8)),
+            *(("TaylorSeer", dict(interval=k, order=1), f"computed every {k} steps") for k in (2, 3, 5)),
+            *(("FirstBlockCache", dict(threshold=t), f"threshold {t}") for t in (0.1, 0.2, 0.4)),
+        )
+    ]
+    return [default, *tried, *faster, *programs, *layers]
 
 
 def _spread(noise: Tensor) -> Tensor:
