@@ -154,7 +154,10 @@ def _blocks(transformer: nn.Module) -> list[str]:
 
 
 def _attention(transformer: nn.Module, compiler: str, warmup: int, every: int) -> Other:
-    return AttentionReuse(transformer, compiler, lambda step: step < warmup or (step - warmup) % every == 0)
+    def computed(step: int) -> bool:  # as warm-up and error resets of region-adaptive sampling
+        return step < warmup or (step > warmup and (step - warmup) % every == 0)
+
+    return AttentionReuse(transformer, compiler, computed)
 
 
 def _first_block(transformer: nn.Module, compiler: str, threshold: float) -> Other:
