@@ -328,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{results.file} has every setting")
         return
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # past it, models would run uncompiled without a word
     bench = Bench(args)
     with tqdm(total=len(todo) * args.n, unit="picture", smoothing=0) as bar:
         bench.references(bar)
