@@ -193,10 +193,12 @@ def test_null_backend_computes_once():
 
 
 def test_tables_name_every_row(tmp_path):
-    ras = rows.new_row("m", "ras", 0.125, "frozen", steps=28, seconds=0.5, x_compiled=2.0, cold_s=9.0, warm_s=3.0)
+    ras = rows.new_row(
+        "m", "ras", 0.125, "frozen", steps=28, seconds=0.5, x_compiled=2.0, cold_s=9.0, warm_s=3.0, syncs={"c": 2}
+    )
     out = rows.new_row("m", "ras", 0.25, "fresh", reason="no memory")
     text = table.tables(content_of(ras, out, driver=1, triton=3, diffusers=0, dtype="bf16", floor_tflops=780))
-    assert "| **RAS 0.125**, frozen text | 28 | 0.500 | 2.00x |" in text and "| 9 / 3 |" in text
+    assert "| **RAS 0.125**, frozen text | 28 | 0.500 | 2.00x |" in text and "| 9 / 3 |  | 2 |" in text
     assert "Not measured: **RAS 0.25** (no memory)." in text
 
 

@@ -27,9 +27,10 @@ NAMES = {
     "magcache": "MagCache (diffusers)",
     "cache-dit": "cache-dit",
 }
+THRESHOLDS = ("first-block-cache", "cache-dit")
 HEADER = (
     "sampling", "steps", "seconds", "vs compiled", "vs eager", "FLOPs", "dense ms", "sparse ms", "of the floor", "GB",
-    "cold / warm start s", "host ms",
+    "cold / warm start s", "host ms", "waits",
 )  # fmt: skip
 
 
@@ -50,8 +51,12 @@ def tables(content: dict) -> str:
         f"{meta['gpu'] or 'CPU'}, driver {meta['driver']}, torch {meta['torch']}, Triton {meta['triton']}, diffusers "
         f"{meta['diffusers']}, {meta['dtype']}, random weights, {meta['commands'][-1]['date']}. *of the floor*: the time "
         f"that the run's FLOPs take at {meta['floor_tflops']} TFLOP/s over its seconds. *host ms*: host time that a "
-        "call adds to Dynamo's own."
+        "call adds to Dynamo's own. *waits*: calls in three steps that wait for the device."
     )
+    if any(row["method"] in THRESHOLDS and row["seconds"] is not None for row in content["rows"]):
+        where += (
+            " FirstBlockCache and cache-dit skip by a threshold on values, which random weights meet in their own way."
+        )
     return "\n\n".join([where, *parts, f"```sh\n{commands}\n```"]) + "\n"
 
 
@@ -79,7 +84,7 @@ def _cells(row: dict) -> list[str]:
         _name(row), str(row["steps"]), figure("seconds", "{:.3f}"), figure("x_compiled", "{:.2f}x"),
         figure("x_eager", "{:.2f}x"), figure("flop_ratio", "{:.3f}"), figure("dense_ms", "{:.1f}"),
         figure("sparse_ms", "{:.1f}"), figure("floor_share", "{:.0%}"), figure("peak_gb", "{:.1f}"), starts,
-        figure("host_ms", "{:.2f}"),
+        figure("host_ms", "{:.2f}"), "" if row.get("syncs") is None else str(sum(row["syncs"].values())),
     ]  # fmt: skip
 
 
