@@ -4,6 +4,7 @@ from ras_compile.attach import attach
 from ras_compile.config import ConfigError, RASConfig
 from ras_compile.explain import Explanation, explain
 from ras_compile.generation import generation
+from ras_compile.memory import release
 from ras_compile.notices import RASWarning
 from ras_compile.passes.errors import RASError, SpecViolation, UnsupportedGraph
 from ras_compile.trace import trace
@@ -19,5 +20,6 @@ __all__ = [
     "attach",
     "explain",
     "generation",
+    "release",
     "trace",
 ]

@@ -111,7 +111,7 @@ class CompiledGraph:
         return run_step(
             plan,
             given,
-            graph=(self, key),
+            graph=plan.identity,
             latent=values[plan.latent],
             context=tuple(values[index] for index in self.users if index not in (plan.latent, time)),
             timestep=None if time is None else values[time],

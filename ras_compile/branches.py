@@ -110,6 +110,12 @@ class _Position:
             self.print = prints[at]
 
 
+class Slots(dict):
+    """What a plan keeps for one branch. Can be referred to weakly, so that whoever drops the plan finds it."""
+
+    __slots__ = ("__weakref__",)
+
+
 @dataclass(eq=False)
 class Branch:
     """One guidance branch of one graph: `slots` holds the backend's caches of it.
@@ -128,7 +134,7 @@ class Branch:
     positions: list[_Position]
     order: int
     last_step: int | None = None
-    slots: dict = field(default_factory=dict)
+    slots: dict = field(default_factory=Slots)
     spare: dict | None = None
 
 

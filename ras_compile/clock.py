@@ -18,7 +18,26 @@ import torch
 
 from ras_compile.config import ConfigError, RASConfig
 
-__all__ = ["AttachedCall", "Follower", "Generation", "Home", "Tick", "attached_call", "generation", "owner", "present"]
+__all__ = [
+    "AttachedCall",
+    "Follower",
+    "Generation",
+    "Home",
+    "Tick",
+    "attached_call",
+    "generation",
+    "homes",
+    "owner",
+    "present",
+]
+
+
+_homes: weakref.WeakSet[Home] = weakref.WeakSet()
+
+
+def homes() -> list[Home]:
+    """Every home there is, those of other threads included."""
+    return list(_homes)
 
 
 class Home:
@@ -26,6 +45,9 @@ class Home:
 
     def __init__(self) -> None:
         self.runs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        # caches of finished runs, by transformer and plan
+        self.spare: weakref.WeakKeyDictionary[Any, dict[Hashable, list[dict]]] = weakref.WeakKeyDictionary()
+        _homes.add(self)
 
 
 class Generation(Home):
@@ -116,7 +138,6 @@ class _Owner(Home):
     def __init__(self, who: tuple[Any, ...]) -> None:
         super().__init__()
         self.who = tuple(weakref.ref(part) for part in who)
-        self.spare: weakref.WeakKeyDictionary[Any, dict[Hashable, list[dict]]] = weakref.WeakKeyDictionary()
         self.last_output: tuple[weakref.ref, weakref.ref] | None = None
 
 

@@ -57,6 +57,8 @@ class RASConfig:
         inner_backend: "inductor", "eager" or "aot_eager", or any other backend's name.
         inner_options: options of the inner backend; the key "mode" holds torch.compile's mode, if one was given.
         cuda_graphs: capture the programs as CUDA graphs where there is CUDA.
+        cache_budget: bytes of caches that all compiled models may keep for their next generations; beyond, those used
+            longest ago go. None: a quarter of the device's memory.
         unsupported: "dense": warn and run dense; "error": refuse.
         latent: name of the forward argument that is the latent, where inference cannot tell.
         timestep: name of the forward argument that is the timestep, where inference cannot tell.
@@ -82,6 +84,7 @@ class RASConfig:
     inner_backend: str = "inductor"
     inner_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     cuda_graphs: bool = True
+    cache_budget: int | None = None
     unsupported: str = "dense"
     latent: str | None = None
     timestep: str | None = None
@@ -92,6 +95,8 @@ class RASConfig:
         put(self, "starvation_scale", _number(self, "starvation_scale", low=0.0))
         _integer(self, "warmup_steps", low=1)
         _integer(self, "max_absence", low=1)
+        if self.cache_budget is not None:
+            _integer(self, "cache_budget", low=0)
         if self.reset_interval is not None:
             _integer(self, "reset_interval", low=1)
         put(self, "reset_steps", _steps(self.reset_steps))

@@ -142,6 +142,18 @@ class ProgramGraphs:
         self._lock = threading.Lock()
         self._refused: set[int | str] = set()
 
+    @property
+    def slots(self) -> int:
+        """How many slots there are, in use or not."""
+        return self._made
+
+    def release(self) -> None:
+        """Drops the slots that no branch holds, with their graphs and memory."""
+        with self._lock, suppress(IndexError):
+            while True:
+                self._free.pop()
+                self._made -= 1
+
     @classmethod
     def of(cls, graph: fx.Graph, tensors: Sequence[Tensor], weights: Sequence[bool]) -> ProgramGraphs | None:
         """The graphs of a plan made from ``graph``; None (and one warning, on CUDA) where it must not be captured."""

@@ -16,6 +16,7 @@ from .config import ConfigError, RASConfig
 from .cudagraphs import ProgramGraphs
 from .inner import Compiled, compile_inner
 from .inputs import GraphInput, latent_candidates
+from .memory import Keeper, default_budget
 from .notices import warn_once
 from .numbers import capture_numbers
 from .passes.cost import cost
@@ -137,6 +138,7 @@ class Plan:
         self._graphs = self._program_graphs(values) if config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
         self._lock = threading.RLock()
+        self.identity = object()  # what a branch remembers the plan by, without keeping it alive
         try:
             self._prove()
         except UnsupportedGraph as error:
@@ -147,6 +149,11 @@ class Plan:
             )
             self.sparse = plan(self.analysis)
             self._prove()
+        caches = [value.node.meta["val"] for value in self.sparse.splices]
+        caches += [node.meta["val"] for node in self.sparse.frozen]
+        size = sum(cache.numel() * cache.element_size() for cache in caches)
+        budget = default_budget(values[self.latent].device) if config.cache_budget is None else config.cache_budget
+        self.kept = Keeper(self, size, budget)
 
     def _prove(self) -> None:
         """Builds and checks both programs once, so that what cannot be built is known before the first step.
@@ -190,6 +197,7 @@ class Plan:
             slots: what this branch keeps.
             spare: what a finished generation kept; its memory may be taken over.
         """
+        self.kept.use(slots)
         results = list(self._run("dense", values, [], slots, spare))
         count = len(self.analysis.output_nodes)
         outputs, left = results[:count], iter(results[count:])
@@ -217,6 +225,16 @@ class Plan:
         inputs = [*self._tensors(values), *state]
         program = self._program(active, inputs)
         return program(*inputs) if self._graphs is None else self._graphs.run(active, program, inputs, slots, spare)
+
+    @property
+    def graph_slots(self) -> int:
+        """How many branches' worth of static caches the CUDA graphs hold."""
+        return 0 if self._graphs is None else self._graphs.slots
+
+    def release_graphs(self) -> None:
+        """Drops the CUDA graphs that no running generation holds."""
+        if self._graphs is not None:
+            self._graphs.release()
 
     def _program_graphs(self, values: Sequence[Any]) -> ProgramGraphs | None:
         given = [given.weight for given, value in zip(self.inputs, values, strict=True) if isinstance(value, Tensor)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
+from ras_compile.memory import modules_of
 from ras_compile.records import Record
 from ras_compile.registry import states_of
 
@@ -22,14 +21,8 @@ def trace(compiled: Any) -> list[Record]:
     Raises:
         TypeError: `compiled` is none of these.
     """
-    modules = compiled.transformers if hasattr(compiled, "transformers") else [compiled]
     records: list[Record] = []
-    for module in modules:
-        module = getattr(module, "_orig_mod", module)
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"trace() takes a compiled transformer or a handle of attach(), not {type(module).__name__}."
-            )
+    for module in modules_of(compiled):
         found = [state.records for state in states_of([*module.parameters(), *module.buffers()]) if state.records]
         found.sort(key=lambda told: told[-1].serial)
         records += found[-1] if found else []

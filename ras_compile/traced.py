@@ -241,7 +241,7 @@ class TracedModel:
         outputs = run_step(
             plan,
             values,
-            graph=(self, key, id(entry)),
+            graph=plan.identity,
             latent=values[plan.latent],
             context=tuple(v for index, v in enumerate(leaves) if index not in (plan.latent, time)),
             timestep=None if time is None else values[time],

@@ -1,0 +1,137 @@
+"""What generations keep for the next one goes with the compiled model, on request, and beyond the budget."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from test_backend import EAGER, LATENT, TEXT, kinds, model, run
+
+import ras_compile
+from ras_compile import memory
+
+WIDE = torch.randn(2, 4, 8, 16)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    ras_compile.notices._said.clear()
+    torch.manual_seed(0)
+    gc.collect()
+
+
+def compiled_model(**options):
+    plain = model()
+    return plain, torch.compile(plain, backend="ras", options={**EAGER, **options})
+
+
+def kept() -> list[weakref.ref]:
+    """The cache tensors that are kept at present."""
+    gc.collect()
+    slots = [ref() for keeper in list(memory._keepers) for ref in list(keeper._kept.values())]
+    return [weakref.ref(cache) for found in slots if found for cache in found["caches"]]
+
+
+def alive(refs) -> int:
+    gc.collect()
+    return sum(ref() is not None for ref in refs)
+
+
+def test_caches_stay_for_the_next_generation():
+    _, compiled = compiled_model()
+    run(compiled, LATENT, TEXT)
+    assert alive(kept()) == 5 and sum(keeper.bytes for keeper in memory._keepers) > 0
+    run(compiled, LATENT, TEXT)
+    assert alive(kept()) == 5
+
+
+def test_they_go_with_the_compiled_model():
+    """Though the weights live on."""
+    plain, compiled = compiled_model()
+    run(compiled, LATENT, TEXT)
+    refs = kept()
+    assert refs
+    del compiled
+    torch._dynamo.reset()
+    assert alive(refs) == 0
+    assert next(plain.parameters()) is not None
+
+
+def test_release():
+    plain, compiled = compiled_model()
+    wanted = run(compiled, LATENT, TEXT)
+    refs = kept()
+    ras_compile.release(compiled)
+    assert refs and alive(refs) == 0 and not kept()
+    assert ras_compile.trace(compiled) == []
+    assert torch.equal(run(compiled, LATENT, TEXT), wanted) and kinds(compiled) == "ddssss"
+
+
+def test_release_in_the_middle_begins_anew():
+    _, compiled = compiled_model()
+    wanted = run(compiled, LATENT, TEXT)
+    run(compiled, LATENT, TEXT, steps=3)
+    ras_compile.release(compiled)
+    assert torch.equal(run(compiled, LATENT, TEXT), wanted) and kinds(compiled) == "ddssss"
+
+
+def test_release_leaves_other_models_alone():
+    _, first = compiled_model()
+    second = torch.compile(type(model())(width=24).eval(), backend="ras", options=EAGER)
+    run(first, LATENT, TEXT)
+    refs = kept()
+    run(second, LATENT, TEXT)
+    ras_compile.release(second)
+    assert alive(refs) == len(refs) > 0
+    with pytest.raises(TypeError, match="compiled transformer or a handle"):
+        ras_compile.release(object())
+
+
+def test_beyond_the_budget_the_least_recently_used_goes():
+    _, compiled = compiled_model(cache_budget=0)
+    run(compiled, LATENT, TEXT)
+    small = kept()
+    run(compiled, WIDE, TEXT)
+    assert small and alive(small) == 0 and kept()
+
+
+def test_within_the_budget_all_stay():
+    _, compiled = compiled_model(cache_budget=2**30)
+    run(compiled, LATENT, TEXT)
+    small = kept()
+    run(compiled, WIDE, TEXT)
+    assert alive(small) == len(small) < len(kept())
+
+
+def test_what_runs_is_never_taken():
+    """Two resolutions in turns, one step of each, without a byte to spare."""
+    _, compiled = compiled_model(cache_budget=0)
+    wanted = [run(compiled, latent, TEXT) for latent in (LATENT, WIDE)]
+    latents, steps = [LATENT, WIDE], 6
+    turn, results = [threading.Semaphore(1), threading.Semaphore(0)], [None, None]
+
+    def loop(who: int) -> None:
+        latent = latents[who]
+        with torch.no_grad():
+            for step in range(steps):
+                turn[who].acquire()
+                time = torch.full((2,), 1 - step / steps)
+                latent = latent - compiled(latent, time, TEXT) / steps
+                turn[1 - who].release()
+        results[who] = latent
+
+    threads = [threading.Thread(target=loop, args=(who,)) for who in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found, right) for found, right in zip(results, wanted, strict=True))
+
+
+def test_a_bad_budget():
+    with pytest.raises(ras_compile.ConfigError, match="cache_budget"):
+        ras_compile.RASConfig(cache_budget=-1)
