@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -59,13 +59,16 @@ def ras(steps: int, ratio: float, variant: str = "default", default: str = "", *
 def table_a() -> list[Setting]:
     """Quality against cost: fewer steps, better solvers, and region-adaptive sampling (paper, table 2)."""
     dense = [Setting("dense", steps) for steps in reversed(STEPS)]
-    solvers = [Setting("dense", steps, name) for name in ("even", "unipc", "dpm++") for steps in STEPS if steps <= 14]
+    even = [Setting("dense", steps, "even") for steps in STEPS if steps <= 14]
+    solvers = [Setting("dense", steps, name) for name in ("unipc", "dpm++") for steps in STEPS if steps <= 14]
     adaptive = []
-    for ratio in (0.5, 0.25, 0.125, 0.75):
+    for ratio in (0.25, 0.5, 0.125, 0.75):
         adaptive += [ras(steps, ratio) for steps in (28, 20, 14, 10, 7)]
         # four dense steps are most of so short a run
         adaptive += [ras(steps, ratio, "2 dense steps first", warmup_steps=2) for steps in (10, 7)]
-    return dense + adaptive + solvers
+        if ratio in (0.25, 0.5):
+            adaptive += [replace(ras(steps, ratio), sampler="even") for steps in (14, 10)]
+    return dense + even + adaptive + solvers
 
 
 def table_b() -> list[Setting]:
