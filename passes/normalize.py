@@ -2,22 +2,82 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from .registry import Call
+from . import rules  # noqa: F401  (fills the registry)
+from .registry import RULES, Call, operands
+from .rules.pointwise import is_pointwise
 
 aten = torch.ops.aten
 
 
 def normalize(graph: fx.Graph) -> None:
-    """Drops assertions and dead code, and spells causal attention as a mask (the queries will not be all there)."""
+    """Drops assertions and dead code, spells out ops that have no rule, and causal attention as a mask.
+
+    (In the sparse world the queries are not all there.)
+    """
+    spelled = True
+    while spelled:  # what an op is spelled with may have no rule, either
+        spelled = sum(spell_out(graph, node) for node in list(graph.nodes) if node.op == "call_function") > 0
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (aten._assert_tensor_metadata.default, aten._assert_async.msg):
             graph.erase_node(node)
         elif node.target is aten.scaled_dot_product_attention.default:
             spell_causal_mask(graph, node)
     graph.eliminate_dead_code()
+
+
+def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
+    """An op that has no rule, and that PyTorch itself puts together from others: those others take its place.
+
+    `tensordot(x, w)  ->  reshape, mm, reshape`
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target in RULES or is_pointwise(target):
+        return False
+    if not target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        return False
+    given = operands(node)
+    if not given or not all(isinstance(operand.meta.get("val"), torch.Tensor) for operand in given):
+        return False
+
+    def run(*values: torch.Tensor) -> Any:
+        left = iter(values)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: next(left))
+        return target(*args, **kwargs)
+
+    with torch.no_grad(), given[0].meta["val"].fake_mode:
+        parts = make_fx(run)(*(operand.meta["val"] for operand in given)).graph
+    calls = [part for part in parts.nodes if part.op == "call_function"]
+    if any(part.op == "get_attr" for part in parts.nodes) or any(
+        not isinstance(part.target, torch._ops.OpOverload) or part.target is target or part.target._schema.is_mutable
+        for part in calls
+        if part.target is not operator.getitem
+    ):
+        return False
+    env = dict(zip(parts.find_nodes(op="placeholder"), given, strict=True))
+    with graph.inserting_before(node):
+        for part in calls:
+            new = env[part] = graph.node_copy(part, lambda operand: env[operand])
+            for key in ("stack_trace", "nn_module_stack"):
+                if key in node.meta:
+                    new.meta[key] = node.meta[key]
+    (result,) = next(iter(reversed(parts.nodes))).args
+    if isinstance(result, (tuple, list)):
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                return False
+            user.replace_all_uses_with(env[result[user.args[1]]])  # type: ignore[index]
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(env[result])  # type: ignore[index]
+    graph.erase_node(node)
+    return True
 
 
 def spell_causal_mask(graph: fx.Graph, node: fx.Node) -> None:

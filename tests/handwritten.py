@@ -1303,3 +1303,147 @@ class FreshRegisters(DiT):
         both[:, 2:] = x
         both[:, :2] = both.new_full((2, c), 0.5)
         return super().run(both, emb, text, grid)[:, 2:] + x.new_ones(n, 1)
+
+
+# What else is around
+
+
+@variant("norms of queries and keys over all heads")
+class NormOverHeads(Block):
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k = F.rms_norm(q, (WIDTH,)), F.normalize(k, dim=-1) * 4
+        weights = torch.tanh(heads(q) @ heads(k).mT / 5) * 5
+        return merge(weights.softmax(-1) @ heads(v))
+
+
+@variant("linear attention with decays", ratio=0.6)
+class Decayed(Block):
+    """Gated linear attention in one piece: what a token keeps of those before it is a product of their gates."""
+
+    def mix(self, q, k, v):
+        decay = F.logsigmoid(k.mean(-1)).cumsum(-1)  # b h n
+        gap = decay[..., :, None] - decay[..., None, :]
+        before = torch.ones(gap.shape[-2:], dtype=torch.bool).tril()
+        return (q @ k.mT * gap.masked_fill(~before, -torch.inf).exp()) @ v * 0.1
+
+
+@variant("a convolution along the sequence in the MLP", ratio=0.6)
+class Convolved(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.along = nn.Conv1d(4 * WIDTH, 4 * WIDTH, 3, padding=1, groups=WIDTH)
+
+    def mlp(self, x, grid):
+        return self.down(F.silu(self.along(self.up(x).mT).mT))
+
+
+@variant("attention among every other token", tokens=6)
+class Downsampled(Block):
+    """`b (h 2) (w 2) c -> (b 2 2) (h w) c`: four coarser pictures, as in U-DiT."""
+
+    def attend(self, x, grid):
+        (b, _, c), (height, width) = x.shape, grid
+        y = x.reshape(b, height // 2, 2, width // 2, 2, c).permute(0, 2, 4, 1, 3, 5).reshape(b * 4, -1, c)
+        y = super().attend(y, grid)
+        return y.reshape(b, 2, 2, height // 2, width // 2, c).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+@variant("channels that look in four directions", ratio=0.6)
+class FourDirections(Block):
+    """Quarters of the channels come from the neighbour above, below, left and right, as in vision RWKV."""
+
+    def mlp(self, x, grid):
+        picture = x.unflatten(1, grid)  # b h w c
+        up, down, left, right = picture.chunk(4, -1)
+        up, down = F.pad(up, (0, 0, 0, 0, 1, -1)), F.pad(down, (0, 0, 0, 0, -1, 1))
+        left, right = F.pad(left, (0, 0, 1, -1)), F.pad(right, (0, 0, -1, 1))
+        return super().mlp(x + torch.cat([up, down, left, right], -1).flatten(1, 2), grid)
+
+
+@variant("a convolution round the panorama", ratio=0.6)
+class Panorama(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.around = nn.Conv2d(4 * WIDTH, 4 * WIDTH, 3, groups=4 * WIDTH)
+
+    def mlp(self, x, grid):
+        y = self.up(x).mT.unflatten(2, grid)
+        y = F.pad(F.pad(y, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
+        return self.down(F.gelu(self.around(y)).flatten(2).mT)
+
+
+@variant("a loop over the samples")
+class Loop(Block):
+    """Every sample has a temperature of its own; those of one batch share their active rows."""
+
+    def mix(self, q, k, v):
+        found = []
+        for sample, (one, key, value) in enumerate(zip(q, k, v, strict=True)):
+            found.append(F.scaled_dot_product_attention(one * (1 + sample), key, value))
+        return torch.stack(found)
+
+
+@variant("keys of the first sample for all")
+class SharedKeys(Block):
+    """Pictures of one look: each attends to itself and to the first of the batch."""
+
+    def mix(self, q, k, v):
+        both = [torch.cat([part, part[:1].expand_as(part)], 2) for part in (k, v)]
+        return F.scaled_dot_product_attention(q, *both)
+
+
+@variant("merged tokens by likeness", ratio=0.9)
+class Merged(Block):
+    """Each odd token is averaged into the even one that it is most like, for the MLP; which ones, the values say."""
+
+    def mlp(self, x, grid):
+        even, odd = x[:, ::2], x[:, 1::2]
+        best = (odd @ even.mT).argmax(-1, keepdim=True).expand_as(odd)
+        merged = super().mlp(even.scatter_reduce(1, best, odd, "mean"), grid)
+        return torch.stack([merged, merged.gather(1, best)], 2).flatten(1, 2)
+
+
+@variant("experts that pick their tokens in a loop", refused="value that depends on the latent's values.*in mlp")
+class ExpertLoop(Block):
+    """How many tokens an expert gets hangs on the latent: no graph of fixed sizes is right for the next step."""
+
+    def mlp(self, x, grid):
+        flat, out = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
+        choice = self.up(flat)[:, :2].argmax(-1)
+        for expert in range(2):
+            place = torch.where(choice == expert)[0]
+            out.index_add_(0, place, super().mlp(flat[place] * (1 + expert), grid))
+        return out.view_as(x)
+
+
+@model("long skips over the blocks", depth=3)
+class LongSkips(DiT):
+    def __init__(self, **config) -> None:
+        super().__init__(**config)
+        self.join = nn.Linear(2 * WIDTH, WIDTH)
+
+    def run(self, x, emb, text, grid):
+        first = self.blocks[0](x, emb, text, grid)
+        middle = self.blocks[1](first, emb, text, grid)
+        return self.blocks[2](self.join(torch.cat([middle, first], -1)), emb, text, grid)
+
+
+@model("coordinates among the channels")
+class Coordinates(DiT):
+    def patchify(self, latent):
+        b, _, height, width = latent.shape
+        rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        extra = torch.stack([rows, columns, rows * columns, rows**2]).to(latent).expand(b, -1, -1, -1)
+        return super().patchify(torch.cat([latent[:, :2], (latent[:, 2:] + extra[:, :2]) * extra[:, 2:]], 1))
+
+
+@model("another picture to look at", text=(2, 4, 8, 8), ratio=0.6)
+class LooksAt(DiT):
+    """The text is a picture of another size: its patches go through the same embedding, in front of the tokens."""
+
+    def forward(self, latent, timestep, text=None):
+        shown, _ = self.patchify(text)
+        x, grid = self.patchify(latent)
+        x = self.run(torch.cat([shown, x], 1), self.condition(timestep), None, grid)
+        return self.unpatchify(x[:, shown.shape[1] :], grid)

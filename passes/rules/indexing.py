@@ -83,7 +83,7 @@ def roll(call: Call) -> Step:
 
 
 @rule_for(aten.index_put.default, aten.scatter.src, aten.scatter_add.default, aten.index_add.default)
-@rule_for(aten.index_copy.default, aten.masked_scatter.default)
+@rule_for(aten.index_copy.default, aten.masked_scatter.default, aten.scatter_reduce.two, aten.index_fill.int_Scalar)
 def scatter(call: Call) -> Step:
     """Writes to computed places: mixes whatever it touches; entry t of the result is still about entry t of the base."""
     base = call.layout(call.args["self"])

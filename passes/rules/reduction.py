@@ -30,23 +30,26 @@ def carries(call: Call, layout: Layout, dims: Sequence[int]) -> bool:
     aten.max.dim, aten.min.dim, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
     aten.var_mean.correction, aten.prod.dim_int, aten.logsumexp.default, aten.linalg_vector_norm.default,
     aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.norm.ScalarOpt_dim,
+    aten.median.dim, aten.var_mean.dim, aten.count_nonzero.default, aten.aminmax.default,
 )  # fmt: skip
 def reduction(call: Call) -> Step:
     """`a b -> a`"""
     layout = only_layout(call, "self" if "self" in call.args else "input")
     gone = reduced_dims(call, len(layout.dims))
+    value = call.node.meta["val"]
+    count = len(value) if isinstance(value, (tuple, list)) else None
     if carries(call, layout, gone):
-        return call.whole()
+        return call.whole(None if count is None else (None,) * count)
     keep = call.args.get("keepdim", False)
     dims = [() if index in gone else dim for index, dim in enumerate(layout.dims) if keep or index not in gone]
     out = Layout(tuple(dims), layout.raw)
-    value = call.node.meta["val"]
-    return Step((out,) * len(value) if isinstance(value, (tuple, list)) else out, call.uses())
+    return Step(out if count is None else (out,) * count, call.uses())
 
 
 @rule_for(
-    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default
-)
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default,
+    aten.cumprod.default, aten.logcumsumexp.default,
+)  # fmt: skip
 def along_dim(call: Call) -> Step:
     """`a b -> a b`: every entry depends on all entries along ``dim``."""
     layout = only_layout(call)

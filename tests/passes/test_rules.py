@@ -666,6 +666,12 @@ def indexing() -> list[Row]:
         Row(aten.conj.default, lambda s: s(s.also(aten.view_as_complex.default, s.pairs))),
         Row(aten.resolve_conj.default, lambda s: s(s.also(aten.view_as_complex.default, s.pairs))),
         Row(aten.complex.default, lambda s: s(s.tokens, s.given(n, c))),
+        Row(aten.polar.default, lambda s: s(s.also(aten.abs.default, s.tokens), s.given(n, c))),
+        Row(aten.log_sigmoid.default, lambda s: s(s.tokens)),
+        Row(aten.hardswish.default, lambda s: s(s.tokens)),
+        Row(aten.floor_divide.default, lambda s: s(s.tokens, s.given(n, 1))),
+        *[Row(target, lambda s: s(s.also(aten.gt.Scalar, s.tokens, 0), s.mask(s.batch, n, 1)))
+          for target in (aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor)],
         Row(aten.new_zeros.default, lambda s: s(s.tokens, [n, 1]), "apart"),
         Row(aten.new_ones.default, lambda s: s(s.tokens, [s.batch, n]), "apart"),
         Row(aten.new_full.default, lambda s: s(s.tokens, [n], 2.0), "apart"),
@@ -694,6 +700,8 @@ def indexing() -> list[Row]:
         Row(aten.roll.default, lambda s: s(s.x, [1, 1], [1, 2]), "whole"),
         Row(aten.index_put.default, lambda s: s(s.tokens, [None, s.constant(torch.tensor([1, 4]))], s.given(2, c)), "whole"),
         Row(aten.index_copy.default, lambda s: s(s.tokens, 1, s.constant(torch.tensor([1, 4])), s.given(s.batch, 2, c)), "whole"),
+        Row(aten.scatter_reduce.two, lambda s: s(s.tokens, 1, s.below(n, s.batch, 3, c), s.given(s.batch, 3, c), "amax"), "whole"),
+        Row(aten.index_fill.int_Scalar, lambda s: s(s.tokens, 1, s.constant(torch.tensor([1, 4])), 0.5), "whole"),
         Row(aten.masked_scatter.default, lambda s: s(s.tokens, s.mask(s.batch, n, c), s.given(s.batch, n, c)), "whole"),
         Row(aten.scatter.src, lambda s: s(s.tokens, 2, s.below(c, s.batch, n, 1), s.given(s.batch, n, 1)), "whole"),
         Row(aten.scatter_add.default, lambda s: s(s.tokens, 1, s.below(n, s.batch, 3, c), s.given(s.batch, 3, c)), "whole"),
@@ -706,11 +714,12 @@ def reduction() -> list[Row]:
     dims = [aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.logsumexp.default, aten.var.dim,
             aten.std.dim]  # fmt: skip
     single = [aten.prod.dim_int, aten.argmax.default, aten.argmin.default]
-    several = [aten.max.dim, aten.min.dim]
+    several = [aten.max.dim, aten.min.dim, aten.median.dim]
     truth = [aten.any.dim, aten.all.dim]
     spread = [aten.var.correction, aten.std.correction]
     every = [aten.mean.default, aten.sum.default]
-    along = [aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default]
+    along = [aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default,
+             aten.cumprod.default, aten.logcumsumexp.default]  # fmt: skip
     bits = lambda s: s.also(aten.gt.Scalar, s.tokens, 0)  # noqa: E731
     return [
         *[
@@ -756,6 +765,13 @@ def reduction() -> list[Row]:
         ],
         Row(aten.var_mean.correction, lambda s: s.pieces(s.tokens, [-1], correction=0)),
         Row(aten.var_mean.correction, lambda s: s.pieces(s.tokens, [1, 2], correction=0), "whole"),
+        Row(aten.var_mean.dim, lambda s: s.pieces(s.tokens, [-1], False, True)),
+        Row(aten.var_mean.dim, lambda s: s.pieces(s.tokens, [1], False), "whole"),
+        Row(aten.aminmax.default, lambda s: s.pieces(s.tokens, dim=-1, keepdim=True)),
+        Row(aten.aminmax.default, lambda s: s.pieces(s.tokens, dim=1), "whole"),
+        Row(aten.count_nonzero.default, lambda s: s(bits(s), -1)),
+        Row(aten.count_nonzero.default, lambda s: s(bits(s), 1), "whole"),
+        Row(aten.count_nonzero.default, lambda s: s(bits(s)), "whole"),
         Row(aten.linalg_vector_norm.default, lambda s: s(s.tokens, 2, [-1], True)),
         Row(aten.linalg_vector_norm.default, lambda s: s(s.tokens), "whole"),
         Row(aten.norm.ScalarOpt_dim, lambda s: s(s.tokens, 2, [-1])),

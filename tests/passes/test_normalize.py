@@ -1,0 +1,65 @@
+"""Ops without a rule are spelled out where PyTorch makes them of others."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ras_compile.capture import export
+from ras_compile.passes.propagate import find_rule
+
+aten = torch.ops.aten
+WEIGHT = (torch.arange(48.0) - 20).reshape(16, 3) / 10
+
+
+class Calls(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, w: Tensor) -> tuple:
+        result = self.function(x, w)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+SPELLED = {
+    aten.tensordot.default: lambda x, w: torch.tensordot(x, w, 1),
+    aten.inner.default: lambda x, w: torch.inner(x, w.mT),
+    aten.linalg_vecdot.default: lambda x, w: torch.linalg.vecdot(x, x * 2),
+    aten.pairwise_distance.default: lambda x, w: F.pairwise_distance(x, x + 1),
+    aten.hstack.default: lambda x, w: torch.hstack([x, x]),
+    aten.column_stack.default: lambda x, w: torch.column_stack([x, x]),
+    aten.take_along_dim.default: lambda x, w: torch.take_along_dim(x, x.argsort(-1), -1),
+    aten.broadcast_tensors.default: lambda x, w: torch.broadcast_tensors(x, x[:, :1]),
+    aten.trapezoid.dx: lambda x, w: torch.trapezoid(x, dim=-1),
+    aten.msort.default: lambda x, w: torch.msort(x),
+}
+
+
+@pytest.mark.parametrize("target", SPELLED, ids=str)
+def test_what_has_no_rule_is_spelled_out(target):
+    """The same values, by ops that have rules, each with the user's line."""
+    with pytest.raises(Exception, match="no rule"):
+        find_rule(torch.fx.Graph().call_function(target, ()))
+    given = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)), WEIGHT
+    module = Calls(SPELLED[target])
+    captured = export(module, given)
+    calls = [node for node in captured.graph.nodes if node.op == "call_function"]
+    assert target not in {node.target for node in calls}
+    for node in calls:
+        if node.all_input_nodes and node.target is not operator.getitem:
+            find_rule(node)
+    for found, wanted in zip(captured(*given), module(*given), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_what_has_a_rule_stays_as_it_is():
+    captured = export(Calls(lambda x, w: F.layer_norm(x, (16,)) @ w), (torch.randn(2, 5, 16), WEIGHT))
+    assert [n.target for n in captured.graph.nodes if n.op == "call_function"] == [
+        aten.layer_norm.default,
+        aten.matmul.default,
+    ]
