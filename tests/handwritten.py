@@ -1317,7 +1317,7 @@ class NormOverHeads(Block):
         return merge(weights.softmax(-1) @ heads(v))
 
 
-@variant("linear attention with decays", ratio=0.6)
+@variant("linear attention with decays", ratio=0.6, idle=1)
 class Decayed(Block):
     """Gated linear attention in one piece: what a token keeps of those before it is a product of their gates."""
 
