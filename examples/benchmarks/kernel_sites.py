@@ -1,10 +1,11 @@
-"""Where a linear feeds a splice: the fused kernel beside what Inductor makes of the same ops.
+"""Where a linear feeds a splice or a GELU: the fused kernel beside what Inductor makes of the same ops.
 
     python examples/benchmarks/kernel_sites.py --out examples/benchmarks/results
 
-For each site of the benchmarked models (keys, values and the output projection, at 50, 25 and 12.5 % of the tokens):
+For each site of the benchmarked models (keys, values, the output projection and the MLP, at 50, 25 and 12.5 % of the tokens):
 
     fused      ras_compile::scatter_linear, with norm and rotary embedding in its epilogue where the site has them
+               (MLP: ras_compile::linear_gelu, which splices nothing)
     unfused    linear (cuBLAS), norm, rotary embedding and index_put_ into the cache, compiled by Inductor
     linear     the linear alone, which no fusion can beat by much
 
@@ -29,7 +30,7 @@ from machine import describe, dtype_of, short_name
 from rows import save
 from torch import Tensor
 
-from ras_compile.kernels import epilogue_reference, scatter_linear
+from ras_compile.kernels import epilogue_reference, linear_gelu, scatter_linear
 
 __all__ = ["SITES", "Site", "main", "measure"]
 
@@ -39,11 +40,11 @@ LAUNCHES = 20  # of one CUDA graph
 
 @dataclass(frozen=True)
 class Site:
-    """One linear whose result is spliced.
+    """One linear whose result is spliced, or goes through a GELU.
 
     Args:
         model: the model that has it.
-        name: "key", "value" or "output".
+        name: "key", "value", "output" or "mlp".
         batch: samples of a call.
         grid: the token grid; its product is the tokens of a sample.
         inputs: channels that come in.
@@ -72,19 +73,22 @@ class Site:
         return self.grid[0] * self.grid[1]
 
 
+# Keys that are normed across all heads (Lumina-Next, Wan) are not fused; those of SD3-medium are like its values.
 SITES = (
     Site("sd3-medium", "value", 2, (64, 64), 1536, 1536, 64),
     Site("sd3-medium", "output", 2, (64, 64), 1536, 64, patch=2),
+    Site("sd3-medium", "mlp", 2, (64, 64), 1536, 6144),
     Site("sd3.5-large", "key", 2, (64, 64), 2432, 2432, 64, norm="rms"),
     Site("sd3.5-large", "value", 2, (64, 64), 2432, 2432, 64),
+    Site("sd3.5-large", "mlp", 2, (64, 64), 2432, 9728),
     Site("flux-dev", "key", 1, (64, 64), 3072, 3072, 128, 512, norm="rms", rope="interleaved"),
     Site("flux-dev", "value", 1, (64, 64), 3072, 3072, 128, 512),
     Site("flux-dev", "output", 1, (64, 64), 3072, 64),
-    Site("lumina-next", "key", 2, (64, 64), 2304, 576, 72, rope="interleaved"),
+    Site("flux-dev", "mlp", 1, (64, 64), 3072, 12288),
     Site("lumina-next", "value", 2, (64, 64), 2304, 576, 72),
     Site("lumina-next", "output", 2, (64, 64), 2304, 32, patch=2),
-    Site("wan-1.3b", "key", 1, (30, 1092), 1536, 1536, 128, rope="interleaved"),
     Site("wan-1.3b", "value", 1, (30, 1092), 1536, 1536, 128),
+    Site("wan-1.3b", "mlp", 1, (30, 1092), 1536, 8960),
 )
 
 
@@ -110,20 +114,25 @@ class Problem:
             return torch.zeros(site.batch, channels, *(side * site.patch for side in site.grid), **made)
         return torch.zeros(site.batch, site.tokens, site.outputs, **made)
 
-    def fused(self, cache: Tensor) -> None:
-        """One launch."""
-        site, dims = self.site, 1
+    def fused(self, cache: Tensor) -> Tensor:
+        """One launch; returns what it wrote."""
+        site, dims, whole = self.site, 1, cache
+        if site.name == "mlp":
+            return linear_gelu(self.x, self.weight, self.bias)
         if site.head_dim:
             cache = cache[:, :, site.context :].permute(0, 2, 1, 3)
         elif site.patch:
             cache = cache.unflatten(3, (-1, site.patch)).unflatten(2, (-1, site.patch)).permute(0, 2, 4, 3, 5, 1)
             dims = 2
         scatter_linear(cache, self.x, self.weight, self.bias, self.rows, dims, **self.epilogue)
+        return whole
 
-    def unfused(self, cache: Tensor) -> None:
+    def unfused(self, cache: Tensor) -> Tensor:
         """The ops one by one; the splice is written on the cache itself, as the sparse program does."""
         site = self.site
         y = F.linear(self.x, self.weight, self.bias)
+        if site.name == "mlp":
+            return F.gelu(y, approximate="tanh")
         if site.head_dim:
             y = epilogue_reference(y, **{"head_dim": site.head_dim} | self.epilogue)
         batch = torch.arange(site.batch, device=y.device)[:, None]
@@ -138,6 +147,7 @@ class Problem:
             torch.ops.aten.index_put_(cache, [batch[..., None, None], None, down, along], values)
         else:
             cache.index_put_((batch, self.rows), y)
+        return cache
 
     def linear(self, cache: Tensor) -> Tensor:
         return F.linear(self.x, self.weight, self.bias)
@@ -175,13 +185,11 @@ def measure(site: Site, ratio: float, device: torch.device, inner_backend: str =
     """One row: errors against fp32, and microseconds of a launch; no times for a kernel that is wrong."""
     given = problem(site, ratio, device)
     compiled = torch.compile(given.unfused, backend=inner_backend, fullgraph=True, dynamic=False)
-    true = given.wide().cache(torch.float32)
-    given.wide().unfused(true)
+    true = given.wide().unfused(given.cache(torch.float32))
     errors = {}
     for name, splice in (("fused", given.fused), ("unfused", compiled)):
-        cache = given.cache(given.x.dtype)
-        splice(cache)
-        errors[name] = ((cache.float() - true).abs().max() / true.abs().max()).item()
+        made = splice(given.cache(given.x.dtype))
+        errors[name] = ((made.float() - true).abs().max() / true.abs().max()).item()
     right = errors["fused"] <= max(1.5 * errors["unfused"], 1e-5)
     row = dict(
         model=site.model, site=site.name, sample_ratio=ratio, m=given.rows.numel(), n=site.outputs, k=site.inputs,
