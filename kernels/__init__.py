@@ -5,9 +5,18 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
 - `scatter_linear`: `linear -> (norm) -> (rotary embedding) -> splice` as one scatter-GEMM that writes the active rows
   straight into the cache. `epilogue_reference` is the part between the linear and the splice.
 - `linear_gelu`: `linear -> gelu` as one product.
+- `pays`: whether scatter-GEMMs are faster than what they replace, measured once per device.
 """
 
+from .choice import pays
 from .linear_gelu import linear_gelu, linear_gelu_reference
 from .scatter_linear import epilogue_reference, scatter_linear, scatter_linear_reference
 
-__all__ = ["epilogue_reference", "linear_gelu", "linear_gelu_reference", "scatter_linear", "scatter_linear_reference"]
+__all__ = [
+    "epilogue_reference",
+    "linear_gelu",
+    "linear_gelu_reference",
+    "pays",
+    "scatter_linear",
+    "scatter_linear_reference",
+]

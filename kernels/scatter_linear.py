@@ -508,7 +508,7 @@ def _check(
     (B, A, K), N = x.shape, weight.shape[0]
     require(weight.shape[1] == K, "weight must be [N, K] with the K of x [B, A, K]")
     require(bias is None or tuple(bias.shape) == (N,), "bias must be None or [N] with the N of weight [N, K]")
-    require(1 <= grid_dims <= 3, "grid_dims must be 1, 2 or 3")
+    require(grid_dims >= 1, "grid_dims must be at least 1")
     middle = 1 + grid_dims
     require(cache.dim() > middle and cache.shape[0] == B, "cache must be [B, S, N] or [B, S, heads, N / heads]")
     require(
@@ -528,7 +528,7 @@ def _check(
     require(not expanded, "cache must not be expanded (a dim of stride 0), since its elements are written")
     require(
         max(map(len, _cache_runs(cache, grid_dims))) <= 3,
-        "the cache's dims after [B, S] must be viewable as [patch, heads, channels], three dims at most",
+        "the cache's dims after [B, S] must be viewable as [patch, heads, channels], three dims at most, and S as three",
     )
 
     require(norm in NORMS, f"norm must be one of {NORMS}")
@@ -580,7 +580,7 @@ def scatter_linear(
 
     Args:
         cache: [B, S, N], or [B, S, H, D] with H * D == N: for a key or value cache [B, H, S, D] pass
-            `cache.permute(0, 2, 1, 3)`; slices of a joint text|image cache are fine. With `grid_dims` 2 or 3 the rows
+            `cache.permute(0, 2, 1, 3)`; slices of a joint text|image cache are fine. With `grid_dims` above 1 the rows
             count that many dims: an image [B, C, h * p, w * p] is [B, h, w, p, p, C]. Rows that are not named in `rows`
             keep their bits.
         x: [B, A, K], the active rows. Must not overlap `cache` in memory.

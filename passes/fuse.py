@@ -1,125 +1,293 @@
-"""The scatter-GEMM peephole: a linear that only feeds a splice writes straight into the cache.
+"""Fusion: a linear that only feeds a splice, through norm and rotary embedding or not, writes straight into the cache.
 
-    y = linear(x, w, b)                       # [B, A, N]
-    v = permute(transpose(view(y)))           # views that leave the entries in order: [B, A, H, D]
+    y = linear(x, w, b)                                  # [B, A, N]
+    v = permute(rope(rms_norm(view(y))))
     index_put_(permute(cache), (batch, rows), v)
 
 becomes
 
-    ras_compile::scatter_linear(permute(cache), x, w, b, rows)
+    ras_compile::scatter_linear(view(cache), x, w, b, rows, ...)
 
-because a GEMM may put its output tiles anywhere, so the product need not go through memory twice.
+because a GEMM may put its output tiles anywhere, so that the product need not go through memory twice. Which splices are
+such, `sites.py` finds out. Where several linears feed one splice (text | region), each becomes an op of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
 
+from .sites import Digits, Epilogue, Site, Target, sites, table_shape
+
 aten = torch.ops.aten
+HALF = (torch.bfloat16, torch.float16)
 
-VIEWS = (aten.permute.default, aten.transpose.int, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
-         aten.unsqueeze.default, aten.squeeze.dim, aten.dropout.default, aten.alias.default)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Match:
-    """A splice whose values are a linear's result, row by row."""
-
-    linear: fx.Node
-    cache: fx.Node  # the addressed view of the cache: [B, S, ...], or [S, B = 1, ...]
-    samples_first: bool
+Choice = Callable[[list[tuple]], bool]  # asked with the arguments of a site's ops (fake tensors): are they worth it?
 
 
-def fuse_scatter_linear(graph: fx.Graph, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)) -> int:
-    """Replaces every `linear -> splice` of these dtypes; returns how many there were.
+def fuse_scatter_linear(
+    graph: fx.Graph,
+    tokens: int,
+    *,
+    probe: fx.Graph | None = None,
+    dtypes: Sequence[torch.dtype] = HALF,
+    pays: Choice | None = None,
+) -> int:
+    """Replaces every `linear -> ... -> splice` of these dtypes; returns how many linears there were.
 
-    It does not fire where the linear's result has another use, where the splice addresses more than samples and rows
-    (pixels of a patch), or where dtypes differ (a custom op is not under autocast).
+    It does not fire where the linear's result has another use, where what happens to it is no epilogue of the kernel, or
+    where dtypes differ (a custom op is not under autocast).
+
+    Args:
+        graph: a sparse program.
+        tokens: how many tokens its region has.
+        probe: the same program for a few active rows, at least two, on which sites are found; by default ``graph``.
+        pays: says of a site's ops whether they are faster than what they replace; by default all are.
     """
+    probe = probe or graph
+    twins = dict(zip(probe.nodes, graph.nodes, strict=True))
+    if any(a.target != b.target for a, b in twins.items() if a.op == "call_function"):
+        return 0  # no number of active rows gives another program; never seen
     rows = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "rows")
+    samples = rows.meta["val"].shape[0]
+    emit = _Emitter(graph)
+    answers: dict[object, bool] = {}
+    numbers: dict[object, fx.Node] = {}
     count = 0
-    for put in list(graph.find_nodes(op="call_function", target=aten.index_put_.default)):
-        match = find(put, rows)
-        if match is None:
-            continue
-        x, weight, bias = (*match.linear.args, None)[:3]
-        operands = [match.cache, x, weight, *([bias] if bias is not None else [])]
-        if len({operand.meta["val"].dtype for operand in operands}) != 1 or x.meta["val"].dtype not in dtypes:
+    for site in sites(probe, tokens):
+        put = twins[site.put]
+        products, leaves = [twins[node] for node in site.products], [twins[node] for node in site.leaves]
+        lengths = [node.meta["val"].numel() // (samples * node.meta["val"].shape[-1]) for node in products]
+        operands = [put.args[0], *(operand for node in products for operand in node.all_input_nodes)]
+        kinds = {operand.meta["val"].dtype for operand in operands} | {node.meta["val"].dtype for node in products}
+        if len(kinds) != 1 or not kinds <= set(dtypes) or any(not writable(target) for _, target in site.found):
             continue
         with graph.inserting_before(put):
-            view, given = match.cache, x
-            if not match.samples_first:
-                view = made(graph, aten.transpose.int, match.cache, 0, 1)
-            if x.meta["val"].ndim == 2:
-                given = made(graph, aten.unsqueeze.default, x, 0)
-            fused = graph.call_function(torch.ops.ras_compile.scatter_linear.default, (view, given, weight, bias, rows))
-            fused.meta = {**match.linear.meta, "val": None}
+            made = []
+            for node, length, (epilogue, target) in zip(products, lengths, site.found, strict=True):
+                cache = addressed(emit, put.args[0], target, samples, node.meta["val"].shape[-1])
+                if cache is None:
+                    break
+                view, grid_dims = cache
+                x, weight, bias = (*node.args, None)[:3]
+                if tuple(x.meta["val"].shape) != (samples, length, x.meta["val"].shape[-1]):
+                    x = emit(aten.reshape.default, x, [samples, length, x.meta["val"].shape[-1]])
+                where = row_numbers(graph, emit, target, length, tokens, rows, numbers)
+                args = (view, x, weight, bias, where, grid_dims, *more(emit, epilogue, leaves, samples, length, sum(lengths)))
+                made.append((node, args))
+        accepted = len(made) == len(products) and worth(made, pays, answers)
+        if not accepted:
+            continue  # what was emitted has no user, and goes with the dead code
+        with graph.inserting_before(put):
+            for node, args in made:
+                fused = graph.call_function(torch.ops.ras_compile.scatter_linear.default, args)
+                fused.meta = {**node.meta, "val": None}
         graph.erase_node(put)
-        count += 1
+        count += len(made)
     graph.eliminate_dead_code()
+    share_tables(graph)
     return count
 
 
-def made(graph: fx.Graph, target, operand: fx.Node, *args: int) -> fx.Node:
-    node = graph.call_function(target, (operand, *args))
-    node.meta["val"] = target(operand.meta["val"], *args)
-    return node
+def share_tables(graph: fx.Graph) -> None:
+    """Computes once what every layer computes again from inputs alone: gathered rotary tables, index tensors.
+
+    Inductor does so inside one kernel's operands, but not where repeated blocks are compiled once.
+    """
+    after: set[fx.Node] = set()
+    known: dict[object, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is aten.linear.default or after.intersection(node.all_input_nodes) or not shareable(node):
+            after.add(node)
+            continue
+        key = (node.target, str(node.args), str(node.kwargs))
+        first = known.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
 
 
-def find(put: fx.Node, rows: fx.Node) -> Match | None:
-    """The match of one `index_put_`, or None."""
-    cache, indices, values = put.args[:3]
-    samples_first = len(indices) == 2
-    if not (
-        counts_rows(indices[-1], rows) if samples_first else len(indices) == 1 and counts_only_sample(indices[0], rows)
-    ):
-        return None
-    node: Any = values
-    while node.target in VIEWS:
-        if len(node.users) != 1 or not same_memory(node, node.args[0]):
+def shareable(node: fx.Node) -> bool:
+    """Whether two such nodes with equal operands are one: an op that writes nothing, draws nothing and reads no cache."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    tags = node.target.tags
+    reads_cache = any(operand.op == "placeholder" and operand.name.startswith("cache_") for operand in node.all_input_nodes)
+    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags and not reads_cache
+
+
+def worth(made: list[tuple[fx.Node, tuple]], pays: Choice | None, answers: dict[object, bool]) -> bool:
+    """Whether a site's ops pay; those of other layers are of the same sizes, and asked about once."""
+    if pays is None:
+        return True
+    ops = [fx.node.map_arg(args, lambda operand: operand.meta["val"]) for _, args in made]
+    key = str([[(t.dtype, tuple(t.shape), t.stride()) if isinstance(t, Tensor) else t for t in args] for args in ops])
+    if key not in answers:
+        answers[key] = pays(ops)
+    return answers[key]
+
+
+class _Emitter:
+    """Adds nodes that carry ``meta["val"]``."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+
+    def __call__(self, target: Callable, *args, **kwargs) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
+        mode = next((v.fake_mode for v in values[0] if hasattr(v, "fake_mode")), None)
+        if mode is None:
+            node.meta["val"] = target(*values[0], **values[1])
+        else:
+            with mode:
+                node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+
+def row_numbers(
+    graph: fx.Graph, emit: _Emitter, target: Target, length: int, tokens: int, rows: fx.Node, known: dict[object, fx.Node]
+) -> fx.Node:
+    """The rows that a product goes to, [B or 1, length]: `before | before + active tokens | after`; one node for all sites."""
+    if target.tokens and target.before == target.after == 0:
+        return rows
+    key = (target.tokens, target.before, target.after, length)
+    if key in known:
+        return known[key]
+    value: Tensor = rows.meta["val"]
+
+    def counted(first: int, last: int) -> fx.Node:
+        node = emit.graph.call_function(
+            aten.arange.start, (first, last), {"dtype": torch.int64, "device": value.device}
+        )
+        node.meta["val"] = value.new_empty(last - first, dtype=torch.int64)
+        return node
+
+    with graph.inserting_before(next(node for node in graph.nodes if node.op == "call_function")):
+        if not target.tokens:
+            result = emit(aten.unsqueeze.default, counted(0, length), 0)
+        else:
+            parts = [emit(aten.add.Tensor, rows, target.before)]
+            samples, end = value.shape[0], target.before + tokens
+            if target.before:
+                parts.insert(0, emit(aten.expand.default, counted(0, target.before), [samples, target.before]))
+            if target.after:
+                parts.append(emit(aten.expand.default, counted(end, end + target.after), [samples, target.after]))
+            result = emit(aten.cat.default, parts, 1)
+    known[key] = result
+    return result
+
+
+def more(emit: _Emitter, epilogue: Epilogue, leaves: list[fx.Node], samples: int, length: int, total: int) -> tuple:
+    """The op's arguments for an epilogue, in the order of its schema."""
+
+    def vector(number: int | None) -> fx.Node | None:
+        if number is None:
             return None
-        node = node.args[0]
-    if node.target is not aten.linear.default or len(node.users) != 1:
+        leaf = leaves[number]
+        return leaf if leaf.meta["val"].ndim == 1 else emit(aten.reshape.default, leaf, [-1])
+
+    def table(number: int | None, part: int) -> fx.Node | None:
+        if number is None:
+            return None
+        leaf = leaves[number]
+        if leaf.meta["val"].is_complex():
+            leaf = emit(aten.select.int, emit(aten.view_as_real.default, leaf), -1, part)
+        shape = table_shape(leaf.meta["val"].shape, epilogue, samples, length, total)
+        assert shape is not None
+        if tuple(leaf.meta["val"].shape) != shape:
+            leaf = emit(aten.reshape.default, leaf, list(shape))
+        if shape[1] == length:
+            return leaf
+        return emit(aten.slice.Tensor, leaf, 1, epilogue.first, epilogue.first + length)
+
+    if epilogue.norm == epilogue.rope == "none":
+        return ()
+    return (
+        epilogue.head_dim, epilogue.norm, vector(epilogue.norm_weight), vector(epilogue.norm_bias), epilogue.eps,
+        epilogue.rope, table(epilogue.cos, 0), table(epilogue.sin, 1),
+    )  # fmt: skip
+
+
+def writable(target: Target) -> bool:
+    """Whether the kernel has as many strides."""
+    return len(target.rows) <= 3 and len(target.channels) <= 3
+
+
+def addressed(
+    emit: _Emitter, cache: fx.Node, target: Target, samples: int, channels: int
+) -> tuple[fx.Node, int] | None:
+    """The cache as [B, *grid, *channels], made of slices, views and a permutation; None where no view is it.
+
+    Each (size, stride) of the target lies in the dimension of the cache whose stride is next below it; larger ones go on
+    in the dimension above. The digits of one dimension have to fill it without gaps, or a slice of it.
+    """
+    value: Tensor = cache.meta["val"]
+    dims = sorted((d for d in range(value.ndim) if value.shape[d] > 1), key=value.stride, reverse=True)
+    offset, starts = target.offset, {}
+    for dim in dims:
+        starts[dim], offset = divmod(offset, value.stride(dim))
+    if offset:
         return None
-    product, value = node.meta["val"], values.meta["val"]
-    lead = tuple(rows.meta["val"].shape) if samples_first else (rows.meta["val"].shape[1], 1)
-    in_order = value.is_contiguous() and product.is_contiguous() and tuple(value.shape[: len(lead)]) == lead
-    if not in_order or (samples_first and not is_sample_index(indices[0])):
-        return None
-    if product.numel() != rows.meta["val"].numel() * product.shape[-1] or product.ndim > 3:
-        return None
-    return Match(node, cache, samples_first)
+    digits = [(samples, target.sample)] if samples > 1 else []
+    wanted = [*digits, *target.rows, *target.channels]
+    kinds = [0] * len(digits) + [1] * len(target.rows) + [2] * len(target.channels)
+    parts: list[tuple[int, int, int, int]] = []  # (dim, stride, size, place in the order that is wanted)
+    order: list[tuple[int, int]] = []  # (kind, rank) of each part
+    for rank, ((size, stride), kind) in enumerate(zip(wanted, kinds, strict=True)):
+        pieces = []
+        while size > 1:
+            dim = next((d for d in dims if value.stride(d) <= stride and stride % value.stride(d) == 0), None)
+            if dim is None:
+                return None
+            room = value.shape[dim] * value.stride(dim) // stride
+            taken = min(size, room)
+            if taken < 2 or size % taken:
+                return None
+            pieces.append((dim, stride, taken))
+            size, stride = size // taken, stride * taken
+        for piece in reversed(pieces):
+            parts.append((*piece, len(parts)))
+            order.append((kind, rank))
+    shape: list[int] = []
+    places: list[int] = []  # for each dim of the view, which part it is
+    view = cache
+    for dim in range(value.ndim):
+        own = sorted((part for part in parts if part[0] == dim), key=lambda part: -part[1])
+        length = math.prod(part[2] for part in own)
+        expected = value.stride(dim)
+        for _, stride, size, _ in reversed(own):
+            if stride != expected:
+                return None
+            expected *= size
+        start = starts.get(dim, 0)
+        if start + length > value.shape[dim]:
+            return None
+        if length != value.shape[dim]:
+            view = emit(aten.slice.Tensor, view, dim, start, start + length)
+        shape += [part[2] for part in own]
+        places += [part[3] for part in own]
+    lead = [] if samples > 1 else [1]
+    grid = sum(kind == 1 for kind, _ in order)
+    # A grid or channels of one entry still have a dimension.
+    shape = [*shape, *([1] if grid == 0 else []), *([1] if channels == 1 else [])]
+    if lead or list(view.meta["val"].shape) != shape:
+        view = emit(aten.view.default, view, [*lead, *shape])
+    at = len(lead)
+    wanted_order = [*range(at)]
+    by_part = {part: index + at for index, part in enumerate(places)}
+    batch = [by_part[i] for i, (kind, _) in enumerate(order) if kind == 0]
+    rows = [by_part[i] for i, (kind, _) in enumerate(order) if kind == 1] or [at + len(places)]
+    last = [by_part[i] for i, (kind, _) in enumerate(order) if kind == 2] or [at + len(shape) - 1]
+    wanted_order += [*batch, *rows, *last]
+    if wanted_order != sorted(wanted_order):
+        view = emit(aten.permute.default, view, wanted_order)
+    return view, len(rows)
 
 
-def same_memory(first: fx.Node, second: fx.Node) -> bool:
-    """Whether a node is a view of its operand (a reshape may be a copy, which has the entries in another order)."""
-    a, b = first.meta["val"], second.meta["val"]
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def unshaped(index: fx.Node) -> fx.Node:
-    """The value behind reshapes: they leave its entries in order."""
-    base: Any = index
-    while base.target is aten.reshape.default:
-        base = base.args[0]
-    return base
-
-
-def counts_rows(index: fx.Node, rows: fx.Node) -> bool:
-    """The rows themselves, [B, A]."""
-    return unshaped(index) is rows and index.meta["val"].shape == rows.meta["val"].shape
-
-
-def counts_only_sample(index: fx.Node, rows: fx.Node) -> bool:
-    """The rows of a batch of one: `select(rows, 0, 0)`."""
-    base = unshaped(index)
-    return base.target is aten.select.int and base.args[0] is rows and index.meta["val"].ndim == 1
-
-
-def is_sample_index(index: fx.Node) -> bool:
-    """`arange(B)[:, None]`"""
-    return unshaped(index).target is aten.arange.default and tuple(index.meta["val"].shape)[1:] == (1,)
+__all__ = ["Digits", "Site", "fuse_scatter_linear"]

@@ -326,7 +326,7 @@ def test_works_on_parameters_and_under_inference_mode():
             {"cache": torch.zeros(5, 2, 2, 2, 2, 12).permute(4, 5, 3, 2, 1, 0)},
             r"viewable as \[patch, heads, channels\]",
         ),
-        ({"grid_dims": 4}, "grid_dims must be"),
+        ({"grid_dims": 0}, "grid_dims must be"),
         ({"norm": "batch"}, "norm must be one of"),
         ({"rope": "full"}, "rope must be one of"),
         ({"norm": "rms", "head_dim": 7}, "head_dim must divide"),

@@ -113,10 +113,10 @@ def test_nothing_is_timed_inside_a_capture(timed, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("text", ["cannot compile", "CUDA error: an illegal memory access"])
 def test_a_variant_that_cannot_be_compiled_here_is_not_offered(monkeypatch, text):
-    def broken(*args, **kwargs):
+    def broken(run):
         raise RuntimeError(text)
 
-    monkeypatch.setattr(tiles.triton.testing, "do_bench", broken)
+    monkeypatch.setattr(tiles, "replayed", broken)
     if "CUDA" in text:  # that the device is broken is never hidden
         with pytest.raises(RuntimeError, match=text):
             tiles.milliseconds(print)
@@ -132,3 +132,11 @@ def test_every_tile_holds_whole_heads_and_is_not_far_too_large(dtype, padded):
         assert offered
         for tile in offered:
             assert tile.BN % padded == 0 and max(2 * M, 64) >= tile.BM and max(2 * N, padded, 64) >= tile.BN
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_time_is_of_the_device_and_leaves_it_usable():
+    a = torch.randn(2048, 2048, device="cuda")
+    assert 0 < tiles.milliseconds(lambda: a @ a) < float("inf")
+    assert torch.isfinite(a @ a).all()
