@@ -23,9 +23,8 @@ def pays(ops: Sequence[Sequence[Any]]) -> bool:
     """
     fused = plain = 0.0
     for args in ops:
-        x = args[1]
-        epilogue = dict(zip(("head_dim", "norm", "rope"), (args[i] if len(args) > i else d for i, d in _OPTIONS), strict=True))
-        if not runs_kernel(x, **epilogue):
+        x, args = args[1], (*args, *_DEFAULTS[len(args) - 5 :])
+        if not runs_kernel(x, args[6], args[7], args[11]):  # head_dim, norm, rope
             return False
         if not x.is_cuda:  # the interpreter: nothing to measure
             continue
@@ -36,20 +35,19 @@ def pays(ops: Sequence[Sequence[Any]]) -> bool:
     return fused <= plain
 
 
-_OPTIONS = ((6, 0), (7, "none"), (11, "none"))  # where head_dim, norm and rope stand, and their defaults
+# Of the arguments behind the rows.
 _DEFAULTS = (1, 0, "none", None, None, 0.0, "none", None, None)
 
 
 def measured(args: Sequence[Any]) -> tuple[float, float] | None:
     """Milliseconds of the op and of what it replaces; None where they cannot be had now."""
-    args = (*args, *_DEFAULTS[len(args) - 5 :])
     x = args[1]
     key = f"pays {[_words(value) for value in args]}"
     store = timings(x.device)
     with store.lock:
         known = store.known.get(key)
         if isinstance(known, list) and len(known) == 2:
-            return tuple(known)  # type: ignore[return-value]
+            return known[0], known[1]
         if torch.cuda.is_current_stream_capturing():
             return None
         try:
@@ -68,7 +66,9 @@ def _words(value: Any) -> object:
 
 
 def _measure(args: Sequence[Any]) -> tuple[float, float]:
-    cache, x, weight, bias, rows, grid_dims, *rest = (_real(value) if isinstance(value, Tensor) else value for value in args)
+    cache, x, weight, bias, rows, grid_dims, *rest = (
+        _real(value) if isinstance(value, Tensor) else value for value in args
+    )
     places = math.prod(cache.shape[1 : 1 + grid_dims])
     for row in rows:
         row.copy_(torch.randperm(places, device=rows.device)[: rows.shape[1]])

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from .sites import Digits, Epilogue, Site, Target, sites, table_shape
+from .sites import Epilogue, Target, sites, table_shape
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -28,26 +29,31 @@ HALF = (torch.bfloat16, torch.float16)
 Choice = Callable[[list[tuple]], bool]  # asked with the arguments of a site's ops (fake tensors): are they worth it?
 
 
-def fuse_scatter_linear(
-    graph: fx.Graph,
-    tokens: int,
-    *,
-    probe: fx.Graph | None = None,
-    dtypes: Sequence[torch.dtype] = HALF,
-    pays: Choice | None = None,
-) -> int:
-    """Replaces every `linear -> ... -> splice` of these dtypes; returns how many linears there were.
+@dataclass(frozen=True)
+class Fusion:
+    """What the fusion of a sparse program has to know.
+
+    Attributes:
+        tokens: how many tokens the region has.
+        probe: the same program for a few active rows, at least two, on which sites are found; None: the program itself.
+        pays: says of a site's ops whether they are faster than what they replace; None: all are.
+        dtypes: the dtypes that are fused.
+    """
+
+    tokens: int
+    probe: fx.Graph | None = None
+    pays: Choice | None = None
+    dtypes: Sequence[torch.dtype] = HALF
+
+
+def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
+    """Replaces every `linear -> ... -> splice` of a sparse program; returns how many linears there were.
 
     It does not fire where the linear's result has another use, where what happens to it is no epilogue of the kernel, or
     where dtypes differ (a custom op is not under autocast).
-
-    Args:
-        graph: a sparse program.
-        tokens: how many tokens its region has.
-        probe: the same program for a few active rows, at least two, on which sites are found; by default ``graph``.
-        pays: says of a site's ops whether they are faster than what they replace; by default all are.
     """
-    probe = probe or graph
+    tokens, dtypes, pays = fusion.tokens, fusion.dtypes, fusion.pays
+    probe = fusion.probe or graph
     twins = dict(zip(probe.nodes, graph.nodes, strict=True))
     if any(a.target != b.target for a, b in twins.items() if a.op == "call_function"):
         return 0  # no number of active rows gives another program; never seen
@@ -76,7 +82,15 @@ def fuse_scatter_linear(
                 if tuple(x.meta["val"].shape) != (samples, length, x.meta["val"].shape[-1]):
                     x = emit(aten.reshape.default, x, [samples, length, x.meta["val"].shape[-1]])
                 where = row_numbers(graph, emit, target, length, tokens, rows, numbers)
-                args = (view, x, weight, bias, where, grid_dims, *more(emit, epilogue, leaves, samples, length, sum(lengths)))
+                args = (
+                    view,
+                    x,
+                    weight,
+                    bias,
+                    where,
+                    grid_dims,
+                    *more(emit, epilogue, leaves, samples, length, sum(lengths)),
+                )
                 made.append((node, args))
         accepted = len(made) == len(products) and worth(made, pays, answers)
         if not accepted:
@@ -117,7 +131,9 @@ def shareable(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     tags = node.target.tags
-    reads_cache = any(operand.op == "placeholder" and operand.name.startswith("cache_") for operand in node.all_input_nodes)
+    reads_cache = any(
+        operand.op == "placeholder" and operand.name.startswith("cache_") for operand in node.all_input_nodes
+    )
     return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags and not reads_cache
 
 
@@ -151,7 +167,13 @@ class _Emitter:
 
 
 def row_numbers(
-    graph: fx.Graph, emit: _Emitter, target: Target, length: int, tokens: int, rows: fx.Node, known: dict[object, fx.Node]
+    graph: fx.Graph,
+    emit: _Emitter,
+    target: Target,
+    length: int,
+    tokens: int,
+    rows: fx.Node,
+    known: dict[object, fx.Node],
 ) -> fx.Node:
     """The rows that a product goes to, [B or 1, length]: `before | before + active tokens | after`; one node for all sites."""
     if target.tokens and target.before == target.after == 0:
@@ -242,9 +264,10 @@ def addressed(
     for rank, ((size, stride), kind) in enumerate(zip(wanted, kinds, strict=True)):
         pieces = []
         while size > 1:
-            dim = next((d for d in dims if value.stride(d) <= stride and stride % value.stride(d) == 0), None)
-            if dim is None:
+            found = next((d for d in dims if value.stride(d) <= stride and stride % value.stride(d) == 0), None)
+            if found is None:
                 return None
+            dim = found
             room = value.shape[dim] * value.stride(dim) // stride
             taken = min(size, room)
             if taken < 2 or size % taken:
@@ -290,4 +313,4 @@ def addressed(
     return view, len(rows)
 
 
-__all__ = ["Digits", "Site", "fuse_scatter_linear"]
+__all__ = ["Fusion", "fuse_scatter_linear"]

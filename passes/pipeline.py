@@ -5,22 +5,22 @@ from __future__ import annotations
 from torch import fx
 
 from .activation import fuse_linear_gelu
-from .fuse import fuse_scatter_linear
+from .fuse import Fusion, fuse_scatter_linear
 from .inplace import write_in_place
 from .outline import outline
 
 
-def prepare(program: fx.GraphModule, *, fuse: bool, outline_blocks: bool) -> fx.GraphModule:
+def prepare(program: fx.GraphModule, *, fusion: Fusion | None, outline_blocks: bool) -> fx.GraphModule:
     """Runs the passes on a sparse or dense program, in place. On CUDA, `linear -> gelu` becomes one product.
 
     Args:
-        fuse: replace `linear -> splice` by the scatter-GEMM (where kernels run: on CUDA).
+        fusion: replace `linear -> ... -> splice` by the scatter-GEMM (where kernels run: on CUDA).
         outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor).
     """
+    if fusion is not None:  # first: it compares the program with one of fewer rows
+        fuse_scatter_linear(program.graph, fusion)
     if any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))):
         fuse_linear_gelu(program.graph)
-    if fuse:
-        fuse_scatter_linear(program.graph)
     write_in_place(program.graph)
     if outline_blocks:
         outline(program)

@@ -33,7 +33,7 @@ WIDER = {
     torch.complex64: torch.complex128,
 }  # fmt: skip
 ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
-NORMS = {aten.rms_norm.default: 3, aten.layer_norm.default: 4}  # where their eps stands
+NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 SPLICES = (aten.index_put_.default, aten.copy_.default)
 
 Digits = tuple[tuple[int, int], ...]  # (size, stride) of a mixed radix, outermost first
@@ -83,7 +83,7 @@ def sites(graph: fx.Graph, tokens: int) -> list[Site]:
     """All splices of a sparse program that are proved to be epilogues of linears.
 
     Args:
-        graph: a sparse program of a few active rows (at least two): any number of rows has the same sites.
+        graph: a sparse program of a few active rows: any number of rows has the same sites.
         tokens: how many tokens there are; with less than two, nothing tells them from a context.
     """
     rows = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "rows")
@@ -108,9 +108,14 @@ def sites(graph: fx.Graph, tokens: int) -> list[Site]:
     return result
 
 
+def values_of(put: fx.Node) -> Any:
+    """What a splice writes."""
+    return put.args[2 if put.target is aten.index_put_.default else 1]
+
+
 def candidate(put: fx.Node, after: set[fx.Node]) -> Site | None:
     """The products, live nodes and leaves behind a splice; None where they have other uses, or are too many."""
-    values = put.args[2] if put.target is aten.index_put_.default else put.args[1]
+    values = values_of(put)
     site = Site(put, [], [], [], {})
     done: set[fx.Node] = set()
 
@@ -127,11 +132,13 @@ def candidate(put: fx.Node, after: set[fx.Node]) -> Site | None:
             return True
         if len(site.live) > MAX_LIVE or node.op != "call_function" or not all(map(visit, node.all_input_nodes)):
             return False
-        site.reach[node] = frozenset().union(*(site.reach.get(operand, frozenset()) for operand in node.all_input_nodes))
+        site.reach[node] = frozenset().union(
+            *(site.reach.get(operand, frozenset()) for operand in node.all_input_nodes)
+        )
         site.live.append(node)
         return True
 
-    if not isinstance(values, fx.Node) or not visit(values) or not site.products:
+    if not visit(values) or not site.products:
         return None
     inside = {*site.live, put}
     if any(user not in inside for node in (*site.live, *site.products) for user in node.users):
@@ -152,7 +159,12 @@ def structure(site: Site) -> object:
     metas = [(str(value.dtype), tuple(value.shape), value.stride()) for value in values]
     # Index tensors are shared by the layers: they are compared as nodes.
     indices = words(site.put.args[1]) if site.put.target is aten.index_put_.default else ""
-    return str(site.put.target), indices, str(metas), str([(str(n.target), words((n.args, n.kwargs))) for n in site.live])
+    return (
+        str(site.put.target),
+        indices,
+        str(metas),
+        str([(str(n.target), words((n.args, n.kwargs))) for n in site.live]),
+    )
 
 
 def evaluate(nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:
@@ -165,8 +177,9 @@ def evaluate(nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:
 
     for node in nodes:
         if node not in known:
+            run: Any = node.target
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: known[operand])
-            known[node] = node.target(*tree_map(real, args), **tree_map(real, kwargs))
+            known[node] = run(*tree_map(real, args), **tree_map(real, kwargs))
 
 
 class Experiment:
@@ -241,14 +254,16 @@ class Experiment:
         return torch.randn(value.shape, generator=self.generator, dtype=WIDER.get(value.dtype, value.dtype))
 
     def _values(self) -> fx.Node:
-        return self.site.put.args[2 if self.site.put.target is aten.index_put_.default else 1]
+        return values_of(self.site.put)
 
     def _indices(self) -> list[list[Tensor]] | None:
         """The index tensors for several draws of active rows, which together name every token of every sample."""
         if self.site.put.target is aten.copy_.default:
             return [[]]
         nodes = self.site.put.args[1]
-        if any(node is None for node in nodes) or len(self.site.put.args) > 3:  # unindexed dims; adding instead of writing
+        if (
+            any(node is None for node in nodes) or len(self.site.put.args) > 3
+        ):  # unindexed dims; adding instead of writing
             return None
         behind = ancestors(nodes, self.rows)
         if behind is None:
@@ -320,11 +335,11 @@ class Experiment:
         sample = int(table[1, 0] - table[0, 0]) if self.samples > 1 else 0
         if not torch.equal(table, table[:1] + sample * torch.arange(self.samples)[:, None]):
             return None
-        rows, columns = digits_of(table[0] - table[0, 0]), digits_of(channels - channels[0])
-        if rows is None or columns is None:
+        row_digits, columns = digits_of(table[0] - table[0, 0]), digits_of(channels - channels[0])
+        if row_digits is None or columns is None:
             return None
         behind = bases.shape[-1] - first - length if length else 0
-        return Target(int(table[0, 0]), sample, rows, columns, length > 0, first, behind)
+        return Target(int(table[0, 0]), sample, row_digits, columns, length > 0, first, behind)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -378,8 +393,9 @@ def hypotheses(site: Site, index: int, channels: int, first: int) -> Iterator[Ep
         norms = ["layer", "rms"] if aten.layer_norm.default in targets else ["rms", "layer"]
     scalars = {float(value): None for node in live for value in scalars_of(node)}
     used = [number for number, leaf in enumerate(site.leaves) if any(user in live for user in leaf.users)]
-    sizes = {node.meta["val"].shape[-1]: None for node in live if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].ndim}
-    heads = [size for size in sizes if channels % size == 0 and 1 < size]
+    shapes = [node.meta["val"].shape for node in live if isinstance(node.meta.get("val"), Tensor)]
+    sizes = dict.fromkeys(shape[-1] for shape in shapes if shape)
+    heads = [size for size in sizes if channels % size == 0 and size > 1]
     heads += [2 * size for size in sizes if channels % (2 * size) == 0 and 2 * size not in sizes]
     values = [leaf.meta["val"] for leaf in site.leaves]
     plain = norms == ["none"] and not used
@@ -397,13 +413,17 @@ def hypotheses(site: Site, index: int, channels: int, first: int) -> Iterator[Ep
                     yield replace(rotary, head_dim=head_dim)
                 continue
             for eps in scalars or {0.0: None}:
-                for weight, bias in [(*vectors, None, None)[:2], (*reversed(vectors), None, None)[:2]][: 1 + (len(vectors) > 1)]:
+                for weight, bias in [(*vectors, None, None)[:2], (*reversed(vectors), None, None)[:2]][
+                    : 1 + (len(vectors) > 1)
+                ]:
                     yield replace(rotary, head_dim=head_dim, norm=norm, norm_weight=weight, norm_bias=bias, eps=eps)
 
 
 def scalars_of(node: fx.Node) -> list[float]:
     """The numbers in a node's arguments that may be a norm's eps."""
-    given = [node.args[NORMS[node.target]]] if node.target in NORMS and len(node.args) > NORMS[node.target] else node.args
+    given: Any = node.args
+    if node.target is aten.layer_norm.default:
+        return [given[4] if len(given) > 4 else 1e-5]
     return [value for value in given if isinstance(value, float) and 0 < value < 0.1]
 
 
@@ -426,9 +446,7 @@ def ropes(site: Site, tables: list[int], values: list[Any], first: int) -> Itera
 
 def arguments(epilogue: Epilogue, leaves: list[Tensor], samples: int, length: int, total: int) -> dict[str, Any] | None:
     """The epilogue's arguments, as :func:`epilogue_reference` takes them; None where a table has another shape."""
-    given: dict[str, Any] = dict(
-        head_dim=epilogue.head_dim, norm=epilogue.norm, eps=epilogue.eps, rope=epilogue.rope
-    )
+    given: dict[str, Any] = dict(head_dim=epilogue.head_dim, norm=epilogue.norm, eps=epilogue.eps, rope=epilogue.rope)
     for name, number in (("norm_weight", epilogue.norm_weight), ("norm_bias", epilogue.norm_bias)):
         given[name] = None if number is None else leaves[number].reshape(-1)
     for part, (name, number) in enumerate((("cos", epilogue.cos), ("sin", epilogue.sin))):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import kernels  # noqa: F401  (registers the fused ops)
+from . import kernels
 from .config import ConfigError, RASConfig
 from .cudagraphs import ProgramGraphs
 from .inner import Compiled, compile_inner
@@ -21,6 +21,7 @@ from .notices import warn_once
 from .numbers import capture_numbers
 from .passes.cost import cost
 from .passes.errors import UnsupportedGraph
+from .passes.fuse import Fusion
 from .passes.layout import Frame, Layout
 from .passes.pipeline import prepare
 from .passes.program import SparsePlan, dense_program, plan, sparse_program
@@ -29,6 +30,8 @@ from .passes.spec import check_analysis, check_captured, check_dense, check_spar
 from .passes.tokens import channel_count, token_view
 
 log = logging.getLogger(__name__)
+
+PROBED_ROWS = 61  # active rows of the program on which fusion sites are found: likely no other size of the model
 
 
 def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Analysis:
@@ -268,8 +271,15 @@ class Plan:
         """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows."""
         with torch.no_grad():
             if active == "dense":
-                return prepare(dense_program(self.analysis, self.sparse), fuse=False, outline_blocks=outline_blocks)
+                return prepare(dense_program(self.analysis, self.sparse), fusion=None, outline_blocks=outline_blocks)
             assert isinstance(active, int)
             program = sparse_program(self.analysis, active, self.sparse)
-            fuse = self.analysis.latent.meta["val"].is_cuda
-            return prepare(program, fuse=fuse, outline_blocks=outline_blocks)
+            fusion = self._fusion if self.analysis.latent.meta["val"].is_cuda else None
+            return prepare(program, fusion=fusion, outline_blocks=outline_blocks)
+
+    @cached_property
+    def _fusion(self) -> Fusion:
+        """Fusion sites are found on a program of few rows: it has the same ones as any other, and is quicker to run."""
+        tokens = self.analysis.frame.tokens
+        probe = sparse_program(self.analysis, min(tokens, PROBED_ROWS), self.sparse)
+        return Fusion(tokens, probe.graph, kernels.pays)

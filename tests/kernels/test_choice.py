@@ -1,0 +1,77 @@
+"""Whether a fused op pays: asked with sizes alone, measured once on a device, remembered on disk."""
+
+import importlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ras_compile.kernels import pays, scatter_linear
+from ras_compile.kernels.tiles import timings
+
+choice = importlib.import_module("ras_compile.kernels.choice")
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAS_COMPILE_CACHE_DIR", str(tmp_path))
+    timings.cache_clear()
+    yield
+    timings.cache_clear()
+
+
+def site(device, A=300, N=256, K=512, D=64):
+    """Arguments of one op with everything in it, as fake tensors."""
+    with FakeTensorMode(), torch.device(device):
+        half = dict(dtype=torch.bfloat16)
+        cache = torch.empty(2, N // D, 1024, D, **half).permute(0, 2, 1, 3)
+        x, weight, bias = torch.empty(2, A, K, **half), torch.empty(N, K, **half), torch.empty(N, **half)
+        rows = torch.empty(2, A, dtype=torch.int64)
+        cos, sin = torch.empty(2, 1, A, D // 2)
+        return (cache, x, weight, bias, rows, 1, D, "rms", torch.empty(D), None, 1e-6, "interleaved", cos, sin)
+
+
+def test_no_kernel_never_pays():
+    float64 = tuple(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in site("cpu"))
+    assert not pays([float64])
+
+
+def test_ops_of_one_site_are_weighed_together(monkeypatch):
+    times = {"text": (3.0, 2.0), "picture": (5.0, 7.0)}
+
+    class Operand:
+        is_cuda = True
+
+    ops = {name: (name, Operand(), None, None, None) for name in times}
+    monkeypatch.setattr(choice, "runs_kernel", lambda *given: True)
+    monkeypatch.setattr(choice, "measured", lambda args: times[args[0]])
+    assert pays([ops["text"], ops["picture"]]) and pays([ops["picture"]]) and not pays([ops["text"]])
+    times["picture"] = None  # it cannot be measured now
+    assert not pays([ops["text"], ops["picture"]])
+
+
+class TestOnCUDA:
+    pytestmark = CUDA
+
+    def test_measured_once_and_for_all_processes(self, monkeypatch):
+        ran = []
+        real = choice._measure
+        monkeypatch.setattr(choice, "_measure", lambda args: ran.append(args) or real(args))
+        answer = pays([site("cuda"), site("cuda", A=40)])
+        assert len(ran) == 2 and pays([site("cuda"), site("cuda", A=40)]) is answer
+        timings.cache_clear()  # as a new process
+        assert pays([site("cuda")]) in (True, False) and len(ran) == 2
+        assert pays([site("cuda")[:6]]) in (True, False) and len(ran) == 3
+
+    def test_the_op_finds_the_tile_that_was_measured(self, monkeypatch):
+        args = site("cuda")
+        pays([args])
+        monkeypatch.setattr(importlib.import_module("ras_compile.kernels.tiles"), "milliseconds", None)
+        real = [choice._real(value) if isinstance(value, torch.Tensor) else value for value in args]
+        real[4] = torch.stack([torch.randperm(1024, device="cuda")[:300] for _ in range(2)])
+        scatter_linear(*real)
+
+    def test_nothing_is_measured_inside_a_capture(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not pays([site("cuda")])
