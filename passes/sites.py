@@ -13,6 +13,7 @@ of a mixed radix, one digit per stride. What does not agree is not a site.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_map
 from ..kernels import epilogue_reference
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 MAX_LIVE = 64  # a longer way from a linear to a splice is no epilogue
 WIDER = {
@@ -101,7 +103,11 @@ def sites(graph: fx.Graph, tokens: int) -> list[Site]:
             continue
         key = structure(site)
         if key not in known:
-            known[key] = Experiment(site, rows, tokens).run()
+            try:
+                known[key] = Experiment(site, rows, tokens).run()
+            except Exception:  # an op that has no double precision, or does not run on a CPU: the site stays as it is
+                log.info("no experiment on the splice %s", put.format_node(), exc_info=True)
+                known[key] = None
         site.found = known[key] or []
         if site.found:
             result.append(site)
@@ -209,10 +215,7 @@ class Experiment:
         # Products of a size at which the eps of a norm shows.
         values: dict[fx.Node, Any] = {node: self._draw(node) * 1e-3 for node in site.products}
         values |= {node: self._draw(node) for node in site.leaves}
-        try:
-            evaluate(site.live, values)
-        except Exception:  # an op that knows no double precision, or is not on the CPU
-            return None
+        evaluate(site.live, values)
         written = values[self._values()]
         shape = torch.broadcast_shapes(written.shape, self._shape(indices[0]))
         self.flat = written.expand(shape).reshape(-1)
