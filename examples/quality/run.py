@@ -32,6 +32,7 @@ from ras_compile.config import RUNTIME_OPTIONS
 from ras_compile.passes.cost import ACTIVE, Cost
 from ras_compile.passes.errors import RASError
 
+COMPARED = ("alignment", "accuracy", "psnr", "ssim", "psnr_exact")  # picture by picture, with the default's
 PROMPT_SEED, REAL_SEED, FLOOR_SEED = 2024, 1, 2
 
 
@@ -72,7 +73,7 @@ class Results:
     def add(self, row: dict[str, Any], scores: dict[str, Tensor]) -> None:
         """One more row, and its scores per picture; both are on the disk when this returns."""
         self.content["rows"].append(row)
-        self.scores[row["key"]] = {name: value.half().cpu() for name, value in scores.items()}
+        self.scores[row["key"]] = {name: scores[name].float().cpu() for name in COMPARED if name in scores}
         self.save()
 
     def save(self) -> None:
@@ -280,9 +281,9 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 def compared(scores: dict[str, Tensor], default: dict[str, Tensor]) -> dict[str, Any]:
     """Mean differences to the default's pictures of the same noise, with intervals."""
     row: dict[str, Any] = {}
-    for name in ("alignment", "accuracy", "psnr", "ssim", "psnr_exact"):
+    for name in COMPARED:
         if name in scores and name in default:
-            row |= measure.described(scores[name].float().cpu() - default[name].float(), f"{name}_minus_default")
+            row |= measure.described(scores[name].float().cpu() - default[name], f"{name}_minus_default")
     return row
 
 
