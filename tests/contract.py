@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ras_compile.backend import GraphBreak
+from ras_compile.branches import Slots
 from ras_compile.config import RASConfig
 from ras_compile.explain import record_call
 from ras_compile.inputs import GraphInput, describe_inputs
@@ -67,7 +68,7 @@ class Subject:
 
     def dense(self, values: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """``(outputs, caches)`` of a dense step."""
-        slots: dict = {}
+        slots = Slots()
         with torch.no_grad():
             outputs = self.plan.dense(values, slots)
         return outputs, [cache.clone() for cache in slots["caches"]]
