@@ -28,3 +28,7 @@ class UnsupportedGraph(RASError):
 
 class SpecViolation(RASError):
     """A graph that breaks the executable spec of its stage: a defect of the compiler, not of the user's model."""
+
+
+class UnusableInput(RASError):
+    """Inputs on which the model itself fails, compiled or not: a side that its patches do not divide, say."""

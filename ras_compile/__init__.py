@@ -6,7 +6,7 @@ from ras_compile.explain import Explanation, explain
 from ras_compile.generation import generation
 from ras_compile.memory import release
 from ras_compile.notices import RASWarning
-from ras_compile.passes.errors import RASError, SpecViolation, UnsupportedGraph
+from ras_compile.passes.errors import RASError, SpecViolation, UnsupportedGraph, UnusableInput
 from ras_compile.trace import trace
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "RASWarning",
     "SpecViolation",
     "UnsupportedGraph",
+    "UnusableInput",
     "attach",
     "explain",
     "generation",

@@ -16,6 +16,7 @@ from ras_compile.config import ConfigError, RASConfig
 from ras_compile.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
 from ras_compile.notices import warn_once
 from ras_compile.traced import Exchangeable
+from ras_compile.unusable import told_plainly
 
 __all__ = ["Handle", "attach"]
 
@@ -143,7 +144,8 @@ class _Followed(Exchangeable):
         self.compiled, self._follower, self._name, self._kind = compiled, follower, name, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with attached_call(AttachedCall(self._follower, self._name, present_branch())) as present:
+        call = AttachedCall(self._follower, self._name, present_branch())
+        with told_plainly(args, kwargs), attached_call(call) as present:
             result = self.compiled(*args, **kwargs)
         if not present.reached:
             warn_once(

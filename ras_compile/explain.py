@@ -14,13 +14,14 @@ from .backend import GraphBreak, fragment, graph_break
 from .config import RASConfig
 from .inputs import describe_inputs
 from .passes.cost import Cost, cost
-from .passes.errors import SpecViolation, UnsupportedGraph
+from .passes.errors import SpecViolation, UnsupportedGraph, UnusableInput
 from .passes.layout import Concat, Layout
 from .passes.program import Splice
 from .passes.registry import operands, source_line
 from .plan import Plan
 from .schedule import Schedule
 from .traced import places_given, specialise
+from .unusable import told_plainly
 
 __all__ = ["Explanation", "SplicePoint", "explain", "record_call"]
 
@@ -34,6 +35,7 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
 
     Raises:
         UnsupportedGraph: Dynamo breaks the graph, or finds nothing to compile.
+        UnusableInput: the model itself fails on these inputs.
     """
     graphs: list[fx.GraphModule] = []
     held: list[Any] = []
@@ -58,7 +60,7 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
     # Dynamo keeps what it compiled with the code object: one of our own leaves the module's alone, and never fills up
     fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), told_plainly((), inputs):
             torch.compile(fresh, backend=record, dynamic=False)(**inputs)
     except _Recorded:
         pass
@@ -194,7 +196,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
     config = RASConfig.from_options(options)
     try:
         plan, described, values = plan_of(transformer, inputs, config)
-    except (UnsupportedGraph, SpecViolation) as error:
+    except (UnsupportedGraph, SpecViolation, UnusableInput) as error:
         return Explanation(False, str(error), config=config)
     analysis = plan.analysis
     program = plan.build(max(1, analysis.frame.tokens // 4), outline_blocks=False)

@@ -22,6 +22,7 @@ from .facts import Fact, Guard
 from .passes.errors import UnsupportedGraph
 from .readings import Closed, Noted, Replayed, plain_readings
 from .state import PythonState
+from .unusable import unusable
 
 
 @dataclass
@@ -53,11 +54,15 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
 
     Raises:
         UnsupportedGraph: it cannot be traced.
+        UnusableInput: the model itself fails on these inputs.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     with torch.no_grad():
-        root._call_impl(*args, **kwargs)
+        try:
+            root._call_impl(*args, **kwargs)
+        except Exception as error:
+            raise unusable(first_line(error), args, kwargs) from error
         state = PythonState(root)
         with Noted(given, weights_of(root), runs) as noted:
             root._call_impl(*args, **kwargs)

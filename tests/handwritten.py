@@ -1417,6 +1417,22 @@ class ExpertLoop(Block):
         return out.view_as(x)
 
 
+@variant("a mask of likenesses", refused="mask computed from the latent's values")
+class Likeness(Block):
+    def mix(self, q, k, v):
+        seen = torch.cdist(q.mean(1, True), k.mean(1, True)) < 1.5
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen | torch.eye(q.shape[2], dtype=torch.bool))
+
+
+@variant("a mask of all pairs", ratio=0.6)
+class Brighter(Block):
+    """Which pairs see each other hangs on the values: made anew at each step, of cached values where tokens are not active."""
+
+    def mix(self, q, k, v):
+        seen = q.mean(-1)[..., :, None] <= k.mean(-1)[..., None, :] + 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen | torch.eye(q.shape[2], dtype=torch.bool))
+
+
 @model("long skips over the blocks", depth=3)
 class LongSkips(DiT):
     def __init__(self, **config) -> None:
