@@ -1424,7 +1424,7 @@ class Likeness(Block):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen | torch.eye(q.shape[2], dtype=torch.bool))
 
 
-@variant("a mask of all pairs", ratio=0.6)
+@variant("a mask of all pairs", ratio=0.6, idle=1)
 class Brighter(Block):
     """Which pairs see each other hangs on the values: made anew at each step, of cached values where tokens are not active."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import NOT_RUN, ZOO, redraw
 
+from ras_compile.branches import Slots
 from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.program import fake_mode, sparse_program
 
@@ -145,7 +146,7 @@ def each_cache_matters(model: Subject, values: list, rows: Tensor, caches: list[
 
 def test_outputs_alias_no_cache(model: Subject):
     """6. What is returned never aliases a cache."""
-    slots: dict = {}
+    slots = Slots()
     with torch.no_grad():
         dense = model.plan.dense(model.values, slots)
         sparse = model.plan.run_sparse(model.values, model.rows(quarter(model)), slots)
