@@ -47,7 +47,8 @@ class RASConfig:
         metric: "std", "l2norm", "random", or a callable ``(noise [B, N, C], info) -> [B, N]``, non-negative.
         focus: which end of the metric is computed: "low", "high", or the share of the dropped tokens that is taken
             from the high end, in [0, 1] ("low" is 1.0, "high" is 0.0).
-        starvation_scale: k of eq. 1, at least 0: how strongly a drop count raises a token's priority.
+        starvation_scale: k of eq. 1, at least 0: how strongly a drop count raises a token's priority. 0.1 in
+            the authors' code; the default measured best on the trained model (examples/quality).
         max_absence: D_max: a token that was left out of so many sparse steps goes first; at least 1.
         selector: None, or a callable ``(metric [B, N], drops [B, N], k, info) -> rows [B, k]`` for research.
         region: None (inferred), or the slice of the latent's tokens that is the picture; a pair (start, stop) will do.
@@ -74,7 +75,7 @@ class RASConfig:
     ratio_schedule: str = "constant"
     metric: str | Callable[..., Any] = "std"
     focus: str | float = "high"
-    starvation_scale: float = 0.1
+    starvation_scale: float = 2.0
     max_absence: int = 8
     selector: Callable[..., Any] | None = None
     region: slice | None = field(default=None, hash=False)  # a slice has no hash before Python 3.12

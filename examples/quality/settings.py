@@ -119,7 +119,7 @@ def table_c() -> list[Setting]:
         other("metric of the guided noise", metric=guided),
         other("metric of the prompt's branch", metric=prompted),
         other("one selection for all pictures", metric=shared),
-        *(other(f"starvation scale {scale}", starvation_scale=scale) for scale in (0.0, 0.05, 0.2, 0.5)),
+        *(other(f"starvation scale {scale}", starvation_scale=scale) for scale in (0.0, 0.1, 0.5, 1.0, 8.0)),
         *(other(f"reset every {interval} steps", reset_interval=interval) for interval in (4, 6, 12)),
         other("no error reset", reset_interval=None),
         *(other(f"{steps} dense steps first", warmup_steps=steps) for steps in (2, 6)),
