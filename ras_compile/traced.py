@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
@@ -104,12 +104,12 @@ def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) ->
         raise UnsupportedGraph(
             f"an argument is or holds a {type(strange).__name__}; tensors, numbers and words are supported"
         )
-    hooked = next(
-        (name for name, module in root.named_modules() if module._forward_hooks or module._forward_pre_hooks), None
-    )
+    hooked = next((name for name, module in root.named_modules() if has_hooks(module)), None)
     if hooked is not None:
+        place = f"its part {hooked!r}" if hooked else "the model"
         raise UnsupportedGraph(
-            f"the module {hooked or 'itself'!r} has forward hooks, and Dynamo broke the model's graph"
+            f"Dynamo broke the model's graph, and it cannot be traced instead: {place} has hooks, or a forward that was put in "
+            "place of its class's (as offloading and diffusers' caches do)"
         )
     try:
         return _specialise(root, args, kwargs, config, runs=False)
@@ -117,6 +117,11 @@ def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) ->
         if not places_given(leaves):
             raise
     return _specialise(root, args, kwargs, config, runs=True)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: what that is must happen at each call, and not be traced."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def places_given(values: Sequence[Any]) -> bool:
@@ -132,12 +137,37 @@ def _specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig, *
     state = PythonState(root)
     inputs = [*describe(root, args, kwargs), *(GraphInput(None, entry.name, weight=True) for entry in traced.closed)]
     values = [*leaves, *(entry.now() for entry in traced.closed)]
-    plan = Plan(traced.graph, inputs, values, config)
-    place = sum(isinstance(value, Tensor) for value in values[: plan.latent])
+    shapes = {tuple(node.meta["val"].shape) for node in output_nodes(traced.graph)}
+    try:
+        plan = Plan(traced.graph, inputs, values, config)
+    except UnsupportedGraph:
+        for index, value in enumerate(leaves):
+            if isinstance(value, Tensor) and value.is_floating_point() and tuple(value.shape) in shapes:
+                refuse_readings(traced, values, index)  # the deeper reason
+        raise
+    refuse_readings(traced, values, plan.latent)
+    return Specialisation(traced, state, inputs, plan, find_timestep(inputs, values, config.timestep))
+
+
+def output_nodes(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a graph's outputs that are tensors."""
+    return [
+        node
+        for node in next(iter(reversed(graph.graph.nodes))).all_input_nodes
+        if isinstance(node.meta.get("val"), Tensor)
+    ]
+
+
+def refuse_readings(traced: Trace, values: Sequence[Any], latent: int) -> None:
+    """Refuses a graph that was specialised on a value that depends on the latent.
+
+    Raises:
+        UnsupportedGraph: there is one.
+    """
+    place = sum(isinstance(value, Tensor) for value in values[:latent])
     sources = traced.guard.sources(place)
     if sources:
         raise UnsupportedGraph("Python code reads a value that depends on the latent's values", source=sources[0])
-    return Specialisation(traced, state, inputs, plan, find_timestep(inputs, values, config.timestep))
 
 
 def describe(root: nn.Module, args: tuple, kwargs: dict) -> list[GraphInput]:

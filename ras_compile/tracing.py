@@ -64,8 +64,11 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
         except Exception as error:
             raise unusable(first_line(error), args, kwargs) from error
         state = PythonState(root)
-        with Noted(given, weights_of(root), runs) as noted:
-            root._call_impl(*args, **kwargs)
+        try:
+            with Noted(given, weights_of(root), runs) as noted:
+                root._call_impl(*args, **kwargs)
+        except Exception as error:  # it has just run: what fails now is watching it
+            raise cannot_be_traced(error) from error
     if not state.holds():
         raise UnsupportedGraph("the model changes itself each time it runs (an attribute of a module gets a new value)")
     bound = _Bound(root, leaves, spec, noted)
@@ -75,8 +78,8 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
         captured = export(bound, [*given, *(entry.tensor for entry in closed)])
     except UnsupportedGraph:
         raise
-    except Exception as error:  # the model has just run: whatever it is, it is about being traced
-        raise UnsupportedGraph(f"the model cannot be traced ({type(error).__name__}: {first_line(error)})") from error
+    except Exception as error:
+        raise cannot_be_traced(error) from error
     finally:
         state.restore()  # tables that were made anew are the tracer's tensors
     constants, count = captured.meta["constants"], sum(bound.is_tensor)
@@ -135,6 +138,10 @@ class _Bound(nn.Module):
         self.is_tensor = [isinstance(value, Tensor) for value in flat]
         self.others = [None if isinstance(value, Tensor) else value for value in flat]
         return (*[value for value in flat if isinstance(value, Tensor)], *replayed.facts)
+
+
+def cannot_be_traced(error: Exception) -> UnsupportedGraph:
+    return UnsupportedGraph(f"the model cannot be traced ({type(error).__name__}: {first_line(error)})")
 
 
 def first_line(error: Exception) -> str:

@@ -130,7 +130,8 @@ def kinds(model) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(monkeypatch):
+    monkeypatch.setattr("ras_compile.notices._said", set())
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -346,6 +347,31 @@ def test_what_cannot_be_traced_is_an_error_on_demand(kind):
     compiled = torch.compile(kind(), backend="ras", options={**OPTIONS, "unsupported": "error"})
     with pytest.raises(UnsupportedGraph, match=REFUSED[kind]):
         sample(compiled, inputs(4), steps=1)
+
+
+def with_a_hook(model):
+    model.leave.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def with_another_forward(model):
+    before = model.leave.forward
+    model.leave.forward = lambda x: before(x) * 2
+
+
+@pytest.mark.parametrize("change", [with_a_hook, with_another_forward])
+def test_hooks_are_not_traced(change):
+    """What a hook does must happen at each call: offloading moves weights, caches count calls."""
+    model = Length()
+    change(model)
+    compiled = torch.compile(model, backend="ras", options={**OPTIONS, "unsupported": "error"})
+    with pytest.raises(UnsupportedGraph, match="'leave' has hooks"):
+        sample(compiled, inputs(4), steps=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    with pytest.warns(RASWarning, match="'leave' has hooks"):
+        found = sample(compiled, inputs(4))
+    for one, wanted in zip(found, sample(model, inputs(4)), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_explain_tells_what_is_traced():
