@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .errors import UnsupportedGraph
 from .layout import Atom, Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal
 
 
-def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Callable[[Tensor], Tensor]:
+class TokenView:
+    """A function from a tensor to ``[B, N, P, C]``: samples, tokens, pixels of a patch, channels; see :func:`token_view`.
+
+    Attributes:
+        cuts: ``(dim, start, length)`` of the region's segment, where it stands beside others.
+        token_dims: the tensor's dimensions that hold tokens.
+        shape: ``(B, N, P)``.
+    """
+
+    def __init__(
+        self,
+        cuts: list[tuple[int, int, int]],
+        token_dims: frozenset[int],
+        exploded: list[int],
+        order: list[int],
+        shape: tuple[int, int, int],
+        channels: int | None,
+    ) -> None:
+        self.cuts, self.token_dims, self.shape = cuts, token_dims, shape
+        self._exploded, self._order, self._channels = exploded, order, channels
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self._opened(value).reshape(*self.shape, -1)[..., : self._channels]
+
+    def write(self, value: Tensor, tokens: Tensor) -> None:
+        """Writes ``tokens`` [B, N, P, C] into ``value``: what was left out of the view stays as it is."""
+        opened = self._opened(value)
+        behind = opened.reshape(*self.shape, -1)[..., tokens.shape[-1] :]
+        opened.copy_(torch.cat([tokens.to(value.dtype), behind], -1).view(opened.shape))
+
+    def _opened(self, value: Tensor) -> Tensor:
+        """A view of ``value`` with one dimension for each factor: samples, tokens, pixels, channels."""
+        for dim, start, length in self.cuts:
+            value = value.narrow(dim, start, length)
+        return value.view(self._exploded).permute(self._order)
+
+
+def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> TokenView:
     """Makes a function from a tensor with ``layout`` to ``[B, N, P, C]``: samples, tokens, pixels of a patch, channels.
 
     Factors beside the region in its own dimensions are the pixels, all others are channels; a packed token has one pixel.
@@ -48,13 +85,8 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Cal
     order = [*samples, *(tokens[atom] for atom in region), *pixels, *rest]
     patch = math.prod(exploded[place] for place in pixels)
 
-    def view(value: Tensor) -> Tensor:
-        for dim, start, length in cuts:
-            value = value.narrow(dim, start, length)
-        value = value.reshape(exploded).permute(order).reshape(frame.samples, frame.tokens, patch, -1)
-        return value if channels is None else value[..., :channels]
-
-    return view
+    holding = frozenset(index for index, dim in enumerate(layout.dims) if set(region) & set(atoms_of(dim)))
+    return TokenView(cuts, holding, exploded, order, (frame.samples, frame.tokens, patch), channels)
 
 
 def _segment(dim: Dim, region: list) -> tuple[Dim, tuple[int, int] | None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
+from .clock import present_call
 from .config import ConfigError, RASConfig
 from .generation import reached
 from .inner import Compiled, compile_inner
@@ -23,6 +26,7 @@ from .plan import Plan
 from .steps import run_step
 from .traced import LIBRARIES, places_given, take_over
 
+log = logging.getLogger(__name__)
 _breaks: set[tuple[str, int | None]] = set()  # breaks that were told: the parts behind one say no more
 
 
@@ -40,17 +44,9 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
     """
     try:
         config = RASConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
-        _refuse_unavailable(config)
     except ConfigError as error:
         return _raising(error)
     return CompiledGraph(graph, config)
-
-
-def _refuse_unavailable(config: RASConfig) -> None:
-    """Options that are part of the design and that nothing acts on yet: refused, so that none is ignored in silence."""
-    for name, available in (("noise_reuse", "hold"),):
-        if getattr(config, name) != available:
-            raise ConfigError(f"option {name}={getattr(config, name)!r} is not available yet; it takes {available!r}.")
 
 
 def _raising(error: ConfigError) -> Callable[..., Any]:
@@ -72,7 +68,10 @@ class CompiledGraph:
         self.graph, self.config = graph, config
         self.inputs = describe_inputs(graph.graph)
         self.weights = [index for index, given in enumerate(self.inputs) if given.weight]
-        self.users = [index for index, given in enumerate(self.inputs) if not given.weight]
+        # a size that nothing reads, such as a view's offset in `timesteps`, tells neither programs nor branches apart
+        unread = {index for index, node in enumerate(graph.graph.find_nodes(op="placeholder")) if not node.users}
+        sizes = {index for index, given in enumerate(self.inputs) if given.size}
+        self.users = [i for i, given in enumerate(self.inputs) if not given.weight and i not in sizes & unread]
         self.numbers = number_positions(self.inputs)
         self.broken = graph_break(graph) or fragment(len(self.weights))
         self.placed: set[tuple] = set()  # calls that are refused, and whose arguments say where tokens stand
@@ -104,7 +103,32 @@ class CompiledGraph:
                     self._make(key, given)
         if not isinstance(plan, Plan):
             return plan(*given)
+        plan, key = self._windowed(plan, key, given)
         return self._run(plan, key, given, values)
+
+    def _windowed(self, plan: Plan, key: tuple, values: Sequence[Any]) -> tuple[Plan, tuple]:
+        """The plan of a latent in which the attached scheduler knows only some tokens, the picture; and its key.
+
+        A model that cannot be planned so is planned as before: all tokens count as the picture.
+        """
+        attached = present_call()
+        if self.config.region is not None or attached is None:
+            return plan, key
+        window = attached.follower.window(values[plan.latent])
+        if window is None:
+            return plan, key
+        narrow = (*key, (window.start, window.stop))
+        with self._lock:
+            if narrow not in self.plans:
+                try:
+                    self.plans[narrow] = Plan(self.graph, self.inputs, values, replace(self.config, region=window))
+                except (UnsupportedGraph, SpecViolation) as error:
+                    log.info("the picture's tokens cannot be the region: %s", error)
+                    self.plans[narrow] = plan
+                self._timesteps[narrow] = self._timesteps[key]
+        found = self.plans[narrow]
+        assert isinstance(found, Plan)
+        return found, (narrow if found is not plan else key)
 
     def _run(self, plan: Plan, key: tuple, given: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
         time = self._timesteps[key]

@@ -16,6 +16,17 @@ from .passes.normalize import normalize
 from .passes.registry import source_line
 
 
+class _Interpreter(fx.Interpreter):
+    """Runs a Dynamo graph, and spells an op that cannot be functionalised on a view so that it can."""
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # `fill_diagonal_` is `as_strided` inside; perturbed attention calls it on a part of its mask
+        if target == "fill_diagonal_" and args[0].dim() == 2 and not any([*args[2:], *kwargs.values()]):
+            args[0].diagonal().fill_(args[1])
+            return args[0]
+        return super().call_method(target, args, kwargs)
+
+
 class _Bound(nn.Module):
     """The captured graph as a function of its tensors alone; numbers are baked in."""
 
@@ -27,7 +38,7 @@ class _Bound(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple:
         given = iter(tensors)
         # an interpreter hands on the nodes' stack traces: the user's source lines
-        interpreter = fx.Interpreter(self.graph_module)
+        interpreter = _Interpreter(self.graph_module)
         result = interpreter.run(*[next(given) if value is None else value for value in self.inputs])
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 

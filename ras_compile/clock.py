@@ -14,12 +14,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from ras_compile.config import ConfigError, RASConfig
+from ras_compile.passes.tokens import TokenView
 
 __all__ = [
     "AttachedCall",
+    "Evaluation",
     "Follower",
     "Generation",
     "Home",
@@ -85,6 +87,23 @@ class Generation(Home):
         return self._branch
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model call of a step computed; the scheduler's step follows.
+
+    Args:
+        latent: the latent.
+        view: its token view.
+        rows: the active rows [B, A]; None after a dense call.
+        noise_reuse: that option of the generation.
+    """
+
+    latent: Tensor
+    view: TokenView
+    rows: Tensor | None
+    noise_reuse: str
+
+
 class Follower(Protocol):
     """What an attached pipeline can say about the present model call, from host values alone.
 
@@ -97,8 +116,23 @@ class Follower(Protocol):
     def tick(self) -> tuple[Hashable, int, int | None] | None:
         """(identity of the generation, step from 0, number of steps), or None when the scheduler does not say."""
 
-    def picture_shape(self) -> torch.Size | None:
-        """Shape of the sample that the scheduler last stepped: smaller than the latent where tokens were appended."""
+    def time(self) -> Tensor | None:
+        """The scheduler's own timestep of the present call, 0-d; None when it does not say."""
+
+    def late(self) -> bool:
+        """Whether the run began after the first step of its schedule, as image-to-image does."""
+
+    def check_clean(self) -> None:
+        """Refuse a scheduler of which the clean sample cannot be told."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Take one model call of the present step."""
+
+    def window(self, latent: Tensor) -> slice | None:
+        """The tokens of a packed latent [B, N, C] that are the picture; None: all of them, as far as is known."""
+
+    def overwritten(self, view: TokenView, latent: Tensor) -> Tensor | None:
+        """Tokens that the pipeline puts back after every step, bool [B, N]; None: none of them."""
 
 
 @dataclass

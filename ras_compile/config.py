@@ -15,6 +15,7 @@ __all__ = ["MODES", "RUNTIME_OPTIONS", "ConfigError", "RASConfig"]
 # Options that no compiled program depends on: each generation may have others, see `RASConfig.with_runtime`.
 RUNTIME_OPTIONS = (
     "sample_ratio",
+    "speedup",
     "warmup_steps",
     "reset_interval",
     "reset_steps",
@@ -24,10 +25,15 @@ RUNTIME_OPTIONS = (
     "starvation_scale",
     "max_absence",
     "selector",
+    "noise_reuse",
 )
 
 # torch.compile's modes; torch hands `mode=` to the backend instead of options, never beside them.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+# This very object says that nobody gave a ratio: any other 0.5 is a choice, which a target speed-up contradicts.
+_RATIO = float("0.5")
 
 
 class ConfigError(RASError, ValueError):
@@ -40,6 +46,8 @@ class RASConfig:
 
     Args:
         sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1].
+        speedup: instead of `sample_ratio`: the speed-up over dense steps that a whole run is to have, at least 1. The
+            cost model solves for the ratio, so this counts FLOPs and is no promise about time; needs the number of steps.
         warmup_steps: dense steps at the start of a generation, at least 1.
         reset_interval: a dense step every so many steps after the warm-up (section 3.3), or None.
         reset_steps: exactly these steps are dense error resets; rules over `reset_interval` when given.
@@ -68,7 +76,7 @@ class RASConfig:
         ConfigError: a bad value; the text names the option and what it takes.
     """
 
-    sample_ratio: float = 0.5
+    sample_ratio: float = _RATIO
     warmup_steps: int = 4
     reset_interval: int | None = 8
     reset_steps: tuple[int, ...] | None = None
@@ -89,11 +97,19 @@ class RASConfig:
     unsupported: str = "dense"
     latent: str | None = None
     timestep: str | None = None
+    speedup: float | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "sample_ratio", _number(self, "sample_ratio", low=0.0, high=1.0, open_low=True))
         put(self, "starvation_scale", _number(self, "starvation_scale", low=0.0))
+        if self.speedup is not None:
+            put(self, "speedup", _number(self, "speedup", low=1.0))
+            if self.sample_ratio is not _RATIO:
+                raise ConfigError(
+                    f"options sample_ratio={self.sample_ratio:g} and speedup={self.speedup:g} exclude each other: a "
+                    "speed-up is reached by choosing the ratio."
+                )
         _integer(self, "warmup_steps", low=1)
         _integer(self, "max_absence", low=1)
         if self.cache_budget is not None:
@@ -163,7 +179,15 @@ class RASConfig:
                 f"option {fixed[0]} changes what is compiled; detach and attach anew. Options that may change between "
                 f"generations: {', '.join(RUNTIME_OPTIONS)}."
             )
+        if options.get("speedup") is not None:
+            options.setdefault("sample_ratio", _RATIO)
+        elif "sample_ratio" in options:
+            options["speedup"] = None
         return replace(self, **options)
+
+    def at_ratio(self, ratio: float) -> RASConfig:
+        """This config with the ratio that its `speedup` was solved for."""
+        return replace(self, sample_ratio=ratio, speedup=None)
 
     @property
     def high_share(self) -> float:

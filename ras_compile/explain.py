@@ -133,7 +133,7 @@ class Explanation:
 
     def dense_steps(self, num_steps: int) -> int:
         """Dense steps among ``num_steps`` under the schedule of ``config``."""
-        return sum(Schedule(self.config).kind(step) == "dense" for step in range(num_steps))
+        return Schedule(self.config).dense_steps(num_steps)
 
     def speedup(self, sample_ratio: float | None = None, num_steps: int = 28) -> float:
         """Predicted speed-up by FLOPs of a whole run over dense steps alone, under the schedule of ``config``.
@@ -148,6 +148,8 @@ class Explanation:
         if self.cost is None:
             raise UnsupportedGraph(self.reason)
         ratio = self.config.sample_ratio if sample_ratio is None else sample_ratio
+        if sample_ratio is None and self.config.speedup is not None:
+            ratio = self.ratio_for(self.config.speedup, num_steps)
         return self.cost.speedup(ratio, num_steps, self.dense_steps(num_steps))
 
     def ratio_for(self, speedup: float, num_steps: int = 28) -> float:

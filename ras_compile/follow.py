@@ -7,33 +7,39 @@ that have no `step_index` (DDIM, DDPM, PNDM, CogVideoX's).
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ras_compile.config import RASConfig
+from ras_compile.clock import Evaluation
+from ras_compile.config import ConfigError, RASConfig
+from ras_compile.passes.tokens import TokenView
+from ras_compile.reuse import CleanSample, active_tokens
+from ras_compile.sample import picture_window, sample_map
+from ras_compile.samplers import check_clean, clean_coefficients
 
 __all__ = ["SchedulerFollower", "follow_branches", "present_branch", "unfollow_branches"]
 
 _branch: ContextVar[str | None] = ContextVar("ras_compile_cache_context", default=None)
 _STEPS = "_ras_compile_steps"
+# Model calls of one step that are remembered until the scheduler steps.
+_CALLS = 16
 _DEFAULTS = RASConfig()
 
 
 @dataclass
 class _Steps:
-    """What a watched scheduler has done."""
+    """What a watched scheduler has done, and who watches it."""
 
     taken: int = 0
-    picture_shape: torch.Size | None = None
-    watchers: int = 0
+    followers: list[SchedulerFollower] = field(default_factory=list)
 
 
 @functools.cache
@@ -42,15 +48,22 @@ def _watched(base: Any) -> type:
 
     A class, because a function put on the instance would go into a deep copy and step the original from there.
     """
+    order = list(inspect.signature(base.step).parameters)[1:]
 
     @functools.wraps(base.step)
     def step(self, *args, **kwargs):
-        result = base.step(self, *args, **kwargs)
         steps = vars(self)[_STEPS]
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        for follower in steps.followers:
+            given[order[0]] = follower.stepping(self, given)
+        if args:
+            args = (given[order[0]], *args[1:])
+        else:
+            kwargs[order[0]] = given[order[0]]
+        result = base.step(self, *args, **kwargs)
         steps.taken += 1
-        sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
-        if isinstance(sample, Tensor):
-            steps.picture_shape = sample.shape
+        for follower in steps.followers:
+            follower.stepped(result)
         return result
 
     def reduce(self, protocol):
@@ -89,6 +102,12 @@ class SchedulerFollower:
         self._key = object()
         self._origin: int | None = None
         self._taken_before = 0
+        self._evaluations: list[Evaluation] = []
+        self._windows: dict[int, slice | None] = {}
+        self._asked = False
+        self._previous: Tensor | None = None
+        self._overwritten: Tensor | None = None
+        self._begin()
         self._watch(getattr(pipe, "scheduler", None))
 
     def tick(self) -> tuple[object, int, int | None] | None:
@@ -108,6 +127,7 @@ class SchedulerFollower:
         taken = steps.taken
         if timesteps is not self._timesteps:
             self._timesteps, self._key, self._origin, self._taken_before = timesteps, object(), None, taken
+            self._begin()
         since = taken - self._taken_before
         index = getattr(scheduler, "step_index", None)
         first = getattr(scheduler, "begin_index", None) or 0
@@ -119,10 +139,135 @@ class SchedulerFollower:
             self._origin = index - since
         return self._key, index - self._origin, count
 
-    def picture_shape(self) -> torch.Size | None:
-        """Shape of the sample that the scheduler last stepped, if any."""
-        steps = _steps_of(self._scheduler)
-        return steps.picture_shape if steps else None
+    def time(self) -> Tensor | None:
+        """The present entry of `timesteps`, exact and unscaled, 0-d; None when there is none."""
+        if self._timesteps is None:
+            return None
+        index = getattr(self._scheduler, "step_index", None)
+        if index is None:
+            steps = _steps_of(self._scheduler)
+            since = steps.taken - self._taken_before if steps else 0
+            index = (getattr(self._scheduler, "begin_index", None) or 0) + since
+        return self._timesteps[index] if index < len(self._timesteps) else None
+
+    def late(self) -> bool:
+        """Whether the run began after the first entry of `timesteps`, as image-to-image does."""
+        return bool(self._origin or getattr(self._scheduler, "begin_index", None))
+
+    def check_clean(self) -> None:
+        """Refuse a scheduler of which the clean sample cannot be told.
+
+        Raises:
+            ConfigError: the text lists those of which it can.
+        """
+        check_clean(self._scheduler)
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Take one model call of the present step."""
+        self._evaluations = [*self._evaluations[1 - _CALLS :], evaluation]
+
+    def window(self, latent: Tensor) -> slice | None:
+        """The tokens of a packed latent [B, N, C] that are the picture, as the scheduler's steps have shown it.
+
+        None: all of them, or not known yet. What the generation before has shown is taken for its first call.
+        """
+        return self._windows.get(latent.shape[1]) if latent.dim() == 3 else None
+
+    def overwritten(self, view: TokenView, latent: Tensor) -> Tensor | None:
+        """Tokens that the pipeline has put back after every step so far (the known part of inpainting): bool [B, N].
+
+        Where a pipeline steps what the scheduler returned, nothing is ever compared; else the first answer of a
+        generation is a host read. None: none of them.
+        """
+        if self._overwritten is None:
+            return None
+        if not self._asked:
+            self._asked = True
+            if not bool(self._overwritten.any()):
+                self._untouched()
+                return None
+        mapped = sample_map(view, latent.shape, self._overwritten.shape)
+        return mapped.to_tokens(self._overwritten) if mapped else None
+
+    def stepping(self, scheduler: Any, given: dict[str, Any]) -> Any:
+        """The scheduler is about to step with the arguments `given`; returns the `model_output` that it is to take."""
+        evaluations, self._evaluations = self._evaluations, []
+        prediction, sample = next(iter(given.values())), given.get("sample")
+        if not isinstance(sample, Tensor) or not isinstance(prediction, Tensor):
+            return prediction
+        self._look_for_reference_tokens(evaluations, sample)
+        self._look_for_overwriting(sample)
+        if any(evaluation.noise_reuse == "x0" for evaluation in evaluations):
+            return self._hold_clean(scheduler, given, prediction, sample, evaluations)
+        return prediction
+
+    def stepped(self, result: Any) -> None:
+        """The scheduler has stepped and returns `result`."""
+        if self._overwrites:
+            first = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
+            self._previous = first if isinstance(first, Tensor) else None
+
+    def _begin(self) -> None:
+        """A generation begins."""
+        self._clean = CleanSample()
+        self._looked = self._asked = False
+        self._overwrites = True
+        self._previous = self._overwritten = None
+
+    def _untouched(self) -> None:
+        self._overwrites, self._previous, self._overwritten = False, None, None
+
+    def _look_for_reference_tokens(self, evaluations: Sequence[Evaluation], sample: Tensor) -> None:
+        """Once in a generation: which tokens of the packed latents does the scheduler know?"""
+        if self._looked or not evaluations:
+            return
+        self._looked = True
+        for latent in [evaluation.latent for evaluation in evaluations]:
+            if latent.dim() == sample.dim() == 3:
+                self._windows[latent.shape[1]] = picture_window(latent, sample)
+
+    def _look_for_overwriting(self, sample: Tensor) -> None:
+        """Compare what is stepped now with what the step before returned."""
+        previous, self._previous = self._previous, None
+        if previous is None or not self._overwrites:
+            return
+        if previous is sample or previous.shape != sample.shape:
+            self._untouched()
+            return
+        changed = sample != previous.to(sample.dtype)
+        self._overwritten = changed if self._overwritten is None else changed & self._overwritten
+
+    def _hold_clean(
+        self,
+        scheduler: Any,
+        given: dict[str, Any],
+        prediction: Tensor,
+        sample: Tensor,
+        evaluations: Sequence[Evaluation],
+    ) -> Tensor:
+        """The prediction in which inactive tokens hold their clean sample.
+
+        Raises:
+            ConfigError: the model's latent is not laid out as the scheduler's sample, or each token has a time of its own.
+        """
+        if given.get("per_token_timesteps") is not None:
+            raise ConfigError(
+                "option noise_reuse='x0' takes one timestep for all tokens; this pipeline has one for each."
+            )
+        active = None
+        for evaluation in evaluations:
+            mapped = sample_map(evaluation.view, evaluation.latent.shape, sample.shape)
+            if mapped is None or prediction.shape != sample.shape:
+                raise ConfigError(
+                    f"option noise_reuse='x0' needs a sample and a prediction laid out as the model's latent "
+                    f"{list(evaluation.latent.shape)}; the scheduler gets {list(sample.shape)} and "
+                    f"{list(prediction.shape)}."
+                )
+            if evaluation.rows is not None:
+                computed = mapped.to_sample(active_tokens(evaluation.rows, evaluation.view.shape[1]))
+                active = computed if active is None else active | computed
+        a, b = clean_coefficients(scheduler, given.get("timestep"))
+        return self._clean(prediction, sample, active, a.to(sample.device), b.to(sample.device))
 
     def stop(self) -> None:
         """Give the scheduler its own class back."""
@@ -131,8 +276,8 @@ class SchedulerFollower:
     def _watch(self, scheduler: Any) -> None:
         before = _steps_of(self._scheduler)
         if before is not None:
-            before.watchers -= 1
-            if not before.watchers:
+            before.followers.remove(self)
+            if not before.followers:
                 self._scheduler.__class__ = type(self._scheduler).__mro__[1]
                 delattr(self._scheduler, _STEPS)
         self._scheduler, self._timesteps = scheduler, None
@@ -144,7 +289,7 @@ class SchedulerFollower:
             scheduler.__class__ = _watched(kind)
             steps = _Steps()
             setattr(scheduler, _STEPS, steps)
-        steps.watchers += 1
+        steps.followers.append(self)
 
 
 def present_branch() -> str | None:

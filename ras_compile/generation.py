@@ -11,17 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ras_compile.blocks import is_block, leave_output
 from ras_compile.branches import Branch, Branches, Match
-from ras_compile.clock import Follower, Generation, Home, Tick, generation, owner, present, present_call
-from ras_compile.config import RASConfig
+from ras_compile.clock import Evaluation, Follower, Generation, Home, Tick, generation, owner, present, present_call
+from ras_compile.config import ConfigError, RASConfig
 from ras_compile.inference import TimeLine, read_time
 from ras_compile.notices import warn_once
+from ras_compile.passes.cost import Cost
+from ras_compile.passes.tokens import TokenView
 from ras_compile.records import Record
+from ras_compile.reuse import Extrapolation
 from ras_compile.rows import RowChooser
 from ras_compile.schedule import Kind, Schedule
 from ras_compile.selection import SelectionInfo
@@ -46,6 +51,8 @@ class CallInfo:
         batch: B, samples of the call.
         tokens: N, region tokens per sample.
         grid: the region's token grid; its product is N.
+        view: the latent's token view, where the backend has it.
+        cost: FLOPs of the programs, where the backend has them.
     """
 
     graph: Hashable
@@ -55,6 +62,8 @@ class CallInfo:
     batch: int
     tokens: int
     grid: tuple[int, ...] = ()
+    view: TokenView | None = None
+    cost: Cost | None = None
 
 
 @dataclass(eq=False)
@@ -86,6 +95,7 @@ class Decision:
     run: _Run = field(repr=False)
     of: Branch = field(repr=False)
     transformer: str = "transformer"
+    time: Any = None  # of this call, for "linear" reuse
 
 
 @dataclass(eq=False)
@@ -178,7 +188,23 @@ class TransformerState:
                 call.timestep,
             )
         )
+        follower = self.follower
+        if follower is not None and call.view is not None:
+            follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
         leave_output(self, output)
+
+    def extrapolate(self, decision: Decision, noise: Tensor) -> Tensor | None:
+        """What the tokens of a recorded call return with `noise_reuse="linear"`; None: the noise as it is.
+
+        Args:
+            decision: as returned by `decide`.
+            noise: [B, N, P, C], that of inactive tokens as last computed.
+        """
+        if decision.run.config.noise_reuse != "linear":
+            return None
+        line = decision.slots.setdefault("line", Extrapolation())
+        ahead = line(noise, decision.rows, decision.time)
+        return None if decision.rows is None else ahead
 
     def abort(self) -> None:
         """Forget the generation that is running here: the next call begins a new one."""
@@ -204,8 +230,16 @@ class TransformerState:
         base = tick.step or 0
         follower = self.follower
         config = self.config if follower is None else follower.config
+        if config.noise_reuse == "x0":
+            if follower is None:
+                raise ConfigError(
+                    "option noise_reuse='x0' needs the scheduler, to tell the clean sample: use ras_compile.attach(pipe, ...)."
+                )
+            follower.check_clean()
+        count = None if tick.num_steps is None else tick.num_steps - base
+        config = _at_speedup(config, call.cost, count)
         schedule = Schedule(config)
-        schedule.check(None if tick.num_steps is None else tick.num_steps - base)
+        schedule.check(count, late=base > 0 or (follower is not None and follower.late()))
         check_named = tick.step is None or config.context == "frozen"
         branches, chooser = Branches(check_named), RowChooser(config)
         run = _Run(tick.key, base, tick.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
@@ -275,7 +309,8 @@ class TransformerState:
         if not reason:
             active = run.schedule.active(run.step - run.base, call.tokens, count)
             info = SelectionInfo(run.step, run.num_steps, call.grid)
-            rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info)
+            known = partial(self._known, call)
+            rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info, known)
             reason = "" if rows is not None else "no noise of the step before to select from"
         return Decision(
             kind="dense" if rows is None else "sparse",
@@ -290,7 +325,28 @@ class TransformerState:
             run=run,
             of=branch,
             transformer=tick.transformer,
+            time=self._time(run, call) if run.config.noise_reuse == "linear" else None,
         )
+
+    def _known(self, call: CallInfo) -> Tensor | None:
+        """Tokens whose noise the pipeline throws away, bool [B, N]; None: none."""
+        follower = self.follower
+        return follower.overwritten(call.view, call.latent) if follower is not None and call.view is not None else None
+
+    def _time(self, run: _Run, call: CallInfo) -> Any:
+        """The exact time of a call, one value or one for each sample: see `Extrapolation`."""
+        time = self.follower.time() if self.follower is not None else None
+        if time is None:
+            time = call.timestep
+        if isinstance(time, Tensor):
+            if time.dtype in (torch.float16, torch.bfloat16) or not time.numel():
+                return run.step
+            return (
+                time.detach().reshape(call.batch, -1).amax(1)
+                if time.shape[:1] == (call.batch,)
+                else time.detach().max()
+            )
+        return run.step if time is None else float(time)
 
     def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo) -> str:
         if is_block(self, call.graph, call.latent):
@@ -308,6 +364,28 @@ class TransformerState:
         if run.line is not None and not run.line.corroborated:
             return "the direction of time is not known yet"
         return ""
+
+
+def _at_speedup(config: RASConfig, cost: Cost | None, num_steps: int | None) -> RASConfig:
+    """The config with the ratio that gives its `speedup` in this run, by FLOPs.
+
+    Raises:
+        ConfigError: nobody says how many steps there are, or the speed-up is out of reach.
+    """
+    if config.speedup is None:
+        return config
+    if num_steps is None:
+        raise ConfigError(
+            "option speedup needs the number of steps: use ras_compile.attach(pipe, ...) or "
+            "ras_compile.generation(num_steps=...)."
+        )
+    if cost is None:
+        raise ConfigError("option speedup needs the costs of the compiled programs; give a sample_ratio instead.")
+    try:
+        ratio = cost.ratio_for(config.speedup, num_steps, Schedule(config).dense_steps(num_steps))
+    except ValueError as error:
+        raise ConfigError(f"option speedup: {error} (by FLOPs).") from None
+    return config.at_ratio(ratio)
 
 
 def reached() -> None:

@@ -27,7 +27,7 @@ from .passes.pipeline import prepare
 from .passes.program import SparsePlan, dense_program, plan, sparse_program
 from .passes.propagate import Analysis, propagate
 from .passes.spec import check_analysis, check_captured, check_dense, check_sparse
-from .passes.tokens import channel_count, token_view
+from .passes.tokens import TokenView, channel_count, token_view
 
 log = logging.getLogger(__name__)
 
@@ -170,15 +170,20 @@ class Plan:
         with torch.no_grad():
             check_dense(dense_program(self.analysis, self.sparse), self.analysis, self.sparse)
             check_sparse(sparse_program(self.analysis, few, self.sparse), self.analysis, self.sparse)
-        price = cost(self.analysis, self.sparse)
-        if price.dense_flops and price.flop_ratio(few) >= 1:
+        self.cost = cost(self.analysis, self.sparse)
+        if self.cost.dense_flops and self.cost.flop_ratio(few) >= 1:
             raise UnsupportedGraph(
                 "a sparse step would cost as much as a dense one: the operations that mix tokens are all there is"
             )
 
     @cached_property
-    def noise_view(self):
-        """Function from the noise output to its token view [B, N, P, C]."""
+    def latent_view(self) -> TokenView:
+        """Function from the latent to its token view [B, N, P, C]."""
+        return token_view(self.analysis.frame.layout(), self.analysis.frame)
+
+    @cached_property
+    def noise_view(self) -> TokenView:
+        """Function from the noise output to its token view [B, N, P, C], on the channels that match the latent's."""
         layout = self.analysis.layouts[self.analysis.output_nodes[self.noise]]
         assert isinstance(layout, Layout)
         frame = self.analysis.frame

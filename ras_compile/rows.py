@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ _Key = tuple[int, int]  # batch and tokens of a call
 
 
 class RowChooser:
-    """Chooses rows once per step, from what all branches of the step before returned. No host read.
+    """Chooses rows once per step, from what all branches of the step before returned. No host read, but for the first
+    values that a callable of the user's returns.
 
     Args:
         config: the options.
@@ -27,6 +30,7 @@ class RowChooser:
 
     def __init__(self, config: RASConfig) -> None:
         self._config = config
+        self._metric_checked = self._rows_checked = False  # a callable's values are looked at when it is first used
         self._seen: dict[_Key, list[Tensor]] = {}
         self._before: dict[_Key, list[Tensor]] = {}
         self._counts: dict[_Key, tuple[Tensor, Tensor]] = {}
@@ -44,14 +48,24 @@ class RowChooser:
         if config.metric in _REPLAYED_METRICS and config.cuda_graphs:
             (metric,) = _metric([noise.detach()], config.metric)
         else:
-            metric = token_metric(noise.detach(), config.metric, info)
+            metric = token_metric(noise.detach(), config.metric, info, check=not self._metric_checked)
+            self._metric_checked = True
         self._seen.setdefault((metric.shape[0], metric.shape[1]), []).append(metric)
 
-    def rows(self, latent: Tensor, batch: int, tokens: int, active: int, info: SelectionInfo) -> Tensor | None:
+    def rows(
+        self,
+        latent: Tensor,
+        batch: int,
+        tokens: int,
+        active: int,
+        info: SelectionInfo,
+        known: Callable[[], Tensor | None] = lambda: None,
+    ) -> Tensor | None:
         """The active rows of this step for a call, int64 [batch, active]; None without noise of the step before.
 
         A later call of the step gets the first one's rows; where its batch differs (a guidance branch without the
-        duplicated half), each sample gets those of the sample with the same latent.
+        duplicated half), each sample gets those of the sample with the same latent. `known` is asked where rows are
+        chosen: tokens [batch, tokens] whose noise is of no use.
         """
         key = (batch, tokens)
         if key in self._chosen:
@@ -61,13 +75,13 @@ class RowChooser:
         elif first := next((entry for (_, count), entry in self._chosen.items() if count == tokens), None):
             rows = first[0][_same_sample(latent, first[1], batch, len(first[0]))]
         elif key in self._before:
-            rows = self._choice(latent, key, active, info)
+            rows = self._choice(latent, key, active, info, known())
         else:
             return None
         self._chosen[key] = (rows, latent)
         return rows
 
-    def _choice(self, latent: Tensor, key: _Key, active: int, info: SelectionInfo) -> Tensor:
+    def _choice(self, latent: Tensor, key: _Key, active: int, info: SelectionInfo, known: Tensor | None) -> Tensor:
         config, metrics = self._config, self._before[key]
         zeros = torch.zeros(key, dtype=torch.int64, device=latent.device)
         drops, absence = self._counts.get(key, (zeros, zeros))
@@ -75,13 +89,15 @@ class RowChooser:
         if config.selector is None:
             options = active, config.high_share, config.starvation_scale, config.max_absence
             run = _choose if config.cuda_graphs else lambda tensors, *settings: choose(*tensors, *settings)
-            rows, drops, absence = run([*metrics, grouped.detach(), drops, absence], *options)
+            without = torch.empty(0, dtype=torch.bool, device=latent.device) if known is None else known
+            rows, drops, absence = run([*metrics, grouped.detach(), drops, absence, without], *options)
             self._counts[key] = drops, absence
             return rows
         metric = torch.stack(metrics).mean(dim=0)
         if grouped.numel():
             metric = sample_groups(grouped) @ metric
-        rows = select_rows(metric, drops, absence, active, config, info)
+        rows = select_rows(metric, drops, absence, active, config, info, check=not self._rows_checked)
+        self._rows_checked = True
         self._counts[key] = update_counts(drops, absence, rows)
         return rows
 

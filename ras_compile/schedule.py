@@ -77,12 +77,30 @@ class Schedule:
         counts = self._counts(tokens, num_steps)
         return next((count for group, count in zip(groups, counts, strict=True) if step <= group[-1]), counts[-1])
 
-    def check(self, num_steps: int | None) -> None:
+    def dense_steps(self, num_steps: int) -> int:
+        """How many of `num_steps` steps are dense."""
+        return sum(self.kind(step) == "dense" for step in range(num_steps))
+
+    def check(self, num_steps: int | None, late: bool = False) -> None:
         """Say once what this run's number of steps makes impossible.
 
+        Args:
+            num_steps: steps of the run, where known.
+            late: the run begins after the first step of its schedule (image-to-image), and so is shorter than asked for.
+
         Raises:
-            ConfigError: "linear" without a known number of steps.
+            ConfigError: "linear" without a known number of steps; `reset_steps` beyond the run, unless it is late.
         """
+        beyond = [step for step in self.config.reset_steps or () if num_steps is not None and step >= num_steps]
+        if beyond and not late:
+            raise ConfigError(
+                f"option reset_steps={list(self.config.reset_steps or ())}: this run has {num_steps} steps, from 0 to "
+                f"{num_steps - 1 if num_steps else 0}."
+            )
+        if beyond:
+            warn_once(
+                f"ras_compile: this run starts late and has {num_steps} steps, so reset_steps {beyond} do not come."
+            )
         if num_steps is None:
             if self.config.ratio_schedule == "linear":
                 self._groups(None)

@@ -19,6 +19,7 @@ __all__ = ["SelectionInfo", "choose", "sample_groups", "select_rows", "token_met
 # Beyond any score (log metric plus scaled drops) and any absence; sums with them stay exact in float32.
 _OVERDUE = 1e6
 _SCORE_LIMIT = 1e5
+_KNOWN = 3e5  # takes any score below those of what is not known
 _RANDOM_SEED = 0x5A5
 _MIXER = 0x1E3779B97F4A7C15  # an odd number of mixed bits
 _NEVER = torch.iinfo(torch.int64).min
@@ -40,7 +41,7 @@ class SelectionInfo:
     grid: tuple[int, ...] = ()
 
 
-def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionInfo) -> Tensor:
+def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionInfo, check: bool = False) -> Tensor:
     """How much each token's predicted noise says: float32 [B, N], non-negative, finite.
 
     Args:
@@ -49,9 +50,10 @@ def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionI
         kind: "std": standard deviation over C, mean over P; "l2norm": over P and C; "random": for ablations, the same
             at every run and not drawn from the global generator; a callable gets ([B, N, P * C], info).
         info: passed to the callable.
+        check: look at a callable's values, which reads from the device; else NaN and what is negative count as 0.
 
     Raises:
-        ConfigError: the callable returned another shape than [B, N].
+        ConfigError: the callable returned another shape than [B, N], or a value that is no number or negative.
     """
     batch, tokens, pixels, channels = noise.shape
     if callable(kind):
@@ -59,7 +61,10 @@ def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionI
         if not isinstance(metric, Tensor) or metric.shape != (batch, tokens):
             got = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
             raise ConfigError(f"option metric: the callable must return a tensor [{batch}, {tokens}], not {got}.")
-        metric = metric.float()
+        metric = metric.to(noise.device, torch.float32)
+        if check and not bool((metric >= 0).all()):
+            what = "a value that is not a number" if bool(metric.isnan().any()) else "a negative value"
+            raise ConfigError(f"option metric: the callable returned {what}; it takes numbers of at least 0.")
     elif kind == "std":
         spread = noise.float() if channels > 1 else noise.float().reshape(batch, tokens, 1, pixels)
         metric = spread.std(dim=-1, correction=0).mean(dim=-1)
@@ -94,18 +99,25 @@ def choose(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         given: the metrics [B, N] of the branches of the step before, the latent of a batch (or one that is empty), drop
-            counts and absences [B, N]; then k, and `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
+            counts and absences [B, N], and which tokens are known, bool [B, N] (or none at all: empty); then k, and
+            `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
     """
-    *metrics, latent, drops, absence, k, high_share, scale, max_absence = given
+    *metrics, latent, drops, absence, known, k, high_share, scale, max_absence = given
     metric = torch.stack(metrics).mean(dim=0) if len(metrics) > 1 else metrics[0]
     if latent.numel():
         metric = sample_groups(latent) @ metric
-    rows = ranked(metric, drops, absence, k, high_share, scale, max_absence)
+    rows = ranked(metric, drops, absence, k, high_share, scale, max_absence, known if known.numel() else None)
     return rows, *update_counts(drops, absence, rows)
 
 
 def select_rows(
-    metric: Tensor, drops: Tensor, absence: Tensor, k: int, config: RASConfig, info: SelectionInfo | None = None
+    metric: Tensor,
+    drops: Tensor,
+    absence: Tensor,
+    k: int,
+    config: RASConfig,
+    info: SelectionInfo | None = None,
+    check: bool = True,
 ) -> Tensor:
     """The active rows of a sparse step: int64 [B, k], ascending.
 
@@ -121,34 +133,50 @@ def select_rows(
         k: rows to select, 1..N.
         config: `focus`, `starvation_scale`, `max_absence` and `selector` are read.
         info: passed to a custom `selector`.
+        check: look at the rows of a custom `selector`, which reads from the device; else only at their shape and type.
 
     Raises:
         ConfigError: a custom `selector` returned something else than k distinct rows per sample.
     """
     batch, tokens = metric.shape
     if config.selector is not None:
-        return _checked(config.selector(metric, drops, k, info), batch, tokens, k)
+        return _checked(config.selector(metric, drops, k, info), metric, k, check)
     if k >= tokens:
         return torch.arange(tokens, device=metric.device).expand(batch, tokens)
     return ranked(metric, drops, absence, k, config.high_share, config.starvation_scale, config.max_absence)
 
 
 def ranked(
-    metric: Tensor, drops: Tensor, absence: Tensor, k: int, high_share: float, scale: float, max_absence: int
+    metric: Tensor,
+    drops: Tensor,
+    absence: Tensor,
+    k: int,
+    high_share: float,
+    scale: float,
+    max_absence: int,
+    known: Tensor | None = None,
 ) -> Tensor:
-    """The built-in choice of `select_rows`, with the options as numbers."""
+    """The built-in choice of `select_rows`, with the options as numbers.
+
+    Tokens of the known part of a picture (bool [B, N]; a sample of nothing else has none) are dropped before all others
+    at either end and are never overdue: the pipeline throws their noise away.
+    """
     batch, tokens = metric.shape
     from_high = round(high_share * (tokens - k))
     from_low = tokens - k - from_high
     log_metric = metric.float().clamp_min(torch.finfo(torch.float32).tiny).log()
     lift = scale * drops.float()
     overdue = absence >= max_absence
+    if known is not None:
+        known = known & ~known.all(dim=1, keepdim=True)
+        overdue = overdue & ~known
     last = _OVERDUE + absence.float()  # dropped after all others, the youngest of them first
     kept, left = None, tokens
     for count, score in ((from_high, lift - log_metric), (from_low, lift + log_metric)):
         if count:
             left -= count
-            order = _ordered(torch.where(overdue, last, score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT)))
+            score = torch.where(overdue, last, score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT))
+            order = _ordered(score if known is None else torch.where(known, score - _KNOWN, score))
             order = order if kept is None else torch.where(kept, order, _NEVER)
             kept = order >= order.topk(left, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     if kept is None:
@@ -171,14 +199,17 @@ def update_counts(drops: Tensor, absence: Tensor, rows: Tensor) -> tuple[Tensor,
     return drops + dropped, (absence + 1) * dropped
 
 
-def _checked(rows: Any, batch: int, tokens: int, k: int) -> Tensor:
-    """Rows of a custom selector, sorted. The checks of the values read from the device: research may pay for that."""
+def _checked(rows: Any, metric: Tensor, k: int, check: bool) -> Tensor:
+    """Rows of a custom selector, sorted; with `check` their values are read from the device."""
+    batch, tokens = metric.shape
     if not isinstance(rows, Tensor) or rows.shape != (batch, k):
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ConfigError(f"option selector: the callable must return rows [{batch}, {k}], not {got}.")
     if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
         raise ConfigError(f"option selector: the rows must be integers, not {rows.dtype}.")
-    rows = rows.to(torch.int64).sort(dim=1).values
+    rows = rows.to(metric.device, torch.int64).sort(dim=1).values
+    if not check:
+        return rows
     if int(rows.min()) < 0 or int(rows.max()) >= tokens:
         raise ConfigError(f"option selector: rows must lie in 0..{tokens - 1}.")
     if k > 1 and bool((rows.diff(dim=1) == 0).any()):

@@ -34,11 +34,25 @@ def run_step(
         config: the options.
     """
     state, frame = state_for(weights, config), plan.analysis.frame
-    call = CallInfo(graph, latent, context, timestep, frame.samples, frame.tokens, frame.grid)
+    call = CallInfo(
+        graph,
+        latent,
+        context,
+        timestep,
+        frame.samples,
+        frame.tokens,
+        frame.grid,
+        view=plan.latent_view,
+        cost=plan.cost,
+    )
     decision = state.decide(call)
     if decision.rows is None:
         outputs = plan.dense(given, decision.slots, decision.spare)
     else:
         outputs = plan.run_sparse(given, decision.rows, decision.slots)
-    state.record(call, decision, plan.noise_view(outputs[plan.noise]), outputs)
+    noise = plan.noise_view(outputs[plan.noise])
+    state.record(call, decision, noise, outputs)
+    ahead = state.extrapolate(decision, noise)
+    if ahead is not None:
+        plan.noise_view.write(outputs[plan.noise], ahead)
     return outputs

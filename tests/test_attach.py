@@ -359,3 +359,19 @@ def test_four_steps_with_four_to_warm_up_is_told():
     pipe = sd3()
     with ras_compile.attach(pipe), pytest.warns(RASWarning, match="none of the 4 steps"):
         draw(pipe, steps=4)
+
+
+def test_resets_beyond_the_run_are_refused_unless_it_starts_late():
+    pipe = sd3()
+    with ras_compile.attach(pipe, reset_steps=[5, 9]) as handle:
+        with pytest.raises(ValueError, match=r"reset_steps=\[5, 9\]: this run has 8 steps, from 0 to 7"):
+            draw(pipe, steps=8)
+        draw(pipe, steps=10)
+        assert kinds(handle) == "ddddsdsssd"
+        vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, shift_factor=0.0)
+        second = diffusers.StableDiffusion3Img2ImgPipeline(**{**pipe.components, "vae": vae})
+        second.set_progress_bar_config(disable=True)
+        options = {"image": torch.rand(1, 3, 8, 8), "height": 8, "width": 8, "output_type": "latent", **EMBEDS}
+        with pytest.warns(RASWarning, match=r"starts late and has 8 steps, so reset_steps \[9\]"):
+            second(strength=0.5, num_inference_steps=16, **options)
+        assert kinds(handle) == "ddddsdss"

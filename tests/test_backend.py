@@ -329,3 +329,32 @@ def test_a_context_that_cannot_be_frozen_is_computed_afresh_with_one_warning(mon
         frozen = run(compiled, LATENT, TEXT)
     torch._dynamo.reset()
     assert torch.equal(frozen, run(torch.compile(plain, backend="ras", options=EAGER), LATENT, TEXT))
+
+
+def test_a_speedup_is_turned_into_a_ratio():
+    compiled = torch.compile(model(), backend="ras", options={**EAGER, "sample_ratio": 0.25})
+    latent = torch.randn(1, 4, 32, 32)
+
+    def sample(compiled, steps):
+        with torch.no_grad(), ras_compile.generation(num_steps=steps) as gen:
+            for step in range(steps or 4):
+                gen.step()
+                compiled(latent + step, torch.full((1,), 1 - step / 10), TEXT[:1])
+        return ras_compile.trace(compiled)
+
+    with torch.no_grad():
+        explained = ras_compile.explain(
+            compiled, options=EAGER, hidden_states=latent, timestep=torch.ones(1), text=TEXT[:1]
+        )
+    target = explained.speedup(0.25, num_steps=10)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model(), backend="ras", options={**{k: v for k, v in EAGER.items() if k != "sample_ratio"}, "speedup": target}
+    )
+    assert [record.active for record in sample(compiled, 10)] == [256] * 2 + [64] * 8
+    longer = sample(compiled, 20)[-1].active  # fewer of the steps are warm-up: more tokens do
+    assert 64 < longer < 256
+    with pytest.raises(ValueError, match=r"option speedup.*2 dense steps of 3: 1.00 to 1\.\d+ can be had"):
+        sample(compiled, 3)
+    with pytest.raises(ValueError, match="option speedup needs the number of steps"):
+        sample(compiled, None)

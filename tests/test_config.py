@@ -29,6 +29,7 @@ def test_defaults_are_the_documented_ones():
         "unsupported": "dense",
         "latent": None,
         "timestep": None,
+        "speedup": None,
     }
 
 
@@ -53,6 +54,7 @@ BAD = {
     "unsupported": ["ignore"],
     "latent": ["", "two words", 3],
     "timestep": [0, "a.b"],
+    "speedup": [0.9, 0, "2", True, float("nan")],
 }
 
 
@@ -99,3 +101,16 @@ def test_focus_is_the_share_dropped_from_the_high_end(focus, share):
 
 def test_from_no_options_at_all():
     assert RASConfig.from_options(None) == RASConfig.from_options({}) == RASConfig()
+
+
+def test_a_ratio_or_a_speedup():
+    assert RASConfig(speedup=2).speedup == 2.0
+    for given in ({"sample_ratio": 0.5}, {"sample_ratio": 0.25}):
+        with pytest.raises(ValueError, match=r"sample_ratio=0.*speedup=2 exclude"):
+            RASConfig(speedup=2, **given)
+        with pytest.raises(ValueError, match="exclude"):
+            RASConfig().with_runtime(speedup=2, **given)
+    config = RASConfig(sample_ratio=0.5).with_runtime(speedup=1.5)
+    assert config.speedup == 1.5 and config.with_runtime(warmup_steps=2).speedup == 1.5
+    assert config.with_runtime(sample_ratio=0.5) == RASConfig(sample_ratio=0.5)
+    assert config.at_ratio(0.3) == RASConfig(sample_ratio=0.3)

@@ -130,14 +130,6 @@ def test_a_followed_scheduler_looks_the_same_and_is_given_back():
     assert type(pipe.scheduler) is kind and set(vars(pipe.scheduler)) == state
 
 
-def test_the_shape_of_the_picture_is_that_of_the_stepped_sample():
-    pipe = Pipe("DDIMScheduler")
-    follower = SchedulerFollower(pipe)
-    assert follower.picture_shape() is None
-    told(pipe, follower)
-    assert follower.picture_shape() == (1, 4, 4, 4)
-
-
 @pytest.mark.parametrize("scheduler", [None, object()])
 def test_what_is_no_scheduler_says_nothing(scheduler):
     pipe = Pipe()

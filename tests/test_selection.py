@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ras_compile import RASConfig
-from ras_compile.selection import SelectionInfo, sample_groups, select_rows, token_metric, update_counts
+from ras_compile.rows import RowChooser
+from ras_compile.selection import SelectionInfo, ranked, sample_groups, select_rows, token_metric, update_counts
 
 INFO = SelectionInfo(step=3, grid=(2, 3))
 
@@ -231,3 +232,49 @@ def test_custom_selector_is_sorted_and_told():
 def test_a_bad_selector_names_the_option(rows, complaint):
     with pytest.raises(ValueError, match=f"option selector.*{complaint}"):
         select([5.0, 1.0, 4.0, 6.0], 2, selector=lambda *args: rows)
+
+
+def test_values_of_callables_are_looked_at_when_first_used():
+    noise = torch.randn(1, 6, 1, 4)
+    for bad, what in ((float("nan"), "not a number"), (-1.0, "negative")):
+        with pytest.raises(ValueError, match=f"option metric.*{what}"):
+            token_metric(noise, lambda noise, info, bad=bad: torch.full((1, 6), bad), INFO, check=True)
+        assert token_metric(noise, lambda noise, info, bad=bad: torch.full((1, 6), bad), INFO).sum() == 0
+    zeros = torch.zeros(1, 6, dtype=torch.int64)
+    for rows, what in (([[1, 1]], "twice"), ([[0, 6]], r"0\.\.5"), ([[-1, 2]], r"0\.\.5")):
+        config = RASConfig(selector=lambda metric, drops, k, info, rows=rows: torch.tensor(rows))
+        with pytest.raises(ValueError, match=f"option selector.*{what}"):
+            select_rows(torch.ones(1, 6), zeros, zeros, 2, config, INFO)
+        select_rows(torch.ones(1, 6), zeros, zeros, 2, config, INFO, check=False)
+    for rows in ([1, 2], [[1, 2, 3]], [[1.0, 2.0]]):
+        config = RASConfig(selector=lambda metric, drops, k, info, rows=rows: torch.tensor(rows))
+        with pytest.raises(ValueError, match="option selector"):
+            select_rows(torch.ones(1, 6), zeros, zeros, 2, config, INFO, check=False)
+
+
+def test_a_generation_looks_once():
+    looked = []
+    chooser = RowChooser(
+        RASConfig(metric=lambda noise, info: noise.abs().sum(-1), selector=lambda m, d, k, i: m.topk(k)[1])
+    )
+    for _step in range(3):
+        chooser.observe(torch.randn(1, 6, 1, 4), INFO)
+        chooser.advance(dense=False)
+        looked.append((chooser._metric_checked, chooser._rows_checked))
+        assert chooser.rows(torch.randn(1, 6, 4), 1, 6, 2, INFO).shape == (1, 2)
+    assert looked == [(True, False), (True, True), (True, True)]
+
+
+@pytest.mark.parametrize("focus", ["low", "high", 0.5])
+def test_what_is_known_goes_first_and_is_never_overdue(focus):
+    metric = torch.tensor([[9.0, 1.0, 5.0, 3.0, 8.0, 2.0]])
+    known = torch.tensor([[True, True, True, False, False, False]])
+    zeros = torch.zeros(1, 6, dtype=torch.int64)
+    config = RASConfig(focus=focus)
+
+    def chosen(k, known=known, absence=zeros):
+        return ranked(metric, zeros, absence, k, config.high_share, 0.1, 8, known)[0].tolist()
+
+    assert chosen(3) == [3, 4, 5] and set(chosen(2)) < {3, 4, 5} and set(chosen(5)) > {3, 4, 5}
+    assert chosen(3, absence=zeros + 20 * known.long()) == [3, 4, 5]
+    assert chosen(2, known=torch.ones_like(known)) == chosen(2, known=None)  # nothing else: as if nothing were known

@@ -209,7 +209,8 @@ def test_token_view_against_brute_force(walk: Walk):
         with contextlib.suppress(UnsupportedGraph):
             token_view(layout, frame)
         return
-    found = token_view(layout, frame)(value)
+    view = token_view(layout, frame)
+    found = view(value)
     assert found.shape[:2] == (frame.samples, frame.tokens)
     assert found.shape[3] == channel_count(layout, frame)
     places = np.unravel_index(found.numpy(), frame.shape)
@@ -221,6 +222,10 @@ def test_token_view_against_brute_force(walk: Walk):
         sample = places[frame.batch_dim]
         assert np.array_equal(sample, np.broadcast_to(np.arange(frame.samples)[:, None, None, None], sample.shape))
     assert len(np.unique(found.numpy())) == found.numel() == math.prod(frame.shape), "every entry of the latent once"
+    written, few = value.clone(), max(1, found.shape[3] - 1)
+    view.write(written, -1 - found[..., :few])
+    assert torch.equal(view(written)[..., :few], -1 - found[..., :few])
+    assert torch.equal(view(written)[..., few:], found[..., few:]), "the channels behind stay"
 
 
 @quick
