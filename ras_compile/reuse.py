@@ -73,7 +73,7 @@ class CleanSample:
     With `x0 = a * sample + b * prediction` (a and b belong to the step, see `samplers.py`), the prediction of an
     inactive token is the one that implies the same x0 from its present sample: `(x0 - a * sample) / b`. A sampler that
     adds fresh noise at each step has that noise in the sample, so an inactive token's prediction follows it, while
-    one that is held would leave it in the picture.
+    one that is held would leave it in the picture. Along deterministic Euler steps of a flow the two are the same.
     """
 
     def __init__(self) -> None:

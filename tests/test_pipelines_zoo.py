@@ -210,10 +210,17 @@ def test_reference_tokens_with_guidance(monkeypatch):
     assert [r.active for r in records] == [24] * 4 + [12] * 4
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
-def test_inactive_tokens_hold_their_clean_sample(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}),
+        ("UniPCMultistepScheduler", FLOW),
+    ],
+)
+def test_inactive_tokens_hold_their_clean_sample(name, options):
     """What the scheduler gets implies, at inactive tokens, the clean sample of the step before; the others are left."""
-    scheduler = getattr(diffusers, name)(**({"shift": 3.0} if "Match" in name else FLOW))
+    scheduler = getattr(diffusers, name)(**options)
     pipe = sd3(scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     base, seen = type(scheduler).step, []
@@ -227,10 +234,12 @@ def test_inactive_tokens_hold_their_clean_sample(name):
     Spy.__name__ = name
     scheduler.__class__ = Spy
     with ras_compile.attach(pipe, **EAGER) as handle:
+        torch.manual_seed(0)  # stochastic sampling draws from the global generator
         draw_sd3(pipe, steps=6)
         held = [prediction for prediction, _ in seen]
         seen.clear()
         handle.configure(noise_reuse="x0")
+        torch.manual_seed(0)
         draw_sd3(pipe, steps=6)
         records = ras_compile.trace(handle)
     assert kinds(records) == "ddssss" and torch.equal(seen[1][0], held[1])
@@ -243,7 +252,8 @@ def test_inactive_tokens_hold_their_clean_sample(name):
         assert (clean[mask] - before[mask]).abs().max() > 1e-3
         if step == 2:  # the same latents still, so the same computed tokens
             torch.testing.assert_close(prediction[mask], held[2][mask])
-            assert not torch.allclose(prediction[~mask], held[2][~mask], atol=1e-3)
+            same = torch.allclose(prediction[~mask], held[2][~mask], atol=1e-4)
+            assert same == (options == {"shift": 3.0})  # a step of Euler's method along a held noise keeps x0
 
 
 def test_the_line_of_two_noises_in_a_pipeline():
