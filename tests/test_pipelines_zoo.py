@@ -131,8 +131,7 @@ def test_skip_layer_guidance():
 def test_perturbed_attention_is_three_branches_in_a_batch():
     pipe = sd3("StableDiffusion3PAGPipeline", pag_applied_layers=["blocks.1"])
     records = sampled(pipe, lambda: draw_sd3(pipe, steps=5, pag_scale=2.0), SPARSE_FROM_2)
-    rows = records[-1].rows
-    assert len(rows) == 3 and torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+    assert records[-1].rows.shape == (1, 8)  # its attention takes the batch apart: all three share one choice of rows
 
 
 def test_guidance_that_is_turned_off_part_way():
