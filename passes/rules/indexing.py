@@ -69,7 +69,7 @@ def flip(call: Call) -> Step:
     """`a b -> a b`, reversed along dimensions without tokens."""
     layout = only_layout(call)
     dims = [dim % len(layout.dims) for dim in call.args["dims"]]
-    if grid_atoms(call, [layout.dims[dim] for dim in dims]):
+    if grid_atoms(call, [layout.dims[dim] for dim in dims]):  # tokens, or the samples of a batch, would change places
         return call.whole()
     return Step(Layout(layout.dims, layout.raw), call.uses())
 

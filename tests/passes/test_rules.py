@@ -8,11 +8,14 @@ also say what a rule must answer: "rows" (it stays sparse), "apart" (the result 
 
 from __future__ import annotations
 
+import inspect
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -1065,3 +1068,12 @@ def test_every_rule_that_can_refuse_has_a_row_for_it():
         "new_constant",
     }
     assert {rule.__name__ for rule, says in answers.items() if rule and len(says) == 1 and "rows" in says} <= free
+
+
+def test_the_rule_that_contributing_shows_is_the_one_there_is():
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    shown = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert inspect.getsource(RULES[aten.flip.default]).strip() in shown
+    rows = re.findall(r"Row\(aten.flip.default, .*\),  #", next(block for block in shown if "Row(" in block))
+    table = Path(__file__).read_text()
+    assert len(rows) == 3 and all(row.removesuffix("  #") in table for row in rows)
