@@ -45,13 +45,14 @@ class Guard:
             index for index, node in enumerate(self.inputs[: len(self.inputs) - len(constants)]) if node.users
         ]
 
-    def sources(self, index: int) -> list[str]:
-        """The user's source lines of the facts that depend on an input."""
+    def hanging_on(self, index: int) -> list[Fact]:
+        """The facts that depend on an input."""
         reached = {self.inputs[index]}
         for node in self.module.graph.nodes:
             if any(operand in reached for operand in node.all_input_nodes):
                 reached.add(node)
-        return [fact.source for name, fact in self.facts.items() if name in {node.name for node in reached}]
+        names = {node.name for node in reached}
+        return [fact for name, fact in self.facts.items() if name in names]
 
     def holds(self, values: Sequence[Tensor]) -> bool:
         """Whether the inputs of a call give the same facts; stops at the first that differs, since the rest hangs on it."""

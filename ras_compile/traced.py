@@ -143,10 +143,13 @@ def _specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig, *
     except UnsupportedGraph:
         for index, value in enumerate(leaves):
             if isinstance(value, Tensor) and value.is_floating_point() and tuple(value.shape) in shapes:
-                refuse_readings(traced, values, index)  # the deeper reason
+                refuse_readings(traced, values, index, "latent")  # the deeper reason
         raise
-    refuse_readings(traced, values, plan.latent)
-    return Specialisation(traced, state, inputs, plan, find_timestep(inputs, values, config.timestep))
+    refuse_readings(traced, values, plan.latent, "latent")
+    timestep = find_timestep(inputs, values, config.timestep)
+    if timestep is not None and isinstance(values[timestep], Tensor):
+        refuse_readings(traced, values, timestep, "timestep")
+    return Specialisation(traced, state, inputs, plan, timestep)
 
 
 def output_nodes(graph: fx.GraphModule) -> list[fx.Node]:
@@ -158,16 +161,22 @@ def output_nodes(graph: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
-def refuse_readings(traced: Trace, values: Sequence[Any], latent: int) -> None:
-    """Refuses a graph that was specialised on a value that depends on the latent.
+def refuse_readings(traced: Trace, values: Sequence[Any], changing: int, what: str) -> None:
+    """Refuses a graph that was specialised on a value that depends on an input which changes at each step.
+
+    Tests of the timestep are allowed (`if t > 500`): they have few outcomes.
+
+    Args:
+        changing: its position among the values.
+        what: "latent" or "timestep".
 
     Raises:
-        UnsupportedGraph: there is one.
+        UnsupportedGraph: there is such a value.
     """
-    place = sum(isinstance(value, Tensor) for value in values[:latent])
-    sources = traced.guard.sources(place)
-    if sources:
-        raise UnsupportedGraph("Python code reads a value that depends on the latent's values", source=sources[0])
+    place = sum(isinstance(value, Tensor) for value in values[:changing])
+    facts = [fact for fact in traced.guard.hanging_on(place) if what == "latent" or fact.value.dtype != torch.bool]
+    if facts:
+        raise UnsupportedGraph(f"Python code reads a value that depends on the {what}'s values", source=facts[0].source)
 
 
 def describe(root: nn.Module, args: tuple, kwargs: dict) -> list[GraphInput]:

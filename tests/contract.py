@@ -169,21 +169,25 @@ def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: A
     config = RASConfig.from_options({"inner_backend": "eager", "unsupported": "error", **options})
     try:
         graph, values = record_call(module, inputs)
-        described = describe_inputs(graph.graph)
-        if places_given(tree_leaves(inputs)):
-            Plan(graph, described, values, config)
+        return planned(graph, describe_inputs(graph.graph), values, config, exact)
     except UnsupportedGraph as error:
         if not isinstance(error, GraphBreak) and not places_given(tree_leaves(inputs)):
             raise
-        made = specialise(module, (), inputs, config)
-        graph, leaves = made.trace.graph, made.values(tree_leaves(((), inputs)))
-        given = [pair for pair in zip(made.inputs, leaves, strict=True) if isinstance(pair[1], Tensor)]
-        given += [(GraphInput(None, "constant", weight=True), constant) for constant in graph.meta.pop("constants")]
-        described, values = [pair[0] for pair in given], [pair[1] for pair in given]
+    made = specialise(module, (), inputs, config)
+    graph, leaves = made.trace.graph, made.values(tree_leaves(((), inputs)))
+    given = [pair for pair in zip(made.inputs, leaves, strict=True) if isinstance(pair[1], Tensor)]
+    given += [(GraphInput(None, "constant", weight=True), constant) for constant in graph.meta.pop("constants")]
+    return planned(graph, [pair[0] for pair in given], [pair[1] for pair in given], config, exact)
+
+
+def planned(
+    graph: fx.GraphModule, inputs: list[GraphInput], values: Sequence[Any], config: RASConfig, exact: bool
+) -> Subject:
+    """The subject of a graph that is still to be captured."""
     if exact:
         widen(graph)
         values = [widest(value) for value in values]
-    return Subject(Plan(graph, described, values, config), list(values))
+    return Subject(Plan(graph, inputs, values, config), list(values))
 
 
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}

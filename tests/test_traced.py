@@ -321,7 +321,36 @@ class Counts(Length):
         return super().read(text, mask) * self.calls
 
 
-REFUSED = {FromLatent: "depends on the latent's values.*in forward", Counts: "changes itself"}
+class FromTime(Length):
+    """Multiplies by the timestep as a number: another one at each step."""
+
+    def forward(self, hidden_states, timestep, text, mask):
+        return super().forward(hidden_states, timestep, text, mask) * (1 + timestep.item())
+
+
+class Phases(Length):
+    """Goes another way in the second half of a run."""
+
+    def forward(self, hidden_states, timestep, text, mask):
+        noise = super().forward(hidden_states, timestep, text, mask)
+        return noise * 2 if timestep[0] > 0.6 else noise
+
+
+def test_a_test_of_the_timestep():
+    model = Phases()
+    compiled = torch.compile(model, backend="ras", options=EXACT)
+    for found, wanted in zip(sample(compiled, inputs(4), 8), sample(model, inputs(4), 8), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert "sparse" in kinds(compiled)
+    (found,) = compiled.forward.found.values()
+    assert len(found) == 2
+
+
+REFUSED = {
+    FromTime: "depends on the timestep's values.*in forward",
+    FromLatent: "depends on the latent's values.*in forward",
+    Counts: "changes itself",
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -335,7 +364,7 @@ def test_what_cannot_be_traced_runs_dense_with_one_warning(kind, monkeypatch):
     told = [str(item.message) for item in caught if issubclass(item.category, RASWarning)]
     assert len(told) == 1
     assert re.search(REFUSED[kind], told[0])
-    if kind is FromLatent:
+    if kind is not Counts:
         for one, wanted in zip(found, sample(model, inputs(4)), strict=True):
             torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
     explanation = ras_compile.explain(kind(), hidden_states=latents(1)[0], timestep=torch.ones(1), **inputs(4))
