@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import ras_compile
@@ -401,6 +402,34 @@ def test_hooks_are_not_traced(change):
         found = sample(compiled, inputs(4))
     for one, wanted in zip(found, sample(model, inputs(4)), strict=True):
         torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Pipe:
+    """A pipeline of two calls a step, with a prompt and without, whose texts differ in length."""
+
+    config: dict = {}
+
+    def __init__(self) -> None:
+        self.transformer, self.scheduler = Length(), FlowMatchEulerDiscreteScheduler()
+
+    def run(self, steps: int) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        x, branches = latents(1)[0], [inputs(5, seed=1), inputs(2, seed=2)]
+        for t in self.scheduler.timesteps:
+            cond, uncond = (self.transformer(hidden_states=x, timestep=t[None] / 1000, **given) for given in branches)
+            x = self.scheduler.step(uncond + 2 * (cond - uncond), t, x, return_dict=False)[0]
+        return x
+
+
+def test_an_attached_pipeline_whose_branches_read_different_values():
+    pipe = Pipe()
+    with torch.no_grad():
+        wanted = pipe.run(5)
+        with ras_compile.attach(pipe, **EXACT) as handle:
+            for _ in range(2):
+                torch.testing.assert_close(pipe.run(5), wanted, rtol=1e-4, atol=1e-5)
+            told = [(record.step, record.kind) for record in ras_compile.trace(handle)]
+    assert told == [(step, "dense" if step < 2 else "sparse") for step in range(5) for _ in range(2)]
 
 
 def test_explain_tells_what_is_traced():
