@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
 from torch.fx.traceback import preserve_node_meta
 
+from .flex import is_transform, spell_flex_attention
 from .passes.errors import UnsupportedGraph
 from .passes.normalize import normalize
 from .passes.registry import source_line
@@ -57,6 +58,7 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     Raises:
         UnsupportedGraph: the graph writes into its inputs, uses function transforms, or cannot be traced.
     """
+    graph = spell_flex_attention(graph, inputs)
     refuse_function_transforms(graph.graph)
     return export(_Bound(graph, inputs), [value for value in inputs if isinstance(value, Tensor)])
 
@@ -95,8 +97,7 @@ def export(bound: nn.Module, tensors: Sequence[Tensor]) -> fx.GraphModule:
 def refuse_function_transforms(graph: fx.Graph) -> None:
     """Refuses `torch.func` transforms: tracing them a second time fails and leaves the thread's transform stack open."""
     for node in graph.nodes:
-        module = getattr(node.target, "__module__", None) or ""
-        if node.op == "call_function" and module.startswith(("torch._functorch", "torch._dynamo._trace_wrapped")):
+        if is_transform(node):
             raise UnsupportedGraph(
                 "a graph that contains torch.vmap (flex_attention builds its block mask with it); a mask tensor is supported",
                 op=str(getattr(node.target, "__name__", node.target)),

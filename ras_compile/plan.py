@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -141,7 +142,7 @@ class Plan:
         self._graphs = self._program_graphs(values) if config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
         self._lock = threading.RLock()
-        self.identity = object()  # what a branch remembers the plan by, without keeping it alive
+        self.identity = weakref.ref(self)  # what a branch remembers the plan by, without keeping it alive
         try:
             self._prove()
         except UnsupportedGraph as error:

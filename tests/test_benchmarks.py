@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load
 
 import ras_compile
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))  # its scripts import each other as scripts do
-
 names = ("kernel_sites", "measure", "rows", "run", "sizes", "step_profile", "table", "ways")
-kernel_sites, measure, rows, run, sizes, step_profile, table, ways = map(__import__, names)
+kernel_sites, measure, rows, run, sizes, step_profile, table, ways = load(["benchmarks"], names)
 
 
 def bench(tmp_path, *more, model="sd3-medium"):

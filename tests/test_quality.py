@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,21 +13,13 @@ import scipy.linalg
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from scripts import EXAMPLES, load
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES / "quality"), str(EXAMPLES / "emoji")]
+import ras_compile
 
-import data  # noqa: E402  (the examples are folders of scripts)
-import measure  # noqa: E402
-import others  # noqa: E402
-import run  # noqa: E402
-import sampler  # noqa: E402
-import settings as chosen  # noqa: E402
-import tables  # noqa: E402
-from objects import OBJECTS  # noqa: E402
-from sampler import Sampler, scheduler_of  # noqa: E402
-
-import ras_compile  # noqa: E402
+names = ("data", "measure", "others", "run", "sampler", "settings", "tables", "objects")
+data, measure, others, run, sampler, chosen, tables, objects = load(["quality", "emoji"], names)
+Sampler, scheduler_of, OBJECTS = sampler.Sampler, sampler.scheduler_of, objects.OBJECTS
 
 
 def test_distance_is_that_of_the_formula():

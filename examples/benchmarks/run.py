@@ -131,11 +131,12 @@ class Bench:
     def run(self, setup: Setup, steps: int | None = None, mark: Any = None, denoise: Any = None) -> Any:
         """One run of a way; returns the latents."""
         work = self.work
+        count = steps or work.steps
+        if setup.handle is not None:  # a run that only warms up is shorter than where its resets would be
+            setup.handle.configure(reset_steps=tuple(step for step in setup.resets if step < count))
         work.transformer._compiled_call_impl = setup.compiled
         try:
-            return sample(
-                work, denoise or work.transformer, setup.scheduler, steps or work.steps, mark or (lambda index: None)
-            )
+            return sample(work, denoise or work.transformer, setup.scheduler, count, mark or (lambda index: None))
         finally:
             work.transformer._compiled_call_impl = None
             setup.between()

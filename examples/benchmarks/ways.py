@@ -60,6 +60,7 @@ class Setup:
         between: called after each run.
         cost: what the last run's steps cost by the cost model; of RAS only.
         handle: of `ras_compile.attach`.
+        resets: its error resets in a whole run.
         pipe: what it is attached to; kept here, since a handle holds it weakly.
         exclusive: the transformer's modules are changed, so that no other way can run until this one is closed.
         note: more keys of the row.
@@ -72,6 +73,7 @@ class Setup:
     between: Callable[[], None] = lambda: None
     cost: Callable[[], Cost] | None = None
     handle: Any = None
+    resets: tuple[int, ...] = ()
     pipe: Any = None
     exclusive: bool = False
     note: dict[str, Any] = field(default_factory=dict)
@@ -149,15 +151,17 @@ def _ras(work: Workload, way: Way, inner_backend: str, options: dict[str, Any]) 
     def kinds() -> dict[int, tuple[str, int]]:
         return {record.step: (record.kind, record.active) for record in ras_compile.trace(handle)}
 
-    return Setup(scheduler, compiled, handle.detach, kinds, cost=lambda: _cost(work), handle=handle, pipe=pipe)
+    resets = handle.config.reset_steps or ()
+    return Setup(
+        scheduler, compiled, handle.detach, kinds, cost=lambda: _cost(work), handle=handle, resets=resets, pipe=pipe
+    )
 
 
 def _cost(work: Workload) -> Cost:
     """The price of the plan that ran last; `ras_compile.explain` would make the plan anew, which takes its time."""
     states = [state for state in states_of(work.transformer.parameters()) if state.records]
     last = max(states, key=lambda state: state.records[-1].serial)
-    graph, key = owner().runs[last].branches.known[0].graph
-    plan = graph.plans[key]
+    plan = owner().runs[last].branches.known[0].graph()
     return cost(plan.analysis, plan.sparse)
 
 

@@ -21,17 +21,21 @@ EMOJI = Path(__file__).parents[1] / "emoji"
 if str(EMOJI) not in sys.path:
     sys.path.append(str(EMOJI))  # the emoji example is a folder of scripts that import each other
 
-from classifier import Judge, targets, verdict  # noqa: E402  (found through the line above)
+from classifier import Judge, load, targets, verdict  # noqa: E402  (found through the line above)
+from compose import Atlas, compose  # noqa: E402
 from objects import FILLS  # noqa: E402
 from scenes import Scene, SceneSampler, collate  # noqa: E402
 
 __all__ = [
     "FILLS",
+    "Atlas",
     "Distances",
     "Looks",
+    "compose",
     "facts_of",
     "interval_of",
     "likeness",
+    "load",
     "look",
     "ndcg",
     "scenes_of",

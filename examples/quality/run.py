@@ -133,18 +133,16 @@ class Bench:
             raise FileNotFoundError(
                 f"{args.cache} has no artwork for real pictures: python examples/emoji/data.py --cache {args.cache}"
             )
-        from classifier import load
-        from compose import Atlas, compose
 
         scenes = measure.scenes_of(args.n, PROMPT_SEED)
         self.facts = measure.facts_of(scenes, device)
-        self.judge = load(EMOJI / "judge.safetensors", device)
-        atlas = Atlas(args.cache, device)
+        self.judge = measure.load(EMOJI / "judge.safetensors", device)
+        atlas = measure.Atlas(args.cache, device)
 
         def real(count: int, seed: int) -> tuple[Tensor, Facts]:
             facts = measure.facts_of(measure.scenes_of(count, seed), device)
             parts = [
-                compose(atlas, {name: value[at : at + args.batch] for name, value in facts.items()})
+                measure.compose(atlas, {name: value[at : at + args.batch] for name, value in facts.items()})
                 for at in range(0, count, args.batch)
             ]
             return ((torch.cat(parts) + 1) * 127.5).round().to(torch.uint8), facts

@@ -188,7 +188,7 @@ def _kandinsky6():
 
 
 @case(
-    "Kandinsky6SRTransformer3DModel", refused="torch.vmap",
+    "Kandinsky6SRTransformer3DModel", refused="mask depends on the values",
     in_visual_dim=4, out_visual_dim=8, time_dim=16, patch_size=(1, 1, 1),
     model_dim=24, ff_dim=32, num_visual_blocks=2, axes_dims=(4, 4, 4),
 )  # fmt: skip

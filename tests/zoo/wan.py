@@ -83,7 +83,7 @@ def _anyflow():
     )
 
 
-@case("AnyFlowFARTransformer3DModel", refused="torch.vmap", compressed_patch_size=(1, 4, 4), full_chunk_limit=3, **_WAN)
+@case("AnyFlowFARTransformer3DModel", compressed_patch_size=(1, 4, 4), full_chunk_limit=3, **_WAN)
 def _anyflow_far():
     return _wan_inputs(
         hidden_states=random(2, 2, 4, 4, 8), timestep=torch.full((2, 2), 500.0), r_timestep=torch.full((2, 2), 250.0),
