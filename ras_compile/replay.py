@@ -33,7 +33,9 @@ class Replayed:
         self._local = threading.local()
 
     def __call__(self, tensors: Sequence[Tensor], *settings: Hashable) -> tuple[Tensor, ...]:
-        if any(tensor.device.type != DEVICE for tensor in tensors) or torch.cuda.is_current_stream_capturing():
+        if any(tensor.device.type != DEVICE for tensor in tensors):
+            return self._function(*tensors, *settings)
+        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():  # the user captures a graph of their own
             return self._function(*tensors, *settings)
         key = (settings, tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
         known: OrderedDict[Hashable, Any] = self._local.__dict__.setdefault("known", OrderedDict())

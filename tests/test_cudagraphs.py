@@ -24,7 +24,7 @@ class Recorded:
     def __init__(self, compiled, inputs, pool) -> None:
         held = [weakref.ref(value) for value in inputs]
         self.run = lambda: compiled(*[value() for value in held])
-        self.results = [torch.full_like(result, torch.nan) for result in self.run()]
+        self.results = [torch.full_like(r, torch.nan if r.is_floating_point() else 1) for r in self.run()]
 
     def replay(self) -> None:
         for kept, result in zip(self.results, self.run(), strict=True):
