@@ -14,7 +14,7 @@ from ras_compile.selection import SelectionInfo
 STEPS = (3, 4, 5, 7, 10, 14, 20, 28)  # of the dense baselines
 REFERENCE_STEPS, EXACT_STEPS = 28, 200
 WARMUP = RASConfig().warmup_steps
-AUTHORS_SCALE = 0.1  # in microsoft/RAS; the paper gives eq. 1 without a value
+AUTHORS_SCALE = 0.1  # what microsoft/RAS always uses
 GUIDANCE = 4.0
 
 
