@@ -10,7 +10,8 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
 
 from .choice import pays
 from .linear_gelu import linear_gelu, linear_gelu_reference
-from .scatter_linear import epilogue_reference, scatter_linear, scatter_linear_reference
+from .reference import epilogue_reference, scatter_linear_reference
+from .scatter_linear import scatter_linear
 
 __all__ = [
     "epilogue_reference",

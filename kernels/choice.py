@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scatter_linear import Launch, runs_kernel
+from .launch import Launch, runs_kernel
 from .tiles import milliseconds, timings
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ras_compile.kernels import tiles
-from ras_compile.kernels.scatter_linear import tiles_for
+from ras_compile.kernels.launch import tiles_for
 
 CPU = torch.device("cpu")
 NAMES = ["large", "middle", "small"]

@@ -1,0 +1,242 @@
+"""A scatter-GEMM before its launch: how it may be cut into tiles, and what the kernel takes for given tensors."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .gemm import INTERPRETED, triton
+from .tiles import fastest
+
+# float64 is for proofs, not for speed: it always runs the eager twin.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One way to cut the product: tiles of BM x BN, BK channels at a time; `tma`: Hopper's bulk loads; `persistent`:
+    one program per processor walks over the tiles, and a tile's stores overlap the next one's loads."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    tma: bool = False
+    persistent: bool = False
+
+    @property
+    def name(self) -> str:
+        flags = "-tma" * self.tma + "-persistent" * self.persistent
+        return f"{self.BM}x{self.BN}x{self.BK}-w{self.warps}-s{self.stages}{flags}"
+
+
+# Tensor-core tiles for Ampere and Hopper, large to small; those that need more shared memory than the device has drop
+# out when they are timed. All have at least the 64 rows of Hopper's instruction and add up K in one order, so that a
+# result does not depend on which one was fastest.
+TILES_16_BIT = (
+    Tile(128, 256, 64, 8, 4),
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 4, 4),
+    Tile(128, 64, 64, 4, 4),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 64, 128, 4, 3),
+    Tile(64, 256, 64, 8, 3),
+)
+# Those worth a compilation where operands can be loaded in bulk. A persistent tile's epilogue is compiled into the loop,
+# which takes minutes where it has a norm or a rotary embedding: it is offered without them only.
+TILES_HOPPER = (
+    Tile(128, 256, 64, 8, 3, tma=True),
+    Tile(128, 256, 64, 8, 3, tma=True, persistent=True),
+    Tile(128, 128, 64, 8, 4, tma=True),
+    Tile(128, 128, 64, 8, 4, tma=True, persistent=True),
+    Tile(128, 128, 64, 4, 4, tma=True),
+    Tile(64, 128, 64, 4, 4, tma=True),
+    Tile(64, 64, 64, 4, 4, tma=True),
+    Tile(64, 256, 64, 8, 3, tma=True),
+    Tile(128, 128, 64, 8, 3),
+)
+# IEEE fp32 runs on the ordinary cores, whose operands live in registers: small tiles.
+TILES_32_BIT = (
+    Tile(128, 64, 16, 8, 3),
+    Tile(64, 64, 16, 4, 3),
+    Tile(32, 64, 32, 4, 3),
+    Tile(32, 128, 16, 4, 3),
+    Tile(32, 256, 16, 8, 2),
+)
+# The interpreter's tiles are small, so that small tests have several of them along each axis.
+INTERPRETER_TILE = Tile(16, 32, 16, 4, 1)
+GROUP = 8  # tile rows whose tiles are neighbours in time
+WIDEST = 256  # columns of a tile, and so the largest head that has an epilogue in the kernel
+NORMS = ("none", "rms", "layer")
+ROPES = ("none", "interleaved", "half")
+
+
+def tiles_for(
+    device: torch.device, dtype: torch.dtype, M: int, N: int, padded: int = 1, *, bulk: bool = False
+) -> list[Tile]:
+    """The tiles that may be fastest: whole heads, and not more than twice as large as the output.
+
+    Args:
+        padded: columns of a head in a tile; 1 without an epilogue.
+        bulk: the operands can be loaded in bulk, where the device can.
+    """
+    tiles: tuple[Tile, ...] = TILES_16_BIT
+    if dtype is torch.float32:
+        tiles = TILES_32_BIT
+    elif bulk and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        tiles = TILES_HOPPER if padded == 1 else tuple(tile for tile in TILES_HOPPER if not tile.persistent)
+    high, wide = max(2 * M, 64), max(2 * N, 64, padded)
+    return [tile for tile in tiles if high >= tile.BM and wide >= tile.BN and tile.BN % padded == 0]
+
+
+def _runs(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Dims as (size, stride) pairs, outermost first, neighbours that form one run merged."""
+    runs: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if runs and runs[-1][1] == size * stride:
+            runs[-1] = (runs[-1][0] * size, stride)
+        elif size != 1:
+            runs.append((size, stride))
+    return runs
+
+
+def cache_runs(cache: Tensor, grid_dims: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The runs of the cache's grid and of its channels."""
+    middle = 1 + grid_dims
+    return (
+        _runs(tuple(cache.shape[1:middle]), cache.stride()[1:middle]),
+        _runs(tuple(cache.shape[middle:]), cache.stride()[middle:]),
+    )
+
+
+def padded_head(head_dim: int, rope: str) -> int:
+    """The columns that a head takes in a tile."""
+    if head_dim == 0:
+        return 1
+    return 2 * _power(head_dim // 2) if rope != "none" else _power(head_dim)
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def can_tma(x: Tensor, weight: Tensor) -> bool:
+    """Bulk loads read rows of a matrix: one stride between all rows, channels side by side, addresses in 16 bytes."""
+    one_matrix = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    dense = x.stride(2) == 1 and weight.stride(1) == 1
+    aligned = all(
+        t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 and t.stride(-2) >= t.shape[-1]
+        for t in (x, weight)
+    )
+    return one_matrix and dense and aligned
+
+
+class Launch:
+    """The Triton kernel on checked, non-empty arguments; `launch(tile)` writes the cache."""
+
+    def __init__(
+        self, cache, x, weight, bias, rows, grid_dims, head_dim, norm, norm_weight, norm_bias, eps, rope, cos, sin
+    ) -> None:
+        (B, A, K), N = x.shape, weight.shape[0]
+        self.x, self.weight, self.sizes = x, weight, (B * A, N, K)
+        plain = norm == rope == "none"
+        self.D = 0 if plain else head_dim
+        self.DP = padded_head(self.D, rope)
+        self.tma = self.D in (0, self.DP) and can_tma(x, weight)
+        grid, channels = ([(1, 0)] * (3 - len(runs)) + runs for runs in cache_runs(cache, grid_dims))
+
+        def table(given: Tensor | None) -> tuple[int, int, int]:
+            if given is None:
+                return 0, 0, 0
+            return 0 if given.shape[0] == 1 else given.stride(0), given.stride(1), given.stride(2)
+
+        def vector(given: Tensor | None) -> int:
+            return 0 if given is None else given.stride(0)
+
+        self.pointers = [weight if t is None else t for t in (bias, rows, norm_weight, norm_bias, cos, sin)]
+        self.cache = cache
+        self.numbers = (
+            B * A, N, K, A, math.prod(cache.shape[1 : 1 + grid_dims]),
+            grid[2][0], grid[1][0], channels[2][0], channels[1][0], eps,
+            cache.stride(0), grid[2][1], grid[1][1], grid[0][1], channels[2][1], channels[1][1], channels[0][1],
+            *x.stride(), *weight.stride(), vector(bias), 0 if rows.shape[0] == 1 else rows.stride(0), rows.stride(1),
+            vector(norm_weight), vector(norm_bias), *table(cos), *table(sin),
+        )  # fmt: skip
+        self.switches = dict(
+            HAS_BIAS=bias is not None,
+            NORM=NORMS.index(norm),
+            NORM_WEIGHT=norm_weight is not None,
+            NORM_BIAS=norm_bias is not None,
+            ROPE=ROPES.index(rope),
+            FULL_COS=cos is not None and cos.shape[-1] == head_dim,
+            FULL_SIN=sin is not None and sin.shape[-1] == head_dim,
+            D=self.D,
+            DP=self.DP,
+            WIDEN=INTERPRETED,  # whose dot takes the bits of bf16 for integers
+            GROUP=GROUP,
+        )
+
+    @property
+    def key(self) -> str:
+        """What a timing depends on. The active count may change at every step: powers of two keep timings few."""
+        M, N, K = self.sizes
+        switches = [int(self.switches[name]) for name in ("HAS_BIAS", "NORM", "ROPE", "FULL_COS", "FULL_SIN", "D")]
+        return f"scatter_linear {self.x.dtype} {_power(M)} {N} {K} {switches} {'tma' if self.tma else ''}"
+
+    def tiles(self) -> dict[str, Tile]:
+        M, N, _ = self.sizes
+        return {tile.name: tile for tile in tiles_for(self.x.device, self.x.dtype, M, N, self.DP, bulk=self.tma)}
+
+    def fastest(self) -> Tile | None:
+        tiles = self.tiles()
+        return tiles.get(fastest(self.x.device, self.key, list(tiles), lambda name: self(tiles[name])) or "")
+
+    def count(self, tile: Tile) -> int:
+        """How many tiles there are."""
+        M, N, _ = self.sizes
+        per_tile = tile.BN // self.DP * self.D if self.D else tile.BN
+        return triton.cdiv(M, tile.BM) * triton.cdiv(N, per_tile)
+
+    def operands(self, tile: Tile) -> tuple[Any, Any]:
+        """x and weight as the kernel loads them."""
+        x, weight = self.x, self.weight
+        if tile.tma:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            M, N, K = self.sizes
+            x = TensorDescriptor(x, [M, K], [x.stride(1), 1], [tile.BM, tile.BK])
+            weight = TensorDescriptor(weight, [N, K], [weight.stride(0), 1], [tile.BN, tile.BK])
+        return x, weight
+
+    def __call__(self, tile: Tile) -> None:
+        count = self.count(tile)
+        programs = min(count, processors(self.x.device)) if tile.persistent else count
+        bias, rows, *others = self.pointers
+        gemm.scatter_linear_kernel[(programs,)](
+            self.cache, *self.operands(tile), bias, rows, *others,
+            *self.numbers, count,
+            **self.switches,
+            EVEN_K=self.sizes[2] % tile.BK == 0, TMA=tile.tma, PERSISTENT=tile.persistent,
+            BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def runs_kernel(x: Tensor, head_dim: int = 0, norm: str = "none", rope: str = "none") -> bool:
+    """Whether the Triton kernel computes this; otherwise the eager twin does."""
+    fits = norm == rope == "none" or (rope == "none" or head_dim >= 2) and padded_head(head_dim, rope) <= WIDEST
+    return triton is not None and x.dtype in KERNEL_DTYPES and fits and (x.is_cuda or INTERPRETED)
+
+
+def interpreted_tile(padded: int) -> Tile:
+    tile = INTERPRETER_TILE
+    return Tile(tile.BM, max(tile.BN, padded), tile.BK, tile.warps, tile.stages)
