@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import rules  # noqa: F401  (fills the registry)
 from .registry import RULES, Call, operands
@@ -19,7 +20,8 @@ aten = torch.ops.aten
 def normalize(graph: fx.Graph) -> None:
     """Drops assertions and dead code, spells out ops that have no rule, and causal attention as a mask.
 
-    (In the sparse world the queries are not all there.)
+    (In the sparse world the queries are not all there.) A mask that hides nothing goes: with one, attention takes a slower
+    kernel.
     """
     spelled = True
     while spelled:  # what an op is spelled with may have no rule, either
@@ -29,6 +31,7 @@ def normalize(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target is aten.scaled_dot_product_attention.default:
             spell_causal_mask(graph, node)
+            drop_open_mask(node)
     graph.eliminate_dead_code()
 
 
@@ -93,3 +96,51 @@ def spell_causal_mask(graph: fx.Graph, node: fx.Node) -> None:
         for made in (ones, mask):
             made.meta["val"] = torch.empty(shape, dtype=torch.bool, device=query.device)
     _, node.args, node.kwargs = call.with_args(attn_mask=mask, is_causal=False)
+
+
+def drop_open_mask(node: fx.Node) -> None:
+    """`sdpa(q, k, v, ones(...))  ->  sdpa(q, k, v)`, where the mask depends on no input: no weight, no argument."""
+    call = Call(node, {}, None)  # type: ignore[arg-type]
+    mask = call.args["attn_mask"]
+    if mask is None:
+        return
+    value = constant(mask)
+    if value is None:
+        return
+    value = value[
+        tuple(
+            0 if stride == 0 and size else slice(None) for size, stride in zip(value.shape, value.stride(), strict=True)
+        )
+    ]
+    if bool(value.all() if value.dtype is torch.bool else (value == 0).all()):
+        _, node.args, node.kwargs = call.with_args(attn_mask=None)
+
+
+LARGEST_CONSTANT = 2**28  # bytes: what is larger is not computed at compile time
+
+
+def constant(node: fx.Node) -> torch.Tensor | None:
+    """The value of a node that is computed from no placeholder, not at random, and not from large tensors; else None."""
+    found: dict[fx.Node, None] = {}
+    left = [node]
+    while left:
+        one = left.pop()
+        if one in found:
+            continue
+        target = one.target
+        if one.op != "call_function" or not (isinstance(target, torch._ops.OpOverload) or target is operator.getitem):
+            return None
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            return None
+        value = one.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > LARGEST_CONSTANT:
+            return None
+        found[one] = None
+        left += one.all_input_nodes
+    known: dict[fx.Node, Any] = {}
+    with _disable_current_modes(), torch.no_grad():
+        for one in node.graph.nodes:
+            if one in found:
+                args, kwargs = fx.node.map_arg((one.args, one.kwargs), known.__getitem__)
+                known[one] = one.target(*args, **kwargs)
+    return known[node]

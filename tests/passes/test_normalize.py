@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ras_compile.capture import export
+from ras_compile.passes import normalize
 from ras_compile.passes.propagate import find_rule
 
 aten = torch.ops.aten
@@ -63,3 +64,48 @@ def test_what_has_a_rule_stays_as_it_is():
         aten.layer_norm.default,
         aten.matmul.default,
     ]
+
+
+def attention(mask):
+    def function(x, w):
+        tokens = x[:, None]  # [2, 1, 5, 16]
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, attn_mask=mask(x, w))
+
+    return function
+
+
+def one_hidden(x, w):
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2, 3] = False
+    return mask
+
+
+MASKS = {
+    "ones": (True, lambda x, w: torch.ones(2, 5, dtype=torch.int32).bool().view(2, 1, 1, 5).expand(-1, -1, 5, -1)),
+    "zeros that are added": (True, lambda x, w: torch.zeros(5, 5)),
+    "one entry hidden": (False, one_hidden),
+    "ones that are added": (False, lambda x, w: torch.ones(5, 5).tril()),
+    "an argument's values": (False, lambda x, w: (w[:5, :1] > -100).expand(5, 5)),
+    "random": (False, lambda x, w: torch.rand(5, 5) >= 0),
+}
+
+
+@pytest.mark.parametrize("open_, mask", MASKS.values(), ids=MASKS)
+def test_a_mask_goes_if_it_is_sure_to_hide_nothing(open_, mask):
+    given = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)), WEIGHT
+    module = Calls(attention(mask))
+    captured = export(module, given)
+    (node,) = captured.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    given_mask = {**dict(zip(("query", "key", "value", "attn_mask"), node.args, strict=False)), **node.kwargs}
+    assert (given_mask.get("attn_mask") is None) == open_
+    for found, wanted in zip(captured(*given), module(*given), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_mask_that_is_too_large_is_not_computed(monkeypatch):
+    monkeypatch.setattr(normalize, "LARGEST_CONSTANT", 24)
+    captured = export(
+        Calls(attention(lambda x, w: torch.ones(5, 5, dtype=torch.bool))), (torch.randn(2, 5, 16), WEIGHT)
+    )
+    (node,) = captured.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    assert any(operand.meta["val"].dtype is torch.bool for operand in node.all_input_nodes)
