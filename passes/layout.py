@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 
@@ -291,7 +292,7 @@ class Frame:
     def samples(self) -> int:
         return 1 if self.batch_dim is None else self.shape[self.batch_dim]
 
-    @property
+    @cached_property
     def region(self) -> tuple[tuple[Atom, int], ...]:
         """The region's atoms with their sizes, in the order in which rows count them (the last one fastest)."""
         return tuple(
@@ -318,12 +319,12 @@ class Frame:
                 return False
         return len(found) == len(set(found))
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """N: the number of rows of the region in one sample."""
         return math.prod(size for _, size in self.region)
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, ...]:
         """The region's extent along each latent dimension that it has atoms of."""
         extent: dict[int, int] = {}

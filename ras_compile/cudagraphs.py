@@ -178,7 +178,7 @@ class ProgramGraphs:
             slots: what the branch keeps.
             spare: what a branch of a finished generation kept.
         """
-        addresses = tuple([inputs[index].data_ptr() for index in self._weights])
+        addresses = tuple(map(Tensor.data_ptr, map(inputs.__getitem__, self._weights)))
         dense = active == "dense"
         lease = self._lease(slots, spare, inputs, addresses) if dense else slots.get(_LEASE)
         if lease is None:

@@ -137,7 +137,8 @@ class Plan:
         self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
         self.sparse: SparsePlan = plan(self.analysis, frozen=config.context == "frozen")
         placeholders = self.captured.graph.find_nodes(op="placeholder")
-        tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
+        # kept: a model has hundreds of weights, and each call looks at them
+        self._tensor_inputs = tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
         self.latent = tensors[placeholders.index(self.analysis.latent)]
         self._graphs = self._program_graphs(values) if config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
@@ -190,7 +191,7 @@ class Plan:
         frame = self.analysis.frame
         return token_view(layout, frame, min(channel_count(layout, frame), channel_count(frame.layout(), frame)))
 
-    @property
+    @cached_property
     def noise(self) -> int:
         """Position of the noise among the outputs: the first one with the region that looks like the latent most."""
         latent = self.analysis.latent.meta["val"]
@@ -222,11 +223,16 @@ class Plan:
         caches = slots["caches"]
         others = iter(self._run(rows.shape[1], values, [rows, *caches], slots))
         outputs: list[Any] = []
-        for index, node in enumerate(self.analysis.output_nodes):
-            cached = index in self.analysis.outputs
-            output = caches[self.sparse.splice(node)] if cached else next(others)
-            outputs.append(output.clone() if cached or self._graphs else output)
+        for cache in self._cached_outputs:
+            output = next(others) if cache is None else caches[cache]
+            outputs.append(output.clone() if cache is not None or self._graphs else output)
         return outputs
+
+    @cached_property
+    def _cached_outputs(self) -> list[int | None]:
+        """For each output the cache that holds it, or None."""
+        nodes = enumerate(self.analysis.output_nodes)
+        return [self.sparse.splice(node) if index in self.analysis.outputs else None for index, node in nodes]
 
     def _run(
         self, active: int | str, values: Sequence[Any], state: list[Tensor], slots: dict, spare: dict | None = None
@@ -253,7 +259,7 @@ class Plan:
         return self.analysis.output_nodes.index(node)
 
     def _tensors(self, values: Sequence[Any]) -> list[Tensor]:
-        return [value for value in values if isinstance(value, Tensor)] + self.constants
+        return [values[index] for index in self._tensor_inputs] + self.constants
 
     def _program(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
         program = self._programs.get(active)
