@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -99,12 +100,28 @@ def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callab
         if not (found is None or found in names):
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
+            build(device, names, launch)
             times = {name: milliseconds(partial(launch, name)) for name in names}
             log.debug("%s: %s", key, times)
             best = min(names, key=times.__getitem__, default=None)
             found = None if best is None or math.isinf(times[best]) else best
             store.add(key, found)
         return found  # type: ignore[return-value]
+
+
+def build(device: torch.device, names: Sequence[str], launch: Callable[[str], None]) -> None:
+    """Launches every variant once, in threads: Triton compiles them side by side, outside of Python's lock."""
+    if device.type != "cuda" or len(names) < 2:
+        return
+    stream = torch.cuda.current_stream(device)
+
+    def first(name: str) -> None:
+        # what does not compile or fit fails again when it is timed, and is left out there
+        with contextlib.suppress(Exception), torch.cuda.device(device), torch.cuda.stream(stream):
+            launch(name)
+
+    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:
+        list(pool.map(first, names))
 
 
 REPEATS = 20  # launches in one timing: enough to hide that of the graph

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .config import RASConfig
+from .kernels.tiles import sources
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -19,7 +24,7 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
 
     Args:
         module: the program; its ops are ATen and it may write into its last inputs (the caches).
-        inputs: example inputs, real or fake.
+        inputs: example inputs; real tensors, whose sizes are baked in.
         config: names the inner backend and its options.
     """
     if config.inner_backend == "eager":
@@ -31,7 +36,12 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         if mode is not None:
             options = {**list_mode_options(mode), **options}
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
-        compiled = compile_fx(module, list(inputs), config_patches=options)
+        # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over, and a
+        # repeated block is traced again at each call. The tag: what a program of our ops means hangs on their source.
+        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+        tag = f"{torch.compiler.config.cache_key_tag} ras_compile {sources()}"
+        with tracing(context), torch.compiler.config.patch(cache_key_tag=tag):
+            compiled = compile_fx(module, list(inputs), config_patches=options)
         return compiled
     from torch._dynamo.backends.registry import lookup_backend
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import Subject, active_mask, error, subject
+from handwritten import MODELS as HANDWRITTEN
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from zoo import ZOO, redraw
 
 FP32 = 1e-4
@@ -57,6 +60,29 @@ def test_contract_in_fp32(name: str, device: str):
         assert torch.equal(elsewhere[index], outputs[index])
     everything = torch.arange(model.frame.tokens, device=device).repeat(model.frame.samples, 1)
     assert error(model.sparse(values, everything, caches)[0], model.reference(values)) < FP32
+
+
+def test_a_second_start_compiles_nothing():
+    """Programs come from PyTorch's caches on disk, outlined blocks and writes into caches included, and give the same."""
+
+    def start() -> tuple[list[torch.Tensor], int, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        case = HANDWRITTEN["bias-free rms norms"]
+        model = subject(redraw(case.build()).eval(), case.inputs(), exact=False, inner_backend="inductor")
+        _, caches = model.dense(model.values)
+        values = model.with_latent(model.other_latent())
+        outputs, caches = model.sparse(values, model.rows(quarter(model)), caches)
+        found = counters["aot_autograd"]
+        return [*outputs, *caches], found["autograd_cache_hit"], found["autograd_cache_miss"]
+
+    with fresh_cache():
+        first, hits, misses = start()
+        assert (hits, misses) == (0, 2)
+        second, hits, misses = start()
+        assert (hits, misses) == (2, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.gpu

@@ -1,8 +1,10 @@
 """Measured choices: timed once, kept on disk for other processes, never timed inside a capture."""
 
+import contextlib
 import importlib.util
 import os
 import stat
+import threading
 
 import pytest
 import torch
@@ -103,11 +105,37 @@ def test_nothing_is_timed_inside_a_capture(timed, monkeypatch):
     capturing, device = True, torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    monkeypatch.setattr(tiles, "build", lambda *given: None)
     assert tiles.fastest(device, "key", NAMES, ran.append) is None and not ran
     capturing = False
     assert tiles.fastest(device, "key", NAMES, ran.append) == "middle"
     capturing = True
     assert tiles.fastest(device, "key", NAMES, ran.append) == "middle" and len(ran) == 3
+
+
+def test_variants_are_built_side_by_side_where_they_will_run(monkeypatch):
+    """Each one waits for another one to begin; that one fails, which is the timing's business."""
+    here, met, done = threading.local(), threading.Barrier(2, timeout=60), []
+
+    @contextlib.contextmanager
+    def on(place):
+        here.places = [*getattr(here, "places", ()), place]
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+    def launch(name):
+        met.wait()
+        if name == "too large":
+            raise RuntimeError(name)
+        done.append(here.places)
+
+    device = torch.device("cuda", 1)
+    tiles.build(device, ["small", "too large"], launch)
+    assert done == [[device, "stream of cuda:1"]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
