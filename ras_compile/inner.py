@@ -39,8 +39,9 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over, and a
         # repeated block is traced again at each call. The tag: what a program of our ops means hangs on their source.
         context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
-        tag = f"{torch.compiler.config.cache_key_tag} ras_compile {sources()}"
-        with tracing(context), torch.compiler.config.patch(cache_key_tag=tag):
+        caches: Any = torch.compiler.config
+        tag = f"{caches.cache_key_tag} ras_compile {sources()}"
+        with tracing(context), caches.patch(cache_key_tag=tag):
             compiled = compile_fx(module, list(inputs), config_patches=options)
         return compiled
     from torch._dynamo.backends.registry import lookup_backend
