@@ -77,16 +77,16 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
         UnsupportedGraph: an op has no rule, or no region reaches an output.
     """
     for _ in range(ROUNDS):
+        if not frame.region:
+            break
         try:
             return _round(graph, latent, frame, kv_cache)
         except Restart as fact:
             if isinstance(fact, Refine) and fact.atom == frame.batch:
                 frame = frame.unbatched()
             frame = fact.apply(frame)
-            if not frame.region:
-                break
     raise UnsupportedGraph(
-        f"no token grid: no dimension of `{latent.name}` {list(frame.shape)} reaches the output as tokens (all are channels)"
+        f"no token grid: no dimension of `{_name(latent)}` {list(frame.shape)} reaches the output as tokens (all are channels)"
     )
 
 
@@ -126,11 +126,16 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
             (node for node in graph.nodes if node in mixed and steps.get(node) is not None and steps[node].whole), None
         )
         raise UnsupportedGraph(
-            f"no output carries the token grid of `{latent.name}`: not a model from a latent to its noise"
+            f"no output carries the token grid of `{_name(latent)}`: not a model from a latent to its noise"
             + (f", or its tokens are lost in {lost.target}" if lost is not None else ""),
             source=source_line(lost) if lost is not None else None,
         )
     return Analysis(graph, latent, frame, layouts, steps, found)
+
+
+def _name(latent: fx.Node) -> str:
+    """What the user calls the latent, where that is known."""
+    return latent.meta.get("argument", latent.name)
 
 
 def check(node: fx.Node, step: Step) -> None:

@@ -14,6 +14,7 @@ from ras_compile.backend import ras
 from ras_compile.clock import AttachedCall, attached_call
 from ras_compile.config import ConfigError, RASConfig
 from ras_compile.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
+from ras_compile.inputs import check_timestep
 from ras_compile.notices import warn_once
 from ras_compile.traced import Exchangeable
 from ras_compile.unusable import told_plainly
@@ -118,6 +119,7 @@ def attach(pipe: Any, **options: Any) -> Handle:
                 f"{type(pipe).__name__}.{name} is compiled or attached already; attach to the plain module, or call "
                 "detach() on its handle first."
             )
+        check_timestep(config.timestep, type(module))
     return Handle(pipe, config, found, options)
 
 

@@ -125,6 +125,9 @@ class Follower(Protocol):
     def check_clean(self) -> None:
         """Refuse a scheduler of which the clean sample cannot be told."""
 
+    def refusal(self) -> str:
+        """Why no step of this generation may be sparse; empty where nothing is known against it."""
+
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""
 

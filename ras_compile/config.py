@@ -61,7 +61,8 @@ class RASConfig:
         selector: None, or a callable ``(metric [B, N], drops [B, N], k, info) -> rows [B, k]`` for research.
         region: None (inferred), or the slice of the latent's tokens that is the picture; a pair (start, stop) will do.
         context: "fresh", or "frozen": text and reference tokens are computed in dense steps only.
-        noise_reuse: what an inactive token returns: "hold", "linear" or "x0".
+        noise_reuse: what an inactive token returns: "hold", "linear" or "x0". Under `ras_compile.attach`, a scheduler
+            that adds noise at each step makes it "x0", with a warning.
         kv_cache: False lets active tokens attend among themselves only (ablation).
         inner_backend: "inductor", "eager" or "aot_eager", or any other backend's name.
         inner_options: options of the inner backend; the key "mode" holds torch.compile's mode, if one was given.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .backend import GraphBreak, fragment, graph_break
 from .config import RASConfig
-from .inputs import describe_inputs
+from .inputs import check_timestep, describe_inputs
 from .passes.cost import Cost, cost
 from .passes.errors import SpecViolation, UnsupportedGraph, UnusableInput
 from .passes.layout import Concat, Layout
@@ -196,6 +196,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         ConfigError: a bad option.
     """
     config = RASConfig.from_options(options)
+    check_timestep(config.timestep, type(getattr(transformer, "_orig_mod", transformer)))
     try:
         plan, described, values = plan_of(transformer, inputs, config)
     except (UnsupportedGraph, SpecViolation, UnusableInput) as error:

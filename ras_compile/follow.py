@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ras_compile.clean import CleanHold
 from ras_compile.clock import Evaluation
-from ras_compile.config import ConfigError, RASConfig
+from ras_compile.config import RASConfig
 from ras_compile.passes.tokens import TokenView
-from ras_compile.reuse import CleanSample, active_tokens
 from ras_compile.sample import picture_window, sample_map
-from ras_compile.samplers import check_clean, clean_coefficients
+from ras_compile.samplers import check_clean
 
 __all__ = ["SchedulerFollower", "follow_branches", "present_branch", "unfollow_branches"]
 
@@ -162,6 +162,10 @@ class SchedulerFollower:
         """
         check_clean(self._scheduler)
 
+    def refusal(self) -> str:
+        """Why no step of this generation may be sparse; empty where nothing is known against it."""
+        return self._clean.refusal
+
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""
         self._evaluations = [*self._evaluations[1 - _CALLS :], evaluation]
@@ -197,19 +201,18 @@ class SchedulerFollower:
             return prediction
         self._look_for_reference_tokens(evaluations, sample)
         self._look_for_overwriting(sample)
-        if any(evaluation.noise_reuse == "x0" for evaluation in evaluations):
-            return self._hold_clean(scheduler, given, prediction, sample, evaluations)
-        return prediction
+        return self._clean.stepping(scheduler, given, prediction, sample, evaluations)
 
     def stepped(self, result: Any) -> None:
         """The scheduler has stepped and returns `result`."""
+        self._clean.stepped(self._scheduler)
         if self._overwrites:
             first = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
             self._previous = first if isinstance(first, Tensor) else None
 
     def _begin(self) -> None:
         """A generation begins."""
-        self._clean = CleanSample()
+        self._clean = CleanHold()
         self._looked = self._asked = False
         self._overwrites = True
         self._previous = self._overwritten = None
@@ -236,38 +239,6 @@ class SchedulerFollower:
             return
         changed = sample != previous.to(sample.dtype)
         self._overwritten = changed if self._overwritten is None else changed & self._overwritten
-
-    def _hold_clean(
-        self,
-        scheduler: Any,
-        given: dict[str, Any],
-        prediction: Tensor,
-        sample: Tensor,
-        evaluations: Sequence[Evaluation],
-    ) -> Tensor:
-        """The prediction in which inactive tokens hold their clean sample.
-
-        Raises:
-            ConfigError: the model's latent is not laid out as the scheduler's sample, or each token has a time of its own.
-        """
-        if given.get("per_token_timesteps") is not None:
-            raise ConfigError(
-                "option noise_reuse='x0' takes one timestep for all tokens; this pipeline has one for each."
-            )
-        active = None
-        for evaluation in evaluations:
-            mapped = sample_map(evaluation.view, evaluation.latent.shape, sample.shape)
-            if mapped is None or prediction.shape != sample.shape:
-                raise ConfigError(
-                    f"option noise_reuse='x0' needs a sample and a prediction laid out as the model's latent "
-                    f"{list(evaluation.latent.shape)}; the scheduler gets {list(sample.shape)} and "
-                    f"{list(prediction.shape)}."
-                )
-            if evaluation.rows is not None:
-                computed = mapped.to_sample(active_tokens(evaluation.rows, evaluation.view.shape[1]))
-                active = computed if active is None else active | computed
-        a, b = clean_coefficients(scheduler, given.get("timestep"))
-        return self._clean(prediction, sample, active, a.to(sample.device), b.to(sample.device))
 
     def stop(self) -> None:
         """Give the scheduler its own class back."""

@@ -142,7 +142,8 @@ class TransformerState:
         """Say how `call` must run. Reads from the device only where nobody tells the step.
 
         Raises:
-            ConfigError: `ratio_schedule="linear"` without a known number of steps.
+            ConfigError: an option that this run cannot have, such as `ratio_schedule="linear"` without a known number of
+                steps.
         """
         reached()
         tick = present()
@@ -353,6 +354,12 @@ class TransformerState:
             return "the graph is one block of a transformer"
         if run.kind == "dense":
             return "warm-up" if run.step - run.base < run.config.warmup_steps else "error reset"
+        refusal = self.follower.refusal() if self.follower is not None else ""
+        if refusal:
+            if run.config.unsupported == "error":
+                raise ConfigError(refusal)
+            warn_once(f"ras_compile: this pipeline runs dense: {refusal}")
+            return "its scheduler adds noise"
         if branch.last_step is None:
             return "first call of its branch"
         if branch.last_step < run.step - 1:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from .config import ConfigError
 
 _STEP = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]|\.([A-Za-z_]\w*)")
 
@@ -77,9 +79,33 @@ def _argument_names(graph: fx.Graph) -> list[str]:
     for node in graph.nodes:
         for kind in (entry[1] for entry in (node.meta.get("nn_module_stack") or {}).values()):
             if isinstance(kind, type) and issubclass(kind, nn.Module):
-                parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters
-                return [name for name in parameters if name != "self"]
+                return argument_names(kind.forward)
     return []
+
+
+def argument_names(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a module class's forward, without ``self``."""
+    return [name for name in inspect.signature(inspect.unwrap(forward)).parameters if name != "self"]
+
+
+def check_timestep(name: str | None, kind: type[nn.Module]) -> None:
+    """Refuses a name that a model's forward does not know. What it takes as ``**kwargs`` may have any name.
+
+    Args:
+        name: the option `timestep`.
+        kind: the model's class.
+
+    Raises:
+        ConfigError: there is no such argument.
+    """
+    parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters
+    if name is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = argument_names(kind.forward)
+    if name not in known:
+        raise ConfigError(
+            f"option timestep={name!r} names no argument of {kind.__name__}.forward; there are {', '.join(map(repr, known))}."
+        )
 
 
 def latent_candidates(inputs: Sequence[GraphInput], values: Sequence[Any], name: str | None) -> list[int]:

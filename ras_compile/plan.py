@@ -55,6 +55,8 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
         ) from None
     placeholders = iter(graph.find_nodes(op="placeholder"))
     nodes = {index: next(placeholders) for index, value in enumerate(values) if isinstance(value, Tensor)}
+    for index, node in nodes.items():
+        node.meta["argument"] = inputs[index].path
     outputs = [node.meta["val"] for node in _outputs(graph)]
     ranked = sorted(candidates, key=lambda index: _likeness(values[index], outputs))
     found: list[tuple[int, int, Analysis]] = []

@@ -21,8 +21,8 @@ _Key = tuple[int, int]  # batch and tokens of a call
 
 
 class RowChooser:
-    """Chooses rows once per step, from what all branches of the step before returned. No host read, but for the first
-    values that a callable of the user's returns.
+    """Chooses rows once per step, from what all branches of the step before returned. No host read, but for the values
+    that a callable of the user's returns.
 
     Args:
         config: the options.
@@ -30,7 +30,6 @@ class RowChooser:
 
     def __init__(self, config: RASConfig) -> None:
         self._config = config
-        self._metric_checked = self._rows_checked = False  # a callable's values are looked at when it is first used
         self._seen: dict[_Key, list[Tensor]] = {}
         self._before: dict[_Key, list[Tensor]] = {}
         self._counts: dict[_Key, tuple[Tensor, Tensor]] = {}
@@ -48,8 +47,7 @@ class RowChooser:
         if config.metric in _REPLAYED_METRICS and config.cuda_graphs:
             (metric,) = _metric([noise.detach()], config.metric)
         else:
-            metric = token_metric(noise.detach(), config.metric, info, check=not self._metric_checked)
-            self._metric_checked = True
+            metric = token_metric(noise.detach(), config.metric, info)
         self._seen.setdefault((metric.shape[0], metric.shape[1]), []).append(metric)
 
     def rows(
@@ -96,8 +94,7 @@ class RowChooser:
         metric = torch.stack(metrics).mean(dim=0)
         if grouped.numel():
             metric = sample_groups(grouped) @ metric
-        rows = select_rows(metric, drops, absence, active, config, info, check=not self._rows_checked)
-        self._rows_checked = True
+        rows = select_rows(metric, drops, absence, active, config, info)
         self._counts[key] = update_counts(drops, absence, rows)
         return rows
 

@@ -73,12 +73,13 @@ def check_clean(scheduler: Any) -> None:
         )
 
 
-def clean_coefficients(scheduler: Any, timestep: Any) -> tuple[Tensor, Tensor]:
-    """`a` and `b` (0-d, float32) of the prediction that the scheduler is about to step.
+def clean_coefficients(scheduler: Any, timestep: Any, index: int | None = None) -> tuple[Tensor, Tensor]:
+    """`a` and `b` (0-d, float32) of the prediction with which the scheduler steps.
 
     Args:
-        scheduler: one that `check_clean` lets pass; its `step` has not begun.
+        scheduler: one that `check_clean` lets pass.
         timestep: as given to `step`.
+        index: the step's entry of `sigmas`; None: that of the step that is about to begin.
     """
     family = _family(scheduler)
     if family == "preserving":
@@ -87,9 +88,9 @@ def clean_coefficients(scheduler: Any, timestep: Any) -> tuple[Tensor, Tensor]:
         kept = table.take(at.long().reshape(()))
         alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
     else:
-        if scheduler.step_index is None:  # `step` does the same in a moment
+        if index is None and scheduler.step_index is None:  # `step` does the same in a moment
             scheduler._init_step_index(timestep)
-        sigma = scheduler.sigmas[scheduler.step_index]
+        sigma = scheduler.sigmas[scheduler.step_index if index is None else index]
         if family == "own":
             alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigma)
         else:

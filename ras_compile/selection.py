@@ -41,16 +41,16 @@ class SelectionInfo:
     grid: tuple[int, ...] = ()
 
 
-def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionInfo, check: bool = False) -> Tensor:
+def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionInfo) -> Tensor:
     """How much each token's predicted noise says: float32 [B, N], non-negative, finite.
 
     Args:
         noise: [B, N, P, C]: P pixels of a token's patch, C channels that match the latent's. Where the pipeline packs
             patches into channels, P is 1.
         kind: "std": standard deviation over C, mean over P; "l2norm": over P and C; "random": for ablations, the same
-            at every run and not drawn from the global generator; a callable gets ([B, N, P * C], info).
+            at every run and not drawn from the global generator; a callable gets ([B, N, P * C], info), and what it
+            returns is looked at, which reads from the device.
         info: passed to the callable.
-        check: look at a callable's values, which reads from the device; else NaN and what is negative count as 0.
 
     Raises:
         ConfigError: the callable returned another shape than [B, N], or a value that is no number or negative.
@@ -62,7 +62,7 @@ def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionI
             got = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
             raise ConfigError(f"option metric: the callable must return a tensor [{batch}, {tokens}], not {got}.")
         metric = metric.to(noise.device, torch.float32)
-        if check and not bool((metric >= 0).all()):
+        if not bool((metric >= 0).all()):
             what = "a value that is not a number" if bool(metric.isnan().any()) else "a negative value"
             raise ConfigError(f"option metric: the callable returned {what}; it takes numbers of at least 0.")
     elif kind == "std":
@@ -117,7 +117,6 @@ def select_rows(
     k: int,
     config: RASConfig,
     info: SelectionInfo | None = None,
-    check: bool = True,
 ) -> Tensor:
     """The active rows of a sparse step: int64 [B, k], ascending.
 
@@ -131,16 +130,16 @@ def select_rows(
         drops: [B, N], how often each token was dropped in this generation.
         absence: [B, N], sparse steps since each token was last computed.
         k: rows to select, 1..N.
-        config: `focus`, `starvation_scale`, `max_absence` and `selector` are read.
+        config: `focus`, `starvation_scale`, `max_absence` and `selector` are read. What a custom `selector` returns is
+            looked at, which reads from the device.
         info: passed to a custom `selector`.
-        check: look at the rows of a custom `selector`, which reads from the device; else only at their shape and type.
 
     Raises:
         ConfigError: a custom `selector` returned something else than k distinct rows per sample.
     """
     batch, tokens = metric.shape
     if config.selector is not None:
-        return _checked(config.selector(metric, drops, k, info), metric, k, check)
+        return _checked(config.selector(metric, drops, k, info), metric, k)
     if k >= tokens:
         return torch.arange(tokens, device=metric.device).expand(batch, tokens)
     return ranked(metric, drops, absence, k, config.high_share, config.starvation_scale, config.max_absence)
@@ -199,8 +198,8 @@ def update_counts(drops: Tensor, absence: Tensor, rows: Tensor) -> tuple[Tensor,
     return drops + dropped, (absence + 1) * dropped
 
 
-def _checked(rows: Any, metric: Tensor, k: int, check: bool) -> Tensor:
-    """Rows of a custom selector, sorted; with `check` their values are read from the device."""
+def _checked(rows: Any, metric: Tensor, k: int) -> Tensor:
+    """Rows of a custom selector, sorted; their values are read from the device."""
     batch, tokens = metric.shape
     if not isinstance(rows, Tensor) or rows.shape != (batch, k):
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
@@ -208,8 +207,6 @@ def _checked(rows: Any, metric: Tensor, k: int, check: bool) -> Tensor:
     if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
         raise ConfigError(f"option selector: the rows must be integers, not {rows.dtype}.")
     rows = rows.to(metric.device, torch.int64).sort(dim=1).values
-    if not check:
-        return rows
     if int(rows.min()) < 0 or int(rows.max()) >= tokens:
         raise ConfigError(f"option selector: rows must lie in 0..{tokens - 1}.")
     if k > 1 and bool((rows.diff(dim=1) == 0).any()):

@@ -6,7 +6,6 @@ the user compiled, and from then on the compiled object calls a :class:`TracedMo
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 import weakref
@@ -24,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .config import RASConfig
 from .generation import reached
-from .inputs import GraphInput, find_timestep
+from .inputs import GraphInput, argument_names, find_timestep
 from .notices import warn_once
 from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
@@ -181,7 +180,7 @@ def refuse_readings(traced: Trace, values: Sequence[Any], changing: int, what: s
 
 def describe(root: nn.Module, args: tuple, kwargs: dict) -> list[GraphInput]:
     """The leaves of a call's arguments, by the names of the forward's parameters."""
-    names = [name for name in inspect.signature(inspect.unwrap(type(root).forward)).parameters if name != "self"]
+    names = argument_names(type(root).forward)
     found = []
     for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
         keys: list[Any] = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))) for key in path[1:]]

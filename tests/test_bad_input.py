@@ -105,7 +105,7 @@ def fresh(monkeypatch):
 CASES = {
     "mask of values": (MaskOfValues, call(), "mask computed from the latent's values; masks of positions.*test_bad_input"),
     "odd side": (Patches, call(7, 12), "side of 7 that the patch size 2 does not divide.*test_bad_input"),
-    "no tokens": (Summary, call(), "no output carries the token grid"),
+    "no tokens": (Summary, call(), "no output carries the token grid of `hidden_states`"),
     "not a grid": (nn.Linear, dict(input=torch.randn(2, 4)), "no token grid"),
     "ambiguous": (Sum, dict(first=call()["hidden_states"], second=torch.randn(1, 4, 8, 12), timestep=torch.ones(1)),
                   "'first' and 'second' could each be the latent; the option latent="),
@@ -143,6 +143,23 @@ def test_the_option_latent_decides():
     _, given, _ = CASES["ambiguous"]
     explanation = ras_compile.explain(Sum(), options={"latent": "second"}, **given)
     assert explanation.supported and explanation.latent == "second"
+
+
+def test_the_option_timestep_has_to_name_an_argument():
+    complaint = "option timestep='time' names no argument of Patches.forward; there are 'hidden_states', 'timestep'"
+    with pytest.raises(ras_compile.ConfigError, match=complaint):
+        ras_compile.explain(Patches(), options={"timestep": "time"}, **call())
+    pipe = Pipe()
+    pipe.transformer = Patches()
+    with pytest.raises(ras_compile.ConfigError, match=complaint):
+        ras_compile.attach(pipe, timestep="time")
+    assert ras_compile.explain(Patches(), options={"timestep": "timestep"}, **call()).supported
+
+
+def test_a_latent_without_a_grid_is_called_by_its_name():
+    given = dict(call(), timestep=torch.ones(1, 1))
+    explanation = ras_compile.explain(Patches(), options={"latent": "timestep"}, **given)
+    assert "no dimension of `timestep` [1, 1] reaches the output as tokens" in explanation.reason
 
 
 @pytest.mark.parametrize("kind", [Viewed, ViewedAndBroken])

@@ -244,7 +244,8 @@ def test_inactive_tokens_hold_their_clean_sample(name, options):
         if step == 2:  # the same latents still, so the same computed tokens
             torch.testing.assert_close(prediction[mask], held[2][mask])
             same = torch.allclose(prediction[~mask], held[2][~mask], atol=1e-4)
-            assert same == (options == {"shift": 3.0})  # a step of Euler's method along a held noise keeps x0
+            # a step of Euler's method along a held noise keeps x0, and where noise is added x0 is held anyway
+            assert same == ("shift" in options)
 
 
 def test_the_line_of_two_noises_in_a_pipeline():
