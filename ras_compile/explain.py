@@ -196,7 +196,8 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         ConfigError: a bad option.
     """
     config = RASConfig.from_options(options)
-    check_timestep(config.timestep, type(getattr(transformer, "_orig_mod", transformer)))
+    module: nn.Module = getattr(transformer, "_orig_mod", transformer)
+    check_timestep(config.timestep, type(module))
     try:
         plan, described, values = plan_of(transformer, inputs, config)
     except (UnsupportedGraph, SpecViolation, UnusableInput) as error:
