@@ -4,17 +4,22 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
 
 - `scatter_linear`: `linear -> (norm) -> (rotary embedding) -> splice` as one scatter-GEMM that writes the active rows
   straight into the cache. `epilogue_reference` is the part between the linear and the splice.
+- `gather_linear`: `gather -> linear (-> add a gathered table)` as one gather-GEMM that reads the active rows itself.
 - `linear_gelu`: `linear -> gelu` as one product.
-- `pays`: whether scatter-GEMMs are faster than what they replace, measured once per device.
+- `pays`, `gather_pays`: whether scatter-GEMMs and gather-GEMMs are faster than what they replace, measured once per device.
 """
 
-from .choice import pays
+from .choice import gather_pays, pays
+from .gather_linear import gather_linear, gather_linear_reference
 from .linear_gelu import linear_gelu, linear_gelu_reference
 from .reference import epilogue_reference, scatter_linear_reference
 from .scatter_linear import scatter_linear
 
 __all__ = [
     "epilogue_reference",
+    "gather_linear",
+    "gather_linear_reference",
+    "gather_pays",
     "linear_gelu",
     "linear_gelu_reference",
     "pays",

@@ -95,7 +95,7 @@ def tiles_for(
     return [tile for tile in tiles if high >= tile.BM and wide >= tile.BN and tile.BN % padded == 0]
 
 
-def _runs(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+def strided_runs(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
     """Dims as (size, stride) pairs, outermost first, neighbours that form one run merged."""
     runs: list[tuple[int, int]] = []
     for size, stride in zip(sizes, strides, strict=True):
@@ -110,8 +110,8 @@ def cache_runs(cache: Tensor, grid_dims: int) -> tuple[list[tuple[int, int]], li
     """The runs of the cache's grid and of its channels."""
     middle = 1 + grid_dims
     return (
-        _runs(tuple(cache.shape[1:middle]), cache.stride()[1:middle]),
-        _runs(tuple(cache.shape[middle:]), cache.stride()[middle:]),
+        strided_runs(tuple(cache.shape[1:middle]), cache.stride()[1:middle]),
+        strided_runs(tuple(cache.shape[middle:]), cache.stride()[middle:]),
     )
 
 

@@ -38,12 +38,14 @@ class Fusion:
         probe: the same program for a few active rows, at least two, on which sites are found; None: the program itself.
         pays: says of a site's ops whether they are faster than what they replace; None: all are.
         dtypes: the dtypes that are fused.
+        gather_pays: as ``pays``, for gathers before linears.
     """
 
     tokens: int
     probe: fx.Graph | None = None
     pays: Choice | None = None
     dtypes: Sequence[torch.dtype] = HALF
+    gather_pays: Choice | None = None
 
 
 def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:

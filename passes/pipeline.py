@@ -6,6 +6,7 @@ from torch import fx
 
 from .activation import fuse_linear_gelu
 from .fuse import Fusion, fuse_scatter_linear
+from .gather import fuse_gather_linear
 from .inplace import write_in_place
 from .outline import outline
 
@@ -14,11 +15,13 @@ def prepare(program: fx.GraphModule, *, fusion: Fusion | None, outline_blocks: b
     """Runs the passes on a sparse or dense program, in place. On CUDA, `linear -> gelu` becomes one product.
 
     Args:
-        fusion: replace `linear -> ... -> splice` by the scatter-GEMM (where kernels run: on CUDA).
+        fusion: replace `linear -> ... -> splice` by the scatter-GEMM and `gather -> linear` by the gather-GEMM (where
+            kernels run: on CUDA).
         outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor).
     """
     if fusion is not None:  # first: it compares the program with one of fewer rows
         fuse_scatter_linear(program.graph, fusion)
+        fuse_gather_linear(program.graph, fusion)
     if any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))):
         fuse_linear_gelu(program.graph)
     write_in_place(program.graph)

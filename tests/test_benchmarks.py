@@ -220,6 +220,8 @@ TINY_SITES = (
     kernel_sites.Site("m", "output", 2, (4, 6), 32, 12, patch=2),
     kernel_sites.Site("m", "output", 1, (4, 6), 32, 12),
     kernel_sites.Site("m", "mlp", 2, (4, 6), 32, 64),
+    kernel_sites.Site("m", "embed", 2, (4, 6), 12, 32, patch=2, table=True),
+    kernel_sites.Site("m", "embed", 1, (4, 6), 12, 32),
 )
 
 

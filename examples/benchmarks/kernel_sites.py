@@ -1,11 +1,12 @@
-"""Where a linear feeds a splice or a GELU: the fused kernel beside what Inductor makes of the same ops.
+"""Where a linear feeds a splice or a GELU, or reads a gather: the fused kernel beside what Inductor makes of the same ops.
 
     python examples/benchmarks/kernel_sites.py --out examples/benchmarks/results
 
-For each site of the benchmarked models (keys, values, the output projection and the MLP, at 50, 25 and 12.5 % of the tokens):
+For each site of the benchmarked models (patch embedding, keys, values, the output projection and the MLP, at 50, 25 and
+12.5 % of the tokens):
 
     fused      ras_compile::scatter_linear, with norm and rotary embedding in its epilogue where the site has them
-               (MLP: ras_compile::linear_gelu, which splices nothing)
+               (MLP: ras_compile::linear_gelu, which splices nothing; patch embedding: ras_compile::gather_linear)
     unfused    linear (cuBLAS), norm, rotary embedding and index_put_ into the cache, compiled by Inductor
     linear     the linear alone, which no fusion can beat by much
 
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from machine import describe, dtype_of, short_name
 from rows import save
 from torch import Tensor
 
-from ras_compile.kernels import epilogue_reference, linear_gelu, scatter_linear
+from ras_compile.kernels import epilogue_reference, gather_linear, linear_gelu, scatter_linear
 
 __all__ = ["SITES", "Site", "main", "measure"]
 
@@ -40,11 +42,11 @@ LAUNCHES = 20  # of one CUDA graph
 
 @dataclass(frozen=True)
 class Site:
-    """One linear whose result is spliced, or goes through a GELU.
+    """One linear whose result is spliced, or goes through a GELU, or whose operand is gathered.
 
     Args:
         model: the model that has it.
-        name: "key", "value", "output" or "mlp".
+        name: "embed", "key", "value", "output" or "mlp".
         batch: samples of a call.
         grid: the token grid; its product is the tokens of a sample.
         inputs: channels that come in.
@@ -53,7 +55,8 @@ class Site:
         context: tokens of the joint cache that stand before the region.
         norm: "none", "rms" or "layer", of each head by itself.
         rope: "none" or "interleaved".
-        patch: side of a patch of the output; 0: the output stays packed.
+        patch: side of a patch of the output (of the input, where it is embedded); 0: it is packed.
+        table: position embeddings are added to the embedded patches.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Site:
     norm: str = "none"
     rope: str = "none"
     patch: int = 0
+    table: bool = False
 
     @property
     def tokens(self) -> int:
@@ -75,6 +79,8 @@ class Site:
 
 # Keys that are normed across all heads (Lumina-Next, Wan) are not fused; those of SD3-medium are like its values.
 SITES = (
+    Site("sd3-medium", "embed", 2, (64, 64), 64, 1536, patch=2, table=True),
+    Site("flux-dev", "embed", 1, (64, 64), 64, 3072),
     Site("sd3-medium", "value", 2, (64, 64), 1536, 1536, 64),
     Site("sd3-medium", "output", 2, (64, 64), 1536, 64, patch=2),
     Site("sd3-medium", "mlp", 2, (64, 64), 1536, 6144),
@@ -97,7 +103,7 @@ class Problem:
     """The tensors of one site at one active count; `epilogue` holds the arguments of norm and rotary embedding."""
 
     site: Site
-    x: Tensor  # [B, A, K]
+    x: Tensor  # [B, A, K]; to be embedded: [B, S, K] or [B, C, h p, w p]
     weight: Tensor  # [N, K]
     bias: Tensor  # [N]
     rows: Tensor  # [B, A]
@@ -119,6 +125,11 @@ class Problem:
         site, dims, whole = self.site, 1, cache
         if site.name == "mlp":
             return linear_gelu(self.x, self.weight, self.bias)
+        if site.name == "embed":
+            x = self.x
+            if site.patch:
+                x = x.unflatten(3, (-1, site.patch)).unflatten(2, (-1, site.patch)).permute(0, 2, 4, 1, 3, 5)
+            return gather_linear(x, self.weight, self.bias, self.rows, 2 if site.patch else 1, **self.epilogue)
         if site.head_dim:
             cache = cache[:, :, site.context :].permute(0, 2, 1, 3)
         elif site.patch:
@@ -130,12 +141,14 @@ class Problem:
     def unfused(self, cache: Tensor) -> Tensor:
         """The ops one by one; the splice is written on the cache itself, as the sparse program does."""
         site = self.site
+        batch = torch.arange(site.batch, device=self.x.device)[:, None]
+        if site.name == "embed":
+            return self.embedded(batch)
         y = F.linear(self.x, self.weight, self.bias)
         if site.name == "mlp":
             return F.gelu(y, approximate="tanh")
         if site.head_dim:
             y = epilogue_reference(y, **{"head_dim": site.head_dim} | self.epilogue)
-        batch = torch.arange(site.batch, device=y.device)[:, None]
         if site.head_dim:
             values = y.unflatten(-1, (-1, site.head_dim))
             torch.ops.aten.index_put_(cache, [batch, None, self.rows + site.context], values)
@@ -149,8 +162,26 @@ class Problem:
             cache.index_put_((batch, self.rows), y)
         return cache
 
+    def embedded(self, batch: Tensor) -> Tensor:
+        """Active patches are gathered and projected; with a side, by the convolution that models have for it."""
+        site, rows = self.site, self.rows
+        if not site.patch:
+            return F.linear(self.x[batch, rows], self.weight, self.bias)
+        p = torch.arange(site.patch, device=rows.device)
+        down = ((rows // site.grid[1])[..., None] * site.patch + p).flatten(1)[..., None]  # [B, A p, 1]
+        along = ((rows % site.grid[1])[..., None] * site.patch + p).repeat_interleave(site.patch, 1)  # [B, A p, p]
+        pixels = self.x.permute(0, 2, 3, 1)[batch[..., None], down, along].permute(0, 3, 1, 2)  # [B, C, A p, p]
+        kernel = self.weight.unflatten(1, (-1, site.patch, site.patch))
+        y = F.conv2d(pixels, kernel, self.bias, stride=site.patch).flatten(2).mT
+        return y + self.epilogue["table"].expand(site.batch, -1, -1)[batch, rows] if site.table else y
+
     def linear(self, cache: Tensor) -> Tensor:
-        return F.linear(self.x, self.weight, self.bias)
+        return F.linear(self.compact, self.weight, self.bias)
+
+    @cached_property
+    def compact(self) -> Tensor:
+        """The linear's operand [B, A, K], where it is not gathered."""
+        return self.x if self.site.name != "embed" else self.x.new_ones(*self.rows.shape, self.site.inputs)
 
     def wide(self) -> Problem:
         """The same problem in fp32."""
@@ -174,10 +205,14 @@ def problem(site: Site, ratio: float, device: torch.device) -> Problem:
     if site.rope != "none":
         angle = draw(site.batch, active, site.head_dim // 2).repeat_interleave(2, -1)
         epilogue |= dict(rope=site.rope, cos=angle.cos(), sin=angle.sin())
-    if epilogue:
+    if site.norm != "none" or site.rope != "none":
         epilogue["head_dim"] = site.head_dim
     weight = draw(site.outputs, site.inputs) / site.inputs**0.5
-    x = draw(site.batch, active, site.inputs)
+    x = draw(site.batch, site.tokens if site.name == "embed" else active, site.inputs)
+    if site.name == "embed" and site.patch:
+        x = x.reshape(site.batch, -1, *(side * site.patch for side in site.grid))
+    if site.table:
+        epilogue["table"] = draw(1, site.tokens, site.outputs).to(dtype)
     return Problem(site, x.to(dtype), weight.to(dtype), draw(site.outputs).to(dtype), rows, epilogue)
 
 

@@ -1,0 +1,288 @@
+"""The gather peephole: a linear whose operand is only gathered reads the active rows itself.
+
+    t = index(permute(latent), indices(rows))           # the pixels of the active patches
+    y = linear(reshape(t), w, b)                        # [B, A, N]; or a convolution whose kernel is its stride
+    z = y + index(table, indices(rows))                 # optional: position embeddings
+
+becomes
+
+    z = ras_compile::gather_linear(view(latent), w, b, rows, .., view(table))
+
+because a GEMM may load its rows from anywhere. As for splices (`sites.py`), no way of writing is matched: the ops that move
+entries are *run* on the addresses of the entries, for active rows that together name every token, and the addresses that
+reach the linear are read as digits of a mixed radix, one digit per stride. What is no such sum is no site.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from .fuse import Fusion, _Emitter, addressed, worth, writable
+from .program import overlaps_itself
+from .registry import Call
+from .rules.convolution import per_dim
+from .sites import Target, ancestors, digits_of, evaluate
+
+aten = torch.ops.aten
+log = logging.getLogger(__name__)
+
+# Ops that put entries elsewhere and change none; and those that only look at memory in another way.
+VIEWS = frozenset([
+    aten.alias.default, aten.detach.default, aten.movedim.int, aten.permute.default, aten.select.int, aten.slice.Tensor,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.t.default, aten.transpose.int,
+    aten.unflatten.int, aten.unsqueeze.default, aten.view.default,
+])  # fmt: skip
+MOVES = VIEWS | {
+    aten.clone.default, aten.contiguous.default, aten.expand.default, aten.flatten.using_ints, aten.reshape.default,
+    aten._unsafe_view.default,
+}  # fmt: skip
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+LARGEST = 1 << 28  # entries of an input on whose addresses the ops are run
+
+Arrange = Callable[[Tensor], Tensor | None]  # puts what reaches an op into the order [B, A, channels]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input of the graph or a view of one, and the addresses at which its entries are taken."""
+
+    base: fx.Node
+    target: Target
+    samples: int
+
+    def view(self, emit: _Emitter, channels: int) -> tuple[fx.Node, int] | None:
+        """``base`` as [B or 1, *grid, *channels], and how many dims its grid has; None where no view is it."""
+        return addressed(emit, self.base, self.target, self.samples if self.target.sample else 1, channels)
+
+
+@dataclass(frozen=True)
+class Site:
+    """`gather -> linear (-> add)`.
+
+    Attributes:
+        product: the linear, or the convolution.
+        last: the node whose value the fused op gives: the product, or the sum with a table.
+        x: where the product's operand comes from.
+        table: where the table's rows come from.
+        turned: ``last`` counts [samples, N, places] for these (samples, places), as a convolution does; else [B, A, N].
+    """
+
+    product: fx.Node
+    last: fx.Node
+    x: Source
+    table: Source | None
+    turned: tuple[int, int] | None
+
+
+def fuse_gather_linear(graph: fx.Graph, fusion: Fusion) -> int:
+    """Replaces every `gather -> linear` of a sparse program; returns how many there were.
+
+    It does not fire where what is gathered is computed in the program (the kernel needs it in memory), where a value in
+    between has another use, or where dtypes differ (a custom op is not under autocast).
+    """
+    finder, emit, count = Finder(graph, fusion.tokens), _Emitter(graph), 0
+    answers: dict[object, bool] = {}
+    for product in list(graph.nodes):
+        site = finder.site(product, fusion.dtypes)
+        if site is not None:
+            with graph.inserting_before(site.last):
+                args = arguments(site, finder.rows, emit)
+                if args is None or not worth([(product, args)], fusion.gather_pays, answers):
+                    continue  # what was emitted has no user, and goes with the dead code
+                y = emit(torch.ops.ras_compile.gather_linear.default, *args)
+                y.meta = {**site.last.meta, "val": y.meta["val"]}
+                if site.turned:
+                    y = emit(aten.transpose.int, emit(aten.reshape.default, y, [*site.turned, -1]), 1, 2)
+                site.last.replace_all_uses_with(emit(aten.reshape.default, y, list(site.last.meta["val"].shape)))
+            count += 1
+    graph.eliminate_dead_code()
+    return count
+
+
+def arguments(site: Site, rows: fx.Node, emit: _Emitter) -> tuple | None:
+    """The fused op's arguments, in the order of its schema; None where an input has no such view."""
+    _, weight, bias = (*site.product.args, None)[:3]
+    outputs, *inner = weight.meta["val"].shape  # type: ignore[union-attr]
+    channels = weight.meta["val"][0].numel()  # type: ignore[union-attr]
+    x = site.x.view(emit, channels)
+    table = None if site.table is None else site.table.view(emit, outputs)
+    if x is None or (table is None) != (site.table is None):
+        return None
+    if len(inner) > 1:
+        weight = emit(aten.reshape.default, weight, [outputs, channels])
+    return (x[0], weight, bias, rows, x[1], *(table or ()))
+
+
+class Finder:
+    """Finds sites of one sparse program."""
+
+    def __init__(self, graph: fx.Graph, tokens: int) -> None:
+        self.rows = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "rows")
+        self.samples, self.active = self.rows.meta["val"].shape
+        self.tokens = tokens
+        generator = torch.Generator().manual_seed(0)
+        order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(self.samples)])
+        order = torch.cat([order, order], 1)
+        # The last draw has another token than the first one in every place.
+        starts = (*range(0, tokens, self.active), 1)
+        self.draws = [order[:, start : start + self.active].contiguous() for start in starts]
+
+    def site(self, product: fx.Node, dtypes: Sequence[torch.dtype]) -> Site | None:
+        """The site that this node is the product of, if it is one."""
+        kernel = kernel_of(product)
+        if kernel is None or product.meta["val"].dtype not in dtypes:
+            return None
+        try:
+            return self.experiment(product, kernel)
+        except Exception:  # an op that does not run on integers, or on a CPU: the site stays as it is
+            log.info("no experiment on the gather before %s", product.format_node(), exc_info=True)
+            return None
+
+    def experiment(self, product: fx.Node, kernel: list[int]) -> Site | None:
+        """Runs what stands around a product on addresses."""
+        x, weight, bias = (*product.args, None)[:3]
+        given, result = [node.meta["val"] for node in (x, weight, bias) if node is not None], product.meta["val"]  # type: ignore[union-attr]
+        outputs, channels = len(given[1]), given[1][0].numel()
+        samples, rest = divmod(result.numel(), self.active * outputs)
+        if rest or self.samples not in (1, samples) or any(value.dtype != result.dtype for value in given):
+            return None
+        lead = (samples, self.active)
+        source = self.source(x, lead, lambda value: patches(value, kernel).reshape(*lead, channels))  # type: ignore[arg-type]
+        if source is None or (source.target.sample == 0 and samples > self.samples):
+            return None
+        # Where the entries of [B, A, N] stand in the product.
+        turned = (result.shape[0], result[0, 0].numel()) if kernel else None
+        return self.sum(product, source, turned, (*lead, outputs)) or Site(product, product, source, None, turned)
+
+    def sum(
+        self, product: fx.Node, x: Source, turned: tuple[int, int] | None, shape: tuple[int, int, int]
+    ) -> Site | None:
+        """The site that ends in the sum of a product and a gathered table; None where there is no such sum."""
+        node, moves = product, []
+        while len(uses(node)) == 1:
+            (user,) = uses(node)
+            if user.target is aten.add.Tensor and not user.kwargs:
+                break
+            if not moves_entries(user):
+                return None
+            moves.append(node := user)
+        else:
+            return None
+        # Where the entries of [B, A, N] stand in the sum.
+        plain = torch.arange(math.prod(shape))
+        places = plain if turned is None else plain.view(*turned, shape[2]).transpose(1, 2).flatten()
+        known = {product: places.view(product.meta["val"].shape)}
+        evaluate(moves, known)
+        moved, value = known[node].flatten(), user.meta["val"]
+        if not torch.equal(moved, plain) and (turned is None or not torch.equal(moved, places)):
+            return None
+        other = next((operand for operand in user.args if operand is not node), None)
+        if not isinstance(other, fx.Node) or value.numel() != moved.numel() or value.dtype != other.meta["val"].dtype:
+            return None
+        back = moved.argsort()
+        table = self.source(other, shape[:2], lambda entries: entries.expand(value.shape).flatten()[back].view(shape))
+        return None if table is None else Site(product, user, x, table, None if torch.equal(moved, plain) else turned)
+
+    def source(self, value: fx.Node, lead: tuple[int, int], arrange: Callable[[Tensor], Tensor]) -> Source | None:
+        """Where the entries of a gathered value come from.
+
+        Args:
+            lead: (B, A) of the fused op.
+            arrange: puts what stands in ``value`` into the order [B, A, channels].
+        """
+        moves: list[fx.Node] = []
+        index, base = None, value
+        while base.op == "call_function":
+            if index is None and len(uses(base)) != 1:
+                return None
+            if base.target is aten.index.Tensor and index is None:
+                index = base
+            elif not moves_entries(base):
+                return None
+            moves.insert(0, base)
+            base = base.all_input_nodes[0]
+        if index is None or base.name.startswith("cache_"):  # which is written in between
+            return None
+        while moves[0].target in VIEWS:  # no copy yet
+            base = moves.pop(0)
+        indices = ancestors(index.all_input_nodes[1:], self.rows)
+        shape, strides = base.meta["val"].shape, base.meta["val"].stride()
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if indices is None or overlaps_itself(base) or extent > LARGEST:
+            return None
+        dense = {base: torch.arange(extent, dtype=torch.int32).as_strided(shape, strides)}
+        evaluate(moves[: moves.index(index)], dense)
+        firsts, channels = [], None
+        for draw in self.draws:
+            known = {**dense, self.rows: draw}
+            evaluate([*indices, *moves[moves.index(index) :]], known)
+            entries = arrange(known[value]).long()
+            first = entries[..., 0]
+            channels = entries[0, 0] - first[0, 0] if channels is None else channels
+            if not torch.equal(entries, first[..., None] + channels):
+                return None
+            firsts.append(first)
+        target = self.target(firsts, channels)  # type: ignore[arg-type]
+        return None if target is None or not writable(target) else Source(base, target, lead[0])
+
+    def target(self, firsts: Sequence[Tensor], channels: Tensor) -> Target | None:
+        """The addresses of a source as digits: those of the first channel [B, A], for each draw, and of the channels."""
+        samples = firsts[0].shape[0]
+        table = torch.empty(samples, self.tokens, dtype=torch.int64)
+        pairs = [(rows.expand(samples, -1), first) for rows, first in zip(self.draws, firsts, strict=True)]
+        for rows, first in pairs:
+            table.scatter_(1, rows, first)
+        if any(not torch.equal(table.gather(1, rows), first) for rows, first in pairs):
+            return None  # not the token alone says what is read
+        sample = int(table[1, 0] - table[0, 0]) if samples > 1 else 0
+        if sample < 0 or not torch.equal(table, table[:1] + sample * torch.arange(samples)[:, None]):
+            return None
+        rows_at, channels_at = digits_of(table[0] - table[0, 0]), digits_of(channels)
+        if rows_at is None or channels_at is None:
+            return None
+        return Target(int(table[0, 0]), sample, rows_at, channels_at, True)
+
+
+def moves_entries(node: fx.Node) -> bool:
+    """Whether an op of one operand puts its entries elsewhere, and changes none."""
+    if node.target in (aten.cat.default, aten.einsum.default):  # of one operand
+        given = node.all_input_nodes
+        return len(given) == 1 and given[0].meta["val"].numel() == node.meta["val"].numel()
+    return node.target in MOVES
+
+
+def uses(node: fx.Node) -> list[fx.Node]:
+    """The users of a node that look at more than its dtype."""
+    return [user for user in node.users if user.target is not aten.type_as.default or user.args[0] is node]
+
+
+def kernel_of(node: fx.Node) -> list[int] | None:
+    """The sides of the patches that a convolution projects, [] for a linear, and None for all else."""
+    if node.target is aten.linear.default:
+        return []
+    if node.target not in CONVOLUTIONS:
+        return None
+    args = Call(node, {}, None).args  # type: ignore[arg-type]
+    given, kernel = args["input"].meta["val"].shape, list(args["weight"].meta["val"].shape[2:])
+    rank = len(kernel)
+    plain = per_dim(args["padding"], rank) == [0] * rank and per_dim(args["dilation"], rank) == [1] * rank
+    fits = len(given) == rank + 2 and not any(size % side for size, side in zip(given[2:], kernel, strict=True))
+    return kernel if plain and fits and args["groups"] == 1 and per_dim(args["stride"], rank) == kernel else None
+
+
+def patches(value: Tensor, kernel: list[int]) -> Tensor:
+    """`b c (h p) (w q) -> b h w c p q` for a kernel of p x q; the value itself for a linear."""
+    rank = len(kernel)
+    for index in reversed(range(rank)):
+        value = value.unflatten(2 + index, (-1, kernel[index]))
+    outer, inner = [2 + 2 * index for index in range(rank)], [3 + 2 * index for index in range(rank)]
+    return value.permute(0, *outer, 1, *inner) if rank else value
+
+
+__all__ = ["fuse_gather_linear"]
