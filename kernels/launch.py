@@ -190,8 +190,10 @@ class Launch:
         return f"scatter_linear {self.x.dtype} {_power(M)} {N} {K} {switches} {'tma' if self.tma else ''}"
 
     def tiles(self) -> dict[str, Tile]:
+        """The tiles to time. A persistent one takes ptxas several times as long: only where it has several tiles to walk."""
         M, N, _ = self.sizes
-        return {tile.name: tile for tile in tiles_for(self.x.device, self.x.dtype, M, N, self.DP, bulk=self.tma)}
+        offered = tiles_for(self.x.device, self.x.dtype, M, N, self.DP, bulk=self.tma)
+        return {t.name: t for t in offered if not t.persistent or self.count(t) > processors(self.x.device)}
 
     def fastest(self) -> Tile | None:
         tiles = self.tiles()

@@ -17,7 +17,7 @@ from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from .clock import present_call
 from .config import ConfigError, RASConfig
 from .generation import reached
-from .inner import Compiled, compile_inner
+from .inner import Compiled, compile_inner, start_workers
 from .inputs import describe_inputs, find_timestep
 from .notices import warn_once
 from .numbers import as_tensors, number_positions
@@ -46,6 +46,7 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
         config = RASConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
     except ConfigError as error:
         return _raising(error)
+    start_workers(example_inputs, config)
     return CompiledGraph(graph, config)
 
 

@@ -87,7 +87,6 @@ def export(bound: nn.Module, tensors: Sequence[Tensor]) -> fx.GraphModule:
     for node in placeholders[: len(lifted)][::-1]:  # constants come last, so that inputs keep their places
         placeholders[-1].append(node) if node is not placeholders[-1] else None
     captured.graph.lint()
-    captured.recompile()
     captured.meta["constants"] = constants
     normalize(captured.graph)
     captured.recompile()

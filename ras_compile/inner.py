@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import list_mode_options
+from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -17,6 +18,15 @@ from .config import RASConfig
 from .kernels.tiles import sources
 
 Compiled = Callable[..., Sequence[Any]]
+
+
+def start_workers(inputs: Sequence[Any], config: RASConfig) -> None:
+    """Starts Inductor's processes that compile Triton kernels, so that the first program finds them ready.
+
+    They take seconds to come up; until they have, kernels are compiled one after the other in this process.
+    """
+    if config.inner_backend == "inductor" and any(isinstance(value, Tensor) and value.is_cuda for value in inputs):
+        maybe_warm_pool()
 
 
 def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) -> Compiled:

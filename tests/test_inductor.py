@@ -11,7 +11,11 @@ from contract import Subject, active_mask, error, subject
 from handwritten import MODELS as HANDWRITTEN
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import ZOO, redraw
+
+import ras_compile.inner
+from ras_compile.backend import ras
 
 FP32 = 1e-4
 MODELS = ["SD3", "SD3.5", "DiT", "PixArt", "Lumina-Next", "Flux", "AuraFlow", "Wan"]
@@ -60,6 +64,19 @@ def test_contract_in_fp32(name: str, device: str):
         assert torch.equal(elsewhere[index], outputs[index])
     everything = torch.arange(model.frame.tokens, device=device).repeat(model.frame.samples, 1)
     assert error(model.sparse(values, everything, caches)[0], model.reference(values)) < FP32
+
+
+@pytest.mark.parametrize(
+    ("device", "inner", "started"), [("cuda", "inductor", 1), ("cpu", "inductor", 0), ("cuda", "eager", 0)]
+)
+def test_compile_workers_start_with_the_graph(monkeypatch, device: str, inner: str, started: int):
+    """Before anything is compiled: where they are not up in time, kernels are compiled one after the other."""
+    calls = []
+    monkeypatch.setattr(ras_compile.inner, "maybe_warm_pool", lambda: calls.append("start"))
+    with FakeTensorMode():
+        inputs = [torch.empty(1), torch.empty(2, device=device)]
+    ras(torch.fx.symbolic_trace(lambda a, b: (a, b)), inputs, options=dict(inner_backend=inner))
+    assert len(calls) == started
 
 
 def test_a_second_start_compiles_nothing():

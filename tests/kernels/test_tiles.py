@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from ras_compile.kernels import tiles
+from ras_compile.kernels import launch, tiles
 from ras_compile.kernels.launch import tiles_for
 
 CPU = torch.device("cpu")
@@ -160,6 +160,18 @@ def test_every_tile_holds_whole_heads_and_is_not_far_too_large(dtype, padded):
         assert offered
         for tile in offered:
             assert tile.BN % padded == 0 and max(2 * M, 64) >= tile.BM and max(2 * N, padded, 64) >= tile.BN
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_persistent_tiles_are_offered_where_they_have_several_to_walk(monkeypatch):
+    monkeypatch.setattr(launch, "tiles_for", lambda *given, **options: launch.TILES_HOPPER)
+    cache, x, weight = torch.empty(2, 1024, 512), torch.empty(2, 512, 64), torch.empty(512, 64)  # 32 tiles of 128x128
+    rows = torch.zeros(2, 512, dtype=torch.int64)
+    plain = {tile.name for tile in launch.TILES_HOPPER if not tile.persistent}
+    for processors, more in {32: 0, 31: 1, 16: 1, 15: 2}.items():
+        monkeypatch.setattr(launch, "processors", lambda device, processors=processors: processors)
+        kernel = launch.Launch(cache, x, weight, None, rows, 1, 0, "none", None, None, 0.0, "none", None, None)
+        assert plain <= kernel.tiles().keys() and len(kernel.tiles()) == len(plain) + more
 
 
 @pytest.mark.gpu
