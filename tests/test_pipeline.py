@@ -128,3 +128,15 @@ def test_a_batch_is_its_pictures_and_sizes_differ(pipe):
         assert error([both[:1]], [draw(pipe, steps=4)]) < 1e-2
         wide = draw(pipe, steps=3, height=64, width=96)
         assert wide.shape[-2:] == (16, 24) and ras_compile.trace(handle)[-1].kind == "sparse"
+
+
+def test_many_pictures_of_a_prompt(pipe):
+    """In one batch about as alone: guidance's halves share rows, pictures do not."""
+    given = {"num_inference_steps": 4, "guidance_scale": 4.0, "max_sequence_length": 1, "output_type": "latent"}
+    given |= {"height": 64, "width": 64}
+    with ras_compile.attach(pipe, **EAGER) as handle:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        together = pipe("a red apple", num_images_per_prompt=2, generator=generators, **given).images
+        rows = ras_compile.trace(handle)[-1].rows
+        assert rows.shape == (4, 128) and torch.equal(rows[:2], rows[2:]) and not torch.equal(rows[0], rows[1])
+        assert error([together[1:]], [draw(pipe, steps=4, seed=1)]) < 1e-2
