@@ -119,14 +119,14 @@ class Cost:
         sparse = self.flop_ratio(max(1, round(sample_ratio * self.tokens)))
         return num_steps / (dense_steps + (num_steps - dense_steps) * sparse)
 
-    def ratio_for(self, speedup: float, num_steps: int, dense_steps: int) -> float:
-        """The sample ratio that gives ``speedup`` (by FLOPs).
+    def ratio_for(self, speedup: float, num_steps: int, dense_steps: int, fewest: int = 1) -> float:
+        """The sample ratio that gives ``speedup`` (by FLOPs), where a sparse step computes ``fewest`` tokens or more.
 
         Raises:
             ValueError: no ratio in (0, 1] gives it; the text says what the limits are.
         """
         sparse_steps = num_steps - dense_steps
-        limits = self.speedup(1.0, num_steps, dense_steps), self.speedup(1e-9, num_steps, dense_steps)
+        limits = [self.speedup(ratio, num_steps, dense_steps) for ratio in (1.0, fewest / self.tokens)]
         if not limits[0] <= speedup <= limits[1] or sparse_steps < 1:
             raise ValueError(
                 f"a speed-up of {speedup:g} is out of reach with {dense_steps} dense steps of {num_steps}: "

@@ -161,7 +161,7 @@ class Explanation:
         """
         if self.cost is None:
             raise UnsupportedGraph(self.reason)
-        return self.cost.ratio_for(speedup, num_steps, self.dense_steps(num_steps))
+        return self.cost.ratio_for(speedup, num_steps, self.dense_steps(num_steps), Schedule.fewest(self.tokens))
 
     def __str__(self) -> str:
         if self.cost is None:

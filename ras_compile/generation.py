@@ -389,7 +389,8 @@ def _at_speedup(config: RASConfig, cost: Cost | None, num_steps: int | None) -> 
     if cost is None:
         raise ConfigError("option speedup needs the costs of the compiled programs; give a sample_ratio instead.")
     try:
-        ratio = cost.ratio_for(config.speedup, num_steps, Schedule(config).dense_steps(num_steps))
+        schedule = Schedule(config)
+        ratio = cost.ratio_for(config.speedup, num_steps, schedule.dense_steps(num_steps), schedule.fewest(cost.tokens))
     except ValueError as error:
         raise ConfigError(f"option speedup: {error} (by FLOPs).") from None
     return config.at_ratio(ratio)

@@ -77,6 +77,11 @@ class Schedule:
         counts = self._counts(tokens, num_steps)
         return next((count for group, count in zip(groups, counts, strict=True) if step <= group[-1]), counts[-1])
 
+    @staticmethod
+    def fewest(tokens: int) -> int:
+        """The fewest of `tokens` rows that a sparse step may have."""
+        return _rounded(0.0, tokens)
+
     def dense_steps(self, num_steps: int) -> int:
         """How many of `num_steps` steps are dense."""
         return sum(self.kind(step) == "dense" for step in range(num_steps))

@@ -46,6 +46,11 @@ def test_constant_count_is_close_and_in_range(ratio, tokens):
     assert abs(active - ratio * tokens) <= multiple / 2 or active == multiple
 
 
+def test_the_fewest_rows_of_a_step():
+    for tokens in (1, 100, 512, 4096):
+        assert Schedule.fewest(tokens) == Schedule(RASConfig(sample_ratio=1e-6)).active(5, tokens)
+
+
 def test_hardware_friendly_counts():
     schedule = Schedule(RASConfig(sample_ratio=0.3))
     assert [schedule.active(5, tokens) for tokens in (4096, 1024, 100, 3, 1)] == [1216, 304, 30, 1, 1]
