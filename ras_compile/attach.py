@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -109,8 +109,9 @@ def attach(pipe: Any, **options: Any) -> Handle:
     config = RASConfig.from_options(options)
     found = {name: getattr(pipe, name) for name in _names(pipe) if isinstance(getattr(pipe, name, None), nn.Module)}
     if not found:
+        what = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
         raise ConfigError(
-            f"{type(pipe).__name__} has no transformer to attach to; use torch.compile(model, backend='ras') on its "
+            f"{what} has no transformer to attach to, as a diffusers pipeline has; use torch.compile(model, backend='ras') on its "
             "denoiser, with ras_compile.generation() to tell the steps."
         )
     for name, module in found.items():
@@ -126,8 +127,14 @@ def attach(pipe: Any, **options: Any) -> Handle:
 def _names(pipe: Any) -> list[str]:
     """Names of the pipeline's components that are transformers: transformer, transformer_2, ..."""
     known = getattr(pipe, "config", None)
-    names = list(known) if known is not None else []
-    return sorted({name for name in (*names, *vars(pipe), "transformer") if name.split("_")[0] == "transformer"})
+    names = list(known) if isinstance(known, Mapping) else []
+    return sorted(
+        {
+            name
+            for name in (*names, *getattr(pipe, "__dict__", {}), "transformer")
+            if name.split("_")[0] == "transformer"
+        }
+    )
 
 
 def _limits() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ras_compile.config import ConfigError, RASConfig
+from ras_compile.notices import warn_once
 from ras_compile.passes.tokens import TokenView
 
 __all__ = [
@@ -71,11 +72,22 @@ class Generation(Home):
     def step(self) -> int:
         """Call once for each step, before the step's model calls. Returns the step's number, from 0."""
         self.current = 0 if self.current is None else self.current + 1
+        if self.num_steps is not None and self.current >= self.num_steps:
+            warn_once(
+                f"ras_compile: generation(num_steps={self.num_steps}): step() was called more often than that; ratios that "
+                "depend on the number of steps keep their last value."
+            )
         return self.current
 
     @contextmanager
     def branch(self, name: str) -> Iterator[None]:
-        """Name the guidance branch ("cond", "uncond", ...) of the model calls inside; else the contexts tell."""
+        """Name the guidance branch ("cond", "uncond", ...) of the model calls inside; else the contexts tell.
+
+        Raises:
+            ConfigError: the name is no string.
+        """
+        if not isinstance(name, str):
+            raise ConfigError(f"branch({name!r}): it takes the name of a guidance branch, such as 'cond'.")
         before, self._branch = self._branch, name
         try:
             yield

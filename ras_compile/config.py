@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from ras_compile.passes.errors import RASError
@@ -111,12 +112,9 @@ class RASConfig:
                     f"options sample_ratio={self.sample_ratio:g} and speedup={self.speedup:g} exclude each other: a "
                     "speed-up is reached by choosing the ratio."
                 )
-        _integer(self, "warmup_steps", low=1)
-        _integer(self, "max_absence", low=1)
-        if self.cache_budget is not None:
-            _integer(self, "cache_budget", low=0)
-        if self.reset_interval is not None:
-            _integer(self, "reset_interval", low=1)
+        for name, low in (("warmup_steps", 1), ("max_absence", 1), ("cache_budget", 0), ("reset_interval", 1)):
+            if getattr(self, name) is not None or name in ("warmup_steps", "max_absence"):
+                put(self, name, _integer(self, name, low))
         put(self, "reset_steps", _steps(self.reset_steps))
         _one_of(self, "ratio_schedule", ("constant", "linear"))
         _one_of(self, "context", ("fresh", "frozen"))
@@ -157,8 +155,10 @@ class RASConfig:
         `mode` is no option of ours: it goes to ``inner_options["mode"]``, where the inner backend finds it.
 
         Raises:
-            ConfigError: an unknown key (with the nearest known one) or a bad value.
+            ConfigError: no dictionary, an unknown key (with the nearest known one) or a bad value.
         """
+        if not isinstance(options, Mapping | None):
+            raise ConfigError(f"options takes a dictionary, not {type(options).__name__}.")
         options = dict(options or {})
         mode = options.pop("mode", None)
         _known(options)
@@ -215,15 +215,21 @@ def _one_of(config: RASConfig, name: str, choices: tuple[str, ...], also: str | 
         raise _bad(config, name, " or ".join([*map(repr, choices), *([also] if also else [])]))
 
 
-def _integer(config: RASConfig, name: str, low: int) -> None:
+def _integer(config: RASConfig, name: str, low: int) -> int:
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if not _whole(value) or value < low:
         raise _bad(config, name, f"a whole number of at least {low}")
+    return int(value)
+
+
+def _whole(value: Any) -> bool:
+    """Whether it is a whole number, NumPy's among them, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _number(config: RASConfig, name: str, low: float, high: float = math.inf, open_low: bool = False) -> float:
     value = getattr(config, name)
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or value > high or value < low or (open_low and value == low):
         span = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
         raise _bad(config, name, f"a number in {span}")
@@ -237,9 +243,9 @@ def _steps(steps: Any) -> tuple[int, ...] | None:
         found = tuple(steps)
     except TypeError:
         found = (None,)
-    if any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in found):
+    if not all(_whole(step) and step >= 0 for step in found):
         raise ConfigError(f"option reset_steps={steps!r} is not allowed; it takes None or a list of step numbers.")
-    return tuple(sorted(set(found)))
+    return tuple(sorted({int(step) for step in found}))
 
 
 def _region(region: Any) -> slice | None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .backend import GraphBreak, fragment, graph_break
-from .config import RASConfig
+from .config import ConfigError, RASConfig
 from .inputs import check_timestep, describe_inputs
 from .passes.cost import Cost, cost
 from .passes.errors import SpecViolation, UnsupportedGraph, UnusableInput
@@ -144,9 +144,14 @@ class Explanation:
 
         Raises:
             UnsupportedGraph: the call is not supported.
+            ConfigError: another ratio, or no step.
         """
         if self.cost is None:
             raise UnsupportedGraph(self.reason)
+        if sample_ratio is not None:
+            self.config.with_runtime(sample_ratio=sample_ratio)
+        if num_steps < 1:
+            raise ConfigError(f"num_steps={num_steps!r} is not allowed; it takes a whole number of at least 1.")
         ratio = self.config.sample_ratio if sample_ratio is None else sample_ratio
         if sample_ratio is None and self.config.speedup is not None:
             ratio = self.ratio_for(self.config.speedup, num_steps)
@@ -194,8 +199,12 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
 
     Raises:
         ConfigError: a bad option.
+        TypeError: no module, or arguments that its forward does not take.
     """
     config = RASConfig.from_options(options)
+    if not isinstance(transformer, nn.Module):
+        what = f"{type(transformer).__name__}{'; give its .transformer' if hasattr(transformer, 'transformer') else ''}"
+        raise TypeError(f"explain takes a transformer and the arguments of one call of it, not {what}.")
     module: nn.Module = getattr(transformer, "_orig_mod", transformer)
     check_timestep(config.timestep, type(module))
     try:

@@ -110,7 +110,10 @@ def modules_of(compiled: Any) -> list[nn.Module]:
     found = [getattr(module, "_orig_mod", module) for module in modules]
     for module in found:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"it takes a compiled transformer or a handle of attach(), not {type(module).__name__}.")
+            raise TypeError(
+                "wanted is a compiled transformer or a handle of attach(), not "
+                f"{type(module).__name__}{' itself' if hasattr(module, 'transformer') else ''}."
+            )
     return found
 
 

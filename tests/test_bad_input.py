@@ -179,3 +179,51 @@ def test_a_side_on_which_the_model_itself_fails(kind):
             pipe.transformer(**given)
         assert caught.value.__cause__ is not None
         assert pipe.transformer(**call()).shape == (1, 4, 8, 12)
+
+
+def public_misuse():
+    """What somebody who has not read the manual may try, and a part of the answer."""
+    explanation = ras_compile.explain(Patches(), **call())
+    yield "a pipeline's class", lambda: ras_compile.attach(Pipe), "Pipe has no transformer to attach to"
+    yield "nothing", lambda: ras_compile.attach(None), "NoneType has no transformer to attach to"
+    yield "a transformer", lambda: ras_compile.attach(Patches()), "Patches has no transformer.*torch.compile"
+    yield "options in one", lambda: ras_compile.attach(Pipe(), options={}), "unknown option 'options'.*sample_ratio"
+    yield "explain nothing", lambda: ras_compile.explain(None), "explain takes a transformer.*not NoneType"
+    pipe = Pipe()
+    pipe.transformer = Patches()
+    yield "explain a pipeline", lambda: ras_compile.explain(pipe, **call()), "not Pipe; give its .transformer"
+    yield "no inputs", lambda: ras_compile.explain(Patches()), "missing 2 required positional arguments"
+    yield "options no dictionary", lambda: ras_compile.explain(Patches(), options="x", **call()), "dictionary, not str"
+    yield "a ratio of two", lambda: explanation.speedup(2), "sample_ratio=2"
+    yield "a ratio of zero", lambda: explanation.speedup(0), "sample_ratio=0"
+    yield "no steps", lambda: explanation.speedup(0.5, num_steps=0), "num_steps=0"
+    yield "out of reach", lambda: explanation.ratio_for(99), r"99 is out of reach.*1\.00 to \d\.\d+ can be had"
+    yield "no model", lambda: ras_compile.explain(Summary(), **call()).speedup(), "no output carries the token grid"
+    for function in (ras_compile.trace, ras_compile.release):
+        yield f"{function.__name__} of nothing", lambda f=function: f(None), "handle.*not NoneType"
+        yield f"{function.__name__} of a pipeline", lambda f=function: f(pipe), "handle.*not Pipe itself"
+    yield "steps in words", lambda: ras_compile.generation("four").__enter__(), r"generation\(num_steps='four'\)"
+    yield (
+        "an option misspelt",
+        lambda: ras_compile.RASConfig.from_options({"sampling_ratio": 1}),
+        "Did you mean 'sample_ratio'",
+    )
+
+
+def test_misuse_of_what_is_public_is_answered_in_a_sentence():
+    seen = set()
+    for name, misuse, answer in public_misuse():
+        with pytest.raises((ValueError, TypeError, ras_compile.RASError)) as caught:
+            misuse()
+        assert re.search(answer, str(caught.value)), (name, str(caught.value))
+        seen.add(name)
+    assert len(seen) == 19
+
+
+def test_a_branch_has_a_name_and_a_run_the_steps_that_were_said():
+    with ras_compile.generation(num_steps=1) as gen:
+        gen.step()
+        with pytest.raises(ras_compile.ConfigError, match=r"branch\(3\)"), gen.branch(3):
+            pass
+        with pytest.warns(ras_compile.RASWarning, match=r"generation\(num_steps=1\).*more often"):
+            gen.step()

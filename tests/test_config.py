@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from ras_compile import RASConfig, RASError
@@ -116,3 +117,14 @@ def test_a_ratio_or_a_speedup():
     assert config.speedup == 1.5 and config.with_runtime(warmup_steps=2).speedup == 1.5
     assert config.with_runtime(sample_ratio=0.5) == RASConfig(sample_ratio=0.5)
     assert config.at_ratio(0.3) == RASConfig(sample_ratio=0.3)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = RASConfig(
+        sample_ratio=np.float32(0.5), warmup_steps=np.int64(3), reset_steps=np.arange(4, 9, 2), focus=np.float64(0.25)
+    )
+    assert config == RASConfig(sample_ratio=0.5, warmup_steps=3, reset_steps=(4, 6, 8), focus=0.25)
+    assert all(type(step) is int for step in (config.warmup_steps, *config.reset_steps))
+    assert type(config.sample_ratio) is float
+    with pytest.raises(ValueError, match="warmup_steps"):
+        RASConfig(warmup_steps=np.bool_(True))
