@@ -81,8 +81,7 @@ class RowChooser:
 
     def _choice(self, latent: Tensor, key: _Key, active: int, info: SelectionInfo, known: Tensor | None) -> Tensor:
         config, metrics = self._config, self._before[key]
-        zeros = torch.zeros(key, dtype=torch.int64, device=latent.device)
-        drops, absence = self._counts.get(key, (zeros, zeros))
+        drops, absence = self._counts[key] if key in self._counts else self._first_counts(key, latent.device)
         grouped = latent if 1 < key[0] == latent.shape[0] else latent.new_empty(0)
         if config.selector is None:
             options = active, config.high_share, config.starvation_scale, config.max_absence
@@ -97,6 +96,18 @@ class RowChooser:
         rows = select_rows(metric, drops, absence, active, config, info)
         self._counts[key] = update_counts(drops, absence, rows)
         return rows
+
+    def _first_counts(self, key: _Key, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Drop counts and absences of a batch that was not seen before: guidance that ends takes its half of them away.
+
+        The first call of such a batch was dense, so that nothing is absent.
+        """
+        batch, tokens = key
+        drops = absence = torch.zeros(key, dtype=torch.int64, device=device)
+        before = next((counts for (_, count), (counts, _) in self._counts.items() if count == tokens), None)
+        if before is not None:
+            drops = before[torch.arange(batch, device=device) % len(before)]
+        return drops, absence
 
 
 def _same_sample(latent: Tensor, other: Tensor, batch: int, others: int) -> Tensor:

@@ -240,6 +240,21 @@ def test_a_bad_value_of_a_metric_names_the_option(value, complaint):
         token_metric(torch.randn(1, 6, 1, 4), lambda noise, info: torch.full((1, 6), value), INFO)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_drop_counts_outlive_a_change_of_the_batch(batch):
+    """Guidance ends, or begins: a token that was dropped before is still the next to be computed."""
+    chooser = RowChooser(RASConfig(cuda_graphs=False, max_absence=99))
+    noise = torch.tensor([[1.0, -1.0]]) * torch.tensor([3.0, 2.9, 2.8, 1.0, 0.9, 0.8])[None, :, None, None]
+
+    def choose(batch):
+        chooser.observe(noise.expand(batch, -1, -1, -1), INFO)
+        chooser.advance(dense=False)
+        return chooser.rows(torch.zeros(batch, 6, 2), batch, 6, 3, INFO).tolist()
+
+    assert choose(2) == [[0, 1, 2]] * 2
+    assert choose(batch) == [[3, 4, 5]] * batch
+
+
 def test_callables_are_looked_at_at_every_step():
     """What they return may go wrong late: it is refused all the same."""
     good = RASConfig(metric=lambda noise, info: noise.abs().sum(-1), selector=lambda m, d, k, i: m.topk(k)[1])
