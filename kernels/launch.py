@@ -190,10 +190,19 @@ class Launch:
         return f"scatter_linear {self.x.dtype} {_power(M)} {N} {K} {switches} {'tma' if self.tma else ''}"
 
     def tiles(self) -> dict[str, Tile]:
-        """The tiles to time. A persistent one takes ptxas several times as long: only where it has several tiles to walk."""
+        """The tiles to time, each of which costs seconds to build.
+
+        None that leaves more than half of the processors idle, if a smaller one does not; a persistent one, which takes
+        ptxas several times as long, only where it has more than one tile to walk over.
+        """
         M, N, _ = self.sizes
         offered = tiles_for(self.x.device, self.x.dtype, M, N, self.DP, bulk=self.tma)
-        return {t.name: t for t in offered if not t.persistent or self.count(t) > processors(self.x.device)}
+        fewest = processors(self.x.device) / 2
+        enough = [tile for tile in offered if self.count(tile) >= fewest]
+        if not enough:
+            most = max(map(self.count, offered), default=0)
+            enough = [tile for tile in offered if self.count(tile) == most]
+        return {t.name: t for t in enough if not t.persistent or self.count(t) > 2 * fewest}
 
     def fastest(self) -> Tile | None:
         tiles = self.tiles()

@@ -117,7 +117,7 @@ def build(device: torch.device, names: Sequence[str], launch: Callable[[str], No
 
     def first(name: str) -> None:
         # what does not compile or fit fails again when it is timed, and is left out there
-        with contextlib.suppress(Exception), torch.cuda.device(device), torch.cuda.stream(stream):
+        with contextlib.suppress(Exception), torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
             launch(name)
 
     with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:

@@ -163,15 +163,24 @@ def test_every_tile_holds_whole_heads_and_is_not_far_too_large(dtype, padded):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_persistent_tiles_are_offered_where_they_have_several_to_walk(monkeypatch):
+def test_only_tiles_that_may_be_fastest_are_built(monkeypatch):
+    """Those that keep half of the processors busy; persistent ones where they have several tiles to walk over."""
     monkeypatch.setattr(launch, "tiles_for", lambda *given, **options: launch.TILES_HOPPER)
-    cache, x, weight = torch.empty(2, 1024, 512), torch.empty(2, 512, 64), torch.empty(512, 64)  # 32 tiles of 128x128
+    cache, x, weight = torch.empty(2, 1024, 512), torch.empty(2, 512, 64), torch.empty(512, 64)
     rows = torch.zeros(2, 512, dtype=torch.int64)
-    plain = {tile.name for tile in launch.TILES_HOPPER if not tile.persistent}
-    for processors, more in {32: 0, 31: 1, 16: 1, 15: 2}.items():
-        monkeypatch.setattr(launch, "processors", lambda device, processors=processors: processors)
-        kernel = launch.Launch(cache, x, weight, None, rows, 1, 0, "none", None, None, 0.0, "none", None, None)
-        assert plain <= kernel.tiles().keys() and len(kernel.tiles()) == len(plain) + more
+    kernel = launch.Launch(cache, x, weight, None, rows, 1, 0, "none", None, None, 0.0, "none", None, None)
+    plain = {tile.name for tile in launch.TILES_HOPPER if not tile.persistent}  # 128x256: 16 tiles, 64x64: 128
+
+    def offered(processors: int) -> set[str]:
+        monkeypatch.setattr(launch, "processors", lambda device: processors)
+        return kernel.tiles().keys()
+
+    large, middle = (f"{tile}-tma-persistent" for tile in ("128x256x64-w8-s3", "128x128x64-w8-s4"))
+    assert offered(15) == plain | {large, middle}
+    assert offered(31) == plain | {middle}
+    assert offered(32) == plain
+    assert offered(33) == {name for name in plain if "128x256" not in name}
+    assert offered(250) == offered(1000) == {"64x64x64-w4-s4-tma"}
 
 
 @pytest.mark.gpu
