@@ -1,0 +1,79 @@
+"""Pipelines whose transformer is compiled and nothing more: the step, the branch and the generation are inferred."""
+
+from __future__ import annotations
+
+import warnings
+
+import diffusers
+import pytest
+import torch
+from contract import error
+from pipelines import EAGER, draw_flux, draw_qwen, draw_sd3, draw_wan, flux, kinds, normal, qwen, sd3, wan
+
+import ras_compile
+from ras_compile.notices import _said
+
+TRUE = {
+    "true_cfg_scale": 2.0,
+    "negative_prompt_embeds": normal(1, 3, 16, seed=3),
+    "negative_pooled_prompt_embeds": normal(1, 8, seed=4),
+}
+SKIP = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.9}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    _said.clear()
+
+
+@pytest.mark.parametrize(
+    ("make", "draw", "expected"),
+    [
+        (sd3, lambda pipe: draw_sd3(pipe, steps=6), "ddssss"),
+        (flux, lambda pipe: draw_flux(pipe, steps=6, **TRUE), "dd" * 2 + "ss" * 4),
+        (qwen, lambda pipe: draw_qwen(pipe, steps=6, negative=5), "dd" * 2 + "ss" * 4),
+        (lambda: wan(transformer_2=None, boundary_ratio=None), draw_wan, "dd" * 2 + "ss" * 4),
+        # two evaluations at one time, of which nobody says that they are two steps
+        (
+            lambda: sd3(scheduler=diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
+            lambda pipe: draw_sd3(pipe, steps=5),
+            "ddd" + "s" * 6,
+        ),
+    ],
+    ids=["guidance in a batch", "two calls", "two lengths", "video", "Heun"],
+)
+def test_a_compiled_transformer_in_a_pipeline(make, draw, expected):
+    """All tokens give the dense picture, half of them the one that `attach` gives too where the steps are the same."""
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw(pipe)
+    module, half = pipe.transformer, None
+    for ratio in (1.0, 0.5):
+        torch._dynamo.reset()
+        pipe.transformer = torch.compile(module, backend="ras", options={**EAGER, "sample_ratio": ratio})
+        draw(pipe)
+        half = draw(pipe)  # the second picture: by now nothing is new to it
+        assert kinds(ras_compile.trace(pipe.transformer)) == expected
+        if ratio == 1.0:
+            assert error([half], [plain]) < 1e-4
+    assert error([half], [plain]) > 1e-4
+    if "Heun" in type(pipe.scheduler).__name__:  # a dense step more than `attach` makes of it
+        return
+    pipe.transformer = module
+    torch._dynamo.reset()
+    with ras_compile.attach(pipe, **EAGER, sample_ratio=0.5):
+        assert error([draw(pipe)], [half]) < 1e-4
+
+
+def test_a_branch_that_reads_another_latent_runs_dense_and_says_so():
+    """Skip-layer guidance calls with half of the batch, a latent of its own: only `attach` knows that it is one step."""
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    plain = draw_sd3(pipe, steps=6, **SKIP)
+    pipe.transformer = torch.compile(pipe.transformer, backend="ras", options={**EAGER, "sample_ratio": 0.5})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert error([draw_sd3(pipe, steps=6, **SKIP)], [plain]) < 1e-4
+    (told,) = [str(item.message) for item in caught if issubclass(item.category, ras_compile.RASWarning)]
+    assert "all run dense" in told and "attach" in told
