@@ -4,13 +4,15 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
 
 - `scatter_linear`: `linear -> (norm) -> (rotary embedding) -> splice` as one scatter-GEMM that writes the active rows
   straight into the cache. `epilogue_reference` is the part between the linear and the splice.
+- `grouped_scatter_linear`: several scatter-GEMMs that do not depend on each other, in one launch.
 - `gather_linear`: `gather -> linear (-> add a gathered table)` as one gather-GEMM that reads the active rows itself.
 - `linear_gelu`: `linear -> gelu` as one product.
-- `pays`, `gather_pays`: whether scatter-GEMMs and gather-GEMMs are faster than what they replace, measured once per device.
+- `pays`, `pays_grouped`, `gather_pays`: whether they are faster than what they replace, measured once per device.
 """
 
-from .choice import gather_pays, pays
+from .choice import gather_pays, pays, pays_grouped
 from .gather_linear import gather_linear, gather_linear_reference
+from .grouped import grouped_scatter_linear
 from .linear_gelu import linear_gelu, linear_gelu_reference
 from .reference import epilogue_reference, scatter_linear_reference
 from .scatter_linear import scatter_linear
@@ -20,9 +22,11 @@ __all__ = [
     "gather_linear",
     "gather_linear_reference",
     "gather_pays",
+    "grouped_scatter_linear",
     "linear_gelu",
     "linear_gelu_reference",
     "pays",
+    "pays_grouped",
     "scatter_linear",
     "scatter_linear_reference",
 ]

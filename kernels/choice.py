@@ -10,31 +10,79 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gather_linear import Launch as GatherLaunch
+from .grouped import GroupedLaunch
 from .launch import Launch, runs_kernel
 from .tiles import milliseconds, timings
 
+Arguments = Sequence[Any]  # of `scatter_linear`; of the tensors only sizes, strides, dtypes and devices count
 
-def pays(ops: Sequence[Sequence[Any]]) -> bool:
+
+def pays(ops: Sequence[Arguments]) -> bool:
     """Whether these `scatter_linear` ops together are faster than linears (cuBLAS) and one pass over their results.
 
     The pass reads each result and writes it elsewhere, without an index, a norm or a rotation: no code that Inductor
     writes for the rest of a site is faster. So a site is fused only where that saves time.
 
     Args:
-        ops: arguments of each op, as it takes them; of the tensors only sizes, strides, dtypes and devices count.
+        ops: arguments of each op, as it takes them.
     """
+    if not supported(ops):
+        return False
+    if not ops[0][1].is_cuda:  # the interpreter: nothing to measure
+        return True
+    times = weighed(ops)
+    return times is not None and times[0] <= times[1]
+
+
+def pays_grouped(sites: Sequence[Sequence[Arguments]], linears: Sequence[Arguments] = ()) -> bool:
+    """Whether one launch of all these is faster than each of them in its best form.
+
+    That is, for the ops of a site, what `pays` chooses; for a plain linear, cuBLAS.
+
+    Args:
+        sites: for each site, the arguments of its `scatter_linear` ops.
+        linears: those of plain linears, as members of the launch: with the compact cache that each would write.
+    """
+    members = [args for ops in sites for args in ops] + list(linears)
+    if not supported(members):
+        return False
+    if not members[0][1].is_cuda:
+        return True
+    alone = 0.0
+    for ops in sites:
+        times = weighed(ops)
+        if times is None:
+            return False
+        alone += min(times)
+    for args in linears:
+        time = measured("linear", [args], _linear)
+        if time is None:
+            return False
+        alone += time[0]
+    together = measured("grouped", members, _grouped)
+    return together is not None and together[0] <= alone
+
+
+def weighed(ops: Sequence[Arguments]) -> tuple[float, float] | None:
+    """Milliseconds of a site's ops fused, and as linears with one pass over their results; None where they cannot be had now."""
     fused = plain = 0.0
     for args in ops:
-        x, args = args[1], (*args, *_DEFAULTS[len(args) - 5 :])
-        if not runs_kernel(x, args[6], args[7], args[11]):  # head_dim, norm, rope
-            return False
-        if not x.is_cuda:  # the interpreter: nothing to measure
-            continue
-        pair = measured(args)
-        if pair is None:
-            return False
-        fused, plain = fused + pair[0], plain + pair[1]
-    return fused <= plain
+        times = measured("pays", [args], _fused_and_plain)
+        if times is None:
+            return None
+        fused, plain = fused + times[0], plain + times[1]
+    return fused, plain
+
+
+def supported(ops: Sequence[Arguments]) -> bool:
+    return all(
+        runs_kernel(args[1], *(filled(args)[index] for index in (6, 7, 11))) for args in ops
+    )  # head_dim, norm, rope
+
+
+def filled(args: Arguments) -> tuple[Any, ...]:
+    """With the defaults of what is not given."""
+    return (*args, *_DEFAULTS[len(args) - 5 :])
 
 
 # Of the arguments behind the rows.
@@ -64,52 +112,46 @@ def gather_pays(ops: Sequence[Sequence[Any]]) -> bool:
     return fused <= plain
 
 
-def measured(args: Sequence[Any]) -> tuple[float, float] | None:
-    """Milliseconds of a `scatter_linear` and of what it replaces; None where they cannot be had now."""
-    return remembered(f"pays {[_words(value) for value in args]}", args[1].device, lambda: _measure(args))
+def measured(
+    what: str, ops: Sequence[Arguments], measure: Callable[[list[list[Any]]], tuple[float, ...]]
+) -> tuple[float, ...] | None:
+    """Milliseconds of launches of these `scatter_linear` ops, infinite where no tile runs; None: they cannot be had now."""
+    ops = [filled(args) for args in ops]
+    key = f"{what} {[[_words(value) for value in args] for args in ops]}"
+    return remembered(key, ops[0][1].device, lambda: measure(_real_arguments(ops)))
 
 
-def remembered(
-    key: str, device: torch.device, measure: Callable[[], tuple[float, float]]
-) -> tuple[float, float] | None:
+def remembered(key: str, device: torch.device, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...] | None:
     """What ``measure`` gives, or gave on this device before; None where it cannot be had now."""
     store = timings(device)
     with store.lock:
         known = store.known.get(key)
-        if isinstance(known, list) and len(known) == 2:
-            return known[0], known[1]
+        if isinstance(known, list):
+            return tuple(math.inf if time is None else time for time in known)
         if torch.cuda.is_current_stream_capturing():
             return None
         try:
             with torch.cuda.device(device), torch.no_grad(), torch.inference_mode(False):
-                pair = measure()
+                times = measure()
         except torch.OutOfMemoryError:
             return None
-        if not all(map(math.isfinite, pair)):
-            pair = (1.0, 0.0)  # no tile runs here
-        store.add(key, list(pair))
-        return pair
+        store.add(key, [time if math.isfinite(time) else None for time in times])
+        return times
 
 
 def _words(value: Any) -> object:
     return (str(value.dtype), tuple(value.shape), value.stride()) if isinstance(value, Tensor) else value
 
 
-def _measure(args: Sequence[Any]) -> tuple[float, float]:
-    cache, x, weight, bias, rows, grid_dims, *rest = (
-        _real(value) if isinstance(value, Tensor) else value for value in args
-    )
-    places = math.prod(cache.shape[1 : 1 + grid_dims])
-    for row in rows:
-        row.copy_(torch.randperm(places, device=rows.device)[: rows.shape[1]])
-    launch = Launch(cache, x, weight, bias, rows, grid_dims, *rest)
+def _fused_and_plain(ops: list[list[Any]]) -> tuple[float, float]:
+    """Of the op, and of what it replaces."""
+    (_, x, weight, bias, *_), *_ = ops
+    launch = Launch(*ops[0])
     tile = launch.fastest()
-    if tile is None:
-        return math.inf, 0.0
     result = F.linear(x, weight, bias)
     copy = torch.empty_like(result)
     return (
-        milliseconds(lambda: launch(tile)),
+        math.inf if tile is None else milliseconds(lambda: launch(tile)),
         milliseconds(lambda: torch.neg(F.linear(x, weight, bias), out=copy)),
     )
 
@@ -135,3 +177,34 @@ def _real(value: Tensor) -> Tensor:
     """A tensor of the same sizes and strides, filled with numbers of a usual size."""
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     return made.normal_() if made.is_floating_point() else made.zero_()
+
+
+def _linear(ops: list[list[Any]]) -> tuple[float]:
+    (_, x, weight, bias, *_), *_ = ops
+    return (milliseconds(lambda: F.linear(x, weight, bias)),)
+
+
+def _grouped(ops: list[list[Any]]) -> tuple[float]:
+    launch = GroupedLaunch(ops)
+    tile = launch.fastest() if launch.fits else None
+    return (math.inf if tile is None else milliseconds(lambda: launch(tile)),)
+
+
+def _real_arguments(ops: Sequence[Arguments]) -> list[list[Any]]:
+    """Tensors as :func:`_real` makes them, one for all that were one, and rows that are unique."""
+    known: dict[int, Tensor] = {}
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in known:
+            known[id(value)] = _real(value)
+        return known[id(value)]
+
+    result = [[real(value) for value in args] for args in ops]
+    for args in result:
+        cache, rows, grid_dims = args[0], args[4], args[5]
+        places = math.prod(cache.shape[1 : 1 + grid_dims])
+        for row in rows:
+            row.copy_(torch.randperm(places, device=rows.device)[: rows.shape[1]])
+    return result

@@ -11,7 +11,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no wheel for this platform: the ops run their eager twins
-    triton = None
+    triton = tl = None
 
 INTERPRETED = False
 

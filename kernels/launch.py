@@ -61,6 +61,12 @@ TILES_HOPPER = (
     Tile(64, 256, 64, 8, 3, tma=True),
     Tile(128, 128, 64, 8, 3),
 )
+# A grouped launch fills the device whatever the tile: those that are best at large sizes.
+TILES_HOPPER_GROUPED = (
+    Tile(128, 256, 64, 8, 3, tma=True),
+    Tile(128, 128, 64, 4, 3, tma=True),
+    Tile(128, 128, 64, 8, 4, tma=True, persistent=True),
+)
 # IEEE fp32 runs on the ordinary cores, whose operands live in registers: small tiles.
 TILES_32_BIT = (
     Tile(128, 64, 16, 8, 3),
@@ -78,19 +84,27 @@ ROPES = ("none", "interleaved", "half")
 
 
 def tiles_for(
-    device: torch.device, dtype: torch.dtype, M: int, N: int, padded: int = 1, *, bulk: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    padded: int = 1,
+    *,
+    bulk: bool = False,
+    hopper: tuple[Tile, ...] = TILES_HOPPER,
 ) -> list[Tile]:
     """The tiles that may be fastest: whole heads, and not more than twice as large as the output.
 
     Args:
         padded: columns of a head in a tile; 1 without an epilogue.
         bulk: the operands can be loaded in bulk, where the device can.
+        hopper: the tiles where it can.
     """
     tiles: tuple[Tile, ...] = TILES_16_BIT
     if dtype is torch.float32:
         tiles = TILES_32_BIT
     elif bulk and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        tiles = TILES_HOPPER if padded == 1 else tuple(tile for tile in TILES_HOPPER if not tile.persistent)
+        tiles = hopper if padded == 1 else tuple(tile for tile in hopper if not tile.persistent)
     high, wide = max(2 * M, 64), max(2 * N, 64, padded)
     return [tile for tile in tiles if high >= tile.BM and wide >= tile.BN and tile.BN % padded == 0]
 
@@ -159,8 +173,7 @@ class Launch:
         def vector(given: Tensor | None) -> int:
             return 0 if given is None else given.stride(0)
 
-        self.pointers = [weight if t is None else t for t in (bias, rows, norm_weight, norm_bias, cos, sin)]
-        self.cache = cache
+        self.cache, self.pointers = cache, (bias, rows, norm_weight, norm_bias, cos, sin)
         self.numbers = (
             B * A, N, K, A, math.prod(cache.shape[1 : 1 + grid_dims]),
             grid[2][0], grid[1][0], channels[2][0], channels[1][0], eps,
@@ -228,10 +241,9 @@ class Launch:
     def __call__(self, tile: Tile) -> None:
         count = self.count(tile)
         programs = min(count, processors(self.x.device)) if tile.persistent else count
-        bias, rows, *others = self.pointers
+        pointers = [self.weight if pointer is None else pointer for pointer in self.pointers]
         gemm.scatter_linear_kernel[(programs,)](
-            self.cache, *self.operands(tile), bias, rows, *others,
-            *self.numbers, count,
+            self.cache, *self.operands(tile), *pointers, *self.numbers, count,
             **self.switches,
             EVEN_K=self.sizes[2] % tile.BK == 0, TMA=tile.tma, PERSISTENT=tile.persistent,
             BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from .group import GroupChoice
 from .sites import Epilogue, Target, sites, table_shape
 
 aten = torch.ops.aten
@@ -39,6 +40,7 @@ class Fusion:
         pays: says of a site's ops whether they are faster than what they replace; None: all are.
         dtypes: the dtypes that are fused.
         gather_pays: as ``pays``, for gathers before linears.
+        grouped: says so of a launch of several, see `group.py`; None: there are no such launches.
     """
 
     tokens: int
@@ -46,13 +48,15 @@ class Fusion:
     pays: Choice | None = None
     dtypes: Sequence[torch.dtype] = HALF
     gather_pays: Choice | None = None
+    grouped: GroupChoice | None = None
 
 
 def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
     """Replaces every `linear -> ... -> splice` of a sparse program; returns how many linears there were.
 
     It does not fire where the linear's result has another use, where what happens to it is no epilogue of the kernel, or
-    where dtypes differ (a custom op is not under autocast).
+    where dtypes differ (a custom op is not under autocast). Where a site does not pay, but might in a group, its ops are
+    added beside the splice and marked as offered: `group_scatter_linear` takes one or the other away.
     """
     tokens, dtypes, pays = fusion.tokens, fusion.dtypes, fusion.pays
     probe = fusion.probe or graph
@@ -94,15 +98,20 @@ def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
                     *more(emit, epilogue, leaves, samples, length, sum(lengths)),
                 )
                 made.append((node, args))
-        accepted = len(made) == len(products) and worth(made, pays, answers)
-        if not accepted:
+        if len(made) != len(products):
             continue  # what was emitted has no user, and goes with the dead code
+        offered = not worth(made, pays, answers)
+        if offered and fusion.grouped is None:
+            continue
         with graph.inserting_before(put):
             for node, args in made:
                 fused = graph.call_function(torch.ops.ras_compile.scatter_linear.default, args)
-                fused.meta = {**node.meta, "val": None}
-        graph.erase_node(put)
-        count += len(made)
+                fused.meta = {**node.meta, "val": None, "site": put, "ops": len(made)}
+                if offered:
+                    fused.meta["offered"] = node
+        if not offered:
+            graph.erase_node(put)
+            count += len(made)
     graph.eliminate_dead_code()
     share_tables(graph)
     return count

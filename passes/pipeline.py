@@ -7,6 +7,7 @@ from torch import fx
 from .activation import fuse_linear_gelu
 from .fuse import Fusion, fuse_scatter_linear
 from .gather import fuse_gather_linear
+from .group import group_scatter_linear
 from .inplace import write_in_place
 from .outline import outline
 
@@ -24,6 +25,8 @@ def prepare(program: fx.GraphModule, *, fusion: Fusion | None, outline_blocks: b
         fuse_gather_linear(program.graph, fusion)
     if any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))):
         fuse_linear_gelu(program.graph)
+    if fusion is not None:  # what feeds a GELU is no plain linear any more
+        group_scatter_linear(program.graph, fusion.grouped)
     write_in_place(program.graph)
     if outline_blocks:
         outline(program)

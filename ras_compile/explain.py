@@ -15,6 +15,7 @@ from .config import ConfigError, RASConfig
 from .inputs import check_timestep, describe_inputs
 from .passes.cost import Cost, cost
 from .passes.errors import SpecViolation, UnsupportedGraph, UnusableInput
+from .passes.group import launches
 from .passes.layout import Concat, Layout
 from .passes.program import Splice
 from .passes.registry import operands, source_line
@@ -225,7 +226,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         gathers=tuple((names.get(node, node.name), source_line(node)) for node in plan.sparse.gathers),
         context=_context(plan),
         cost=cost(analysis, plan.sparse),
-        fused=len(program.graph.find_nodes(op="call_function", target=torch.ops.ras_compile.scatter_linear.default)),
+        fused=launches(program.graph),
         config=config,
     )
 

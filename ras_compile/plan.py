@@ -296,4 +296,4 @@ class Plan:
         """Fusion sites are found on a program of few rows: it has the same ones as any other, and is quicker to run."""
         tokens = self.analysis.frame.tokens
         probe = sparse_program(self.analysis, min(tokens, PROBED_ROWS), self.sparse)
-        return Fusion(tokens, probe.graph, kernels.pays, gather_pays=kernels.gather_pays)
+        return Fusion(tokens, probe.graph, kernels.pays, gather_pays=kernels.gather_pays, grouped=kernels.pays_grouped)

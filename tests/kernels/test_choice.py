@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ras_compile.kernels import pays, scatter_linear
+from ras_compile.kernels import grouped_scatter_linear, pays, pays_grouped, scatter_linear
 from ras_compile.kernels.tiles import timings
 
 choice = importlib.import_module("ras_compile.kernels.choice")
@@ -37,18 +37,42 @@ def test_no_kernel_never_pays():
     assert not pays([float64])
 
 
+class Operand:
+    is_cuda = True
+
+
 def test_ops_of_one_site_are_weighed_together(monkeypatch):
     times = {"text": (3.0, 2.0), "picture": (5.0, 7.0)}
-
-    class Operand:
-        is_cuda = True
-
     ops = {name: (name, Operand(), None, None, None) for name in times}
     monkeypatch.setattr(choice, "runs_kernel", lambda *given: True)
-    monkeypatch.setattr(choice, "measured", lambda args: times[args[0]])
+    monkeypatch.setattr(choice, "measured", lambda what, args, measure: times[args[0][0]])
     assert pays([ops["text"], ops["picture"]]) and pays([ops["picture"]]) and not pays([ops["text"]])
     times["picture"] = None  # it cannot be measured now
     assert not pays([ops["text"], ops["picture"]])
+
+
+def test_a_group_is_weighed_against_the_best_form_of_each_member(monkeypatch):
+    times = {
+        ("pays", "keys"): (3.0, 2.0),
+        ("pays", "values"): (5.0, 7.0),
+        ("linear", "queries"): (1.0,),
+        ("grouped", "keys"): (7.9,),
+    }
+    keys, values, queries = ((name, Operand(), None, None, None) for name in ("keys", "values", "queries"))
+    monkeypatch.setattr(choice, "runs_kernel", lambda *given: True)
+    monkeypatch.setattr(choice, "measured", lambda what, args, measure: times[what, args[0][0]])
+    assert pays_grouped([[keys], [values]], [queries])  # 7.9 against 2 + 5 + 1
+    times["grouped", "keys"] = (8.1,)
+    assert not pays_grouped([[keys], [values]], [queries])
+    # keys and values fed by one splice go together: 8 fused, 9 not, against 8.1 without the queries
+    assert not pays_grouped([[keys, values]])
+    times["pays", "keys"] = (4.0, 2.0)
+    assert pays_grouped([[keys, values]])
+    assert pays_grouped([[keys, values]], [queries])
+    for missing in list(times):  # what cannot be measured now
+        with monkeypatch.context() as patch:
+            patch.setitem(times, missing, None)
+            assert not pays_grouped([[keys, values]], [queries])
 
 
 class TestOnCUDA:
@@ -56,8 +80,8 @@ class TestOnCUDA:
 
     def test_measured_once_and_for_all_processes(self, monkeypatch):
         ran = []
-        real = choice._measure
-        monkeypatch.setattr(choice, "_measure", lambda args: ran.append(args) or real(args))
+        real = choice._fused_and_plain
+        monkeypatch.setattr(choice, "_fused_and_plain", lambda ops: ran.append(ops) or real(ops))
         answer = pays([site("cuda"), site("cuda", A=40)])
         assert len(ran) == 2 and pays([site("cuda"), site("cuda", A=40)]) is answer
         timings.cache_clear()  # as a new process
@@ -68,9 +92,20 @@ class TestOnCUDA:
         args = site("cuda")
         pays([args])
         monkeypatch.setattr(importlib.import_module("ras_compile.kernels.tiles"), "milliseconds", None)
-        real = [choice._real(value) if isinstance(value, torch.Tensor) else value for value in args]
-        real[4] = torch.stack([torch.randperm(1024, device="cuda")[:300] for _ in range(2)])
+        (real,) = choice._real_arguments([args])
         scatter_linear(*real)
+
+    def test_a_group_is_measured_once(self, monkeypatch):
+        ran = []
+        real = choice._grouped
+        monkeypatch.setattr(choice, "_grouped", lambda ops: ran.append(ops) or real(ops))
+        keys, text, linear = site("cuda"), site("cuda", A=40), site("cuda")[:6]
+        answer = pays_grouped([[keys], [text]], [linear])
+        timings.cache_clear()  # as a new process
+        assert pays_grouped([[keys], [text]], [linear]) is answer and len(ran) == 1
+        monkeypatch.setattr(importlib.import_module("ras_compile.kernels.tiles"), "milliseconds", None)
+        members = choice._real_arguments([keys, text, choice.filled(linear)])
+        grouped_scatter_linear(*map(list, zip(*members, strict=True)))
 
     def test_nothing_is_measured_inside_a_capture(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
