@@ -2,11 +2,13 @@
 
     python examples/benchmarks/kernel_sites.py --out examples/benchmarks/results
 
-For each site of the benchmarked models (patch embedding, keys, values, the output projection and the MLP, at 50, 25 and
-12.5 % of the tokens):
+For each site of the benchmarked models (patch embedding, keys, values, all products of an attention, the output projection and
+the MLP, at 50, 25 and 12.5 % of the tokens):
 
     fused      ras_compile::scatter_linear, with norm and rotary embedding in its epilogue where the site has them
-               (MLP: ras_compile::linear_gelu, which splices nothing; patch embedding: ras_compile::gather_linear)
+               (MLP: ras_compile::linear_gelu, which splices nothing; patch embedding: ras_compile::gather_linear;
+               attention: ras_compile::grouped_scatter_linear, queries, keys and values of picture and text in one launch)
+    apart      of an attention: a scatter-GEMM for each key and value, linears for the queries
     unfused    linear (cuBLAS), norm, rotary embedding and index_put_ into the cache, compiled by Inductor
     linear     the linear alone, which no fusion can beat by much
 
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_site import Attention
 from machine import describe, dtype_of, short_name
 from rows import save
 from torch import Tensor
@@ -46,7 +49,7 @@ class Site:
 
     Args:
         model: the model that has it.
-        name: "embed", "key", "value", "output" or "mlp".
+        name: "embed", "key", "value", "qkv", "output" or "mlp".
         batch: samples of a call.
         grid: the token grid; its product is the tokens of a sample.
         inputs: channels that come in.
@@ -82,6 +85,7 @@ SITES = (
     Site("sd3-medium", "embed", 2, (64, 64), 64, 1536, patch=2, table=True),
     Site("flux-dev", "embed", 1, (64, 64), 64, 3072),
     Site("sd3-medium", "value", 2, (64, 64), 1536, 1536, 64),
+    Site("sd3-medium", "qkv", 2, (64, 64), 1536, 1536, 64, 333),
     Site("sd3-medium", "output", 2, (64, 64), 1536, 64, patch=2),
     Site("sd3-medium", "mlp", 2, (64, 64), 1536, 6144),
     Site("sd3.5-large", "key", 2, (64, 64), 2432, 2432, 64, norm="rms"),
@@ -189,7 +193,7 @@ class Problem:
         return Problem(self.site, self.x.float(), self.weight.float(), self.bias.float(), self.rows, tables)
 
 
-def problem(site: Site, ratio: float, device: torch.device) -> Problem:
+def problem(site: Site, ratio: float, device: torch.device) -> Problem | Attention:
     """The site with random values and random active rows."""
     dtype = dtype_of(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -199,6 +203,8 @@ def problem(site: Site, ratio: float, device: torch.device) -> Problem:
 
     active = max(1, round(ratio * site.tokens))
     rows = torch.rand(site.batch, site.tokens, generator=generator, device=device).argsort(1)[:, :active].sort(1).values
+    if site.name == "qkv":
+        return Attention.drawn(site, rows, draw, dtype)
     epilogue: dict[str, Any] = {}
     if site.norm != "none":
         epilogue |= dict(norm=site.norm, norm_weight=draw(site.head_dim).to(dtype), eps=1e-6)
@@ -220,25 +226,34 @@ def measure(site: Site, ratio: float, device: torch.device, inner_backend: str =
     """One row: errors against fp32, and microseconds of a launch; no times for a kernel that is wrong."""
     given = problem(site, ratio, device)
     compiled = torch.compile(given.unfused, backend=inner_backend, fullgraph=True, dynamic=False)
-    true = given.wide().unfused(given.cache(torch.float32))
+    dtype, true = dtype_of(device), flat(given.wide().unfused(given.cache(torch.float32)))
     errors = {}
     for name, splice in (("fused", given.fused), ("unfused", compiled)):
-        made = splice(given.cache(given.x.dtype))
+        made = flat(splice(given.cache(dtype)))
         errors[name] = ((made.float() - true).abs().max() / true.abs().max()).item()
     right = errors["fused"] <= max(1.5 * errors["unfused"], 1e-5)
+    products, text = (1, 0) if isinstance(given, Problem) else (3, site.batch * site.context)
+    rows = site.batch * max(1, round(ratio * site.tokens)) + text
     row = dict(
-        model=site.model, site=site.name, sample_ratio=ratio, m=given.rows.numel(), n=site.outputs, k=site.inputs,
+        model=site.model, site=site.name, sample_ratio=ratio, m=rows, n=products * site.outputs, k=site.inputs,
         norm=site.norm, rope=site.rope, error_fused=errors["fused"], error_unfused=errors["unfused"], right=right,
-        fused_us=None, unfused_us=None, linear_us=None, x=None, fused_tflops=None,
+        fused_us=None, unfused_us=None, linear_us=None, apart_us=None, x=None, fused_tflops=None,
     )  # fmt: skip
     if right:
-        cache = given.cache(given.x.dtype)
+        cache = given.cache(dtype)
         row["fused_us"] = _microseconds(lambda: given.fused(cache), device)
         row["unfused_us"] = _microseconds(lambda: compiled(cache), device)
         row["linear_us"] = _microseconds(lambda: given.linear(cache), device)
+        if isinstance(given, Attention):
+            row["apart_us"] = _microseconds(lambda: given.apart(cache), device)
         row["x"] = row["unfused_us"] / row["fused_us"]
         row["fused_tflops"] = 2 * row["m"] * row["n"] * row["k"] / row["fused_us"] / 1e6
     return row
+
+
+def flat(made: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """All entries of one tensor or several."""
+    return made if isinstance(made, Tensor) else torch.cat([part.flatten() for part in made])
 
 
 def _microseconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -294,7 +309,7 @@ def main(argv: list[str] | None = None) -> dict:
             content["rows"].append(row)
             save(args.out / f"kernels-{short_name(device)}.json", content)
             figures = "  ".join(
-                f"{key} {row[key]:.4g}" for key in ("fused_us", "unfused_us", "linear_us", "x") if row[key]
+                f"{key} {row[key]:.4g}" for key in ("fused_us", "unfused_us", "linear_us", "apart_us", "x") if row[key]
             )
             print(
                 f"{site.model:<12} {site.name:<7} {ratio:>6.1%}  {figures}" + ("" if row["right"] else "  WRONG"),
