@@ -46,13 +46,14 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         if mode is not None:
             options = {**list_mode_options(mode), **options}
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
-        # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over, and a
-        # repeated block is traced again at each call. The tag: what a program of our ops means hangs on their source.
-        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+        # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over. Inputs are
+        # made fake here: with a context, others would get symbolic sizes. The tag: our ops mean what their source says.
+        fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+        examples = [fake.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
         caches: Any = torch.compiler.config
         tag = f"{caches.cache_key_tag} ras_compile {sources()}"
-        with tracing(context), caches.patch(cache_key_tag=tag):
-            compiled = compile_fx(module, list(inputs), config_patches=options)
+        with tracing(TracingContext(fake)), caches.patch(cache_key_tag=tag):
+            compiled = compile_fx(module, examples, config_patches=options)
         return compiled
     from torch._dynamo.backends.registry import lookup_backend
 
