@@ -7,7 +7,7 @@ import torch
 from contract import error
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
-from pipelines import EAGER, draw_flux, draw_sd3, flux, kinds, normal, redrawn, sampled, sd3
+from pipelines import EAGER, draw_flux, draw_sd3, flux, kinds, normal, redrawn, sd3
 
 import ras_compile
 
@@ -40,30 +40,26 @@ def test_lora_as_users_load_it(before):
         each.set_progress_bar_config(disable=True)
     states = [
         lambda p: p.load_lora_weights(lora(1), adapter_name="one"),
-        lambda p: p.load_lora_weights(lora(2), adapter_name="two"),
-        lambda p: p.set_adapters(["one", "two"], adapter_weights=[0.7, 0.3]),
-        lambda p: p.set_adapters(["two"], adapter_weights=[0.5]),
+        lambda p: p.load_lora_weights(lora(2), adapter_name="two") or p.set_adapters(["one", "two"], [0.7, 0.3]),
         lambda p: p.disable_lora(),
-        lambda p: p.enable_lora(),
-        lambda p: p.fuse_lora(lora_scale=0.5),
-        lambda p: p.unfuse_lora(),
-        lambda p: p.unload_lora_weights(),
+        lambda p: p.enable_lora() or p.fuse_lora(lora_scale=0.5),
+        lambda p: p.unfuse_lora() or p.unload_lora_weights(),
     ]
     if before:
         for each in (pipe, twin):
             states[0](each)
-        states = states[1:4]
+        states = states[1:3]
     pictures = []
     with ras_compile.attach(pipe, **ALL) as handle:
         for change in [lambda p: None, *states]:
             change(pipe)
             change(twin)
-            found, wanted = draw_sd3(pipe, steps=4), draw_sd3(twin, steps=4)
+            found, wanted = draw_sd3(pipe, steps=3), draw_sd3(twin, steps=3)
             assert error([found], [wanted]) < 1e-4
-            assert kinds(ras_compile.trace(handle)) == "ddss"
+            assert kinds(ras_compile.trace(handle)) == "dds"
             pictures.append(found)
     changed = [error([one], [two]) for one, two in zip(pictures, pictures[1:], strict=False)]
-    assert min(changed[:5]) > 1e-3, changed  # every state draws another picture
+    assert min(changed) > 1e-3, changed  # every state draws another picture
 
 
 def ip_sd3():
@@ -110,19 +106,22 @@ def draw_ip_flux(pipe, seed: int = 9):
     ],
 )
 def test_ip_adapter(make, draw):
-    pipe = make()
-    sampled(pipe, lambda: draw(pipe), SPARSE_FROM_2)
-    torch._dynamo.reset()
-    pictures = []
-    with ras_compile.attach(pipe, **ALL):
-        for seed, scale in ((9, 1.0), (7, 1.0), (7, 0.3)):  # another picture, another weight of it
-            for processor in pipe.transformer.attn_processors.values():
-                if hasattr(processor, "scale"):
-                    processor.scale = [scale] if isinstance(processor.scale, list) else scale
-            pictures.append((seed, scale, draw(pipe, seed)))
-    for seed, scale, found in pictures:
+    pipe, pictures = make(), []
+    pipe.set_progress_bar_config(disable=True)
+
+    def weigh(scale):
         for processor in pipe.transformer.attn_processors.values():
             if hasattr(processor, "scale"):
                 processor.scale = [scale] if isinstance(processor.scale, list) else scale
+
+    with ras_compile.attach(pipe, **ALL) as handle:
+        for seed, scale in ((7, 0.3), (7, 1.0), (9, 1.0)):  # another weight of the picture, another picture
+            weigh(scale)
+            pictures.append((seed, scale, draw(pipe, seed)))
+            assert kinds(ras_compile.trace(handle)) == SPARSE_FROM_2
+        handle.configure(sample_ratio=0.5)
+        assert 1e-5 < error([draw(pipe, seed)], [pictures[-1][2]]) < 0.7
+    for seed, scale, found in pictures:
+        weigh(scale)
         assert error([found], [draw(pipe, seed)]) < 1e-4
     assert error([pictures[0][2]], [pictures[1][2]]) > 1e-3 and error([pictures[1][2]], [pictures[2][2]]) > 1e-3

@@ -58,10 +58,8 @@ class Pipe:
 
     config: dict = {}
 
-    def __init__(self, name: str, options: dict) -> None:
-        self.scheduler = getattr(diffusers, name)(**options)
-        self.transformer = Exact(flow="Flow" in name or options == SDE).eval()
-        self.more = {"eta": 1.0} if name == "DDIMScheduler" else {}
+    def __init__(self, flow: bool) -> None:
+        self.scheduler, self.transformer = None, Exact(flow).eval()
 
     @torch.no_grad()
     def __call__(self, before=lambda: None, batch: int = 96) -> tuple[Tensor, Tensor]:
@@ -75,7 +73,8 @@ class Pipe:
             if hasattr(self.scheduler, "scale_model_input"):
                 scaled = self.scheduler.scale_model_input(latent, time)
             noise = self.transformer(hidden_states=scaled, timestep=time.expand(batch))
-            latent = self.scheduler.step(noise, time, latent, generator=generator, return_dict=False, **self.more)[0]
+            more = {"eta": 1.0} if isinstance(self.scheduler, diffusers.DDIMScheduler) else {}
+            latent = self.scheduler.step(noise, time, latent, generator=generator, return_dict=False, **more)[0]
         x = latent.reshape(batch, 4, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, 64, 16)
         return (x - self.transformer.mean).mean(-1).std(), x.var(-1).mean().sqrt()
 
@@ -86,15 +85,17 @@ SDE = {
     "flow_shift": 3.0,
     "algorithm_type": "sde-dpmsolver++",
 }
-SAMPLERS = {
-    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": True},
-    "FlowMatchLCMScheduler": {},
-    "DPMSolverMultistepScheduler": SDE,
-    "EulerAncestralDiscreteScheduler": {},
-    "DDPMScheduler": {"clip_sample": False},
-    "DDIMScheduler": {"clip_sample": False},
-    "LCMScheduler": {"clip_sample": False},
-}
+FLOW = [
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ("FlowMatchLCMScheduler", {}),
+    ("DPMSolverMultistepScheduler", SDE),
+]
+PRESERVING = [
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("DDPMScheduler", {"clip_sample": False}),
+    ("DDIMScheduler", {"clip_sample": False}),
+    ("LCMScheduler", {"clip_sample": False}),
+]
 ADDS_NOISE = "adds noise at each step"
 
 
@@ -112,29 +113,38 @@ def told(run) -> list[str]:
     return [str(item.message) for item in caught if issubclass(item.category, RASWarning)]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_pictures_are_distributed_as_the_dense_ones(name):
+@pytest.mark.parametrize("samplers", [FLOW, PRESERVING], ids=["flow", "preserving"])
+def test_pictures_are_distributed_as_the_dense_ones(samplers):
     """With half of the tokens: no grain, and 0.8 to 1.1 of the spread. Noise that is held would leave grain."""
-    pipe = Pipe(name, SAMPLERS[name])
-    spread, grain = pipe()
-    assert grain < 0.05
+    pipe, found = Pipe(flow=samplers is FLOW), {}
+
+    def drawn(way: str) -> None:
+        for name, options in samplers:
+            pipe.scheduler = getattr(diffusers, name)(**options)
+            _said.clear()
+            texts = told(lambda name=name: found.update({(way, name): pipe()}))
+            assert [ADDS_NOISE in text for text in texts] == [True] * (way == "attached"), (way, name, texts)
+
+    drawn("dense")
     with ras_compile.attach(pipe, **OPTIONS) as handle:
-        found = []
-        assert any(ADDS_NOISE in text for text in told(lambda: found.append(pipe())))
+        drawn("attached")
         assert kinds(ras_compile.trace(handle)) == "ddd" + "s" * 21
-    ((clean_spread, clean_grain),) = found
-    assert 0.8 < clean_spread / spread < 1.1 and clean_grain < 0.05
+    module = pipe.transformer
+    pipe.transformer = torch.compile(module, backend="ras", options=OPTIONS)
+    for name, options in samplers:
+        pipe.scheduler = getattr(diffusers, name)(**options)
+        with ras_compile.generation(num_steps=24) as gen:  # knows no scheduler
+            found["held", name] = pipe(before=gen.step)
+    for name, _ in samplers:
+        spread, grain = found["dense", name]
+        clean_spread, clean_grain = found["attached", name]
+        assert grain < 0.05 and clean_grain < 0.05, name
+        assert 0.8 < clean_spread / spread < 1.1, (name, clean_spread / spread)
+        assert found["held", name][1] > clean_grain + 0.03, name
 
-    compiled, module = torch.compile(pipe.transformer, backend="ras", options=OPTIONS), pipe.transformer
-    compiled.mean, pipe.transformer = module.mean, compiled
-    with ras_compile.generation(num_steps=24) as gen:  # knows no scheduler
-        _, held_grain = pipe(before=gen.step)
-    assert held_grain > clean_grain + 0.03
 
-
-@pytest.mark.parametrize(
-    ("name", "options", "adds"),
-    [
+def test_it_is_seen_which_schedulers_add_noise():
+    schedulers = [
         ("EulerAncestralDiscreteScheduler", {}, True),
         ("SASolverScheduler", {}, True),
         ("DDIMScheduler", {}, False),
@@ -145,16 +155,17 @@ def test_pictures_are_distributed_as_the_dense_ones(name):
         ("DPMSolverMultistepScheduler", {}, False),
         ("DPMSolverSinglestepScheduler", {"lower_order_final": True}, False),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, True),
-    ],
-)
-def test_it_is_seen_which_schedulers_add_noise(name, options, adds):
-    pipe = pixart(getattr(diffusers, name)(**options))
+    ]
+    pipe = pixart(diffusers.DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     with ras_compile.attach(pipe, **OPTIONS) as handle:
-        texts = told(lambda: draw_pixart(pipe, steps=5))
-        assert kinds(ras_compile.trace(handle)).startswith("ddds")
-        assert [ADDS_NOISE in text for text in texts] == [True] * adds
-        assert told(lambda: draw_pixart(pipe, steps=5)) == []
+        for name, options, adds in schedulers:
+            pipe.scheduler = getattr(diffusers, name)(**options)
+            _said.clear()
+            texts = told(lambda: draw_pixart(pipe, steps=5))
+            assert kinds(ras_compile.trace(handle)).startswith("ddds"), name
+            assert [ADDS_NOISE in text for text in texts] == [True] * adds, (name, texts)
+            assert told(lambda: draw_pixart(pipe, steps=5)) == []
 
 
 def test_the_choice_of_the_user_and_the_one_made_for_him_are_the_same():

@@ -21,7 +21,7 @@ from ras_compile.rows import RowChooser
 from ras_compile.schedule import Schedule
 from ras_compile.selection import SelectionInfo
 
-STEPS, TOKENS = 9, 16
+STEPS, TOKENS = 7, 16
 
 
 def loudest(noise, info):
@@ -37,7 +37,7 @@ RUNTIME = [
     {"speedup": 1.2},
     {"warmup_steps": 1},
     {"reset_interval": 2},
-    {"reset_steps": [3, 8]},
+    {"reset_steps": [3, 6]},
     {"ratio_schedule": "linear"},
     {"metric": "l2norm"},
     {"metric": "random"},
@@ -54,13 +54,15 @@ PROGRAM = [
     {"context": "frozen"},
     {"kv_cache": False},
     {"inner_backend": "aot_eager"},
-    {"inner_options": {"shape_padding": True}},
-    {"mode": "reduce-overhead"},
-    {"cuda_graphs": False},
-    {"cache_budget": 0},
-    {"unsupported": "error"},
-    {"latent": "hidden_states"},
-    {"timestep": "timestep"},
+    {  # these change nothing with this backend on a CPU
+        "mode": "reduce-overhead",
+        "inner_options": {"shape_padding": True},
+        "cuda_graphs": False,
+        "cache_budget": 0,
+        "unsupported": "error",
+        "latent": "hidden_states",
+        "timestep": "timestep",
+    },
 ]
 DEFAULTS = {name: getattr(RASConfig(), name) for name in RUNTIME_OPTIONS}
 
@@ -112,12 +114,12 @@ def test_runtime_options_in_pairs():
                 raise
 
 
-@pytest.mark.parametrize("option", PROGRAM, ids=str)
+@pytest.mark.parametrize("option", PROGRAM, ids=lambda option: next(iter(option)))
 def test_options_of_the_programs(option):
     pipe, plain = pipeline()
     torch._dynamo.reset()
     with ras_compile.attach(pipe, **{"inner_backend": "eager", **option}) as handle:
-        for more in ({}, {"ratio_schedule": "linear"}, {"noise_reuse": "linear"}):
+        for more in ({}, {"noise_reuse": "linear"}):
             handle.configure(**{**DEFAULTS, "reset_interval": None, **more})
             check(handle)
         handle.configure(**{**DEFAULTS, "sample_ratio": 1.0})
@@ -127,7 +129,7 @@ def test_options_of_the_programs(option):
 
 
 BAD_RUNS = {
-    "reset_steps": [9],
+    "reset_steps": [7],
     "speedup": 50.0,
     "region": (0, 8),  # this latent is no row of packed tokens
     "latent": "noise",
@@ -184,9 +186,8 @@ def test_bad_callables_spoil_no_picture():
             assert torch.equal(draw_sd3(pipe, steps=6), wanted)
 
 
-@pytest.mark.parametrize("steps", [9, 28])
-def test_a_speedup_is_reached(steps):
-    """Within the rounding of one token a step; what cannot be had is refused with what can."""
+def test_a_speedup_is_reached():
+    """Within the rounding of half a token a step; what cannot be had is refused with what can."""
     pipe, _ = pipeline()
     torch._dynamo.reset()
     calls = []
@@ -195,29 +196,24 @@ def test_a_speedup_is_reached(steps):
     hook.remove()
     explained = ras_compile.explain(pipe.transformer, options={"inner_backend": "eager"}, **calls[0])
     cost = explained.cost
-    most = explained.speedup(1 / TOKENS, num_steps=steps)
+
+    def run(records, shift: float) -> float:
+        """Speed-up of a run by FLOPs, had each sparse step `shift` more tokens."""
+        sparse = [float(cost.sparse_flops.subs(ACTIVE, r.active + shift)) for r in records if r.kind == "sparse"]
+        return len(records) * cost.dense_flops / ((len(records) - len(sparse)) * cost.dense_flops + sum(sparse))
+
     with ras_compile.attach(pipe, inner_backend="eager") as handle:
-        for share in (0.0, 0.3, 0.6, 0.9):
+        for steps, share in itertools.product((9, 28), (0.0, 0.3, 0.6, 0.9)):
+            most = explained.speedup(1 / TOKENS, num_steps=steps)
             target = 1 + share * (most - 1)
             handle.configure(speedup=target)
             draw_sd3(pipe, steps=steps)
             records = ras_compile.trace(handle)
-            active = [record.active for record in records]
             assert kinds(records) == "".join(Schedule(RASConfig()).kind(step)[0] for step in range(steps))
-
-            def reached(shift, active=active, records=records):
-                spent = sum(
-                    cost.dense_flops if r.kind == "dense" else float(cost.sparse_flops.subs(ACTIVE, a + shift))
-                    for r, a in zip(records, active, strict=True)
-                )
-                return steps * cost.dense_flops / spent
-
-            low, high = sorted((reached(0.51), reached(-0.51)))
-            assert low <= target <= high, (target, low, high, active)
+            assert run(records, 0.51) <= target <= run(records, -0.51), (steps, target)
         handle.configure(speedup=2 * most)
-        with pytest.raises(ras_compile.ConfigError, match="option speedup") as caught:
+        with pytest.raises(ras_compile.ConfigError, match=f"option speedup.*1.00 to {most:.2f} can be had"):
             draw_sd3(pipe, steps=steps)
-        assert f"1.00 to {most:.2f} can be had" in str(caught.value)
 
 
 @settings(deadline=None, max_examples=60)
