@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx.traceback import preserve_node_meta
 
 from .flex import is_transform, spell_flex_attention
@@ -16,16 +17,53 @@ from .passes.errors import UnsupportedGraph
 from .passes.normalize import normalize
 from .passes.registry import source_line
 
+# Calls of a part of a Dynamo graph, with how many arguments of theirs stand before the part's own; inference has no use
+# for what they say beside (that activations are not kept, that the part is compiled once).
+_PARTS = {
+    torch.ops.higher_order.tag_activation_checkpoint: 1,
+    torch.ops.higher_order.invoke_subgraph: 2,
+}
+
 
 class _Interpreter(fx.Interpreter):
-    """Runs a Dynamo graph, and spells an op that cannot be functionalised on a view so that it can."""
+    """Runs a Dynamo graph as it can be traced.
+
+    Parts are run in their places, inference mode (which the trace cannot be in, and which changes no value) is left out, what
+    is filled with a number that is a tensor now is that tensor, repeated, and an op that cannot be functionalised on a view is
+    spelled so that it can.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (_enter_inference_mode, _exit_inference_mode):
+            return None
+        if target in _PARTS:
+            return _Interpreter(args[0]).run(*args[_PARTS[target] :])
+        if target is torch.full and len(args) == 2 and isinstance(args[1], Tensor):
+            return _filled(*args, **kwargs)
+        if target is torch.full_like and len(args) == 2 and isinstance(args[1], Tensor):
+            return _filled(args[0].shape, args[1], **_like(args[0], kwargs))
+        return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         # `fill_diagonal_` is `as_strided` inside; perturbed attention calls it on a part of its mask
         if target == "fill_diagonal_" and args[0].dim() == 2 and not any([*args[2:], *kwargs.values()]):
             args[0].diagonal().fill_(args[1])
             return args[0]
+        if target == "new_full" and len(args) == 3 and isinstance(args[2], Tensor):
+            return _filled(*args[1:], **_like(args[0], kwargs))
         return super().call_method(target, args, kwargs)
+
+
+def _filled(size: Sequence[int], value: Tensor, *, dtype: Any = None, device: Any = None, **others: Any) -> Tensor:
+    """`torch.full` of a number that is a 0-d tensor."""
+    if dtype is None:
+        dtype = torch.get_default_dtype() if value.is_floating_point() else value.dtype
+    return value.to(device, dtype).expand(size).clone()
+
+
+def _like(tensor: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of a constructor that takes what it is not told from a tensor."""
+    return {"dtype": tensor.dtype, "device": tensor.device} | {k: v for k, v in kwargs.items() if v is not None}
 
 
 class _Bound(nn.Module):
@@ -59,7 +97,9 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         UnsupportedGraph: the graph writes into its inputs, uses function transforms, or cannot be traced.
     """
     graph = spell_flex_attention(graph, inputs)
-    refuse_function_transforms(graph.graph)
+    for part in graph.modules():
+        if isinstance(part, fx.GraphModule):
+            refuse_function_transforms(part.graph)
     return export(_Bound(graph, inputs), [value for value in inputs if isinstance(value, Tensor)])
 
 
@@ -75,8 +115,9 @@ def export(bound: nn.Module, tensors: Sequence[Tensor]) -> fx.GraphModule:
             captured, signature = aot_export_module(bound, list(tensors), trace_joint=False, pre_dispatch=True)
     except UnsupportedGraph:
         raise
-    except RuntimeError as error:
-        raise UnsupportedGraph(f"the graph cannot be captured: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever PyTorch raises where it cannot trace an op
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedGraph(f"the graph cannot be captured: {said}") from error
     assert isinstance(captured, fx.GraphModule)
     if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
         written = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]

@@ -73,7 +73,12 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
     if _apart([analysis for _, _, analysis in found]):  # as many pictures as outputs: the largest one is the region
         found = [max(found, key=lambda entry: entry[2].frame.tokens)]
     if len(found) > 1:
-        names = " and ".join(repr(inputs[index].argument) for _, index, _ in found)
+        arguments = [repr(inputs[index].argument) for _, index, _ in found]
+        if len(set(arguments)) == 1:
+            raise UnsupportedGraph(
+                f"{arguments[0]} holds {len(found)} latents, each a picture of its own; one tensor of all samples is supported"
+            )
+        names = " and ".join(arguments)
         raise UnsupportedGraph(f"{names} could each be the latent; the option latent= names the one that is")
     if not found:
         raise reasons[0] if reasons else UnsupportedGraph("no token grid: the model has no floating-point tensor input")

@@ -1463,3 +1463,80 @@ class LooksAt(DiT):
         x, grid = self.patchify(latent)
         x = self.run(torch.cat([shown, x], 1), self.condition(timestep), None, grid)
         return self.unpatchify(x[:, shown.shape[1] :], grid)
+
+
+@variant("experts weighed by a scatter")
+class Scattered(Block):
+    """Each token's two best experts, by weights that are scattered into zeros."""
+
+    def mlp(self, x, grid):
+        scores = self.up(x)[..., :4]
+        best, place = scores.topk(2, -1)
+        weights = torch.zeros_like(scores).scatter_(-1, place, best.softmax(-1))
+        return sum(weights[..., k, None] * super(Scattered, self).mlp(x * (k + 1), grid) for k in range(4))
+
+
+@variant("experts looked up per token")
+class LookedUp(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, WIDTH))
+
+    def mlp(self, x, grid):
+        return super().mlp(x * self.table[self.up(x)[..., :3].argmax(-1)], grid)
+
+
+@variant("a layer of torch's functions")
+class Functional(Block):
+    """Sequence first, with the weights of all heads."""
+
+    def attend(self, x, grid):
+        x, bias = x.transpose(0, 1), torch.zeros(3 * WIDTH, dtype=x.dtype)
+        mixed, _ = F.multi_head_attention_forward(
+            x, x, x, WIDTH, HEADS, self.qkv.weight, bias, None, None, False, 0.0, self.out.weight, None, training=False
+        )
+        return mixed.transpose(0, 1)
+
+
+@variant("response norms over the picture")
+class Responses(Block):
+    """As in ConvNeXt's second version: each channel by its norm over all tokens."""
+
+    def mlp(self, x, grid):
+        hidden = F.gelu(self.up(x))
+        size = hidden.norm(dim=1, keepdim=True)
+        return self.down(hidden + hidden * size / (size.mean(-1, keepdim=True) + 1e-6))
+
+
+@model("a constant channel padded onto the latent")
+class PaddedChannel(DiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5 * 4, WIDTH)
+
+    def patchify(self, latent):
+        return super().patchify(F.pad(latent, (0, 0, 0, 0, 0, 1), value=1.0))
+
+
+@model(
+    "a grid that is padded to whole patches", latent=(2, 4, 7, 12), refused="tokens of the picture stand in several places.*pad"
+)  # fmt: skip
+class PaddedGrid(DiT):
+    def forward(self, latent, timestep, text=None):
+        return super().forward(F.pad(latent, (0, 0, 0, 1)), timestep, text)[:, :, :-1]
+
+
+@model("a sequence padded to a multiple of eight", text=(2, TEXT, 6))
+class PaddedSequence(DiT):
+    """Text, picture, and zeros that a mask hides."""
+
+    def run(self, x, emb, text, grid):
+        both = torch.cat([F.pad(text, (0, WIDTH - 6)), x], 1)
+        length = both.shape[1]
+        both = F.pad(both, (0, 0, 0, -length % 8))
+        seen = torch.arange(both.shape[1]) < length
+        for block in self.blocks:
+            q, k, v = (heads(part) for part in block.qkv(block.norm(both) + emb).chunk(3, -1))
+            both = both + merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None, None]))
+            both = both + block.mlp(both, grid)
+        return both[:, text.shape[1] : length]

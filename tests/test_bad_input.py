@@ -82,6 +82,13 @@ class Sum(Patches):
         return super().forward(first + second, timestep)
 
 
+class Listed(Patches):
+    """A list of samples."""
+
+    def forward(self, latents, timestep):
+        return super().forward(torch.stack(latents), timestep)
+
+
 class Pipe:
     """A pipeline that holds a transformer and says nothing of steps."""
 
@@ -109,6 +116,8 @@ CASES = {
     "not a grid": (nn.Linear, dict(input=torch.randn(2, 4)), "no token grid"),
     "ambiguous": (Sum, dict(first=call()["hidden_states"], second=torch.randn(1, 4, 8, 12), timestep=torch.ones(1)),
                   "'first' and 'second' could each be the latent; the option latent="),
+    "a list": (Listed, dict(latents=list(torch.randn(2, 4, 8, 12)), timestep=torch.ones(2)),
+               "'latents' holds 2 latents, each a picture of its own"),
 }  # fmt: skip
 
 

@@ -378,6 +378,7 @@ def pad(call: Call) -> Step:
     """`b n c -> b (0 | n | 0) c`"""
     layout, amounts = only_layout(call), list(call.args["pad"])
     dims, beside = list(layout.dims), list(amounts)
+    region = {atom for atom, _ in call.frame.region}
     constant = call.args.get("mode", "constant") == "constant"
     for index in range(len(amounts) // 2):
         before, after = amounts[2 * index : 2 * index + 2]
@@ -387,7 +388,7 @@ def pad(call: Call) -> Step:
         inside = grid_atoms(call, [dims[dim]])
         if not inside:
             dims[dim] = opaque(call.shape[dim])
-        elif constant and min(before, after) >= 0 and inside == {atom for atom, _ in call.frame.region}:
+        elif constant and min(before, after) >= 0 and (inside == region or layout.raw and inside <= region):
             dims[dim] = concat([(Axis(before),), dims[dim], (Axis(after),)])
             beside[2 * index : 2 * index + 2] = [0, 0]  # what is padded on is context
         else:

@@ -36,6 +36,8 @@ def cut_patch(dim: Dim, patch: int, call: Call) -> tuple[Dim, Dim]:
             rest.append(Axis(factor.size // left))
             inner.insert(0, Axis(left))
             left = 1
+        elif not isinstance(factor, Axis):
+            raise call.unsupported("patches of a grid that is padded, or joined with something else")
         else:
             raise call.unsupported(f"a grid side of {dim_size(dim)} that the patch size {patch} does not divide")
     return normal(rest), normal(inner)

@@ -24,17 +24,18 @@ def embedding(call: Call) -> Step:
 
 @rule_for(aten.index.Tensor)
 def index(call: Call) -> Step:
-    """`a n b, k -> a k b`"""
+    """`a n b, k -> a k b`: tokens stand in the source, or in the index, as in a table of experts."""
     base = call.layout(call.args["self"])
     given = [position for position, node in enumerate(call.args["indices"]) if node is not None]
-    if base is None or len(given) != 1 or grid_atoms(call, [base.dims[given[0]]]):
-        return call.whole()
     node = call.args["indices"][given[0]]
-    if call.layout(node) is not None or node.meta["val"].dtype in (torch.bool, torch.uint8):
+    places = call.layout(node)
+    if len(given) != 1 or node.meta["val"].dtype in (torch.bool, torch.uint8):
         return call.whole()
-    dims = list(base.dims)
-    dims[given[0] : given[0] + 1] = [opaque(size) for size in call.shape_of(node)]
-    return Step(Layout(tuple(dims), base.raw), call.uses())
+    if (base is None) == (places is None) or base is not None and grid_atoms(call, [base.dims[given[0]]]):
+        return call.whole()
+    dims = [opaque(size) for size in call.shape_of(call.args["self"])] if base is None else list(base.dims)
+    dims[given[0] : given[0] + 1] = [opaque(k) for k in call.shape_of(node)] if places is None else places.dims
+    return Step(Layout(tuple(dims), base is not None and base.raw), call.uses())
 
 
 @rule_for(aten.index_select.default)
@@ -50,17 +51,22 @@ def index_select(call: Call) -> Step:
 @rule_for(aten.gather.default)
 def gather(call: Call) -> Step:
     """`a n b, a k b -> a k b`: along a dimension without tokens."""
-    dim = call.args["dim"] % len(call.shape)
+    return along(call, call.shape) or call.whole()
+
+
+def along(call: Call, shape: tuple[int, ...]) -> Step | None:
+    """An op that moves entries along a dimension without tokens, and whose result has ``shape``; None for any other."""
+    dim = call.args["dim"] % len(shape)
     layouts = [layout for layout in map(call.layout, call.operands) if layout is not None]
     if any(grid_atoms(call, [layout.dims[dim]]) for layout in layouts):
-        return call.whole()
-    out = layouts[0].replace(dim, opaque(call.shape[dim]))
+        return None
+    out = layouts[0].replace(dim, opaque(shape[dim]))
     same = Layout(out.dims)
     if any(Layout(layout.replace(dim, out.dims[dim]).dims) != same for layout in layouts):
-        return call.whole()
+        return None
     sizes = {(*shape[:dim], *shape[dim + 1 :]) for shape in map(call.shape_of, call.operands)}
-    if len(sizes) > 1:  # an index smaller than its source reads a corner of it
-        return call.whole()
+    if len(sizes) > 1:  # an index smaller than its source reads or writes a corner of it
+        return None
     return Step(out, rows_or_gather(call, out.replace(dim, ())))
 
 
@@ -82,9 +88,15 @@ def roll(call: Call) -> Step:
     return call.whole() if grid_atoms(call, [layout.dims[dim] for dim in dims]) else Step(layout, call.uses())
 
 
-@rule_for(aten.index_put.default, aten.scatter.src, aten.scatter_add.default, aten.index_add.default)
-@rule_for(aten.index_copy.default, aten.masked_scatter.default, aten.scatter_reduce.two, aten.index_fill.int_Scalar)
+@rule_for(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two)
 def scatter(call: Call) -> Step:
+    """`a n b, a k b -> a n b`: along a dimension without tokens."""
+    return along(call, call.shape) or written(call)
+
+
+@rule_for(aten.index_put.default, aten.index_add.default, aten.index_copy.default, aten.masked_scatter.default)
+@rule_for(aten.index_fill.int_Scalar)
+def written(call: Call) -> Step:
     """Writes to computed places: mixes whatever it touches; entry t of the result is still about entry t of the base."""
     base = call.layout(call.args["self"])
     return call.whole(None if base is None else Layout(base.dims))
