@@ -155,6 +155,7 @@ class GroupedLaunch:
     def tiles(self) -> dict[str, Tile]:
         M, N = (max(member.sizes[index] for member in self.members) for index in (0, 1))
         tiles = tiles_for(self.x.device, self.x.dtype, M, N, self.padded, bulk=self.tma, hopper=TILES_HOPPER_GROUPED)
+        tiles = tiles or tiles_for(self.x.device, self.x.dtype, M, N, self.padded, bulk=self.tma)  # small members
         return {t.name: t for t in tiles if not t.persistent or self.firsts(t)[-1] > processors(self.x.device)}
 
     def firsts(self, tile: Tile) -> list[int]:

@@ -34,6 +34,7 @@ class RowChooser:
         self._before: dict[_Key, list[Tensor]] = {}
         self._counts: dict[_Key, tuple[Tensor, Tensor]] = {}
         self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
+        self._groups: dict[_Key, Tensor] = {}  # samples that share a latent do so for the whole generation
 
     def advance(self, dense: bool) -> None:
         """A step begins. After a dense step no token is absent."""
@@ -82,20 +83,27 @@ class RowChooser:
     def _choice(self, latent: Tensor, key: _Key, active: int, info: SelectionInfo, known: Tensor | None) -> Tensor:
         config, metrics = self._config, self._before[key]
         drops, absence = self._counts[key] if key in self._counts else self._first_counts(key, latent.device)
-        grouped = latent if 1 < key[0] == latent.shape[0] else latent.new_empty(0)
+        groups = self._grouping(key, latent)
         if config.selector is None:
             options = active, config.high_share, config.starvation_scale, config.max_absence
             run = _choose if config.cuda_graphs else lambda tensors, *settings: choose(*tensors, *settings)
             without = torch.empty(0, dtype=torch.bool, device=latent.device) if known is None else known
-            rows, drops, absence = run([*metrics, grouped.detach(), drops, absence, without], *options)
+            rows, drops, absence = run([*metrics, groups, drops, absence, without], *options)
             self._counts[key] = drops, absence
             return rows
         metric = torch.stack(metrics).mean(dim=0)
-        if grouped.numel():
-            metric = sample_groups(grouped) @ metric
+        if groups.numel():
+            metric = groups @ metric
         rows = select_rows(metric, drops, absence, active, config, info)
         self._counts[key] = update_counts(drops, absence, rows)
         return rows
+
+    def _grouping(self, key: _Key, latent: Tensor) -> Tensor:
+        """Averages over the samples that share a latent [B, B]; empty for a single sample. Made at the first choice."""
+        if key not in self._groups:
+            many = 1 < key[0] == latent.shape[0]
+            self._groups[key] = sample_groups(latent) if many else torch.empty(0, device=latent.device)
+        return self._groups[key]
 
     def _first_counts(self, key: _Key, device: torch.device) -> tuple[Tensor, Tensor]:
         """Drop counts and absences of a batch that was not seen before: guidance that ends takes its half of them away.
