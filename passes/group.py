@@ -106,12 +106,12 @@ def candidates(graph: fx.Graph) -> Iterator[list[Group]]:
             caches, together = caches | other[0], [*other[1], *together]
         joint.append((caches, together))
     for _, together in joint:
-        yield [
-            Group(scatters, found)
-            for chosen in [together, *([x] for x in together if len(together) > 1)]
-            for scatters in [[op for x in chosen for op in streams[x]]]
-            for found in ([p for x in chosen for p in linears_of(x, streams[x][0]) if p[0] not in offered], [])
-        ]
+        alternatives = []
+        for chosen in [together, *([x] for x in together if len(together) > 1)]:
+            scatters = [op for x in chosen for op in streams[x]]
+            found = [pair for x in chosen for pair in linears_of(x, streams[x][0]) if pair[0] not in offered]
+            alternatives += [Group(scatters, found), Group(scatters)] if found else [Group(scatters)]
+        yield alternatives
 
 
 def linears_of(x: fx.Node, op: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
