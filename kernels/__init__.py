@@ -6,6 +6,7 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
   straight into the cache. `epilogue_reference` is the part between the linear and the splice.
 - `grouped_scatter_linear`: several scatter-GEMMs that do not depend on each other, in one launch.
 - `gather_linear`: `gather -> linear (-> add a gathered table)` as one gather-GEMM that reads the active rows itself.
+- `row_numbers`: where the rows of a joint sequence go.
 - `linear_gelu`: `linear -> gelu` as one product.
 - `pays`, `pays_grouped`, `gather_pays`: whether they are faster than what they replace, measured once per device.
 """
@@ -15,6 +16,7 @@ from .gather_linear import gather_linear, gather_linear_reference
 from .grouped import grouped_scatter_linear
 from .linear_gelu import linear_gelu, linear_gelu_reference
 from .reference import epilogue_reference, scatter_linear_reference
+from .row_numbers import row_numbers
 from .scatter_linear import scatter_linear
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "linear_gelu_reference",
     "pays",
     "pays_grouped",
+    "row_numbers",
     "scatter_linear",
     "scatter_linear_reference",
 ]

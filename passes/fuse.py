@@ -192,26 +192,13 @@ def row_numbers(
     key = (target.tokens, target.before, target.after, length)
     if key in known:
         return known[key]
-    value: Tensor = rows.meta["val"]
-
-    def counted(first: int, last: int) -> fx.Node:
-        node = emit.graph.call_function(
-            aten.arange.start, (first, last), {"dtype": torch.int64, "device": value.device}
-        )
-        node.meta["val"] = value.new_empty(last - first, dtype=torch.int64)
-        return node
-
     with graph.inserting_before(next(node for node in graph.nodes if node.op == "call_function")):
-        if not target.tokens:
-            result = emit(aten.unsqueeze.default, counted(0, length), 0)
-        else:
-            parts = [emit(aten.add.Tensor, rows, target.before)]
-            samples, end = value.shape[0], target.before + tokens
-            if target.before:
-                parts.insert(0, emit(aten.expand.default, counted(0, target.before), [samples, target.before]))
-            if target.after:
-                parts.append(emit(aten.expand.default, counted(end, end + target.after), [samples, target.after]))
-            result = emit(aten.cat.default, parts, 1)
+        if target.tokens:
+            numbers = (rows, target.before, tokens, target.after)
+        else:  # the whole of a segment beside the region, the same for all samples
+            none = emit(aten.slice.Tensor, emit(aten.slice.Tensor, rows, 0, 0, 1), 1, 0, 0)
+            numbers = (none, length, 0, 0)
+        result = emit(torch.ops.ras_compile.row_numbers.default, *numbers)
     known[key] = result
     return result
 
