@@ -50,6 +50,7 @@ class Subject:
         """The same model with a frozen context."""
         other = copy.copy(self.plan)
         other.sparse, other._programs = plan_of(other.analysis, frozen=True), {}
+        other.__dict__.pop("_cached_outputs", None)  # which belong to the splices of the other plan
         other._prove()
         return Subject(other, self.values)
 
