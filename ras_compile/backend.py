@@ -16,6 +16,7 @@ from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from .clock import present_call
 from .config import ConfigError, RASConfig
+from .family import Families
 from .generation import reached
 from .inner import Compiled, compile_inner, start_workers
 from .inputs import describe_inputs, find_timestep
@@ -78,6 +79,7 @@ class CompiledGraph:
         self.placed: set[tuple] = set()  # calls that are refused, and whose arguments say where tokens stand
         self.told = False
         self.plans: dict[tuple, Plan | Compiled] = {}
+        self.families = Families(graph, self.inputs, self.users)
         self._timesteps: dict[tuple, int | None] = {}
         self._lock = threading.RLock()
 
@@ -122,7 +124,7 @@ class CompiledGraph:
         with self._lock:
             if narrow not in self.plans:
                 try:
-                    self.plans[narrow] = Plan(self.graph, self.inputs, values, replace(self.config, region=window))
+                    self.plans[narrow] = self._plan(values, replace(self.config, region=window))
                 except (UnsupportedGraph, SpecViolation) as error:
                     log.info("the picture's tokens cannot be the region: %s", error)
                     self.plans[narrow] = plan
@@ -151,12 +153,17 @@ class CompiledGraph:
             for v in (values[index] for index in self.users)
         )
 
+    def _plan(self, values: Sequence[Any], config: RASConfig) -> Plan:
+        """The plan for a call, one that it shares with other lengths of the context if it can."""
+        shared = self.families.plan(values, config, self.numbers)
+        return Plan(self.graph, self.inputs, values, config) if shared is None else shared
+
     def _make(self, key: tuple, values: Sequence[Any]) -> None:
         """Makes the plan for ``key``; if integers were taken for numbers and are sizes, only says so: call again."""
         try:
             if self.broken is not None:
                 raise self.broken
-            self.plans[key] = Plan(self.graph, self.inputs, values, self.config)
+            self.plans[key] = self._plan(values, self.config)
             self._timesteps[key] = find_timestep(self.inputs, values, self.config.timestep)
         except (UnsupportedGraph, SpecViolation, TypeError) as error:
             if self.numbers:

@@ -82,12 +82,13 @@ class _Bound(nn.Module):
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = False) -> fx.GraphModule:
     """Normalises a Dynamo graph for the concrete ``inputs``.
 
     Args:
         graph: the graph that Dynamo gives to a backend; sizes may be symbolic.
         inputs: concrete inputs, in order; those that are no tensors are specialised on.
+        symbolic: the inputs are fake, with symbolic sizes; spelling things in one way is left for when they are static.
 
     Returns:
         A graph whose placeholders are the tensor inputs in order (then constants of the graph, see
@@ -100,10 +101,11 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for part in graph.modules():
         if isinstance(part, fx.GraphModule):
             refuse_function_transforms(part.graph)
-    return export(_Bound(graph, inputs), [value for value in inputs if isinstance(value, Tensor)])
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    return export(_Bound(graph, inputs), tensors, symbolic=symbolic)
 
 
-def export(bound: nn.Module, tensors: Sequence[Tensor]) -> fx.GraphModule:
+def export(bound: nn.Module, tensors: Sequence[Tensor], *, symbolic: bool = False) -> fx.GraphModule:
     """Captures ``bound(*tensors)``: see :func:`capture`.
 
     Raises:
@@ -129,8 +131,9 @@ def export(bound: nn.Module, tensors: Sequence[Tensor]) -> fx.GraphModule:
         placeholders[-1].append(node) if node is not placeholders[-1] else None
     captured.graph.lint()
     captured.meta["constants"] = constants
-    normalize(captured.graph)
-    captured.recompile()
+    if not symbolic:
+        normalize(captured.graph)
+        captured.recompile()
     return captured
 
 

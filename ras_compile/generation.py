@@ -9,7 +9,7 @@ The backend asks `decide` before each model call and tells `record` after it::
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ class CallInfo:
         tokens: N, region tokens per sample.
         grid: the region's token grid; its product is N.
         view: the latent's token view, where the backend has it.
-        cost: FLOPs of the programs, where the backend has them.
+        cost: gives the FLOPs of the programs, where the backend has them.
     """
 
     graph: Hashable
@@ -63,7 +63,7 @@ class CallInfo:
     tokens: int
     grid: tuple[int, ...] = ()
     view: TokenView | None = None
-    cost: Cost | None = None
+    cost: Callable[[], Cost] | None = None
 
 
 @dataclass(eq=False)
@@ -373,7 +373,7 @@ class TransformerState:
         return ""
 
 
-def _at_speedup(config: RASConfig, cost: Cost | None, num_steps: int | None) -> RASConfig:
+def _at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: int | None) -> RASConfig:
     """The config with the ratio that gives its `speedup` in this run, by FLOPs.
 
     Raises:
@@ -389,8 +389,10 @@ def _at_speedup(config: RASConfig, cost: Cost | None, num_steps: int | None) -> 
     if cost is None:
         raise ConfigError("option speedup needs the costs of the compiled programs; give a sample_ratio instead.")
     try:
-        schedule = Schedule(config)
-        ratio = cost.ratio_for(config.speedup, num_steps, schedule.dense_steps(num_steps), schedule.fewest(cost.tokens))
+        schedule, price = Schedule(config), cost()
+        ratio = price.ratio_for(
+            config.speedup, num_steps, schedule.dense_steps(num_steps), schedule.fewest(price.tokens)
+        )
     except ValueError as error:
         raise ConfigError(f"option speedup: {error} (by FLOPs).") from None
     return config.at_ratio(ratio)

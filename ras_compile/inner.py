@@ -11,7 +11,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import list_mode_options
 from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .config import RASConfig
@@ -34,7 +34,7 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
 
     Args:
         module: the program; its ops are ATen and it may write into its last inputs (the caches).
-        inputs: example inputs; real tensors, whose sizes are baked in.
+        inputs: example inputs; real tensors, whose sizes are baked in, or fake ones, which may have symbolic sizes.
         config: names the inner backend and its options.
     """
     if config.inner_backend == "eager":
@@ -48,8 +48,12 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
         # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over. Inputs are
         # made fake here: with a context, others would get symbolic sizes. The tag: our ops mean what their source says.
-        fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-        examples = [fake.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
+        modes = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+        fake = next(modes, None) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+        examples = [
+            fake.from_tensor(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
+            for value in inputs
+        ]
         caches: Any = torch.compiler.config
         tag = f"{caches.cache_key_tag} ras_compile {sources()}"
         with tracing(TracingContext(fake)), caches.patch(cache_key_tag=tag):

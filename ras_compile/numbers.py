@@ -53,8 +53,8 @@ def read_floats(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphMod
     return fx.GraphModule(graph, new) if found else None
 
 
-def capture_numbers(graph: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
-    """Captures a graph whose float arguments stay variable.
+def capture_numbers(graph: fx.GraphModule, values: Sequence[Any], *, symbolic: bool = False) -> fx.GraphModule:
+    """Captures a graph whose float arguments stay variable; see :func:`capture`.
 
     Raises:
         UnsupportedGraph: the graph cannot be captured, or needs the value of a float argument.
@@ -66,9 +66,9 @@ def capture_numbers(graph: fx.GraphModule, values: Sequence[Any]) -> fx.GraphMod
     for reading in readings:
         variant = reading()
         if variant is None:
-            return capture(graph, values)
+            return capture(graph, values, symbolic=symbolic)
         try:
-            return capture(variant, values)
+            return capture(variant, values, symbolic=symbolic)
         except (UnsupportedGraph, TypeError):
             continue
     raise UnsupportedGraph("the model needs the value of a Python float argument; pass the timestep as a tensor")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .inputs import GraphInput, latent_candidates
 from .memory import Keeper, default_budget
 from .notices import warn_once
 from .numbers import capture_numbers
-from .passes.cost import cost
+from .passes.cost import Cost, cost
 from .passes.errors import UnsupportedGraph
 from .passes.fuse import Fusion
 from .passes.layout import Frame, Layout
@@ -130,15 +130,23 @@ class Plan:
         inputs: description of its placeholders.
         values: concrete inputs.
         config: the options.
+        proved: the same graph was proved right at other lengths of the context.
 
     Raises:
         UnsupportedGraph: the graph cannot be proved right.
     """
 
     def __init__(
-        self, graph: fx.GraphModule, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig
+        self,
+        graph: fx.GraphModule,
+        inputs: Sequence[GraphInput],
+        values: Sequence[Any],
+        config: RASConfig,
+        *,
+        proved: bool = False,
     ) -> None:
         self.config, self.inputs = config, inputs
+        self.chosen: Callable[..., bool] | None = None  # answers in place of kernels' measurements, which it is given
         self.captured = graph if "constants" in graph.meta else capture_numbers(graph, values)
         self.constants: list[Tensor] = self.captured.meta["constants"]
         self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
@@ -147,10 +155,28 @@ class Plan:
         # kept: a model has hundreds of weights, and each call looks at them
         self._tensor_inputs = tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
         self.latent = tensors[placeholders.index(self.analysis.latent)]
-        self._graphs = self._program_graphs(values) if config.cuda_graphs else None
+        if not proved:
+            self._prove_or_thaw()
+        self._start(values, sum(cache.numel() * cache.element_size() for cache in self.cached))
+
+    def _start(self, values: Sequence[Any], cache_bytes: int) -> None:
+        """What belongs to this set of shapes alone: programs, CUDA graphs, and what branches keep."""
+        self._graphs = self._program_graphs(values) if self.config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
         self._lock = threading.RLock()
         self.identity = weakref.ref(self)  # what a branch remembers the plan by, without keeping it alive
+        given = self.config.cache_budget
+        budget = default_budget(values[self.latent].device) if given is None else given
+        self.kept = Keeper(self, cache_bytes, budget)
+
+    @property
+    def cached(self) -> list[Tensor]:
+        """What a branch keeps, as fake tensors: the values of splices, then those of a frozen context."""
+        nodes = [*(splice.node for splice in self.sparse.splices), *self.sparse.frozen]
+        return [node.meta["val"] for node in nodes]
+
+    def _prove_or_thaw(self) -> None:
+        """Proves the plan; with a fresh context where it cannot be frozen."""
         try:
             self._prove()
         except UnsupportedGraph as error:
@@ -161,11 +187,6 @@ class Plan:
             )
             self.sparse = plan(self.analysis)
             self._prove()
-        caches = [value.node.meta["val"] for value in self.sparse.splices]
-        caches += [node.meta["val"] for node in self.sparse.frozen]
-        size = sum(cache.numel() * cache.element_size() for cache in caches)
-        budget = default_budget(values[self.latent].device) if config.cache_budget is None else config.cache_budget
-        self.kept = Keeper(self, size, budget)
 
     def _prove(self) -> None:
         """Builds and checks both programs once, so that what cannot be built is known before the first step.
@@ -179,11 +200,16 @@ class Plan:
         with torch.no_grad():
             check_dense(dense_program(self.analysis, self.sparse), self.analysis, self.sparse)
             check_sparse(sparse_program(self.analysis, few, self.sparse), self.analysis, self.sparse)
-        self.cost = cost(self.analysis, self.sparse)
-        if self.cost.dense_flops and self.cost.flop_ratio(few) >= 1:
+        price = cost(self.analysis, self.sparse)
+        if price.dense_flops and price.flop_ratio(few) >= 1:
             raise UnsupportedGraph(
                 "a sparse step would cost as much as a dense one: the operations that mix tokens are all there is"
             )
+
+    @cached_property
+    def cost(self) -> Cost:
+        """FLOPs and bytes of both programs."""
+        return cost(self.analysis, self.sparse)
 
     @cached_property
     def latent_view(self) -> TokenView:
@@ -301,4 +327,10 @@ class Plan:
         """Fusion sites are found on a program of few rows: it has the same ones as any other, and is quicker to run."""
         tokens = self.analysis.frame.tokens
         probe = sparse_program(self.analysis, min(tokens, PROBED_ROWS), self.sparse)
-        return Fusion(tokens, probe.graph, kernels.pays, gather_pays=kernels.gather_pays, grouped=kernels.pays_grouped)
+        choices = [
+            partial(self._choose, choice) for choice in (kernels.pays, kernels.gather_pays, kernels.pays_grouped)
+        ]
+        return Fusion(tokens, probe.graph, choices[0], gather_pays=choices[1], grouped=choices[2])
+
+    def _choose(self, choice: Callable[..., bool], *ops: Any) -> bool:
+        return choice(*ops) if self.chosen is None else self.chosen(choice, *ops)

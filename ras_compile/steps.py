@@ -43,7 +43,7 @@ def run_step(
         frame.tokens,
         frame.grid,
         view=plan.latent_view,
-        cost=plan.cost,
+        cost=lambda: plan.cost,
     )
     decision = state.decide(call)
     if decision.rows is None:
