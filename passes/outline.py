@@ -4,6 +4,10 @@
 
 Blocks are found in the graph alone: stretches of nodes with the same ops, arguments and shapes, whose operands follow the
 same pattern. The borders are put where the fewest values pass from one stretch to the next.
+
+What a block hands on must own its memory: Inductor takes each result of a call for a buffer of its own, which it gives to
+something else after the last use, and a view's memory is larger than the view and belongs to others, too. So a block hands
+on what a view is made of, and the view is made outside.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 aten = torch.ops.aten
 
@@ -79,7 +84,7 @@ def find_repeat(body: Sequence[fx.Node], taken: set[fx.Node]) -> tuple[Repeat, l
                 candidates.append(((count - 1) * period, -period, start, length))
     for _, negative, start, length in sorted(candidates, reverse=True):
         best = best_cut(body, start, length + -negative, -negative)
-        if best is not None:
+        if best is not None and all(map(owned, *results(body, *best))):
             return best
     return None
 
@@ -108,13 +113,53 @@ def best_cut(body: Sequence[fx.Node], start: int, length: int, period: int):
         repeat = Repeat(start + shift, period, count)
         first, second = (body[repeat.start + k * period : repeat.start + (k + 1) * period] for k in (0, 1))
         inner = [node for node in first if crosses(node, first)]
-        weight = len(inner) + sum(isinstance(node.meta.get("val"), (tuple, list)) * 1000 for node in inner)
+        passed = dict.fromkeys(root(node, first)[0] for node in inner)
+        weight = len(passed) + sum(isinstance(node.meta.get("val"), (tuple, list)) * 1000 for node in passed)
         lost = (len(body) and (length - shift) - count * period) / period
         if best is None or (weight + 2 * (length // period - count), lost) < best[0]:
             best = (weight + 2 * (length // period - count), lost), repeat
     if best is None or best[0][0] >= 1000:
         return None
     return matched(body, best[1])
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's value is, or may be, a part of its operand's memory, as its op says."""
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(value.alias_info is not None for value in schema.returns)
+
+
+def root(node: fx.Node, stretch: Sequence[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
+    """What a node is a view of, and the views that lead from there to the node; they are made of nothing else."""
+    inside, views = set(stretch), []
+    while node in inside and is_view(node) and len(node.all_input_nodes) == 1:
+        views.insert(0, node)
+        node = node.all_input_nodes[0]
+    if views and isinstance(
+        node.meta.get("val"), (tuple, list)
+    ):  # an op of several results: each is handed on by itself
+        node, *views = views
+    return node, views
+
+
+def results(body: Sequence[fx.Node], repeat: Repeat, operand_lists: list[list[fx.Node]], outputs: list[int]):
+    """What a block returns on fake operands, each with all other values that could share its memory."""
+    stretch, operands = body[repeat.start : repeat.start + repeat.period], operand_lists[0]
+    block = _subgraph(stretch, operands, outputs)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        values = [node.meta["val"] for node in operands]
+        given = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+        returned = fx.Interpreter(block).run(*given)
+    return returned, [[*given, *(other for other in returned if other is not one)] for one in returned]
+
+
+def owned(value: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
+    """Whether a tensor fills its memory, and shares it with none of the others."""
+    memory = value.untyped_storage()
+    fills = memory.nbytes() == value.numel() * value.element_size()
+    return fills and all(other.untyped_storage()._cdata != memory._cdata for other in others)
 
 
 def crosses(node: fx.Node, stretch: Sequence[fx.Node]) -> bool:
@@ -165,19 +210,32 @@ def _replace(module, body, repeat, operand_lists, outputs, name, taken) -> None:
             block = module.graph.get_attr(name)
         with module.graph.inserting_after(block):
             call = module.graph.call_function(torch.ops.higher_order.invoke_subgraph, (block, name, *operands))
-        call.meta["val"] = tuple(stretch[index].meta["val"] for index in outputs)
+        handed = _handed_on(stretch, outputs)
+        call.meta["val"] = tuple(node.meta["val"] for node in handed)
         taken.add(call)
-        after = call
-        for place, index in enumerate(outputs):
+        after, made = call, dict(zip(listed, operands, strict=True))
+        for place, node in enumerate(handed):
             with module.graph.inserting_after(after):
-                item = module.graph.call_function(operator.getitem, (call, place))
-            item.meta["val"] = stretch[index].meta["val"]
-            taken.add(item)
-            inside = set(stretch)
+                after = made[node] = module.graph.call_function(operator.getitem, (call, place))
+            after.meta["val"] = node.meta["val"]
+            taken.add(after)
+        inside = set(stretch)
+        for index in outputs:
+            for view in root(stretch[index], stretch)[1]:
+                if view not in made:
+                    with module.graph.inserting_after(after):
+                        after = made[view] = module.graph.node_copy(view, lambda operand, made=made: made[operand])
+                    taken.add(after)
+            item = renamed[stretch[index]] = made[stretch[index]]
             stretch[index].replace_all_uses_with(item, delete_user_cb=lambda user, inside=inside: user not in inside)
-            renamed[stretch[index]] = after = item
         for node in reversed(stretch):
             module.graph.erase_node(node)
+
+
+def _handed_on(stretch: Sequence[fx.Node], outputs: Sequence[int]) -> list[fx.Node]:
+    """What a block returns: what its outputs are views of, as far as that is its own."""
+    inside = set(stretch)
+    return [node for node in dict.fromkeys(root(stretch[index], stretch)[0] for index in outputs) if node in inside]
 
 
 def _subgraph(stretch: Sequence[fx.Node], operands: Sequence[fx.Node], outputs: Sequence[int]) -> fx.GraphModule:
@@ -188,5 +246,5 @@ def _subgraph(stretch: Sequence[fx.Node], operands: Sequence[fx.Node], outputs: 
         env[operand].meta["val"] = operand.meta["val"]
     for node in stretch:
         env[node] = graph.node_copy(node, lambda operand: env[operand])
-    graph.output(tuple(env[stretch[index]] for index in outputs))
+    graph.output(tuple(env[node] for node in _handed_on(stretch, outputs)))
     return fx.GraphModule({}, graph)
