@@ -133,7 +133,8 @@ def is_view(node: fx.Node) -> bool:
 
 def root(node: fx.Node, stretch: Sequence[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
     """What a node is a view of, and the views that lead from there to the node; they are made of nothing else."""
-    inside, views = set(stretch), []
+    inside: set[fx.Node] = set(stretch)
+    views: list[fx.Node] = []
     while node in inside and is_view(node) and len(node.all_input_nodes) == 1:
         views.insert(0, node)
         node = node.all_input_nodes[0]
