@@ -56,7 +56,7 @@ def fit(points: Sequence[Point], values: Sequence[int]) -> Affine | None:
 def interpolate(programs: Sequence[fx.GraphModule], points: Sequence[Point]) -> fx.GraphModule:
     """The program of which ``programs`` are the forms at ``points``. It takes the lengths first, then their inputs.
 
-    Each node says in ``meta["sizes"]`` how large its value is in each of them.
+    Each node has the ``meta["val"]`` of the first of them, and says in ``meta["sizes"]`` how large it is in each.
 
     Raises:
         NotAffine: they differ in more than numbers, or in a number that is no affine function of the lengths.
@@ -75,8 +75,8 @@ class _Interpolation:
         graphs = [list(program.graph.nodes) for program in self.programs]
         if any(len(nodes) != len(graphs[0]) for nodes in graphs):
             raise NotAffine(f"programs of {', '.join(str(len(nodes)) for nodes in graphs)} operations")
-        for length in self.lengths:
-            length.meta["sizes"] = "length"
+        for length, now in zip(self.lengths, self.points[0], strict=True):
+            length.meta["val"] = now
         for nodes in zip(*graphs, strict=True):
             self._node(nodes)
         self.graph.lint()
@@ -133,7 +133,7 @@ class _Interpolation:
 
     def _number(self, target: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(target, args)
-        node.meta["sizes"] = "length"
+        node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args))
         return node
 
 

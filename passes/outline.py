@@ -61,7 +61,19 @@ def token(node: fx.Node) -> object:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else (value,)
     metas = tuple((v.dtype, tuple(v.shape), v.stride()) if isinstance(v, torch.Tensor) else None for v in values)
-    return str(node.target), str(plain), metas
+    return str(node.target), str(plain), metas, str(node.meta.get("sizes"))
+
+
+def description(node: fx.Node) -> object | None:
+    """What must agree for two operands: type, sizes and strides, at every length of the context (`interpolate.py`).
+
+    None for what is no tensor and no length.
+    """
+    value = node.meta.get("val")
+    if isinstance(value, int):
+        return value
+    sizes = str(node.meta.get("sizes"))
+    return (value.dtype, tuple(value.shape), value.stride(), sizes) if isinstance(value, torch.Tensor) else None
 
 
 def find_repeat(body: Sequence[fx.Node], taken: set[fx.Node]) -> tuple[Repeat, list[list[fx.Node]], list[int]] | None:
@@ -114,7 +126,7 @@ def best_cut(body: Sequence[fx.Node], start: int, length: int, period: int):
         first, second = (body[repeat.start + k * period : repeat.start + (k + 1) * period] for k in (0, 1))
         inner = [node for node in first if crosses(node, first)]
         passed = dict.fromkeys(root(node, first)[0] for node in inner)
-        weight = len(passed) + sum(isinstance(node.meta.get("val"), (tuple, list)) * 1000 for node in passed)
+        weight = len(passed) + sum(not isinstance(node.meta.get("val"), torch.Tensor) for node in passed) * 1000
         lost = (len(body) and (length - shift) - count * period) / period
         if best is None or (weight + 2 * (length // period - count), lost) < best[0]:
             best = (weight + 2 * (length // period - count), lost), repeat
@@ -151,9 +163,15 @@ def results(body: Sequence[fx.Node], repeat: Repeat, operand_lists: list[list[fx
     block = _subgraph(stretch, operands, outputs)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         values = [node.meta["val"] for node in operands]
-        given = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+        given = [
+            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+            if isinstance(v, torch.Tensor)
+            else v
+            for v in values
+        ]
         returned = fx.Interpreter(block).run(*given)
-    return returned, [[*given, *(other for other in returned if other is not one)] for one in returned]
+    tensors = [value for value in (*given, *returned) if isinstance(value, torch.Tensor)]
+    return returned, [[other for other in tensors if other is not one] for one in returned]
 
 
 def owned(value: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
@@ -186,10 +204,7 @@ def matched(body: Sequence[fx.Node], repeat: Repeat):
 
         for node in stretch:
             fx.node.map_arg((node.args, node.kwargs), note)
-        metas = [
-            (v.dtype, tuple(v.shape), v.stride()) if isinstance(v := n.meta.get("val"), torch.Tensor) else None
-            for n in slots
-        ]
+        metas = [description(operand) for operand in slots]
         if None in metas:
             return None
         patterns.append((pattern, metas))

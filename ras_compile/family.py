@@ -30,6 +30,8 @@ from .lengths import Lengths
 from .passes.cost import Cost
 from .passes.errors import UnsupportedGraph
 from .passes.interpolate import NotAffine, Point, interpolate, sample_points
+from .passes.matrices import flatten_linears
+from .passes.outline import outline
 from .passes.program import dense_program
 from .plan import Plan
 from .shared import Shared, Sized, all_fit
@@ -174,6 +176,16 @@ class Family:
         builds, sized = self._builds(active), self._sized(active, inputs)
         if not all_fit(sized, point, inputs):
             raise NotAffine("an input has other strides than the dense program was to leave")
+        if self.config.inner_backend == "inductor":
+            for program in builds:
+                flatten_linears(program.graph)
+            try:
+                shared = self._compile(outline(interpolate(builds, self.points)), sized, inputs)
+                if all(shared.symbols.holds(sample) for sample in self.points):
+                    return shared
+                log.info("compiling outlined blocks has fixed a length, compiling them one by one")
+            except Exception:
+                log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
         return self._compile(interpolate(builds, self.points), sized, inputs)
 
     def _compile(self, program: fx.GraphModule, sized: Sequence[Sized], inputs: Sequence[Tensor]) -> Shared:

@@ -373,12 +373,21 @@ def test_a_speedup_is_solved_for_at_each_length(compiled_programs):
         assert shared == [record.active for record in ras_compile.trace(alone)]
 
 
-def test_inductor_compiles_once_for_all_lengths(compiled_programs):
+def test_inductor_compiles_once_for_all_lengths(compiled_programs, monkeypatch):
+    """Repeated blocks, too: they are compiled once for all layers and all lengths."""
+    blocks = []
+
+    def counting(module, inputs, config, compile_inner=ras_compile.family.compile_inner):
+        repeated = module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+        blocks.append(len(repeated))
+        return compile_inner(module, inputs, config)
+
+    monkeypatch.setattr(ras_compile.family, "compile_inner", counting)
     module = TinyDiT(layers=3).eval()
     options = {**OPTIONS, "inner_backend": "inductor"}
     compiled = torch.compile(module, backend="ras", options=options)
     found = {length: tiny(compiled, text(length)) for length in (5, 7, 11, 4)}
-    assert set(compiled_programs.values()) == {2}
+    assert set(compiled_programs.values()) == {2} and len(blocks) == 2 and min(blocks) > 1
     torch._dynamo.reset()
     alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
     for length, picture in found.items():
