@@ -140,7 +140,9 @@ def is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(value.alias_info is not None for value in schema.returns)
+    if schema is None or schema.is_mutable:
+        return False
+    return any(value.alias_info is not None for value in schema.returns)
 
 
 def root(node: fx.Node, stretch: Sequence[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
@@ -150,9 +152,7 @@ def root(node: fx.Node, stretch: Sequence[fx.Node]) -> tuple[fx.Node, list[fx.No
     while node in inside and is_view(node) and len(node.all_input_nodes) == 1:
         views.insert(0, node)
         node = node.all_input_nodes[0]
-    if views and isinstance(
-        node.meta.get("val"), (tuple, list)
-    ):  # an op of several results: each is handed on by itself
+    if views and not isinstance(node.meta.get("val"), torch.Tensor):  # several results: each is handed on by itself
         node, *views = views
     return node, views
 
