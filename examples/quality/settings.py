@@ -126,7 +126,12 @@ def table_c() -> list[Setting]:
         *(other(f"{steps} dense steps first", warmup_steps=steps) for steps in (2, 6)),
     ]
     faster = [Setting("dense", steps, name) for name in ("euler", "even") for steps in (10, 14, 18, 22)]
-    programs = [other("frozen context", context="frozen"), other("noise goes on linearly", noise_reuse="linear")]
+    weak = f"starvation scale {AUTHORS_SCALE}"
+    frozen = dict(context="frozen", starvation_scale=AUTHORS_SCALE)
+    programs = [
+        ras(28, 0.25, f"frozen context, {weak}", f"{default.key}, {weak}", **frozen),
+        other("noise goes on linearly", noise_reuse="linear"),
+    ]
     layers = [
         Setting(method, 28, options=options, variant=variant, default=default.key)
         for method, options, variant in (
