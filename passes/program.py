@@ -209,7 +209,8 @@ class Emitter:
 
     def _value(self, target: Callable, args: tuple, kwargs: dict) -> Any:
         """The op's fake result. Layers repeat: what an op that writes nowhere gave on such operands, it gives again."""
-        repeats = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+        fake = isinstance(self.mode, FakeTensorMode)  # the values of real tensors differ
+        repeats = fake and isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
         key = target, repr(fx.node.map_arg((args, kwargs), lambda operand: described(operand.meta["val"])))
         if repeats and key in self._known:
             return self._known[key]
