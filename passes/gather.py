@@ -183,7 +183,9 @@ class Finder:
         if not torch.equal(moved, plain) and (turned is None or not torch.equal(moved, places)):
             return None
         other = next((operand for operand in user.args if operand is not node), None)
-        if not isinstance(other, fx.Node) or value.numel() != moved.numel() or value.dtype != other.meta["val"].dtype:
+        if not isinstance(other, fx.Node) or value.numel() != moved.numel():
+            return None
+        if {value.dtype, other.meta["val"].dtype} != {product.meta["val"].dtype}:  # the kernel's table has that of x
             return None
         back = moved.argsort()
         table = self.source(other, shape[:2], lambda entries: entries.expand(value.shape).flatten()[back].view(shape))

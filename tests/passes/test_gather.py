@@ -102,6 +102,13 @@ class Across(Reshaped):
         return (super().forward(image).mT + self.table.mT).mT
 
 
+class Wider(Embedding):
+    """The table is of a wider dtype, as position embeddings of single precision are beside a product in bf16."""
+
+    def forward(self, image, table):
+        return (self.convolution(image).flatten(2).mT + table).to(image.dtype)
+
+
 class Twice(Embedding):
     """The product has another use than the sum."""
 
@@ -205,6 +212,13 @@ def test_leaves_alone_what_the_kernel_does_not_do(embed):
 def test_leaves_alone_what_is_no_table(embed):
     found, tables, gap = counts(embed(), 2)
     assert (found, tables) == (1, 0) and gap < TIGHT
+
+
+@pytest.mark.parametrize(("product", "table"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_a_table_of_another_dtype_stays_an_addition(product, table, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "DTYPE", product)
+    found, tables, gap = counts(Wider(), 2, dtypes=(product,), table=torch.randn(1, 12, 16, dtype=table))
+    assert (found, tables) == (1, 0) and gap < (1e-2 if product is torch.bfloat16 else 1e-4)
 
 
 def test_leaves_other_dtypes_alone():
