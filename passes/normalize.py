@@ -105,7 +105,7 @@ def drop_open_mask(node: fx.Node) -> None:
     if mask is None:
         return
     value = constant(mask)
-    if value is None:
+    if value is None or value.is_meta:  # a meta tensor has no entries to look at
         return
     value = value[
         tuple(

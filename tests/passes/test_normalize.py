@@ -109,3 +109,11 @@ def test_a_mask_that_is_too_large_is_not_computed(monkeypatch):
     )
     (node,) = captured.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     assert any(operand.meta["val"].dtype is torch.bool for operand in node.all_input_nodes)
+
+
+def test_a_mask_on_the_meta_device_is_kept():
+    """A model without memory can be captured and explained; nobody can look at what its masks hold."""
+    module = Calls(attention(lambda x, w: torch.ones(5, 5, dtype=torch.bool, device=x.device)))
+    captured = export(module, (torch.randn(2, 5, 16, device="meta"), WEIGHT.to("meta")))
+    (node,) = captured.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    assert any(operand.meta["val"].dtype is torch.bool for operand in node.all_input_nodes)
