@@ -174,9 +174,25 @@ def test_what_is_looked_at_apart(tmp_path):
     made = run.Bench(run.arguments(args))
     assert made.null_ms > 0
     setup = ways.set_up(made.work, ways.Way("compile"), "eager", {})
-    assert len(made.host(setup)) == 2 * made.few == 16
+    clock = made.host(setup)
+    assert len(clock.milliseconds) == len(clock.launching) == 2 * made.few == 16
     counted = made._counted(setup, 4)
     assert counted == 2 * made._counted(setup, 2) > 0 and setup.compiled is not None
+
+
+def test_launches_of_graphs_are_told_apart(monkeypatch):
+    launched = []
+    monkeypatch.setattr(measure.Graph, "replay", lambda graph: launched.append(graph))
+    mine = measure.Graph.replay
+
+    def transformer(**inputs):
+        measure.Graph.replay(None)
+        return measure.Graph.replay(None)
+
+    clock = measure.HostClock(transformer, torch.device("cpu"))
+    clock()
+    assert len(launched) == 2 and measure.Graph.replay is mine
+    assert 0 < clock.launching[0] < clock.milliseconds[0]
 
 
 def test_null_backend_computes_once():

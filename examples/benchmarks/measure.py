@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-__all__ = ["HostClock", "Marks", "Memory", "null_backend", "synchronising", "weight_bytes"]
+from ras_compile.cudagraphs import Graph
+
+__all__ = ["HostClock", "Launches", "Marks", "Memory", "null_backend", "synchronising", "weight_bytes"]
 
 # Runtime calls after which the host has waited for the device. A copy to pageable host memory waits, too.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -45,26 +47,53 @@ class Marks:
         return [1e3 * (second - first) for first, second in zip(self._marks, self._marks[1:], strict=False)]
 
 
+class Launches:
+    """While it is open, takes the host's time inside CUDA's own launch of each graph."""
+
+    def __init__(self) -> None:
+        self.milliseconds = 0.0
+        self._replay = Graph.replay
+
+    def __enter__(self) -> Launches:
+        def replay(graph: Graph) -> None:
+            begin = time.perf_counter()
+            self._replay(graph)
+            self.milliseconds += 1e3 * (time.perf_counter() - begin)
+
+        Graph.replay = replay  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        Graph.replay = self._replay  # type: ignore[method-assign]
+
+
 class HostClock:
     """Stands in for a transformer and takes the host's time of every call; the device is idle when a call begins.
 
     Args:
         transformer: the transformer.
         device: its device.
+
+    Attributes:
+        milliseconds: of each call.
+        launching: of each call the part that CUDA takes to launch graphs.
     """
 
     def __init__(self, transformer: Any, device: torch.device) -> None:
         self._transformer, self._cuda = transformer, device.type == "cuda"
         self.milliseconds: list[float] = []
+        self.launching: list[float] = []
         if hasattr(transformer, "cache_context"):
             self.cache_context = transformer.cache_context
 
     def __call__(self, **inputs: Any) -> Any:
         if self._cuda:
             torch.cuda.synchronize()
-        begin = time.perf_counter()
-        result = self._transformer(**inputs)
-        self.milliseconds.append(1e3 * (time.perf_counter() - begin))
+        with Launches() as launches:
+            begin = time.perf_counter()
+            result = self._transformer(**inputs)
+            self.milliseconds.append(1e3 * (time.perf_counter() - begin))
+        self.launching.append(launches.milliseconds)
         return result
 
 

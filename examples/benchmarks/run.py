@@ -158,13 +158,13 @@ class Bench:
         self.work.transformer._compiled_call_impl = None
         self.work.transformer.compile(backend=null_backend)
         setup = Setup(self.work.scheduler(), self.work.transformer._compiled_call_impl)
-        return statistics.median(self.host(setup)[1:])
+        return statistics.median(self.host(setup).milliseconds[1:])
 
-    def host(self, setup: Setup) -> list[float]:
-        """Host milliseconds of every transformer call of one run."""
+    def host(self, setup: Setup) -> HostClock:
+        """The host's time of every transformer call of one run."""
         clock = HostClock(self.work.transformer, self.device)
         self.run(setup, self.few, denoise=clock)
-        return clock.milliseconds
+        return clock
 
     def row(self, way: Way) -> dict:
         """Measures one row; a way that cannot be run gives a row with a reason in place of figures."""
@@ -293,14 +293,12 @@ class Bench:
             return
         if self.device.type != "cuda":
             return  # a call returns when its work is done: the host has no time apart
-        calls = self.host(setup)
-        kinds = setup.kinds()
-        steps = [at * self.few // len(calls) for at in range(len(calls))]
-        steady = [
-            ms for step, ms in zip(steps, calls, strict=True) if kinds.get(step, ("",))[0] == "sparse" or not kinds
-        ]
+        clock = self.host(setup)
+        kinds, count = setup.kinds(), len(clock.milliseconds)
+        steady = [at for at in range(count) if kinds.get(at * self.few // count, ("",))[0] == "sparse" or not kinds]
         if steady:
-            row |= dict(host_ms=statistics.median(steady) - self.null_ms, null_ms=self.null_ms)
+            host, launch = (statistics.median(ms[at] for at in steady) for ms in (clock.milliseconds, clock.launching))
+            row |= dict(host_ms=host - self.null_ms, null_ms=self.null_ms, launch_ms=launch)
         row["syncs"] = synchronising(lambda mark: self.run(setup, self.few, mark), self.few - 3, self.few)
 
     def _fewer_steps(self, way: Way, row: dict) -> None:
