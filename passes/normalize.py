@@ -102,18 +102,21 @@ def drop_open_mask(node: fx.Node) -> None:
     """`sdpa(q, k, v, ones(...))  ->  sdpa(q, k, v)`, where the mask depends on no input: no weight, no argument."""
     call = Call(node, {}, None)  # type: ignore[arg-type]
     mask = call.args["attn_mask"]
-    if mask is None:
-        return
+    if mask is not None and is_open(mask):
+        _, node.args, node.kwargs = call.with_args(attn_mask=None)
+
+
+def is_open(mask: fx.Node) -> bool:
+    """Whether a mask hides nothing and depends on no input. At another length of the context it may hide something."""
     value = constant(mask)
     if value is None or value.is_meta:  # a meta tensor has no entries to look at
-        return
+        return False
     value = value[
         tuple(
             0 if stride == 0 and size else slice(None) for size, stride in zip(value.shape, value.stride(), strict=True)
         )
     ]
-    if bool(value.all() if value.dtype is torch.bool else (value == 0).all()):
-        _, node.args, node.kwargs = call.with_args(attn_mask=None)
+    return bool(value.all() if value.dtype is torch.bool else (value == 0).all())
 
 
 LARGEST_CONSTANT = 2**28  # bytes: what is larger is not computed at compile time

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy
@@ -18,7 +18,8 @@ from .lengths import Lengths, expression
 from .numbers import capture_numbers
 from .passes.errors import UnsupportedGraph
 from .passes.interpolate import Point
-from .passes.normalize import normalize
+from .passes.normalize import is_open, normalize
+from .passes.registry import Call
 
 Number = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -82,6 +83,8 @@ class SymbolicGraph:
         self.lengths, self.base = lengths, lengths.at(values)
         self.symbols = Symbols(self.base)
         self.module = capture_numbers(graph, [self._input(*pair) for pair in enumerate(values)], symbolic=True)
+        self._masks = self._masks_of_lengths()
+        self._open = self._open_masks(self.base)
         if not self.holds(self.base):
             raise UnsupportedGraph("capturing it has fixed the length of the context")
         self._check_affine()
@@ -116,11 +119,43 @@ class SymbolicGraph:
                 raise UnsupportedGraph(f"a size is {e}, no affine function of the context's length")
 
     def holds(self, point: Point) -> bool:
-        """Whether the graph is right for these lengths."""
-        return self.symbols.holds(point)
+        """Whether the graph is right for these lengths, and the same masks are left out of it as hide nothing."""
+        return self.symbols.holds(point) and self._open_masks(point) == self._open
+
+    def _masks_of_lengths(self) -> dict[fx.Node, list[fx.Node]]:
+        """Masks of attention that are computed from nothing but numbers, each with the tensors that it is made of."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+        ):
+            mask = Call(node, {}, None).args["attn_mask"]  # type: ignore[arg-type]
+            if mask is None or mask in found:
+                continue
+            parts, left = set(), [mask]
+            while left:
+                one = left.pop()
+                if one not in parts and not isinstance(one.meta.get("val"), Number):
+                    parts.add(one)
+                    left += one.all_input_nodes
+            if all(one.op == "call_function" for one in parts):
+                found[mask] = [one for one in self.module.graph.nodes if one in parts]
+        return found
+
+    def _open_masks(self, point: Point) -> list[bool]:
+        """Which of the masks hide nothing at these lengths."""
+        return [is_open(self._static(parts, point)[1][mask]) for mask, parts in self._masks.items()]
 
     def at(self, point: Point) -> fx.GraphModule:
         """The captured graph for these lengths, with static sizes: what :func:`capture` would give."""
+        new, _ = self._static(self.module.graph.nodes, point)
+        module = fx.GraphModule(self.module, new)
+        module.meta["constants"] = self.module.meta["constants"]
+        normalize(new)
+        module.recompile()
+        return module
+
+    def _static(self, nodes: Iterable[fx.Node], point: Point) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+        """Some nodes of the captured graph, in order and with all that they are made of, for these lengths."""
         now = dict(zip(self.symbols.symbols, map(sympy.Integer, point), strict=True))
         mode = FakeTensorMode()
 
@@ -135,22 +170,22 @@ class SymbolicGraph:
             return value
 
         new = fx.Graph()
-        known: dict[fx.Node, Any] = {}
-        for node in self.module.graph.nodes:
+        known: dict[fx.Node, fx.Node] = {}
+
+        def operand_of(node: fx.Node) -> Any:
+            value = node.meta.get("val")
+            return static(value) if isinstance(value, Number) else known[node]
+
+        for node in nodes:
             value = node.meta.get("val")
             if isinstance(value, Number):
-                known[node] = static(value)
                 continue
-            known[node] = new.node_copy(node, lambda operand: known[operand])
+            known[node] = new.node_copy(node, operand_of)
             if "val" in node.meta:
                 known[node].meta["val"] = pytree.tree_map(static, value)
             if takes_all(known[node]):  # no static capture holds such a slice
-                known[node] = known[node].args[0]
-        module = fx.GraphModule(self.module, new)
-        module.meta["constants"] = self.module.meta["constants"]
-        normalize(new)
-        module.recompile()
-        return module
+                known[node] = known[node].all_input_nodes[0]
+        return new, known
 
 
 def takes_all(node: Any) -> bool:

@@ -262,6 +262,16 @@ class MeanText(TinyDiT):
         return super().forward(hidden_states, timestep, text / text.shape[1])
 
 
+class NearText(TinyDiT):
+    """Lets text tokens see others that are at most eight away: where the text is short the mask hides nothing."""
+
+    def forward(self, hidden_states, timestep, text):
+        place = torch.arange(text.shape[1])
+        near = (place[:, None] - place).abs() <= 8
+        text = nn.functional.scaled_dot_product_attention(text, text, text * 3, attn_mask=near)
+        return super().forward(hidden_states, timestep, text)
+
+
 class TwoTexts(TinyDiT):
     """Reads two texts, whose lengths have nothing to do with each other."""
 
@@ -269,7 +279,7 @@ class TwoTexts(TinyDiT):
         return super().forward(hidden_states, timestep, torch.cat([text, more * 2], 1))
 
 
-@pytest.mark.parametrize("kind", [PaddedText, AtLeast, LongText, MeanText])
+@pytest.mark.parametrize("kind", [PaddedText, AtLeast, LongText, MeanText, NearText])
 def test_a_model_that_reads_the_length_comes_out_right(kind):
     for found, wanted in both(kind().eval(), [(text(length),) for length in (5, 7, 9, 6, 12, 30, 8)]):
         assert torch.equal(found, wanted)
