@@ -8,6 +8,9 @@ same pattern. The borders are put where the fewest values pass from one stretch 
 What a block hands on must own its memory: Inductor takes each result of a call for a buffer of its own, which it gives to
 something else after the last use, and a view's memory is larger than the view and belongs to others, too. So a block hands
 on what a view is made of, and the view is made outside.
+
+What a block writes into, it alone may use: Inductor does not see that a call writes into an operand, and lets what reads the
+operand behind the call have what it held before.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .group import aliases, writes
+from .group import root as memory
 
 aten = torch.ops.aten
 
@@ -96,7 +102,9 @@ def find_repeat(body: Sequence[fx.Node], taken: set[fx.Node]) -> tuple[Repeat, l
                 candidates.append(((count - 1) * period, -period, start, length))
     for _, negative, start, length in sorted(candidates, reverse=True):
         best = best_cut(body, start, length + -negative, -negative)
-        if best is not None and all(map(owned, *results(body, *best))):
+        if best is None or not all(writes_stay(stretch) for stretch in stretches(body, best[0])):
+            continue
+        if all(map(owned, *results(body, *best))):
             return best
     return None
 
@@ -127,12 +135,32 @@ def best_cut(body: Sequence[fx.Node], start: int, length: int, period: int):
         inner = [node for node in first if crosses(node, first)]
         passed = dict.fromkeys(root(node, first)[0] for node in inner)
         weight = len(passed) + sum(not isinstance(node.meta.get("val"), torch.Tensor) for node in passed) * 1000
+        weight += 0 if writes_stay(first) else 1000
         lost = (len(body) and (length - shift) - count * period) / period
         if best is None or (weight + 2 * (length // period - count), lost) < best[0]:
             best = (weight + 2 * (length // period - count), lost), repeat
     if best is None or best[0][0] >= 1000:
         return None
     return matched(body, best[1])
+
+
+def stretches(body: Sequence[fx.Node], repeat: Repeat) -> list[Sequence[fx.Node]]:
+    starts = [repeat.start + k * repeat.period for k in range(repeat.count)]
+    return [body[start : start + repeat.period] for start in starts]
+
+
+def writes_stay(stretch: Sequence[fx.Node]) -> bool:
+    """Whether nothing outside of a stretch uses what the stretch writes into and has not made."""
+    inside = set(stretch)
+    left = [memory(operand) for node in stretch for operand in writes(node)]
+    left = [node for node in dict.fromkeys(left) if node not in inside]
+    while left:
+        for user in left.pop().users:
+            if user not in inside:
+                return False
+            if aliases(user):
+                left.append(user)
+    return True
 
 
 def is_view(node: fx.Node) -> bool:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from ras_compile.capture import capture
 from ras_compile.passes.layout import Frame
 from ras_compile.passes.outline import outline
-from ras_compile.passes.program import dense_program, plan, sparse_program
+from ras_compile.passes.program import Emitter, dense_program, plan, sparse_program
 from ras_compile.passes.propagate import propagate
 
 outlining = importlib.import_module("ras_compile.passes.outline")
@@ -230,3 +231,34 @@ def test_what_a_block_hands_on_owns_its_memory(model, told, monkeypatch):
             assert len(set(memories)) == len(memories)
             assert all(value.untyped_storage().nbytes() == value.numel() * value.element_size() for value in returned)
     assert blocks or model is Twin or not told
+
+
+@pytest.mark.parametrize("where", ["outside", "in the next block", "inside"])
+def test_a_cache_that_a_block_writes_is_not_read_outside_of_it(where):
+    """Inductor would give what reads the cache behind the call what it held before."""
+    emit = Emitter(FakeTensorMode())
+    given = [torch.randn(2, 3, 8), torch.tensor([0, 2, 4]), *torch.randn(4, 2, 5, 8)]
+    with emit.mode:
+        metas = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in given]
+    x, rows, *caches = (emit.placeholder(f"input_{index}", meta) for index, meta in enumerate(metas))
+    aten = torch.ops.aten
+    sums, before = [], None
+    for cache in caches:
+        for _ in range(7):
+            x = emit(aten.mul.Tensor, emit(aten.cos.default, x), 1.5)
+        read = before if where == "in the next block" else cache if where == "inside" else None
+        emit(aten.index_put_.default, cache, [None, rows], x)
+        if read is not None:
+            x = emit(aten.add.Tensor, x, emit(aten.mean.dim, emit(aten.permute.default, read, [0, 1, 2]), [1], True))
+        before = cache
+    if where == "outside":
+        sums = [emit(aten.sum.default, emit(aten.permute.default, cache, [0, 2, 1])) for cache in caches]
+    emit.graph.output((x, *sums))
+    program = fx.GraphModule({}, emit.graph)
+    short = outlined(program)
+    assert bool(calls(short)) == (where == "inside")
+    wanted, kept = [[tensor.clone() for tensor in given] for _ in "ab"]
+    with torch.no_grad():
+        found = compile_fx(short, given)(*kept)
+        for a, b in zip([*found, *kept], [*program(*wanted), *wanted], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
