@@ -116,8 +116,10 @@ def candidates(graph: fx.Graph) -> Iterator[list[Group]]:
 
 def linears_of(x: fx.Node, op: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     """The plain linears of a stream, in the dtype of its scatter-GEMMs."""
-    kind = op.args[1].meta["val"].dtype  # type: ignore[union-attr]
-    found = []
+    given: Tensor = op.args[1].meta["val"]  # type: ignore[union-attr]
+    kind, found = given.dtype, []
+    if x.meta["val"].shape[-1] != given.shape[-1]:  # they read rows of another length
+        return []
     for user in x.users:
         if user.target is aten.linear.default and user.args[0] is x:
             values = [operand.meta["val"] for operand in (user, *user.all_input_nodes)]

@@ -271,3 +271,15 @@ def test_a_splice_that_two_linears_feed_is_taken_as_a_whole():
     for node in g.emit.graph.find_nodes(op="call_function", target=own.scatter_linear.default):
         node.meta |= {"site": node, "ops": 2}  # the other half of each reads something else
     assert g.grouped() == []
+
+
+def test_linears_of_other_rows_of_the_same_values_are_left():
+    """The queries are made of each half of a row."""
+    g = Hand()
+    halves = g.emit(aten.unflatten.int, g.emit(aten.relu.default, g.x), -1, [2, K // 2])
+    halves = g.emit(aten.clone.default, halves)
+    q = g.emit(aten.relu.default, g.linear(halves, g.emit(aten.slice.Tensor, g.wq, 1, 0, K // 2)))
+    x = g.emit(aten.reshape.default, halves, [2, A, K])
+    g.scatter(g.keys, x, g.wk)
+    g.scatter(g.values, x, g.wv)
+    assert g.grouped(q) == [2]  # without the queries
