@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 
+from .lengths import expressions
 from .passes.errors import UnsupportedGraph
 from .passes.registry import source_line
 
@@ -56,7 +57,7 @@ def spell_flex_attention(graph: fx.GraphModule, values: Sequence[Any]) -> fx.Gra
     # what makes block lists; none of it is left, as the inner compiler could not trace a transform again
     lists = behind(module.graph, [node for call in calls for node in nodes_in(call.args[4:])])
     for number, node in enumerate(calls):
-        replace(module, node, constants.of, f"flex_mask_{number}")
+        replace(module, node, constants, f"flex_mask_{number}")
     for node in reversed(list(module.graph.nodes)):
         if not node.users and node.op != "placeholder" and (node in lists or is_transform(node)):
             module.graph.erase_node(node)
@@ -73,6 +74,11 @@ def is_transform(node: fx.Node) -> bool:
     """Whether a node belongs to a `torch.func` transform, such as the vmap over a mask's positions."""
     module = getattr(node.target, "__module__", None) or ""
     return node.op == "call_function" and module.startswith(("torch._functorch", "torch._dynamo._trace_wrapped"))
+
+
+def opens(node: fx.Node) -> bool:
+    """Whether a node begins a vmap; its operand is a size."""
+    return node.target is _vmap_increment_nesting
 
 
 def nodes_in(argument: Any) -> list[fx.Node]:
@@ -117,6 +123,17 @@ class Constants:
         placeholders = module.graph.find_nodes(op="placeholder")
         self._given = dict(zip(placeholders, values, strict=True))
         self._known: dict[fx.Node, Any] = {}
+        # sizes of transforms that Dynamo spells as symbols
+        self._counts = [size for node in module.graph.nodes if opens(node) for size in node.all_input_nodes]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The present sizes of a tensor, which Dynamo may know as symbols."""
+        now: dict[Any, Any] = {}
+        for placeholder, value in self._given.items():
+            if isinstance(value, (int, Tensor)):
+                sizes = expressions(placeholder.meta.get("example_value"))
+                now.update(zip(sizes, map(int, value.shape if isinstance(value, Tensor) else [value]), strict=False))
+        return tuple(int(e.xreplace(now)) for e in expressions(node.meta["example_value"]))
 
     def of(self, wanted: Any, asker: fx.Node) -> Any:
         """The value of an argument; nodes in it are computed.
@@ -124,7 +141,7 @@ class Constants:
         Raises:
             UnsupportedGraph: it depends on a tensor that the user passes.
         """
-        needed = behind(self._module.graph, nodes_in(wanted))
+        needed = behind(self._module.graph, [*nodes_in(wanted), *self._counts])
         for node in needed:
             if isinstance(self._given.get(node), Tensor):
                 text = f"whose mask depends on the values of `{node.name}`; a mask of positions is supported"
@@ -142,7 +159,7 @@ class Constants:
                 for node in self._module.graph.nodes:
                     if node is asker:
                         break
-                    border = is_transform(node) and not node.all_input_nodes
+                    border = is_transform(node) and (opens(node) or not node.all_input_nodes)
                     if node.op == "placeholder" and node in needed:
                         self._known[node] = self._given[node]
                     elif border or (node in needed and node not in self._known):
@@ -153,8 +170,8 @@ class Constants:
                 _vmap_decrement_nesting()
 
 
-def replace(module: fx.GraphModule, node: fx.Node, constant: Any, name: str) -> None:
-    """Replaces one call; ``constant(argument, node)`` gives the value of what does not depend on inputs."""
+def replace(module: fx.GraphModule, node: fx.Node, constants: Constants, name: str) -> None:
+    """Replaces one call."""
     query, key, value, score, block_mask, scale, options, score_buffers, mask_buffers = node.args
     body = getattr(module, str(score.target)).graph  # type: ignore[union-attr]
     first = next(iter(body.nodes))
@@ -163,11 +180,11 @@ def replace(module: fx.GraphModule, node: fx.Node, constant: Any, name: str) -> 
         raise refused(node, "with a function of the scores; a mask is supported")
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
         raise refused(node, "that returns more than the attention itself")
-    shape, other = (tuple(operand.meta["example_value"].shape) for operand in (query, key))  # type: ignore[union-attr]
+    shape, other = (constants.shape(operand) for operand in (query, key))  # type: ignore[arg-type]
     if shape[1] != other[1]:
         raise refused(node, "with fewer heads of keys than of queries")
     function = getattr(module, str(block_mask[_FUNCTION].target))  # type: ignore[index, union-attr]
-    parts = constant((block_mask[_PARTIAL], block_mask[_FULL], block_mask[_SIZES], mask_buffers), node)  # type: ignore[index]
+    parts = constants.of((block_mask[_PARTIAL], block_mask[_FULL], block_mask[_SIZES], mask_buffers), node)  # type: ignore[index]
     partial, full, sizes, buffers = parts
     mask = dense_mask(function, partial, full, sizes, buffers, (*map(int, shape[:3]), int(other[2])), node)
     keep = mask.any(dim=-1, keepdim=True)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
-from .flex import is_transform
+from .flex import is_flex, is_transform
 from .lengths import Lengths, expression
 from .numbers import capture_numbers
 from .passes.errors import UnsupportedGraph
@@ -78,8 +78,10 @@ class SymbolicGraph:
     """
 
     def __init__(self, graph: fx.GraphModule, lengths: Lengths, values: Sequence[Any]) -> None:
-        if any(is_transform(node) for node in graph.graph.nodes):
-            raise UnsupportedGraph("function transforms are captured for one length of the context at a time")
+        if any(is_transform(node) or is_flex(node) for node in graph.graph.nodes):
+            raise UnsupportedGraph(
+                "function transforms and flex_attention are captured for one length of the context at a time"
+            )
         self.lengths, self.base = lengths, lengths.at(values)
         self.symbols = Symbols(self.base)
         self.module = capture_numbers(graph, [self._input(*pair) for pair in enumerate(values)], symbolic=True)

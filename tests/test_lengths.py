@@ -10,6 +10,7 @@ import torch
 from contract import Subject, error, widen, widest
 from test_backend import EAGER, TinyDiT, kinds
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils import _pytree as pytree
 from zoo import ZOO, redraw
 
@@ -272,6 +273,16 @@ class NearText(TinyDiT):
         return super().forward(hidden_states, timestep, text)
 
 
+class NearByBlocks(TinyDiT):
+    """The same as a block mask, which is made inside of the model."""
+
+    def forward(self, hidden_states, timestep, text):
+        length, heads = text.shape[1], text[:, None]
+        near = create_block_mask(lambda b, h, q, k: (q - k).abs() <= 8, None, None, length, length, device="cpu")
+        text = flex_attention(heads, heads, heads * 3, block_mask=near)[:, 0]
+        return super().forward(hidden_states, timestep, text)
+
+
 class TwoTexts(TinyDiT):
     """Reads two texts, whose lengths have nothing to do with each other."""
 
@@ -279,7 +290,7 @@ class TwoTexts(TinyDiT):
         return super().forward(hidden_states, timestep, torch.cat([text, more * 2], 1))
 
 
-@pytest.mark.parametrize("kind", [PaddedText, AtLeast, LongText, MeanText, NearText])
+@pytest.mark.parametrize("kind", [PaddedText, AtLeast, LongText, MeanText, NearText, NearByBlocks])
 def test_a_model_that_reads_the_length_comes_out_right(kind):
     for found, wanted in both(kind().eval(), [(text(length),) for length in (5, 7, 9, 6, 12, 30, 8)]):
         assert torch.equal(found, wanted)
