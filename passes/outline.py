@@ -131,7 +131,7 @@ def best_cut(body: Sequence[fx.Node], start: int, length: int, period: int):
         if count < MIN_REPEATS:
             break
         repeat = Repeat(start + shift, period, count)
-        first, second = (body[repeat.start + k * period : repeat.start + (k + 1) * period] for k in (0, 1))
+        first = stretches(body, repeat)[0]
         inner = [node for node in first if crosses(node, first)]
         passed = dict.fromkeys(root(node, first)[0] for node in inner)
         weight = len(passed) + sum(not isinstance(node.meta.get("val"), torch.Tensor) for node in passed) * 1000
@@ -187,7 +187,7 @@ def root(node: fx.Node, stretch: Sequence[fx.Node]) -> tuple[fx.Node, list[fx.No
 
 def results(body: Sequence[fx.Node], repeat: Repeat, operand_lists: list[list[fx.Node]], outputs: list[int]):
     """What a block returns on fake operands, each with all other values that could share its memory."""
-    stretch, operands = body[repeat.start : repeat.start + repeat.period], operand_lists[0]
+    stretch, operands = stretches(body, repeat)[0], operand_lists[0]
     block = _subgraph(stretch, operands, outputs)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         values = [node.meta["val"] for node in operands]
@@ -217,8 +217,7 @@ def crosses(node: fx.Node, stretch: Sequence[fx.Node]) -> bool:
 def matched(body: Sequence[fx.Node], repeat: Repeat):
     """``(repeat, operands per stretch, output places)`` if all stretches use their operands in the same pattern."""
     patterns, operand_lists, outputs = [], [], set()
-    for k in range(repeat.count):
-        stretch = body[repeat.start + k * repeat.period : repeat.start + (k + 1) * repeat.period]
+    for stretch in stretches(body, repeat):
         place = {node: index for index, node in enumerate(stretch)}
         slots: dict[fx.Node, int] = {}
         pattern: list[tuple[str, int]] = []
@@ -244,12 +243,11 @@ def matched(body: Sequence[fx.Node], repeat: Repeat):
 
 
 def _replace(module, body, repeat, operand_lists, outputs, name, taken) -> None:
-    first = body[repeat.start : repeat.start + repeat.period]
-    setattr(module, name, _subgraph(first, operand_lists[0], outputs))
+    found = stretches(body, repeat)
+    setattr(module, name, _subgraph(found[0], operand_lists[0], outputs))
     renamed: dict[fx.Node, fx.Node] = {}
-    for k, listed in enumerate(operand_lists):
+    for stretch, listed in zip(found, operand_lists, strict=True):
         operands = [renamed.get(operand, operand) for operand in listed]
-        stretch = body[repeat.start + k * repeat.period : repeat.start + (k + 1) * repeat.period]
         with module.graph.inserting_after(stretch[-1]):
             block = module.graph.get_attr(name)
         with module.graph.inserting_after(block):
