@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .program import fake_mode
+from .emit import fake_mode
 
 aten = torch.ops.aten
 

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import NOT_RUN, ZOO, redraw
 
 from ras_compile.branches import Slots
+from ras_compile.passes.emit import fake_mode
 from ras_compile.passes.errors import UnsupportedGraph
-from ras_compile.passes.program import fake_mode, sparse_program
+from ras_compile.passes.program import sparse_program
 
 aten = torch.ops.aten
 TIGHT = 1e-9

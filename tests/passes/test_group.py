@@ -10,11 +10,12 @@ from contract import error, subject
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import ZOO, redraw
 
+from ras_compile.passes.emit import Emitter
 from ras_compile.passes.fuse import Fusion, fuse_scatter_linear
 from ras_compile.passes.group import group_scatter_linear, launches
 from ras_compile.passes.inplace import write_in_place
 from ras_compile.passes.outline import outline
-from ras_compile.passes.program import Emitter, sparse_program
+from ras_compile.passes.program import sparse_program
 
 aten, own = torch.ops.aten, torch.ops.ras_compile
 PUTS = (aten.index_put_.default, aten.copy_.default)

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ras_compile.passes.emit import Emitter
 from ras_compile.passes.inplace import write_in_place
-from ras_compile.passes.program import Emitter
 
 aten = torch.ops.aten
 B, H, S, D, A = 3, 4, 11, 5, 6

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ras_compile.passes.emit import Emitter
 from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import (
     Atom,
@@ -32,7 +33,6 @@ from ras_compile.passes.layout import (
     opaque,
 )  # fmt: skip
 from ras_compile.passes.positions import PositionBuilder
-from ras_compile.passes.program import Emitter
 from ras_compile.passes.tokens import channel_count, token_view
 
 TEXT = -7  # what a text segment holds instead of an index into the latent

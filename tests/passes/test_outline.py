@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from ras_compile.capture import capture
+from ras_compile.passes.emit import Emitter
 from ras_compile.passes.layout import Frame
 from ras_compile.passes.outline import outline
-from ras_compile.passes.program import Emitter, dense_program, plan, sparse_program
+from ras_compile.passes.program import dense_program, plan, sparse_program
 from ras_compile.passes.propagate import propagate
 
 outlining = importlib.import_module("ras_compile.passes.outline")

@@ -24,9 +24,10 @@ from brute import random_rows, rows_of, spliced
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ras_compile.passes.emit import Emitter
 from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import Frame, Sizes
-from ras_compile.passes.program import Emitter, dense_program, plan, sparse_program
+from ras_compile.passes.program import dense_program, plan, sparse_program
 from ras_compile.passes.propagate import Analysis, propagate
 from ras_compile.passes.registry import RULES, Gather, Use
 from ras_compile.passes.rules.pointwise import is_pointwise

@@ -3,7 +3,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ras_compile.passes.program import Emitter
+from ras_compile.passes.emit import Emitter
 
 aten = torch.ops.aten
 
