@@ -8,10 +8,12 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
 - `gather_linear`: `gather -> linear (-> add a gathered table)` as one gather-GEMM that reads the active rows itself.
 - `row_numbers`: where the rows of a joint sequence go.
 - `linear_gelu`: `linear -> gelu` as one product.
-- `pays`, `pays_grouped`, `gather_pays`: whether they are faster than what they replace, measured once per device.
+- `attention`: attention of few queries to many keys, with equal work for all processors.
+- `pays`, `pays_grouped`, `gather_pays`, `attention_pays`: whether they are faster than what they replace, measured once per device.
 """
 
-from .choice import gather_pays, pays, pays_grouped
+from .attention import attention, attention_reference
+from .choice import attention_pays, gather_pays, pays, pays_grouped
 from .gather_linear import gather_linear, gather_linear_reference
 from .grouped import grouped_scatter_linear
 from .linear_gelu import linear_gelu, linear_gelu_reference
@@ -20,6 +22,9 @@ from .row_numbers import row_numbers
 from .scatter_linear import scatter_linear
 
 __all__ = [
+    "attention",
+    "attention_pays",
+    "attention_reference",
     "epilogue_reference",
     "gather_linear",
     "gather_linear_reference",

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import Launch as AttentionLaunch
+from .attention import attention_reference
+from .attention import runs_kernel as runs_attention
 from .gather_linear import Launch as GatherLaunch
 from .grouped import GroupedLaunch
 from .launch import Launch, runs_kernel
@@ -98,14 +101,33 @@ def gather_pays(ops: Sequence[Sequence[Any]]) -> bool:
     Args:
         ops: arguments of each op, as it takes them; of the tensors only sizes, strides, dtypes and devices count.
     """
+    return _together("gather", ops, runs_kernel, _measure_gather)
+
+
+def attention_pays(ops: Sequence[Sequence[Any]]) -> bool:
+    """Whether these `attention` ops together are faster than `scaled_dot_product_attention`.
+
+    Args:
+        ops: arguments of each op, as it takes them; of the tensors only sizes, strides, dtypes and devices count.
+    """
+    return _together("attention", ops, runs_attention, _measure_attention)
+
+
+def _together(
+    what: str,
+    ops: Sequence[Sequence[Any]],
+    runs: Callable[[Tensor], bool],
+    measure: Callable[[Sequence[Any]], tuple[float, float]],
+) -> bool:
+    """Whether ops are faster fused than plain, by the sums of what ``measure`` gives for each: (fused, plain)."""
     fused = plain = 0.0
     for args in ops:
-        if not runs_kernel(args[0]):
+        if not runs(args[0]):
             return False
         if not args[0].is_cuda:  # the interpreter: nothing to measure
             continue
-        key = f"gather pays {[_words(value) for value in args]}"
-        pair = remembered(key, args[0].device, partial(_measure_gather, args))
+        key = f"{what} pays {[_words(value) for value in args]}"
+        pair = remembered(key, args[0].device, partial(measure, args))
         if pair is None:
             return False
         fused, plain = fused + pair[0], plain + pair[1]
@@ -171,6 +193,15 @@ def _measure_gather(args: Sequence[Any]) -> tuple[float, float]:
         milliseconds(lambda: launch(tile)),
         milliseconds(lambda: F.linear(torch.neg(taken, out=copy), weight, bias)),
     )
+
+
+def _measure_attention(args: Sequence[Any]) -> tuple[float, float]:
+    q, k, v = map(_real, args[:3])
+    launch = AttentionLaunch(q, k, v, args[3])
+    cut = launch.fastest() if launch.fits else None
+    if cut is None:
+        return math.inf, 0.0
+    return milliseconds(lambda: launch(cut)), milliseconds(lambda: attention_reference(q, k, v, args[3]))
 
 
 def _real(value: Tensor) -> Tensor:

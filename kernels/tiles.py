@@ -87,7 +87,7 @@ def timings(device: torch.device) -> Timings:
     return Timings(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
-def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callable[[str], None]) -> str | None:
+def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callable[[str], object]) -> str | None:
     """The fastest of the named variants; None if none runs here, or if it is not known and may not be timed now.
 
     Timing is safe where every launch writes the same values. `triton.autotune` is not used because it also times inside
@@ -109,7 +109,7 @@ def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callab
         return found  # type: ignore[return-value]
 
 
-def build(device: torch.device, names: Sequence[str], launch: Callable[[str], None]) -> None:
+def build(device: torch.device, names: Sequence[str], launch: Callable[[str], object]) -> None:
     """Launches every variant once, in threads: Triton compiles them side by side, outside of Python's lock."""
     if device.type != "cuda" or len(names) < 2:
         return

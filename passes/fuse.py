@@ -40,6 +40,7 @@ class Fusion:
         pays: says of a site's ops whether they are faster than what they replace; None: all are.
         dtypes: the dtypes that are fused.
         gather_pays: as ``pays``, for gathers before linears.
+        attention_pays: as ``pays``, for attention of the active tokens.
         grouped: says so of a launch of several, see `group.py`; None: there are no such launches.
     """
 
@@ -48,6 +49,7 @@ class Fusion:
     pays: Choice | None = None
     dtypes: Sequence[torch.dtype] = HALF
     gather_pays: Choice | None = None
+    attention_pays: Choice | None = None
     grouped: GroupChoice | None = None
 
 

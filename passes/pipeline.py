@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from .activation import fuse_linear_gelu
+from .attention import fuse_attention
 from .fuse import Fusion, fuse_scatter_linear
 from .gather import fuse_gather_linear
 from .group import group_scatter_linear
@@ -16,13 +17,14 @@ def prepare(program: fx.GraphModule, *, fusion: Fusion | None, outline_blocks: b
     """Runs the passes on a sparse or dense program, in place. On CUDA, `linear -> gelu` becomes one product.
 
     Args:
-        fusion: replace `linear -> ... -> splice` by the scatter-GEMM and `gather -> linear` by the gather-GEMM (where
-            kernels run: on CUDA).
+        fusion: replace `linear -> ... -> splice` by the scatter-GEMM, `gather -> linear` by the gather-GEMM and
+            attention of few queries by its own op (where kernels run: on CUDA).
         outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor).
     """
     if fusion is not None:  # first: it compares the program with one of fewer rows
         fuse_scatter_linear(program.graph, fusion)
         fuse_gather_linear(program.graph, fusion)
+        fuse_attention(program.graph, fusion)
     if any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))):
         fuse_linear_gelu(program.graph)
     if fusion is not None:  # what feeds a GELU is no plain linear any more

@@ -328,9 +328,11 @@ class Plan:
         tokens = self.analysis.frame.tokens
         probe = sparse_program(self.analysis, min(tokens, PROBED_ROWS), self.sparse)
         choices = [
-            partial(self._choose, choice) for choice in (kernels.pays, kernels.gather_pays, kernels.pays_grouped)
+            partial(self._choose, choice)
+            for choice in (kernels.pays, kernels.gather_pays, kernels.attention_pays, kernels.pays_grouped)
         ]
-        return Fusion(tokens, probe.graph, choices[0], gather_pays=choices[1], grouped=choices[2])
+        pays, gather, attention, grouped = choices
+        return Fusion(tokens, probe.graph, pays, gather_pays=gather, attention_pays=attention, grouped=grouped)
 
     def _choose(self, choice: Callable[..., bool], *ops: Any) -> bool:
         return choice(*ops) if self.chosen is None else self.chosen(choice, *ops)

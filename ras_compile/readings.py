@@ -107,6 +107,8 @@ class Readings(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         args, kwargs = self.enter(args, kwargs or {})
         args, kwargs = self.numbers(function, args, kwargs)
+        if function == Tensor.data.__get__:  # type: ignore[attr-defined]  # PyTorch 2.11 cannot trace it; without gradients it is a view
+            return self.leave(args[0].view_as(args[0]))
         read = readers(function, args, kwargs)
         if read is not None:
             return self.leave(self.read(function, args, kwargs, read))
