@@ -9,43 +9,32 @@ becomes
     z = ras_compile::gather_linear(view(latent), w, b, rows, .., view(table))
 
 because a GEMM may load its rows from anywhere. As for splices (`sites.py`), no way of writing is matched: the ops that move
-entries are *run* on the addresses of the entries, for active rows that together name every token, and the addresses that
-reach the linear are read as digits of a mixed radix, one digit per stride. What is no such sum is no site.
+entries are composed into one map from the linear's operand to memory (`walks.py`), and the index tensors are *run*, for
+active rows that together name every token. What is no sum of one stride per digit is no site. Neither looks at the entries
+themselves, so that a batch of a thousand costs what one picture does.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from .fuse import Fusion, _Emitter, addressed, worth, writable
-from .program import overlaps_itself
+from .gathered import Gathered
 from .registry import Call
 from .rules.convolution import per_dim
-from .sites import Target, ancestors, digits_of, evaluate
+from .sites import Target, digits_of
+from .walks import Walk, chained, contiguous, moves_entries
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
 
-# Ops that put entries elsewhere and change none; and those that only look at memory in another way.
-VIEWS = frozenset([
-    aten.alias.default, aten.detach.default, aten.movedim.int, aten.permute.default, aten.select.int, aten.slice.Tensor,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.t.default, aten.transpose.int,
-    aten.unflatten.int, aten.unsqueeze.default, aten.view.default,
-])  # fmt: skip
-MOVES = VIEWS | {
-    aten.clone.default, aten.contiguous.default, aten.expand.default, aten.flatten.using_ints, aten.reshape.default,
-    aten._unsafe_view.default,
-}  # fmt: skip
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-LARGEST = 1 << 28  # entries of an input on whose addresses the ops are run
-
-Arrange = Callable[[Tensor], Tensor | None]  # puts what reaches an op into the order [B, A, channels]
 
 
 @dataclass(frozen=True)
@@ -153,10 +142,10 @@ class Finder:
         if rest or self.samples not in (1, samples) or any(value.dtype != result.dtype for value in given):
             return None
         lead = (samples, self.active)
-        source = self.source(x, lead, lambda value: patches(value, kernel).reshape(*lead, channels))  # type: ignore[arg-type]
+        source = self.source(x, lead, channels, Walk.of(patches(contiguous(x), kernel)))  # type: ignore[arg-type]
         if source is None or (source.target.sample == 0 and samples > self.samples):
             return None
-        # Where the entries of [B, A, N] stand in the product.
+        # How the product counts: [samples, N, places], as a convolution does, or [B, A, N].
         turned = (result.shape[0], result[0, 0].numel()) if kernel else None
         return self.sum(product, source, turned, (*lead, outputs)) or Site(product, product, source, None, turned)
 
@@ -174,64 +163,50 @@ class Finder:
             moves.append(node := user)
         else:
             return None
-        # Where the entries of [B, A, N] stand in the sum.
-        plain = torch.arange(math.prod(shape))
-        places = plain if turned is None else plain.view(*turned, shape[2]).transpose(1, 2).flatten()
-        known = {product: places.view(product.meta["val"].shape)}
-        evaluate(moves, known)
-        moved, value = known[node].flatten(), user.meta["val"]
-        if not torch.equal(moved, plain) and (turned is None or not torch.equal(moved, places)):
-            return None
-        other = next((operand for operand in user.args if operand is not node), None)
-        if not isinstance(other, fx.Node) or value.numel() != moved.numel():
+        other, value = next((operand for operand in user.args if operand is not node), None), user.meta["val"]
+        if not isinstance(other, fx.Node) or value.numel() != math.prod(shape):
             return None
         if {value.dtype, other.meta["val"].dtype} != {product.meta["val"].dtype}:  # the kernel's table has that of x
             return None
-        back = moved.argsort()
-        table = self.source(other, shape[:2], lambda entries: entries.expand(value.shape).flatten()[back].view(shape))
-        return None if table is None else Site(product, user, x, table, None if torch.equal(moved, plain) else turned)
+        # In which order the sum, and the product, visit the entries of [B, A, N]; and [B, A, N] those of the product.
+        plain = places = back = Walk(((math.prod(shape), 1),))
+        if turned:
+            images, count, outputs = *turned, shape[2]
+            places = Walk(((images, count * outputs), (outputs, 1), (count, outputs)))
+            back = Walk(((images, count * outputs), (count, 1), (outputs, count)))
+        moved = chained([*reversed(moves)], Walk.of(contiguous(node)))
+        moved = None if moved is None else moved.over(places)
+        if moved is None or moved.joined() not in (plain.joined(), places.joined()):
+            return None
+        if moved.joined() == plain.joined():
+            turned, back = None, plain
+        order = back.over(Walk.of(contiguous(other).expand(value.shape)))
+        table = None if order is None else self.source(other, shape[:2], shape[2], order)
+        return None if table is None else Site(product, user, x, table, turned)
 
-    def source(self, value: fx.Node, lead: tuple[int, int], arrange: Callable[[Tensor], Tensor]) -> Source | None:
+    def source(self, value: fx.Node, lead: tuple[int, int], channels: int, order: Walk) -> Source | None:
         """Where the entries of a gathered value come from.
 
         Args:
             lead: (B, A) of the fused op.
-            arrange: puts what stands in ``value`` into the order [B, A, channels].
+            channels: of the fused op.
+            order: how [B, A, channels] visits the entries of ``value``.
         """
-        moves: list[fx.Node] = []
-        index, base = None, value
-        while base.op == "call_function":
-            if index is None and len(uses(base)) != 1:
+        moves: list[fx.Node] = []  # behind the index
+        base = value
+        while base.op == "call_function" and base.target is not aten.index.Tensor:
+            if len(uses(base)) != 1 or not moves_entries(base):
                 return None
-            if base.target is aten.index.Tensor and index is None:
-                index = base
-            elif not moves_entries(base):
-                return None
-            moves.insert(0, base)
+            moves.append(base)
             base = base.all_input_nodes[0]
-        if index is None or base.name.startswith("cache_"):  # which is written in between
+        if base.op != "call_function" or len(uses(base)) != 1:
             return None
-        while moves[0].target in VIEWS:  # no copy yet
-            base = moves.pop(0)
-        indices = ancestors(index.all_input_nodes[1:], self.rows)
-        shape, strides = base.meta["val"].shape, base.meta["val"].stride()
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if indices is None or overlaps_itself(base) or extent > LARGEST:
+        gathered, taken = Gathered.of(base, self.rows), chained(moves, order)
+        if gathered is None or taken is None:
             return None
-        dense = {base: torch.arange(extent, dtype=torch.int32).as_strided(shape, strides)}
-        evaluate(moves[: moves.index(index)], dense)
-        firsts, channels = [], None
-        for draw in self.draws:
-            known = {**dense, self.rows: draw}
-            evaluate([*indices, *moves[moves.index(index) :]], known)
-            entries = arrange(known[value]).long()
-            first = entries[..., 0]
-            channels = entries[0, 0] - first[0, 0] if channels is None else channels
-            if not torch.equal(entries, first[..., None] + channels):
-                return None
-            firsts.append(first)
-        target = self.target(firsts, channels)  # type: ignore[arg-type]
-        return None if target is None or not writable(target) else Source(base, target, lead[0])
+        found = gathered.addresses(taken, lead, channels, self.draws)
+        target = None if found is None else self.target(*found)
+        return None if target is None or not writable(target) else Source(gathered.base, target, lead[0])  # type: ignore[union-attr]
 
     def target(self, firsts: Sequence[Tensor], channels: Tensor) -> Target | None:
         """The addresses of a source as digits: those of the first channel [B, A], for each draw, and of the channels."""
@@ -249,14 +224,6 @@ class Finder:
         if rows_at is None or channels_at is None:
             return None
         return Target(int(table[0, 0]), sample, rows_at, channels_at, True)
-
-
-def moves_entries(node: fx.Node) -> bool:
-    """Whether an op of one operand puts its entries elsewhere, and changes none."""
-    if node.target in (aten.cat.default, aten.einsum.default):  # of one operand
-        given = node.all_input_nodes
-        return len(given) == 1 and given[0].meta["val"].numel() == node.meta["val"].numel()
-    return node.target in MOVES
 
 
 def uses(node: fx.Node) -> list[fx.Node]:

@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from contract import error, subject
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from zoo import ZOO, redraw
 
+from ras_compile.passes import gathered
 from ras_compile.passes.fuse import Fusion
 from ras_compile.passes.gather import fuse_gather_linear
 from ras_compile.passes.program import sparse_program
@@ -231,6 +235,35 @@ def test_asks_whether_it_pays():
     ((args,),) = asked
     assert all(isinstance(value, torch.Tensor) for value in args[:4])
     assert counts(Embedding(), 2, pays=lambda ops: True)[0] == 1
+
+
+class Entries(TorchDispatchMode):
+    """Notes the most entries that a tensor with memory has, of those that ops return."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and not value.is_meta:
+                self.most = max(self.most, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("embed", [Embedding, Turned, Reshaped])
+def test_a_large_batch_costs_its_index_tensors(embed, batch=50, active=5):
+    torch.manual_seed(0)
+    case = subject(Model(embed().to(DTYPE)).eval(), {"latent": torch.randn(batch, 3, 6, 12, dtype=DTYPE)}, exact=False)
+    program = sparse_program(case.plan.analysis, active, case.plan.sparse)
+    with Entries() as entries:
+        assert fuse_gather_linear(program.graph, Fusion(case.frame.tokens, dtypes=(DTYPE,))) == 1
+    # The tokens of all samples, and the 2 x 3 pixels of the active ones: never a pixel's channels, nor those of the product.
+    assert batch * case.frame.tokens <= entries.most <= batch * active * 6
+
+
+def test_refuses_index_tensors_that_would_take_long(monkeypatch):
+    monkeypatch.setattr(gathered, "LARGEST", 3 * 5 * 6)  # of one of the draws
+    assert counts(Reshaped(), 3)[0] == 0
 
 
 # Gather-GEMMs, and those with a table.
