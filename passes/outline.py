@@ -11,6 +11,9 @@ on what a view is made of, and the view is made outside.
 
 What a block writes into, it alone may use: Inductor does not see that a call writes into an operand, and lets what reads the
 operand behind the call have what it held before.
+
+Complex numbers, as the tables of a rotary embedding, go in and out as pairs of real ones: Inductor leaves a call alone that
+takes or gives others, and stops where the call also writes.
 """
 
 from __future__ import annotations
@@ -197,6 +200,7 @@ def results(body: Sequence[fx.Node], repeat: Repeat, operand_lists: list[list[fx
             else v
             for v in values
         ]
+        given = [paired(value) for value in given]
         returned = fx.Interpreter(block).run(*given)
     tensors = [value for value in (*given, *returned) if isinstance(value, torch.Tensor)]
     return returned, [[other for other in tensors if other is not one] for one in returned]
@@ -246,21 +250,34 @@ def _replace(module, body, repeat, operand_lists, outputs, name, taken) -> None:
     found = stretches(body, repeat)
     setattr(module, name, _subgraph(found[0], operand_lists[0], outputs))
     renamed: dict[fx.Node, fx.Node] = {}
+    pairs: dict[fx.Node, fx.Node] = {}
     for stretch, listed in zip(found, operand_lists, strict=True):
         operands = [renamed.get(operand, operand) for operand in listed]
         with module.graph.inserting_after(stretch[-1]):
             block = module.graph.get_attr(name)
+        for operand in operands:
+            if is_complex(operand) and operand not in pairs:
+                with module.graph.inserting_before(block):
+                    pairs[operand] = module.graph.call_function(aten.view_as_real.default, (operand,))
+                pairs[operand].meta["val"] = paired(operand.meta["val"])
+                taken.add(pairs[operand])
+        given = [pairs.get(operand, operand) for operand in operands]
         with module.graph.inserting_after(block):
-            call = module.graph.call_function(torch.ops.higher_order.invoke_subgraph, (block, name, *operands))
+            call = module.graph.call_function(torch.ops.higher_order.invoke_subgraph, (block, name, *given))
         handed = _handed_on(stretch, outputs)
-        call.meta["val"] = tuple(node.meta["val"] for node in handed)
+        call.meta["val"] = tuple(paired(node.meta["val"]) for node in handed)
         taken.add(call)
         after, made = call, dict(zip(listed, operands, strict=True))
         for place, node in enumerate(handed):
             with module.graph.inserting_after(after):
                 after = made[node] = module.graph.call_function(operator.getitem, (call, place))
-            after.meta["val"] = node.meta["val"]
+            after.meta["val"] = paired(node.meta["val"])
             taken.add(after)
+            if is_complex(node):
+                with module.graph.inserting_after(after):
+                    after = made[node] = module.graph.call_function(aten.view_as_complex.default, (after,))
+                after.meta["val"] = node.meta["val"]
+                taken.add(after)
         inside = set(stretch)
         for index in outputs:
             for view in root(stretch[index], stretch)[1]:
@@ -274,6 +291,16 @@ def _replace(module, body, repeat, operand_lists, outputs, name, taken) -> None:
             module.graph.erase_node(node)
 
 
+def is_complex(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
+def paired(value: object) -> object:
+    """What goes into a block or out of it: complex numbers [...] as pairs [..., 2]."""
+    return torch.view_as_real(value) if isinstance(value, torch.Tensor) and value.is_complex() else value
+
+
 def _handed_on(stretch: Sequence[fx.Node], outputs: Sequence[int]) -> list[fx.Node]:
     """What a block returns: what its outputs are views of, as far as that is its own."""
     inside = set(stretch)
@@ -285,8 +312,15 @@ def _subgraph(stretch: Sequence[fx.Node], operands: Sequence[fx.Node], outputs: 
     env: dict[fx.Node, fx.Node] = {}
     for index, operand in enumerate(operands):
         env[operand] = graph.placeholder(f"operand_{index}")
-        env[operand].meta["val"] = operand.meta["val"]
+        env[operand].meta["val"] = paired(operand.meta["val"])
+        if is_complex(operand):
+            env[operand] = graph.call_function(aten.view_as_complex.default, (env[operand],))
+            env[operand].meta["val"] = operand.meta["val"]
     for node in stretch:
         env[node] = graph.node_copy(node, lambda operand: env[operand])
-    graph.output(tuple(env[node] for node in _handed_on(stretch, outputs)))
+    handed = _handed_on(stretch, outputs)
+    for node in filter(is_complex, handed):
+        env[node] = graph.call_function(aten.view_as_real.default, (env[node],))
+        env[node].meta["val"] = paired(node.meta["val"])
+    graph.output(tuple(env[node] for node in handed))
     return fx.GraphModule({}, graph)

@@ -137,6 +137,37 @@ def test_through_inductor_caches_are_written_in_place():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+class Rotated(Model):
+    """The blocks turn their input by a complex table."""
+
+    def forward(self, latent: Tensor, context: Tensor) -> Tensor:
+        x = self.embed(latent.flatten(2).transpose(1, 2))
+        angles = torch.arange(x.shape[1] * WIDTH // 2, dtype=torch.float64).view(x.shape[1], -1)
+        table = torch.polar(torch.ones_like(angles), angles)
+        for block in self.blocks:
+            pairs = torch.view_as_complex(block(x, context).unflatten(-1, (-1, 2)).contiguous())
+            x = torch.view_as_real(pairs * table).flatten(-2)
+        return self.head(x).transpose(1, 2).reshape(latent.shape)
+
+
+def test_through_inductor_complex_numbers_are_handed_over_as_pairs():
+    """Inductor stops at a call that takes complex numbers and writes into a cache."""
+    dense, sparse, values = programs(Rotated())
+    with torch.no_grad():
+        noise, *caches = (result.clone() for result in dense(*values))
+        state = [torch.tensor([[1, 4], [0, 5]]), *caches, noise]
+        wanted, after = run(sparse, values, state)
+        short = outlined(sparse)
+        assert len(calls(short)) >= 3
+        for call in calls(short):
+            assert not any(
+                value.is_complex() for value in (*(arg.meta["val"] for arg in call.args[2:]), *call.meta["val"])
+            )
+        found, changed = run(compile_fx(short, [*values, *state]), values, state)
+    for a, b in zip([*found, *changed], [*wanted, *after], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_a_block_with_another_constant_is_left_alone():
     """Three blocks alike and one with another scale: only the three share a subgraph."""
     dense, _, values = programs(Model(scales=(1.5, 1.5, 1.5, 2.5)))
