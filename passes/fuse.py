@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
 
 from .group import GroupChoice
-from .sites import Epilogue, Target, sites, table_shape
+from .sites import Epilogue, Site, Target, sites, table_shape
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -52,6 +53,12 @@ class Fusion:
     attention_pays: Choice | None = None
     grouped: GroupChoice | None = None
 
+    @cached_property
+    def sites(self) -> list[Site]:
+        """Those of the probe: found once for programs of any number of active rows."""
+        assert self.probe is not None
+        return sites(self.probe, self.tokens)
+
 
 def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
     """Replaces every `linear -> ... -> splice` of a sparse program; returns how many linears there were.
@@ -71,7 +78,7 @@ def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
     answers: dict[object, bool] = {}
     numbers: dict[object, fx.Node] = {}
     count = 0
-    for site in sites(probe, tokens):
+    for site in fusion.sites if fusion.probe else sites(graph, tokens):
         put = twins[site.put]
         products, leaves = [twins[node] for node in site.products], [twins[node] for node in site.leaves]
         lengths = [node.meta["val"].numel() // (samples * node.meta["val"].shape[-1]) for node in products]

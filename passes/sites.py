@@ -30,6 +30,7 @@ aten = torch.ops.aten
 log = logging.getLogger(__name__)
 
 MAX_LIVE = 64  # a longer way from a linear to a splice is no epilogue
+MAX_ENTRIES = 1 << 23  # a splice of more, of a few rows of each sample, would be run for seconds
 WIDER = {
     torch.bfloat16: torch.float64, torch.float16: torch.float64, torch.float32: torch.float64,
     torch.complex64: torch.complex128,
@@ -200,6 +201,9 @@ class Experiment:
     def run(self) -> list[tuple[Epilogue, Target]] | None:
         """The epilogue and the target of each product, or None."""
         site, samples = self.site, self.samples
+        if self._values().meta["val"].numel() > MAX_ENTRIES:
+            log.info("no experiment on the splice %s: too large", site.put.format_node())
+            return None
         lengths = []
         for node in site.products:
             value = node.meta["val"]

@@ -32,7 +32,9 @@ from .passes.tokens import TokenView, channel_count, token_view
 
 log = logging.getLogger(__name__)
 
-PROBED_ROWS = 61  # active rows of the program on which fusion sites are found: likely no other size of the model
+# Active rows of the program on which fusion sites are found, likely no other size of the model: fewer for many samples.
+PROBED_ROWS = (61, 31, 13, 7)
+PROBED = 8192  # rows of all samples
 
 
 def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Analysis:
@@ -325,8 +327,9 @@ class Plan:
     @cached_property
     def _fusion(self) -> Fusion:
         """Fusion sites are found on a program of few rows: it has the same ones as any other, and is quicker to run."""
-        tokens = self.analysis.frame.tokens
-        probe = sparse_program(self.analysis, min(tokens, PROBED_ROWS), self.sparse)
+        tokens, samples = self.analysis.frame.tokens, self.analysis.frame.samples
+        few = next((rows for rows in PROBED_ROWS if rows * samples <= PROBED), PROBED_ROWS[-1])
+        probe = sparse_program(self.analysis, min(tokens, few), self.sparse)
         choices = [
             partial(self._choose, choice)
             for choice in (kernels.pays, kernels.gather_pays, kernels.attention_pays, kernels.pays_grouped)
