@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,29 +12,28 @@ from .errors import UnsupportedGraph
 from .layout import Atom, Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal
 
 
+@dataclass(frozen=True)
 class TokenView:
     """A function from a tensor to ``[B, N, P, C]``: samples, tokens, pixels of a patch, channels; see :func:`token_view`.
 
     Attributes:
         cuts: ``(dim, start, length)`` of the region's segment, where it stands beside others.
         token_dims: the tensor's dimensions that hold tokens.
+        exploded: the sizes of the tensor's factors.
+        order: the order in which the view takes them.
         shape: ``(B, N, P)``.
+        channels: how many channels are viewed; None for all.
     """
 
-    def __init__(
-        self,
-        cuts: list[tuple[int, int, int]],
-        token_dims: frozenset[int],
-        exploded: list[int],
-        order: list[int],
-        shape: tuple[int, int, int],
-        channels: int | None,
-    ) -> None:
-        self.cuts, self.token_dims, self.shape = cuts, token_dims, shape
-        self._exploded, self._order, self._channels = exploded, order, channels
+    cuts: tuple[tuple[int, int, int], ...]
+    token_dims: frozenset[int]
+    exploded: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, int, int]
+    channels: int | None
 
     def __call__(self, value: Tensor) -> Tensor:
-        return self._opened(value).reshape(*self.shape, -1)[..., : self._channels]
+        return self._opened(value).reshape(*self.shape, -1)[..., : self.channels]
 
     def write(self, value: Tensor, tokens: Tensor) -> None:
         """Writes ``tokens`` [B, N, P, C] into ``value``: what was left out of the view stays as it is."""
@@ -45,7 +45,7 @@ class TokenView:
         """A view of ``value`` with one dimension for each factor: samples, tokens, pixels, channels."""
         for dim, start, length in self.cuts:
             value = value.narrow(dim, start, length)
-        return value.view(self._exploded).permute(self._order)
+        return value.view(self.exploded).permute(self.order)
 
 
 def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> TokenView:
@@ -86,7 +86,9 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
     patch = math.prod(exploded[place] for place in pixels)
 
     holding = frozenset(index for index, dim in enumerate(layout.dims) if set(region) & set(atoms_of(dim)))
-    return TokenView(cuts, holding, exploded, order, (frame.samples, frame.tokens, patch), channels)
+    return TokenView(
+        tuple(cuts), holding, tuple(exploded), tuple(order), (frame.samples, frame.tokens, patch), channels
+    )
 
 
 def _segment(dim: Dim, region: list) -> tuple[Dim, tuple[int, int] | None]:

@@ -24,6 +24,7 @@ from .notices import warn_once
 from .numbers import as_tensors, number_positions
 from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
+from .registry import Part
 from .steps import run_step
 from .traced import LIBRARIES, places_given, take_over
 
@@ -140,18 +141,16 @@ class CompiledGraph:
             given,
             graph=plan.identity,
             latent=values[plan.latent],
-            context=tuple(values[index] for index in self.users if index not in (plan.latent, time)),
+            context=tuple([values[index] for index in self.users if index not in (plan.latent, time)]),
             timestep=None if time is None else values[time],
-            weights=[values[index] for index in self.weights],
+            weights=Part(values, self.weights),
             config=self.config,
         )
 
     def _key(self, values: Sequence[Any]) -> tuple:
         """What a plan is specialised on: sizes, strides and types of the user's inputs, and numbers themselves."""
-        return tuple(
-            (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v
-            for v in (values[index] for index in self.users)
-        )
+        given = [values[index] for index in self.users]
+        return tuple([(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in given])
 
     def _plan(self, values: Sequence[Any], config: RASConfig) -> Plan:
         """The plan for a call, one that it shares with other lengths of the context if it can."""

@@ -184,10 +184,16 @@ class Tick:
 class _Owner(Home):
     """Home of the runs that no `generation` holds: those of one thread, or of one asyncio task."""
 
-    def __init__(self, who: tuple[Any, ...]) -> None:
+    def __init__(self, thread: threading.Thread, task: asyncio.Task | None) -> None:
         super().__init__()
-        self.who = tuple(weakref.ref(part) for part in who)
+        self._thread = weakref.ref(thread)
+        self._task = None if task is None else weakref.ref(task)
         self.last_output: tuple[weakref.ref, weakref.ref] | None = None
+
+    def is_of(self, thread: threading.Thread, task: asyncio.Task | None) -> bool:
+        if task is None or self._task is None:
+            return self._task is task and self._thread() is thread
+        return self._task() is task and self._thread() is thread
 
 
 _generation: ContextVar[Generation | None] = ContextVar("ras_compile_generation", default=None)
@@ -239,12 +245,11 @@ def present_call() -> AttachedCall | None:
 
 def owner() -> _Owner:
     """The home of the running thread or asyncio task. Contexts are copied into tasks and threads; a home is not."""
-    who: tuple[Any, ...] = (threading.current_thread(),)
-    if asyncio._get_running_loop() is not None and (task := asyncio.current_task()) is not None:
-        who = (*who, task)
+    thread = threading.current_thread()
+    task = asyncio.current_task() if asyncio._get_running_loop() is not None else None
     found = _owner.get()
-    if found is None or [ref() for ref in found.who] != list(who):
-        found = _Owner(who)
+    if found is None or not found.is_of(thread, task):
+        found = _Owner(thread, task)
         _owner.set(found)
     return found
 

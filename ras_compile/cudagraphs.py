@@ -17,8 +17,9 @@ is captured. So what runs once, or has weights that move at every call (offloadi
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import compress
 
 import torch
 from torch import Tensor, fx
@@ -33,6 +34,7 @@ __all__ = ["SLOTS", "ProgramGraphs"]
 SLOTS = 4
 DEVICE = "cuda"
 _LEASE = "graph slot"
+_NOTHING_TO_CHANGE = nullcontext()
 _TRANSFERS = {"aten::to", "aten::_to_copy", "aten::copy", "aten::copy_", "prims::device_put"}
 
 # One capture at a time: streams come from a small pool, and two threads may be given the same one.
@@ -83,11 +85,15 @@ class Slot:
     """
 
     def __init__(self, users: Sequence[Tensor]) -> None:
-        self._targets = [
+        dims = [repeated(user) for user in users]
+        targets = [
             torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=part.device)
-            for part in map(distinct, users)
+            for part in map(distinct, users, dims)
         ]
-        self.users = [target.expand(user.shape) for target, user in zip(self._targets, users, strict=True)]
+        self.users = [target.expand(user.shape) for target, user in zip(targets, users, strict=True)]
+        self._filled = [index for index, target in enumerate(targets) if target.numel()]
+        self._targets = [targets[index] for index in self._filled]
+        self._repeated = [(place, dims[index]) for place, index in enumerate(self._filled) if dims[index]]
         self.rows: dict[int | str, Tensor] = {}
         self.graphs: dict[int | str, tuple[tuple[int, ...], Graph]] = {}
         self.seen: dict[int | str, tuple[int, ...]] = {}
@@ -95,8 +101,17 @@ class Slot:
 
     def fill(self, users: Sequence[Tensor], rows: Sequence[Tensor], active: int | str) -> list[Tensor]:
         """Copies the inputs of a call in; returns the buffers of the rows (none for a dense call)."""
-        buffers = [self.rows.setdefault(active, torch.empty_like(value)) for value in rows]
-        torch._foreach_copy_([*self._targets, *buffers], [*map(distinct, users), *rows])
+        given = [users[index] for index in self._filled]
+        for place, dims in self._repeated:
+            given[place] = distinct(given[place], dims)
+        if not rows:
+            if given:
+                torch._foreach_copy_(self._targets, given)
+            return []
+        if active not in self.rows:
+            self.rows[active] = torch.empty_like(rows[0])
+        buffers = [self.rows[active]]
+        torch._foreach_copy_(self._targets + buffers, [*given, *rows])
         return buffers
 
     def enter(self, device: torch.device) -> None:
@@ -134,7 +149,7 @@ class ProgramGraphs:
 
     def __init__(self, weights: Sequence[bool], device: torch.device) -> None:
         self._count = len(weights)
-        self._weights = [index for index, weight in enumerate(weights) if weight]
+        self._is_weight = list(weights)
         self._users = [index for index, weight in enumerate(weights) if not weight]
         self._device = device
         self._free: list[Slot] = []
@@ -178,7 +193,8 @@ class ProgramGraphs:
             slots: what the branch keeps.
             spare: what a branch of a finished generation kept.
         """
-        addresses = tuple(map(Tensor.data_ptr, map(inputs.__getitem__, self._weights)))
+        # nothing else tells that a weight has moved: `weight.data = other` changes neither the object nor its version
+        addresses = tuple(map(Tensor.data_ptr, compress(inputs, self._is_weight)))
         dense = active == "dense"
         lease = self._lease(slots, spare, inputs, addresses) if dense else slots.get(_LEASE)
         if lease is None:
@@ -205,7 +221,7 @@ class ProgramGraphs:
             return None  # the user captures a graph of their own
         rows, caches = inputs[self._count : self._count + 1], inputs[self._count + 1 :]
         # buffers and caches are plain tensors, whatever mode the call is made in: another mode may write them later
-        with torch.inference_mode(False), torch.no_grad(), on(self._device):
+        with plain_mode(self._device):
             slot.enter(self._device)
             rows = slot.fill([inputs[index] for index in self._users], rows, active)
             if graph is None:
@@ -275,16 +291,33 @@ class ProgramGraphs:
         return False
 
 
-def on(device: torch.device) -> AbstractContextManager:
-    """Makes a CUDA device the current one: graphs are launched there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def plain_mode(device: torch.device) -> AbstractContextManager:
+    """Where new tensors are plain ones, nothing is recorded, and a CUDA device is the current one: graphs are launched there."""
+    there = device.type != "cuda" or device.index == torch.cuda.current_device()
+    if there and not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():
+        return _NOTHING_TO_CHANGE
+    return _plain_mode(device)
 
 
-def distinct(tensor: Tensor) -> Tensor:
-    """Without the repetitions of an expanded tensor: a buffer that overlaps itself cannot be copied into."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
+@contextmanager
+def _plain_mode(device: torch.device) -> Iterator[None]:
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        yield
+
+
+def repeated(tensor: Tensor) -> list[int]:
+    """The dimensions along which a tensor is expanded."""
+    return [dim for dim, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[dim] > 1]
+
+
+def distinct(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """Without its repetitions along ``dims``: a buffer that overlaps itself cannot be copied into."""
+    for dim in dims:
+        tensor = tensor.narrow(dim, 0, 1)
     return tensor
 
 

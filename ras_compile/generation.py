@@ -160,7 +160,9 @@ class TransformerState:
         run.pending = True
         return decision
 
-    def record(self, call: CallInfo, decision: Decision, noise: Tensor | None, output: Any) -> None:
+    def record(
+        self, call: CallInfo, decision: Decision, noise: Tensor | None, output: Any, view: TokenView | None = None
+    ) -> None:
         """Take the result of a call that ran as decided.
 
         Args:
@@ -169,6 +171,7 @@ class TransformerState:
             noise: [B, N, P, C], a view of what is returned: the predicted noise on the channels that match the
                 latent's; None if there is none, and then the next step runs dense.
             output: what is returned to the caller.
+            view: then `noise` is a tensor as the caller gets it, which becomes that view through it.
         """
         run = decision.run
         run.pending = False
@@ -176,7 +179,7 @@ class TransformerState:
         decision.of.spare = None
         needed = run.config.sample_ratio < 1 and run.schedule.kind(run.step - run.base + 1) == "sparse"
         if noise is not None and needed:
-            run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid))
+            run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view)
         run.records.append(
             Record(
                 decision.step,
@@ -194,18 +197,20 @@ class TransformerState:
             follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
         leave_output(self, output)
 
-    def extrapolate(self, decision: Decision, noise: Tensor) -> Tensor | None:
-        """What the tokens of a recorded call return with `noise_reuse="linear"`; None: the noise as it is.
+    def extrapolate(self, decision: Decision, noise: Tensor, view: TokenView) -> None:
+        """With `noise_reuse="linear"`: writes what the tokens of a recorded call are to return.
 
         Args:
             decision: as returned by `decide`.
-            noise: [B, N, P, C], that of inactive tokens as last computed.
+            noise: what the caller gets; its inactive tokens as last computed.
+            view: its view [B, N, P, C].
         """
         if decision.run.config.noise_reuse != "linear":
-            return None
+            return
         line = decision.slots.setdefault("line", Extrapolation())
-        ahead = line(noise, decision.rows, decision.time)
-        return None if decision.rows is None else ahead
+        ahead = line(view(noise), decision.rows, decision.time)
+        if decision.rows is not None:
+            view.write(noise, ahead)
 
     def abort(self) -> None:
         """Forget the generation that is running here: the next call begins a new one."""

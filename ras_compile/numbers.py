@@ -22,8 +22,10 @@ def number_positions(inputs: Sequence[GraphInput]) -> list[int]:
     return [index for index, given in enumerate(inputs) if given.size and given.argument is not None]
 
 
-def as_tensors(values: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+def as_tensors(values: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
     """The values with the integers at ``positions`` as 0-d tensors."""
+    if not positions:
+        return values
     result = list(values)
     for index in positions:
         if isinstance(result[index], int):

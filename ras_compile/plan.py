@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -154,8 +155,8 @@ class Plan:
         self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
         self.sparse: SparsePlan = plan(self.analysis, frozen=config.context == "frozen")
         placeholders = self.captured.graph.find_nodes(op="placeholder")
-        # kept: a model has hundreds of weights, and each call looks at them
-        self._tensor_inputs = tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
+        self._is_tensor = [isinstance(value, Tensor) for value in values]
+        tensors = list(compress(range(len(values)), self._is_tensor))
         self.latent = tensors[placeholders.index(self.analysis.latent)]
         if not proved:
             self._prove_or_thaw()
@@ -294,7 +295,7 @@ class Plan:
         return self.analysis.output_nodes.index(node)
 
     def _tensors(self, values: Sequence[Any]) -> list[Tensor]:
-        return [values[index] for index in self._tensor_inputs] + self.constants
+        return [*compress(values, self._is_tensor), *self.constants]
 
     def _program(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
         program = self._programs.get(active)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -12,7 +14,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ras_compile.config import RASConfig
 from ras_compile.generation import TransformerState
 
-__all__ = ["state_for", "states_of"]
+__all__ = ["Part", "state_for", "states_of"]
+
+
+class Part(Sequence[Any]):
+    """Entries of a sequence, looked up when they are asked for: a call has hundreds of weights, and three are looked at.
+
+    Args:
+        whole: the sequence.
+        places: where its entries stand there.
+    """
+
+    def __init__(self, whole: Sequence[Any], places: Sequence[int]) -> None:
+        self._whole, self._places = whole, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._whole[self._places[index]]
 
 
 class _Instance:
@@ -22,8 +42,27 @@ class _Instance:
         self.states: dict[RASConfig, TransformerState] = {}
 
 
+class _Recent(threading.local):
+    """The last call's transformer in this thread: a weight never changes its owner, and most calls are of one transformer."""
+
+    def __init__(self) -> None:
+        self._known: tuple[list[weakref.ref], RASConfig, weakref.ref] | None = None
+
+    def of(self, some: Sequence[Tensor], config: RASConfig) -> TransformerState | None:
+        """Its state, if these are three of its weights; None if not."""
+        if self._known is None:
+            return None
+        refs, asked, state = self._known
+        same = asked is config and all(ref() is weight for ref, weight in zip(refs, some, strict=True))
+        return state() if same else None
+
+    def keep(self, some: Sequence[Tensor], config: RASConfig, state: TransformerState) -> None:
+        self._known = [weakref.ref(weight) for weight in some], config, weakref.ref(state)
+
+
 # Tensors are held weakly and compared by identity; an instance lives as long as any of its weights.
 _instances = WeakTensorKeyDictionary()
+_recent = _Recent()
 _lock = threading.Lock()
 
 
@@ -35,11 +74,18 @@ def state_for(weights: Sequence[Tensor], config: RASConfig) -> TransformerState:
     """
     if not weights:
         return TransformerState(config)
+    # three weights of a graph at hand are enough to know the instance again
+    some = weights[0], weights[len(weights) // 2], weights[-1]
+    state = _recent.of(some, config)
+    if state is None:
+        state = _state_for(weights, some, config)
+        _recent.keep(some, config, state)
+    return state
+
+
+def _state_for(weights: Sequence[Tensor], some: Sequence[Tensor], config: RASConfig) -> TransformerState:
     with _lock:
-        # three weights of a graph at hand are enough to know the instance again
-        probes = {
-            id(found): found for found in map(_instances.get, (weights[0], weights[len(weights) // 2], weights[-1]))
-        }
+        probes = {id(found): found for found in map(_instances.get, some)}
         instance = next(iter(probes.values())) if len(probes) == 1 else None
         if instance is None:
             instance = _instance_of(weights)

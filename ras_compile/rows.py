@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ras_compile.config import RASConfig
+from ras_compile.passes.tokens import TokenView
 from ras_compile.replay import Replayed
 from ras_compile.selection import SelectionInfo, choose, sample_groups, select_rows, token_metric, update_counts
 
 __all__ = ["RowChooser"]
 
 _REPLAYED_METRICS = ("std", "l2norm")  # a callable may do anything, and "random" draws numbers
-_metric = Replayed(lambda noise, kind: (token_metric(noise, kind, SelectionInfo()),))
+_metric = Replayed(lambda noise, kind, view: (token_metric(view(noise) if view else noise, kind, SelectionInfo()),))
 _choose = Replayed(choose)
 
 _Key = tuple[int, int]  # batch and tokens of a call
@@ -32,7 +33,7 @@ class RowChooser:
         self._config = config
         self._seen: dict[_Key, list[Tensor]] = {}
         self._before: dict[_Key, list[Tensor]] = {}
-        self._counts: dict[_Key, tuple[Tensor, Tensor]] = {}
+        self._counts: dict[_Key, Tensor] = {}  # [2, B, N]: drop counts, absences
         self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
         self._groups: dict[_Key, Tensor] = {}  # samples that share a latent do so for the whole generation
 
@@ -40,15 +41,17 @@ class RowChooser:
         """A step begins. After a dense step no token is absent."""
         self._before, self._seen, self._chosen = self._seen, {}, {}
         if dense:
-            self._counts = {key: (drops, torch.zeros_like(away)) for key, (drops, away) in self._counts.items()}
+            self._counts = {
+                key: torch.stack([drops, torch.zeros_like(away)]) for key, (drops, away) in self._counts.items()
+            }
 
-    def observe(self, noise: Tensor, info: SelectionInfo) -> None:
-        """Take the noise [B, N, P, C] of one call of this step."""
+    def observe(self, noise: Tensor, info: SelectionInfo, view: TokenView | None = None) -> None:
+        """Take the noise [B, N, P, C] of one call of this step, or what becomes that through `view`."""
         config = self._config
         if config.metric in _REPLAYED_METRICS and config.cuda_graphs:
-            (metric,) = _metric([noise.detach()], config.metric)
+            (metric,) = _metric([noise.detach()], config.metric, view)
         else:
-            metric = token_metric(noise.detach(), config.metric, info)
+            metric = token_metric((view(noise) if view else noise).detach(), config.metric, info)
         self._seen.setdefault((metric.shape[0], metric.shape[1]), []).append(metric)
 
     def rows(
@@ -82,20 +85,20 @@ class RowChooser:
 
     def _choice(self, latent: Tensor, key: _Key, active: int, info: SelectionInfo, known: Tensor | None) -> Tensor:
         config, metrics = self._config, self._before[key]
-        drops, absence = self._counts[key] if key in self._counts else self._first_counts(key, latent.device)
+        counts = self._counts[key] if key in self._counts else self._first_counts(key, latent.device)
         groups = self._grouping(key, latent)
         if config.selector is None:
             options = active, config.high_share, config.starvation_scale, config.max_absence
             run = _choose if config.cuda_graphs else lambda tensors, *settings: choose(*tensors, *settings)
-            without = torch.empty(0, dtype=torch.bool, device=latent.device) if known is None else known
-            rows, drops, absence = run([*metrics, groups, drops, absence, without], *options)
-            self._counts[key] = drops, absence
+            without = groups.new_empty(0, dtype=torch.bool) if known is None else known
+            rows, self._counts[key] = run([*metrics, groups, counts, without], *options)
             return rows
         metric = torch.stack(metrics).mean(dim=0)
         if groups.numel():
             metric = groups @ metric
+        drops, absence = counts
         rows = select_rows(metric, drops, absence, active, config, info)
-        self._counts[key] = update_counts(drops, absence, rows)
+        self._counts[key] = torch.stack(update_counts(drops, absence, rows))
         return rows
 
     def _grouping(self, key: _Key, latent: Tensor) -> Tensor:
@@ -105,17 +108,17 @@ class RowChooser:
             self._groups[key] = sample_groups(latent) if many else torch.empty(0, device=latent.device)
         return self._groups[key]
 
-    def _first_counts(self, key: _Key, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Drop counts and absences of a batch that was not seen before: guidance that ends takes its half of them away.
+    def _first_counts(self, key: _Key, device: torch.device) -> Tensor:
+        """Drop counts and absences [2, B, N] of a batch that was not seen before: guidance that ends takes its half of them away.
 
         The first call of such a batch was dense, so that nothing is absent.
         """
         batch, tokens = key
         drops = absence = torch.zeros(key, dtype=torch.int64, device=device)
-        before = next((counts for (_, count), (counts, _) in self._counts.items() if count == tokens), None)
+        before = next((drops for (_, count), (drops, _) in self._counts.items() if count == tokens), None)
         if before is not None:
             drops = before[torch.arange(batch, device=device) % len(before)]
-        return drops, absence
+        return torch.stack([drops, absence])
 
 
 def _same_sample(latent: Tensor, other: Tensor, batch: int, others: int) -> Tensor:

@@ -94,20 +94,21 @@ def sample_groups(latent: Tensor) -> Tensor:
     return same / same.sum(dim=1, keepdim=True)
 
 
-def choose(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``(rows, drops, absence)`` of a sparse step: all of the built-in selection, on the device.
+def choose(*given: Any) -> tuple[Tensor, Tensor]:
+    """``(rows, counts)`` of a sparse step: all of the built-in selection, on the device.
 
     Args:
-        given: the metrics [B, N] of the branches of the step before, the batch's `sample_groups` (or an empty tensor), drop
-            counts and absences [B, N], and which tokens are known, bool [B, N] (or none at all: empty); then k, and
-            `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
+        given: the metrics [B, N] of the branches of the step before, the batch's `sample_groups` (or an empty tensor), the
+            counts [2, B, N] (drop counts, then absences), and which tokens are known, bool [B, N] (or none at all: empty);
+            then k, and `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
     """
-    *metrics, groups, drops, absence, known, k, high_share, scale, max_absence = given
+    *metrics, groups, counts, known, k, high_share, scale, max_absence = given
+    drops, absence = counts
     metric = torch.stack(metrics).mean(dim=0) if len(metrics) > 1 else metrics[0]
     if groups.numel():
         metric = groups @ metric
     rows = ranked(metric, drops, absence, k, high_share, scale, max_absence, known if known.numel() else None)
-    return rows, *update_counts(drops, absence, rows)
+    return rows, torch.stack(update_counts(drops, absence, rows))
 
 
 def select_rows(

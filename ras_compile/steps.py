@@ -50,9 +50,6 @@ def run_step(
         outputs = plan.dense(given, decision.slots, decision.spare)
     else:
         outputs = plan.run_sparse(given, decision.rows, decision.slots)
-    noise = plan.noise_view(outputs[plan.noise])
-    state.record(call, decision, noise, outputs)
-    ahead = state.extrapolate(decision, noise)
-    if ahead is not None:
-        plan.noise_view.write(outputs[plan.noise], ahead)
+    state.record(call, decision, outputs[plan.noise], outputs, plan.noise_view)
+    state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
     return outputs
