@@ -164,6 +164,30 @@ def test_fires_on_keys_values_and_noise(batch):
     assert counts(Attention(), batch)[2] < 1e-12
 
 
+def test_sites_are_found_once_for_all_numbers_of_active_rows(monkeypatch):
+    case = subject(Attention().double().eval(), {"x": torch.randn(2, 12, 6, dtype=torch.float64)})
+    probe = sparse_program(case.plan.analysis, 7, case.plan.sparse)
+    fusion, runs, run = Fusion(12, probe.graph, dtypes=(torch.float64,)), [], found.Experiment.run
+    monkeypatch.setattr(found.Experiment, "run", lambda self: runs.append(self) or run(self))
+    fused = [fuse_scatter_linear(sparse_program(case.plan.analysis, a, case.plan.sparse).graph, fusion) for a in (5, 3)]
+    assert fused == [3, 3] and 0 < len(runs) <= 3
+
+
+def test_a_splice_of_many_entries_is_no_site(monkeypatch):
+    monkeypatch.setattr(found, "MAX_ENTRIES", 3 * 7 * 16 - 1)  # keys and values of three samples; the noise has fewer
+    assert counts(Attention(), 3)[:2] == (1, 2)
+    monkeypatch.setattr(found, "MAX_ENTRIES", 3 * 7 * 16)
+    assert counts(Attention(), 3)[:2] == (3, 0)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 61), (2, 31), (4, 13), (8, 7)])
+def test_sites_are_looked_for_in_fewer_rows_of_more_samples(batch, rows, monkeypatch):
+    monkeypatch.setattr(planning, "PROBED", 62)
+    case = subject(Attention().double().eval(), {"x": torch.randn(batch, 64, 6, dtype=torch.float64)})
+    (probed,) = (node for node in case.plan._fusion.probe.nodes if node.name == "rows")
+    assert tuple(probed.meta["val"].shape) == (batch, rows)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fires_inside_a_joint_cache(batch):
     """Text and picture each have their linear, and write into one cache: keys and values of both, and the noise."""
@@ -288,30 +312,6 @@ def test_sites_of_known_models(name, active=7):
     with torch.no_grad():
         program(*case.plan._tensors(values), rows, *own)
     assert error(own, case.sparse(values, rows, caches)[1]) < 1e-11
-
-
-def test_sites_are_found_once_for_all_numbers_of_active_rows(monkeypatch):
-    case = subject(Attention().double().eval(), {"x": torch.randn(2, 12, 6, dtype=torch.float64)})
-    probe = sparse_program(case.plan.analysis, 7, case.plan.sparse)
-    fusion, runs, run = Fusion(12, probe.graph, dtypes=(torch.float64,)), [], found.Experiment.run
-    monkeypatch.setattr(found.Experiment, "run", lambda self: runs.append(self) or run(self))
-    fused = [fuse_scatter_linear(sparse_program(case.plan.analysis, a, case.plan.sparse).graph, fusion) for a in (5, 3)]
-    assert fused == [3, 3] and 0 < len(runs) <= 3
-
-
-def test_a_splice_of_many_entries_is_no_site(monkeypatch):
-    monkeypatch.setattr(found, "MAX_ENTRIES", 3 * 7 * 16 - 1)  # keys and values of three samples; the noise has fewer
-    assert counts(Attention(), 3)[:2] == (1, 2)
-    monkeypatch.setattr(found, "MAX_ENTRIES", 3 * 7 * 16)
-    assert counts(Attention(), 3)[:2] == (3, 0)
-
-
-@pytest.mark.parametrize(("batch", "rows"), [(1, 61), (2, 31), (4, 13), (8, 7)])
-def test_sites_are_looked_for_in_fewer_rows_of_more_samples(batch, rows, monkeypatch):
-    monkeypatch.setattr(planning, "PROBED", 62)
-    case = subject(Attention().double().eval(), {"x": torch.randn(batch, 64, 6, dtype=torch.float64)})
-    (probed,) = (node for node in case.plan._fusion.probe.nodes if node.name == "rows")
-    assert tuple(probed.meta["val"].shape) == (batch, rows)
 
 
 def test_layers_share_the_tables_that_they_gather():
