@@ -136,7 +136,6 @@ class Cut:
 
     Attributes:
         shares: how many programs a processor runs together, each with an equal share of all blocks; 0: one program per tile.
-        registers: the most that a thread may have; 0: no limit.
     """
 
     BM: int
@@ -144,24 +143,16 @@ class Cut:
     warps: int
     stages: int
     shares: int = 0
-    registers: int = 0
 
     @property
     def name(self) -> str:
-        limit = f"-r{self.registers}" if self.registers else ""
-        return f"{self.BM}x{self.BN}-w{self.warps}-s{self.stages}" + f"-shares{self.shares}" * bool(self.shares) + limit
+        return f"{self.BM}x{self.BN}-w{self.warps}-s{self.stages}" + f"-shares{self.shares}" * bool(self.shares)
 
 
 # Four warps own all rows of a tile, and several programs share a processor: one computes its softmax while another
-# multiplies. With eight warps, or one program, an H200 needs 1.3 to 1.7 times as long at heads of 64.
-CUTS = (
-    Cut(64, 128, 4, 2),
-    Cut(64, 64, 4, 3),
-    Cut(64, 128, 4, 3, shares=2),
-    Cut(64, 128, 4, 2, shares=3, registers=168),
-    Cut(64, 64, 4, 3, shares=3),
-    Cut(128, 64, 4, 3, shares=2),
-)
+# multiplies. With eight warps an H200 needs 1.3 to 1.7 times as long at heads of 64. Each of these is the fastest at some of
+# SD3's sizes.
+CUTS = (Cut(64, 128, 4, 2), Cut(64, 128, 4, 3), Cut(64, 64, 4, 3), Cut(64, 128, 4, 3, shares=2))
 INTERPRETER_CUT = Cut(16, 16, 4, 1, shares=2)
 
 
@@ -173,11 +164,11 @@ class Launch:
 
     @property
     def fits(self) -> bool:
-        """Whether the kernel takes these: operands that can be loaded in bulk, and a scale under which the maximum stays one."""
+        """Whether the kernel takes these: operands that can be loaded in bulk, a scale under which the maximum stays one."""
         return self.scale > 0 and all(
-            x.stride(3) == 1
+            (x.stride(3) == 1 or x.shape[3] == 1)
             and x.data_ptr() % 16 == 0
-            and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+            and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides(x)[:3])
             for x in (self.q, self.k, self.v)
         )
 
@@ -205,17 +196,21 @@ class Launch:
         edges = y.new_empty(4 * programs * cut.BM if split else 1, dtype=torch.float32)
         arrived = torch.zeros(tiles if split else 1, dtype=torch.int32, device=y.device)
         operands = [
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, DP])
+            TensorDescriptor(x, list(x.shape), strides(x), [1, 1, rows, DP])
             for x, rows in ((self.q, cut.BM), (self.k, cut.BN), (self.v, cut.BN))
         ]
-        limit = {"maxnreg": cut.registers} if cut.registers and not INTERPRETED else {}
         attention_kernel[(programs,)](
             *operands, y, parts, edges, arrived, self.scale * math.log2(math.e),
             H, NQ, NK, T_M, T_N, tiles * T_N, *y.stride()[:3],
             D=D, DP=DP, WIDEN=INTERPRETED, SPLIT=split, BM=cut.BM, BN=cut.BN,
-            num_warps=cut.warps, num_stages=cut.stages, **limit,
+            num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         return y
+
+
+def strides(x: Tensor) -> list[int]:
+    """The strides of [B, H, N, D]; that of a dimension of one entry says nothing, and bulk loads are given a multiple of 16."""
+    return [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride(), strict=False)] + [1]
 
 
 def result(q: Tensor) -> Tensor:
