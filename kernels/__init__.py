@@ -9,14 +9,17 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
 - `row_numbers`: where the rows of a joint sequence go.
 - `linear_gelu`: `linear -> gelu` as one product.
 - `attention`: attention of few queries to many keys, with equal work for all processors.
-- `pays`, `pays_grouped`, `gather_pays`, `attention_pays`: whether they are faster than what they replace, measured once per device.
+- `many_linears`: linears of a few rows that read the same input, in one launch.
+- `pays`, `pays_grouped`, `gather_pays`, `attention_pays`, `many_pays`: whether they are faster than what they replace, measured
+  once per device.
 """
 
 from .attention import attention, attention_reference
-from .choice import attention_pays, gather_pays, pays, pays_grouped
+from .choice import attention_pays, gather_pays, many_pays, pays, pays_grouped
 from .gather_linear import gather_linear, gather_linear_reference
 from .grouped import grouped_scatter_linear
 from .linear_gelu import linear_gelu, linear_gelu_reference
+from .many_linears import many_linears, many_linears_reference
 from .reference import epilogue_reference, scatter_linear_reference
 from .row_numbers import row_numbers
 from .scatter_linear import scatter_linear
@@ -32,6 +35,9 @@ __all__ = [
     "grouped_scatter_linear",
     "linear_gelu",
     "linear_gelu_reference",
+    "many_linears",
+    "many_linears_reference",
+    "many_pays",
     "pays",
     "pays_grouped",
     "row_numbers",

@@ -1,6 +1,7 @@
 """Whether a fused op is faster than what it replaces: measured once for a size on a device, and kept on disk."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,8 +16,10 @@ from .attention import runs_kernel as runs_attention
 from .gather_linear import Launch as GatherLaunch
 from .grouped import GroupedLaunch
 from .launch import Launch, runs_kernel
+from .many_linears import ManyLaunch, many_linears_reference, runs_many
 from .tiles import milliseconds, timings
 
+MEASURED_BYTES = 2**28  # of weights that are read in turn: many times what the cache of a device holds
 Arguments = Sequence[Any]  # of `scatter_linear`; of the tensors only sizes, strides, dtypes and devices count
 
 
@@ -134,6 +137,22 @@ def _together(
     return fused <= plain
 
 
+def many_pays(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    """Whether `many_linears` of these is faster than the linears (cuBLAS) one after the other.
+
+    Members of one size are alike, and no more of them are measured than it takes to leave the caches of the device behind.
+    Arguments are those of the op; only sizes, dtypes and devices count.
+    """
+    if not runs_many(x, weights, biases):
+        return False
+    if not x.is_cuda:  # the interpreter: nothing to measure
+        return True
+    sizes = Counter((weight.shape[0], bias is not None) for weight, bias in zip(weights, biases, strict=True))
+    key = f"many pays {x.dtype} {list(x.shape)} {sorted(sizes.items())}"
+    times = remembered(key, x.device, partial(_measure_many, x, sizes))
+    return times is not None and times[0] <= times[1]
+
+
 def measured(
     what: str, ops: Sequence[Arguments], measure: Callable[[list[list[Any]]], tuple[float, ...]]
 ) -> tuple[float, ...] | None:
@@ -202,6 +221,23 @@ def _measure_attention(args: Sequence[Any]) -> tuple[float, float]:
     if cut is None:
         return math.inf, 0.0
     return milliseconds(lambda: launch(cut)), milliseconds(lambda: attention_reference(q, k, v, args[3]))
+
+
+def _measure_many(x: Tensor, sizes: Counter[tuple[int, bool]]) -> tuple[float, float]:
+    def made(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=x.dtype, device=x.device)
+
+    K = x.shape[-1]
+    share = min(1.0, MEASURED_BYTES / sum(count * N * K * x.element_size() for (N, _), count in sizes.items()))
+    members = [size for size, count in sizes.items() for _ in range(math.ceil(count * share))]
+    given, weights = made(*x.shape), [made(N, K) for N, _ in members]
+    biases = [made(N) if biased else None for N, biased in members]
+    launch = ManyLaunch(given, weights, biases)
+    tile = launch.fastest()
+    return (
+        math.inf if tile is None else milliseconds(lambda: launch(tile)),
+        milliseconds(lambda: many_linears_reference(given, weights, biases)),
+    )
 
 
 def _real(value: Tensor) -> Tensor:

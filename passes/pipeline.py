@@ -6,6 +6,7 @@ from torch import fx
 
 from .activation import fuse_linear_gelu
 from .attention import fuse_attention
+from .few_rows import FewRowsChoice, join_linears
 from .fuse import Fusion, fuse_scatter_linear
 from .gather import fuse_gather_linear
 from .group import group_scatter_linear
@@ -13,12 +14,15 @@ from .inplace import write_in_place
 from .outline import outline
 
 
-def prepare(program: fx.GraphModule, *, fusion: Fusion | None, outline_blocks: bool) -> fx.GraphModule:
+def prepare(
+    program: fx.GraphModule, *, fusion: Fusion | None, few_rows: FewRowsChoice | None, outline_blocks: bool
+) -> fx.GraphModule:
     """Runs the passes on a sparse or dense program, in place. On CUDA, `linear -> gelu` becomes one product.
 
     Args:
         fusion: replace `linear -> ... -> splice` by the scatter-GEMM, `gather -> linear` by the gather-GEMM and
             attention of few queries by its own op (where kernels run: on CUDA).
+        few_rows: says of linears of a few rows whether they become one launch; None: none do.
         outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor).
     """
     if fusion is not None:  # first: it compares the program with one of fewer rows
@@ -29,6 +33,7 @@ def prepare(program: fx.GraphModule, *, fusion: Fusion | None, outline_blocks: b
         fuse_linear_gelu(program.graph)
     if fusion is not None:  # what feeds a GELU is no plain linear any more
         group_scatter_linear(program.graph, fusion.grouped)
+    join_linears(program.graph, few_rows)
     write_in_place(program.graph)
     if outline_blocks:
         outline(program)

@@ -317,13 +317,15 @@ class Plan:
 
     def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
         """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows."""
+        few_rows = partial(self._choose, kernels.many_pays)
         with torch.no_grad():
             if active == "dense":
-                return prepare(dense_program(self.analysis, self.sparse), fusion=None, outline_blocks=outline_blocks)
-            assert isinstance(active, int)
-            program = sparse_program(self.analysis, active, self.sparse)
-            fusion = self._fusion if self.analysis.latent.meta["val"].is_cuda else None
-            return prepare(program, fusion=fusion, outline_blocks=outline_blocks)
+                program, fusion = dense_program(self.analysis, self.sparse), None
+            else:
+                assert isinstance(active, int)
+                program = sparse_program(self.analysis, active, self.sparse)
+                fusion = self._fusion if self.analysis.latent.meta["val"].is_cuda else None
+            return prepare(program, fusion=fusion, few_rows=few_rows, outline_blocks=outline_blocks)
 
     @cached_property
     def _fusion(self) -> Fusion:

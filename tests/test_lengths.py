@@ -95,6 +95,26 @@ def test_twenty_lengths_cost_two_compilations_of_each_program(name, compiled_pro
     assert torch.equal(sampled(alone, lengthened(given, MODELS[name], TWENTY[13])), found[13])
 
 
+def test_joined_linears_are_shared_by_all_lengths(compiled_programs, monkeypatch):
+    monkeypatch.setattr(ras_compile.kernels, "many_pays", lambda x, weights, biases: x.ndim == 2)
+    joined = []
+
+    def counting(module, inputs, config, compile_inner=ras_compile.family.compile_inner):
+        op = torch.ops.ras_compile.many_linears.default
+        joined.append([len(n.args[1]) for n in module.graph.find_nodes(op="call_function", target=op)])
+        return compile_inner(module, inputs, config)
+
+    monkeypatch.setattr(ras_compile.family, "compile_inner", counting)
+    module, given = redraw(ZOO["SD3"].build()).eval(), ZOO["SD3"].inputs()
+    compiled = torch.compile(module, backend="ras", options=OPTIONS)
+    found = [sampled(compiled, lengthened(given, 5, length)) for length in TWENTY[:6]]
+    assert set(compiled_programs.values()) == {2} and joined == [[5], [5]]
+    torch._dynamo.reset()
+    monkeypatch.setattr(ras_compile.kernels, "many_pays", lambda *given: False)
+    alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
+    assert torch.equal(sampled(alone, lengthened(given, 5, TWENTY[5])), found[5])
+
+
 def test_a_frozen_context_and_a_new_ratio(compiled_programs):
     options = {**OPTIONS, "context": "frozen", "ratio_schedule": "linear"}
     module, given = redraw(ZOO["SD3"].build()).eval(), ZOO["SD3"].inputs()

@@ -26,7 +26,7 @@ __all__ = ["main"]
 FAMILIES = {
     "scatter-GEMM": ("scatter_linear",),
     "attention": ("flash", "fmha", "sdpa", "attention"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "addmm", "aten::mm", "aten::linear"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "many_linears", "addmm", "aten::mm", "aten::linear"),
     "Inductor": ("triton_",),
     "copy": ("memcpy", "memset", "copy", "aten::clone"),
 }
