@@ -17,7 +17,7 @@ from .gather_linear import Launch as GatherLaunch
 from .grouped import GroupedLaunch
 from .launch import Launch, runs_kernel
 from .many_linears import ManyLaunch, many_linears_reference, runs_many
-from .tiles import milliseconds, timings
+from .tiles import Postponed, milliseconds, timings
 
 MEASURED_BYTES = 2**28  # of weights that are read in turn: many times what the cache of a device holds
 Arguments = Sequence[Any]  # of `scatter_linear`; of the tensors only sizes, strides, dtypes and devices count
@@ -163,7 +163,7 @@ def measured(
 
 
 def remembered(key: str, device: torch.device, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...] | None:
-    """What ``measure`` gives, or gave on this device before; None where it cannot be had now."""
+    """What ``measure`` gives, or gave on this device before; None where it cannot be had now, zeros where it is `postponed`."""
     store = timings(device)
     with store.lock:
         known = store.known.get(key)
@@ -176,6 +176,8 @@ def remembered(key: str, device: torch.device, measure: Callable[[], tuple[float
                 times = measure()
         except torch.OutOfMemoryError:
             return None
+        except Postponed:
+            return 0.0, 0.0
         store.add(key, [time if math.isfinite(time) else None for time in times])
         return times
 

@@ -12,8 +12,9 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -100,7 +101,12 @@ def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callab
         if not (found is None or found in names):
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
-            build(device, names, launch)
+            variants = Variants(device, names, launch)
+            if _thread.noted is not None:
+                _thread.noted.setdefault((device, key), variants)
+                raise Postponed
+            if len(names) > 1:
+                build({key: variants})
             times = {name: milliseconds(partial(launch, name)) for name in names}
             log.debug("%s: %s", key, times)
             best = min(names, key=times.__getitem__, default=None)
@@ -109,19 +115,62 @@ def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callab
         return found  # type: ignore[return-value]
 
 
-def build(device: torch.device, names: Sequence[str], launch: Callable[[str], object]) -> None:
+@dataclass(frozen=True)
+class Variants:
+    """Ways to run one op: ``launch(name)`` for each of the names."""
+
+    device: torch.device
+    names: Sequence[str]
+    launch: Callable[[str], object]
+
+
+class Postponed(Exception):
+    """Nothing is timed now."""
+
+
+Noted = dict[object, Variants | None]  # None: something else that was not timed
+
+
+class _Thread(threading.local):
+    noted: Noted | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[Noted]:
+    """Times nothing inside, in this thread: a choice that is not known yet gets a made-up answer, and what it would have
+    timed is noted, for `build`. With nothing noted, all answers were true ones.
+    """
+    before, _thread.noted = _thread.noted, {}
+    try:
+        yield _thread.noted
+    finally:
+        _thread.noted = before
+
+
+def build(noted: Noted) -> None:
     """Launches every variant once, in threads: Triton compiles them side by side, outside of Python's lock."""
-    if device.type != "cuda" or len(names) < 2:
+    jobs = [(variants, name) for variants in noted.values() if variants for name in variants.names]
+    jobs = [job for job in jobs if job[0].device.type == "cuda"]
+    if not jobs:
         return
-    stream = torch.cuda.current_stream(device)
+    streams = {job[0].device: torch.cuda.current_stream(job[0].device) for job in jobs}
 
-    def first(name: str) -> None:
+    def first(job: tuple[Variants, str]) -> None:
+        variants, name = job
         # what does not compile or fit fails again when it is timed, and is left out there
-        with contextlib.suppress(Exception), torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
-            launch(name)
+        with (
+            contextlib.suppress(Exception),
+            torch.cuda.device(variants.device),
+            torch.cuda.stream(streams[variants.device]),
+            torch.no_grad(),
+        ):
+            variants.launch(name)
 
-    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:
-        list(pool.map(first, names))
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        list(pool.map(first, jobs))
 
 
 REPEATS = 20  # launches in one timing: enough to hide that of the graph
@@ -129,6 +178,9 @@ REPEATS = 20  # launches in one timing: enough to hide that of the graph
 
 def milliseconds(run: Callable[[], object]) -> float:
     """Median time of a call on the device; infinite where it does not fit or cannot be compiled there."""
+    if _thread.noted is not None:
+        _thread.noted[None] = None
+        raise Postponed
     try:
         return replayed(run)
     except (triton.OutOfResources, torch.OutOfMemoryError):  # a tile too large

@@ -18,6 +18,7 @@ from .config import ConfigError, RASConfig
 from .cudagraphs import ProgramGraphs
 from .inner import Compiled, compile_inner
 from .inputs import GraphInput, latent_candidates
+from .kernels.tiles import build, postponed
 from .memory import Keeper, default_budget
 from .notices import warn_once
 from .numbers import capture_numbers
@@ -316,16 +317,28 @@ class Plan:
         return compile_inner(self.build(active, outline_blocks=False), inputs, self.config)
 
     def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
-        """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows."""
-        few_rows = partial(self._choose, kernels.many_pays)
+        """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows.
+
+        Kernels that have yet to be timed are compiled side by side before the first of them is.
+        """
         with torch.no_grad():
-            if active == "dense":
-                program, fusion = dense_program(self.analysis, self.sparse), None
-            else:
-                assert isinstance(active, int)
-                program = sparse_program(self.analysis, active, self.sparse)
-                fusion = self._fusion if self.analysis.latent.meta["val"].is_cuda else None
-            return prepare(program, fusion=fusion, few_rows=few_rows, outline_blocks=outline_blocks)
+            if self.chosen is None:
+                with postponed() as noted:
+                    program = self._prepared(active, outline_blocks)
+                if not noted:
+                    return program
+                build(noted)
+            return self._prepared(active, outline_blocks)
+
+    def _prepared(self, active: int | str, outline_blocks: bool) -> fx.GraphModule:
+        few_rows = partial(self._choose, kernels.many_pays)
+        if active == "dense":
+            program, fusion = dense_program(self.analysis, self.sparse), None
+        else:
+            assert isinstance(active, int)
+            program = sparse_program(self.analysis, active, self.sparse)
+            fusion = self._fusion if self.analysis.latent.meta["val"].is_cuda else None
+        return prepare(program, fusion=fusion, few_rows=few_rows, outline_blocks=outline_blocks)
 
     @cached_property
     def _fusion(self) -> Fusion:

@@ -1,5 +1,6 @@
 """Whether a fused op pays: asked with sizes alone, measured once on a device, remembered on disk."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -10,6 +11,7 @@ from ras_compile.kernels import grouped_scatter_linear, pays, pays_grouped, scat
 from ras_compile.kernels.tiles import timings
 
 choice = importlib.import_module("ras_compile.kernels.choice")
+tiles = importlib.import_module("ras_compile.kernels.tiles")
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -75,6 +77,18 @@ def test_a_group_is_weighed_against_the_best_form_of_each_member(monkeypatch):
             assert not pays_grouped([[keys, values]], [queries])
 
 
+def test_what_is_postponed_gets_an_answer_and_is_not_remembered(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tiles, "replayed", lambda run: run())
+    device, times = torch.device("cpu"), lambda: (tiles.milliseconds(lambda: 1.5), tiles.milliseconds(lambda: 2.5))
+    with tiles.postponed() as noted:
+        assert choice.remembered("key", device, times) == (0.0, 0.0) and len(noted) == 1
+    assert choice.remembered("key", device, times) == (1.5, 2.5)
+    with tiles.postponed() as noted:
+        assert choice.remembered("key", device, times) == (1.5, 2.5) and not noted
+
+
 class TestOnCUDA:
     pytestmark = CUDA
 
@@ -94,6 +108,20 @@ class TestOnCUDA:
         monkeypatch.setattr(importlib.import_module("ras_compile.kernels.tiles"), "milliseconds", None)
         (real,) = choice._real_arguments([args])
         scatter_linear(*real)
+
+    def test_kernels_of_several_choices_are_built_before_one_is_timed(self):
+        sites = [site("cuda"), site("cuda", A=40)]
+        with tiles.postponed() as noted:
+            pays(sites[:1]), pays(sites[1:]), pays_grouped([[args] for args in sites])
+        assert (
+            len({variants.launch for variants in noted if variants}) >= 3
+            and not tiles.timings(sites[0][1].device).known
+        )
+        tiles.build(noted)
+        with tiles.postponed() as noted:
+            pays(sites[:1])
+        assert noted, "nothing was timed yet"
+        assert pays(sites) in (True, False)
 
     def test_a_group_is_measured_once(self, monkeypatch):
         ran = []

@@ -113,6 +113,28 @@ def test_nothing_is_timed_inside_a_capture(timed, monkeypatch):
     assert tiles.fastest(device, "key", NAMES, ran.append) == "middle" and len(ran) == 3
 
 
+def test_what_is_postponed_is_noted_and_not_timed(timed):
+    ran, _ = timed
+    tiles.fastest(CPU, "known", NAMES, ran.append)
+    with tiles.postponed() as noted:
+        assert tiles.fastest(CPU, "known", NAMES, ran.append) == "middle" and not noted
+        for _ in range(2):
+            with pytest.raises(tiles.Postponed):
+                tiles.fastest(CPU, "key", NAMES, ran.append)
+    assert len(ran) == 3
+    (variants,) = noted.values()
+    assert (variants.device, variants.names) == (CPU, NAMES)
+    variants.launch("small")
+    assert ran[3:] == ["small"]
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle", "and remembered nothing"
+
+
+def test_a_time_that_is_postponed_is_told():
+    with tiles.postponed() as noted, pytest.raises(tiles.Postponed):
+        tiles.milliseconds(print)
+    assert noted == {None: None}
+
+
 def test_variants_are_built_side_by_side_where_they_will_run(monkeypatch):
     """Each one waits for another one to begin; that one fails, which is the timing's business."""
     here, met, done = threading.local(), threading.Barrier(2, timeout=60), []
@@ -134,7 +156,8 @@ def test_variants_are_built_side_by_side_where_they_will_run(monkeypatch):
         done.append(here.places)
 
     device = torch.device("cuda", 1)
-    tiles.build(device, ["small", "too large"], launch)
+    noted = [tiles.Variants(device, [name], launch) for name in ("small", "too large")]
+    tiles.build({1: noted[0], 2: None, 3: noted[1]})
     assert done == [[device, "stream of cuda:1"]]
 
 

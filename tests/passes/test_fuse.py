@@ -9,6 +9,7 @@ from torch import nn
 from zoo import ZOO, redraw
 
 from ras_compile import plan as planning
+from ras_compile.kernels import tiles
 from ras_compile.passes import sites as found
 from ras_compile.passes.fuse import Fusion, fuse_scatter_linear
 from ras_compile.passes.program import sparse_program
@@ -171,6 +172,31 @@ def test_sites_are_found_once_for_all_numbers_of_active_rows(monkeypatch):
     monkeypatch.setattr(found.Experiment, "run", lambda self: runs.append(self) or run(self))
     fused = [fuse_scatter_linear(sparse_program(case.plan.analysis, a, case.plan.sparse).graph, fusion) for a in (5, 3)]
     assert fused == [3, 3] and 0 < len(runs) <= 3
+
+
+def test_kernels_of_all_choices_are_built_before_one_is_timed(monkeypatch):
+    """The program is made twice where something has yet to be timed, once where all is known."""
+    case = subject(Attention().bfloat16().eval(), {"x": torch.randn(2, 12, 6, dtype=torch.bfloat16)}, exact=False)
+    known, events = set(), []
+
+    def pays(ops):
+        (_, _, weight, bias, *_), *_ = ops
+        key = tuple(weight.shape), bias is None
+        if key not in known and tiles._thread.noted is not None:
+            tiles._thread.noted[key] = None
+        elif key not in known:
+            known.add(key)
+            events.append("timed")
+        return False
+
+    for name in ("pays", "gather_pays", "attention_pays", "pays_grouped", "many_pays"):
+        monkeypatch.setattr(planning.kernels, name, pays if name == "pays" else lambda *ops: False)
+    monkeypatch.setattr(planning, "build", lambda noted: events.append(len(noted)))
+    prepare, fusion = planning.prepare, case.plan._fusion  # as on CUDA
+    monkeypatch.setattr(planning, "prepare", lambda program, **given: prepare(program, **{**given, "fusion": fusion}))
+    case.plan.build(5)
+    case.plan.build(5)
+    assert events == [3, "timed", "timed", "timed"]
 
 
 def test_a_splice_of_many_entries_is_no_site(monkeypatch):
