@@ -172,7 +172,13 @@ def remembered(key: str, device: torch.device, measure: Callable[[], tuple[float
         if torch.cuda.is_current_stream_capturing():
             return None
         try:
-            with torch.cuda.device(device), torch.no_grad(), torch.inference_mode(False):
+            # What is drawn for a timing must not move the caller's random numbers: a cold start would give another picture.
+            with (
+                torch.random.fork_rng([device]),
+                torch.cuda.device(device),
+                torch.no_grad(),
+                torch.inference_mode(False),
+            ):
                 times = measure()
         except torch.OutOfMemoryError:
             return None

@@ -135,6 +135,12 @@ class TestOnCUDA:
         members = choice._real_arguments([keys, text, choice.filled(linear)])
         grouped_scatter_linear(*map(list, zip(*members, strict=True)))
 
+    def test_measuring_leaves_the_random_numbers_alone(self):
+        """A cold start must not draw another picture than a warm one."""
+        before = torch.cuda.get_rng_state(), torch.get_rng_state()
+        assert pays([site("cuda")]) in (True, False)
+        assert torch.equal(before[0], torch.cuda.get_rng_state()) and torch.equal(before[1], torch.get_rng_state())
+
     def test_nothing_is_measured_inside_a_capture(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert not pays([site("cuda")])
