@@ -174,7 +174,7 @@ def remembered(key: str, device: torch.device, measure: Callable[[], tuple[float
         try:
             # What is drawn for a timing must not move the caller's random numbers: a cold start would give another picture.
             with (
-                torch.random.fork_rng([device]),
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
                 torch.cuda.device(device),
                 torch.no_grad(),
                 torch.inference_mode(False),
