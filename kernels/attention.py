@@ -164,8 +164,8 @@ class Launch:
 
     @property
     def fits(self) -> bool:
-        """Whether the kernel takes these: operands that can be loaded in bulk, a scale under which the maximum stays one."""
-        return self.scale > 0 and all(
+        """Whether the kernel takes these: operands that can be loaded in bulk."""
+        return all(
             (x.stride(3) == 1 or x.shape[3] == 1)
             and x.data_ptr() % 16 == 0
             and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides(x)[:3])
@@ -232,16 +232,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Args:
         q: [B, H, Q, D], any strides.
         k, v: [B, H, N, D], any strides.
-        scale: factor of the scores, 1 / sqrt(D) as a rule.
+        scale: positive factor of the scores, 1 / sqrt(D) as a rule.
 
     All three share one floating-point dtype and device. Returns [B, H, Q, D] with the strides of a contiguous [B, Q, H, D].
     The Triton kernel runs on GPUs with bulk loads (Hopper and later), in 16 bits, at heads of up to 64 channels that lie side
     by side; elsewhere the eager twin runs (`scaled_dot_product_attention`).
 
     Raises:
-        ValueError: other shapes, or different dtypes or devices.
+        ValueError: other shapes, different dtypes or devices, or a scale of zero or less.
     """
-    check(q, k, v)
+    check(q, k, v, scale)
     if q.numel() == 0 or k.numel() == 0 or not runs_kernel(q):
         return twin(q, k, v, scale)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
@@ -256,7 +256,7 @@ def twin(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return result(q).copy_(attention_reference(q, k, v, scale))
 
 
-def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     """Raises ValueError where `attention` says so."""
     fits = q.dim() == k.dim() == 4 and k.shape == v.shape and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
     if not fits:
@@ -265,11 +265,13 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"attention: q, k and v must share one dtype and device; given: {kinds}")
+    if not scale > 0:  # the largest score would not stay the largest
+        raise ValueError(f"attention: scale must be positive; given: {scale}")
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    check(q, k, v)
+    check(q, k, v, scale)
     return result(q)
 
 

@@ -21,8 +21,8 @@ aten = torch.ops.aten
 def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
     """Replaces what the choice accepts of a sparse program; returns how many there were.
 
-    It does not fire with a mask, causally, with dropout, where heads share keys, outside of four dimensions, or where dtypes
-    differ or are not the fused ones.
+    It does not fire with a mask, causally, with dropout, where heads share keys, outside of four dimensions, with a scale of
+    zero or less, or where dtypes differ or are not the fused ones.
     """
     answers: dict[object, bool] = {}
     emit, count = _Emitter(graph), 0
@@ -36,6 +36,8 @@ def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
         if not plain or not shapes or len(kinds) != 1 or not kinds <= set(fusion.dtypes):
             continue
         scale = given["scale"] if given["scale"] is not None else q.shape[3] ** -0.5
+        if not scale > 0:
+            continue
         args = (*operands, float(scale))
         if not worth([(node, args)], fusion.attention_pays, answers):
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def export(bound: nn.Module, tensors: Sequence[Tensor], *, symbolic: bool = Fals
         UnsupportedGraph: it writes into its inputs, or cannot be traced.
     """
     try:
-        with torch.no_grad(), preserve_node_meta(), warnings.catch_warnings():
+        with torch.no_grad(), same_autocast(), preserve_node_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             captured, signature = aot_export_module(bound, list(tensors), trace_joint=False, pre_dispatch=True)
     except UnsupportedGraph:
@@ -135,6 +136,25 @@ def export(bound: nn.Module, tensors: Sequence[Tensor], *, symbolic: bool = Fals
         normalize(captured.graph)
         captured.recompile()
     return captured
+
+
+@contextmanager
+def same_autocast() -> Iterator[None]:
+    """Closes an autocast region that a capture left open: in PyTorch 2.11 one that fails inside of a region does."""
+
+    def state(kind: str) -> tuple[bool, torch.dtype]:
+        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    before = {kind: state(kind) for kind in ("cpu", "cuda")}
+    try:
+        yield
+    finally:
+        for kind, (enabled, dtype) in before.items():
+            if state(kind) != (enabled, dtype):
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
+                if torch.autocast_decrement_nesting() == 0:
+                    torch.clear_autocast_cache()
 
 
 def refuse_function_transforms(graph: fx.Graph) -> None:

@@ -105,6 +105,11 @@ def test_leaves_causal_attention_alone():
     assert counts(case_of(Attend(is_causal=True)))[0] == 0
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_leaves_scales_that_turn_the_order_alone(scale):
+    assert counts(case_of(Attend(scale=scale)))[0] == 0
+
+
 def test_leaves_other_dtypes_alone():
     assert counts(case_of(Attend()), dtypes=(torch.bfloat16, torch.float16))[0] == 0
 
