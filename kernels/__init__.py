@@ -14,15 +14,18 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
   once per device.
 """
 
-from .attention import attention, attention_reference
-from .choice import attention_pays, gather_pays, many_pays, pays, pays_grouped
-from .gather_linear import gather_linear, gather_linear_reference
-from .grouped import grouped_scatter_linear
-from .linear_gelu import linear_gelu, linear_gelu_reference
-from .many_linears import many_linears, many_linears_reference
-from .reference import epilogue_reference, scatter_linear_reference
-from .row_numbers import row_numbers
-from .scatter_linear import scatter_linear
+# Libraries look for Hugging Face's package `kernels`, and in a process that runs from the root of the repository they find
+# and import this folder. Registering the operators again would pull the first ones from under those who hold them.
+if __name__ != "kernels":
+    from .attention import attention, attention_reference
+    from .choice import attention_pays, gather_pays, many_pays, pays, pays_grouped
+    from .gather_linear import gather_linear, gather_linear_reference
+    from .grouped import grouped_scatter_linear
+    from .linear_gelu import linear_gelu, linear_gelu_reference
+    from .many_linears import many_linears, many_linears_reference
+    from .reference import epilogue_reference, scatter_linear_reference
+    from .row_numbers import row_numbers
+    from .scatter_linear import scatter_linear
 
 __all__ = [
     "attention",
