@@ -26,6 +26,8 @@ if __name__ != "kernels":
     from .reference import epilogue_reference, scatter_linear_reference
     from .row_numbers import row_numbers
     from .scatter_linear import scatter_linear
+else:
+    __path__ = []  # and no module of it is found by that name
 
 __all__ = [
     "attention",

@@ -1,4 +1,9 @@
-"""Which process runs a test, and what tests marked `gpu` need: a CUDA device."""
+"""Which process runs a test, and what tests need: a CUDA device (those marked `gpu`), Triton's interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,3 +18,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def run_interpreted(request):
+    """Runs a file of tests in a process of its own, in which Triton's kernels run on the CPU (it looks at its import)."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is that run")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+
+    def run(file):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", file]
+        found = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
+
+    return run

@@ -181,6 +181,20 @@ def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: A
     return planned(graph, [pair[0] for pair in given], [pair[1] for pair in given], config, exact)
 
 
+def of_zoo(name: str) -> Subject:
+    """The subject of a class of diffusers, everything in double precision: numbers that become tensors, too."""
+    from zoo import ZOO, redraw
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        case = ZOO[name]
+        return subject(redraw(case.build()).eval().double(), case.inputs(), latent=case.latent)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def planned(
     graph: fx.GraphModule, inputs: list[GraphInput], values: Sequence[Any], config: RASConfig, exact: bool
 ) -> Subject:

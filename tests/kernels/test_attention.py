@@ -3,8 +3,6 @@
 import importlib
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -150,13 +148,8 @@ def test_asked_on_a_cpu_it_pays_only_where_the_kernel_runs():
     assert not attention_pays([draw(1, 2, 3, 4, 16, torch.float32)])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-def test_this_file_under_the_triton_interpreter(request):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+def test_this_file_under_the_triton_interpreter(run_interpreted):
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter runs the kernel")

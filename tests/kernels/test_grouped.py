@@ -4,8 +4,6 @@ import importlib
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -286,13 +284,8 @@ def test_inductor_writes_in_place_without_a_copy_of_the_caches(device):
     assert max(numels) < keys.numel(), sizes
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_this_file_under_the_triton_interpreter(request):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+def test_this_file_under_the_triton_interpreter(run_interpreted):
+    run_interpreted(__file__)
 
 
 class TestOnCUDA:

@@ -4,8 +4,6 @@ import importlib
 import importlib.util
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -204,13 +202,8 @@ def test_no_more_is_measured_than_needed(monkeypatch):
     assert made == [sorted(sizes.elements()), [(2, True)] + [(4, False)] * 2 + [(8, True)] * 3]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs the others under the interpreter")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_this_file_under_the_triton_interpreter(request):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+def test_this_file_under_the_triton_interpreter(run_interpreted):
+    run_interpreted(__file__)
 
 
 class TestOnCUDA:

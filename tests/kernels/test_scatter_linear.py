@@ -442,13 +442,8 @@ assert cache[0, :, 0].tolist() == [0, 5, 0, 5]
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(triton is None, reason="needs Triton")
-def test_this_file_under_the_triton_interpreter(request):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+def test_this_file_under_the_triton_interpreter(run_interpreted):
+    run_interpreted(__file__)
 
 
 @pytest.mark.gpu

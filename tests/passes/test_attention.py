@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import error, subject
+from contract import error, of_zoo, subject
 from torch import Tensor, nn
-from zoo import ZOO, redraw
 
 from ras_compile.passes.attention import fuse_attention
 from ras_compile.passes.fuse import Fusion
@@ -128,12 +127,6 @@ MODELS = {"SD3": 2, "Flux": 3, "PixArt": 2}
 
 @pytest.mark.parametrize("name", MODELS)
 def test_known_models(name):
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        case = subject(redraw(ZOO[name].build()).eval().double(), ZOO[name].inputs(), latent=ZOO[name].latent)
-    finally:
-        torch.set_default_dtype(default)
+    case = of_zoo(name)
     found, gap = counts(case, 6)
     assert found == MODELS[name] and gap < 1e-11

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from contract import Subject, error, subject
+from contract import Subject, error, of_zoo, subject
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from zoo import ZOO, redraw
+from zoo import redraw
 
 import ras_compile
 from ras_compile.passes.emit import Emitter
@@ -42,17 +42,6 @@ def joined(program: fx.GraphModule, pays=always) -> fx.GraphModule:
     return program
 
 
-def made(name: str) -> Subject:
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        module = redraw(ZOO[name].build()).eval().double()
-        return subject(module, ZOO[name].inputs(), latent=ZOO[name].latent)
-    finally:
-        torch.set_default_dtype(default)
-
-
 def modulations(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> bool:
     """What reads one row for each sample, and not the few tokens of a small model."""
     return x.ndim == 2
@@ -62,7 +51,7 @@ def modulations(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> bool:
 @pytest.mark.parametrize(("name", "members"), {"SD3": [5], "SD3.5": [7], "Flux": [5], "Lumina-Next": [3]}.items())
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_modulations_of_known_models(name, members, kind):
-    case = made(name)
+    case = of_zoo(name)
     analysis, splices = case.plan.analysis, case.plan.sparse
     program = dense_program(analysis, splices) if kind == "dense" else sparse_program(analysis, 5, splices)
     short = joined(program, modulations)

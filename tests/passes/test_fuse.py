@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import error, subject
+from contract import error, of_zoo, subject
 from torch import nn
 from zoo import ZOO, redraw
 
@@ -317,13 +317,7 @@ MODELS = {"SD3": (9, 0), "SD3.5": (17, 0), "Flux": (9, 0), "QwenImageTransformer
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sites_of_known_models(name, active=7):
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        case = subject(redraw(ZOO[name].build()).eval().double(), ZOO[name].inputs(), latent=ZOO[name].latent)
-    finally:
-        torch.set_default_dtype(default)
+    case = of_zoo(name)
     rows, tokens = case.rows(active), case.frame.tokens
     _, caches = case.dense(case.values)
     values = case.with_latent(case.other_latent())

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import error, subject
+from contract import error, of_zoo, subject
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from zoo import ZOO, redraw
 
 from ras_compile.passes import gathered
 from ras_compile.passes.fuse import Fusion
@@ -276,13 +273,7 @@ MODELS = {
 @pytest.mark.skipif(INTERPRETED, reason="slow there, and the same again")
 @pytest.mark.parametrize("name", MODELS)
 def test_sites_of_known_models(name, active=6):
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        case = subject(redraw(ZOO[name].build()).eval().double(), ZOO[name].inputs(), latent=ZOO[name].latent)
-    finally:
-        torch.set_default_dtype(default)
+    case = of_zoo(name)
     rows = case.rows(active)
     _, caches = case.dense(case.values)
     values = case.with_latent(case.other_latent())
@@ -297,10 +288,5 @@ def test_sites_of_known_models(name, active=6):
     assert error(own, case.sparse(values, rows, caches)[1]) < 1e-11
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_this_file_under_the_triton_interpreter(request):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+def test_this_file_under_the_triton_interpreter(run_interpreted):
+    run_interpreted(__file__)

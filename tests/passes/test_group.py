@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from contract import error, subject
+from contract import error, of_zoo
 from torch._subclasses.fake_tensor import FakeTensorMode
-from zoo import ZOO, redraw
 
 from ras_compile.passes.emit import Emitter
 from ras_compile.passes.fuse import Fusion, fuse_scatter_linear
@@ -70,17 +69,6 @@ def left(program) -> Counter:
     )
 
 
-def made(name):
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        model = redraw(ZOO[name].build()).eval().double()
-        return subject(model, ZOO[name].inputs(), latent=ZOO[name].latent)
-    finally:
-        torch.set_default_dtype(default)
-
-
 # Members of each launch: text and picture of a joint attention, of one stream, and beside keys normed over all heads (Wan).
 MODELS = {
     "SD3": [6, 6],
@@ -94,7 +82,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_groups_of_known_models(name):
-    case = made(name)
+    case = of_zoo(name)
     plain, program = programs(case, 5)
     assert sizes(program) == MODELS[name]
     assert gap(case, 5, plain, program) < 1e-11
@@ -106,7 +94,7 @@ def test_groups_of_known_models(name):
 
 def test_a_group_reads_no_stale_rows():
     """The oracle of the test above would not see a launch that does nothing, were its caches those of the same inputs."""
-    case = made("PixArt")
+    case = of_zoo("PixArt")
     plain, program = programs(case, 5)
     for node in program.graph.find_nodes(op="call_function", target=own.grouped_scatter_linear.default)[:1]:
         program.graph.erase_node(node)
@@ -115,14 +103,14 @@ def test_a_group_reads_no_stale_rows():
 
 
 def test_what_does_not_pay_alone_may_pay_in_a_group():
-    case = made("SD3")
+    case = of_zoo("SD3")
     plain, program = programs(case, 5, pays=lambda ops: False)
     assert sizes(program) == [6, 6] and left(program)["scatter"] == 0 and left(program)["put"] == 1
     assert gap(case, 5, plain, program) < 1e-11
 
 
 def test_what_does_not_pay_in_a_group_is_as_it_was():
-    case = made("SD3")
+    case = of_zoo("SD3")
     asked = []
     plain, program = programs(case, 5, pays=lambda ops: False, grouped=lambda *given: asked.append(given))
     assert left(program) == left(plain) and gap(case, 5, plain, program) == 0
@@ -133,14 +121,14 @@ def test_what_does_not_pay_in_a_group_is_as_it_was():
 
 
 def test_streams_may_pay_by_themselves():
-    case = made("SD3")
+    case = of_zoo("SD3")
     plain, program = programs(case, 5, grouped=lambda sites, linears: len(sites) + len(linears) == 3)
     assert sizes(program) == [3, 3, 3, 3]
     assert gap(case, 5, plain, program) < 1e-11
 
 
 def test_blocks_of_groups_are_outlined():
-    case = made("SD3.5")
+    case = of_zoo("SD3.5")
     plain, program = programs(case, 5)
     write_in_place(program.graph)
     outline(program)
