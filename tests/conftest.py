@@ -20,6 +20,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    torch.manual_seed(0)  # a test draws the same numbers alone, in any order and in any process
+
+
 @pytest.fixture
 def run_interpreted(request):
     """Runs a file of tests in a process of its own, in which Triton's kernels run on the CPU (it looks at its import)."""

@@ -80,7 +80,8 @@ class Attention:
         if norm == "layer":
             vector = torch.randn(D, device=device)
         if rope != "none":
-            cos, sin = torch.randn(2, 1 if shared else B, x.shape[1], D // 2, device=device).to(table)
+            angles = torch.randn(1 if shared else B, x.shape[1], D // 2, device=device)
+            cos, sin = angles.cos().to(table), angles.sin().to(table)
         head = 0 if norm == rope == "none" else D
         return (cache, x, *self.weights(N, bias), rows, 1, head, norm, weight, vector, 1e-5, rope, cos, sin)
 
@@ -130,7 +131,8 @@ def test_equals_its_members_one_by_one(device, dtype, sizes, name):
         scatter_linear_reference(want, *map(wide, (x, *others)))
         got, written = cache.double(), ~want.isnan()
         assert written.any() and not got[written].isnan().any()
-        assert (got[written] - want[written]).abs().max() <= (unit + 4e-6) * want[written].abs().max()
+        # on a CPU the linear's result is rounded, and then the epilogue's
+        assert (got[written] - want[written]).abs().max() <= (2 * unit + 4e-6) * want[written].abs().max()
         cache[written] = torch.nan
     for buffer in attention.buffers:  # nothing beside the members' rows was written
         assert buffer.isnan().all()

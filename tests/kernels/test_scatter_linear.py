@@ -176,7 +176,8 @@ def epilogue(B, A, D, norm="none", rope="none", table=torch.float32, wide=False,
         more["norm_bias"] = torch.randn(D, device=device)
     if rope != "none":
         size = (1 if shared else B, A, D if wide else D // 2)
-        more["cos"], more["sin"] = (torch.randn(size, device=device).to(table) for _ in range(2))
+        angles = torch.randn(size, device=device)
+        more["cos"], more["sin"] = angles.cos().to(table), angles.sin().to(table)
     return more
 
 
@@ -232,7 +233,9 @@ def test_norm_and_rotary_embedding_before_the_splice(device, dtype, D, name):
     batch = torch.arange(B, device=device)[:, None]
     got = cache[batch, rows].flatten(2).double()
     unit = torch.finfo(dtype).eps
-    assert (got - want).abs().max() <= (unit + 4e-6) * want.abs().max()
+    assert (got - want).abs().max() <= (
+        2 * unit + 4e-6
+    ) * want.abs().max()  # on a CPU the linear's result is rounded too
     assert ((got - want).norm() / want.norm()) <= unit + 2e-6
     cache[batch, rows] = torch.nan
     assert buffer.isnan().all()
