@@ -22,8 +22,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
+from .epilogues import Epilogue, table_shape
 from .group import GroupChoice
-from .sites import Epilogue, Site, Target, sites, table_shape
+from .sites import Site, Target, sites
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)

@@ -14,10 +14,8 @@ of a mixed radix, one digit per stride. What does not agree is not a site.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import permutations, product
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from ..kernels import epilogue_reference
+from .epilogues import Epilogue, arguments, hypotheses
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -35,26 +34,9 @@ WIDER = {
     torch.bfloat16: torch.float64, torch.float16: torch.float64, torch.float32: torch.float64,
     torch.complex64: torch.complex128,
 }  # fmt: skip
-ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
-NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 SPLICES = (aten.index_put_.default, aten.copy_.default)
 
 Digits = tuple[tuple[int, int], ...]  # (size, stride) of a mixed radix, outermost first
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What happens to one product. Leaves are numbered as in :attr:`Site.leaves`."""
-
-    head_dim: int = 0
-    norm: str = "none"
-    norm_weight: int | None = None
-    norm_bias: int | None = None
-    eps: float = 0.0
-    rope: str = "none"
-    cos: int | None = None
-    sin: int | None = None  # the same leaf as ``cos``: a complex table
-    first: int = 0  # the product's first row in a table that has rows for all products; -1: a table of its own
 
 
 @dataclass(frozen=True)
@@ -80,6 +62,10 @@ class Site:
     leaves: list[fx.Node]
     reach: dict[fx.Node, frozenset[int]]  # the products that a live node depends on
     found: list[tuple[Epilogue, Target]] = field(default_factory=list)  # one for each product
+
+    def live_behind(self, index: int) -> list[fx.Node]:
+        """What depends on one of the products."""
+        return [node for node in self.live if index in self.reach[node]]
 
 
 def sites(graph: fx.Graph, tokens: int) -> list[Site]:
@@ -304,7 +290,7 @@ class Experiment:
 
     def _match(self, index: int, y: Tensor, leaves: list[Tensor], first: int, total: int):
         """The epilogue whose results are written, with them, and the positions of one column and of one row."""
-        for epilogue in hypotheses(self.site, index, y.shape[-1], first):
+        for epilogue in hypotheses(self.site.live_behind(index), self.site.leaves, y.shape[-1], first):
             given = arguments(epilogue, leaves, self.samples, y.shape[1], total)
             if given is None:
                 continue
@@ -389,96 +375,3 @@ def digits_of(numbers: Tensor) -> Digits | None:
         result.append((size, stride))
         numbers = table[:, 0].contiguous()
     return tuple(reversed(result))
-
-
-def hypotheses(site: Site, index: int, channels: int, first: int) -> Iterator[Epilogue]:
-    """What may happen to product number ``index``, the likeliest first; each is a guess that has yet to be proved."""
-    live = [node for node in site.live if index in site.reach[node]]
-    targets = {node.target for node in live}
-    norms = ["none"]
-    if targets.intersection((*ROOTS, *NORMS)):
-        norms = ["layer", "rms"] if aten.layer_norm.default in targets else ["rms", "layer"]
-    scalars = {float(value): None for node in live for value in scalars_of(node)}
-    used = [number for number, leaf in enumerate(site.leaves) if any(user in live for user in leaf.users)]
-    shapes = [node.meta["val"].shape for node in live if isinstance(node.meta.get("val"), Tensor)]
-    sizes = dict.fromkeys(shape[-1] for shape in shapes if shape)
-    heads = [size for size in sizes if channels % size == 0 and size > 1]
-    heads += [2 * size for size in sizes if channels % (2 * size) == 0 and 2 * size not in sizes]
-    values = [leaf.meta["val"] for leaf in site.leaves]
-    plain = norms == ["none"] and not used
-    if plain:
-        yield Epilogue()
-        return
-    for head_dim in heads:
-        vectors = [number for number in used if values[number].numel() == head_dim]
-        tables = [number for number in used if number not in vectors and values[number].ndim >= 2]
-        if len(vectors) + len(tables) != len(used) or len(vectors) > 2 or len(tables) > 4:
-            continue
-        for norm, rotary in product(norms, ropes(site, tables, values, first)):
-            if norm == "none":
-                if not vectors:
-                    yield replace(rotary, head_dim=head_dim)
-                continue
-            for eps in scalars or {0.0: None}:
-                for weight, bias in [(*vectors, None, None)[:2], (*reversed(vectors), None, None)[:2]][
-                    : 1 + (len(vectors) > 1)
-                ]:
-                    yield replace(rotary, head_dim=head_dim, norm=norm, norm_weight=weight, norm_bias=bias, eps=eps)
-
-
-def scalars_of(node: fx.Node) -> list[float]:
-    """The numbers in a node's arguments that may be a norm's eps."""
-    given: Any = node.args
-    if node.target is aten.layer_norm.default:
-        return [given[4] if len(given) > 4 else 1e-5]
-    return [value for value in given if isinstance(value, float) and 0 < value < 0.1]
-
-
-def ropes(site: Site, tables: list[int], values: list[Any], first: int) -> Iterator[Epilogue]:
-    """Rotary embeddings that these tables may be of; none where there is no table."""
-    if not tables:
-        yield Epilogue()
-        return
-    equal: dict[object, int] = {}  # the same slice of a table may have been taken twice
-    for number in tables:
-        leaf = site.leaves[number]
-        equal.setdefault((leaf.target, str(leaf.args)) if leaf.op == "call_function" else leaf, number)
-    numbers = list(equal.values())
-    pairs = permutations(numbers, 2) if len(numbers) == 2 else [(numbers[0],) * 2] if len(numbers) == 1 else []
-    for cos, sin in pairs:
-        if (cos == sin) == values[cos].is_complex() == values[sin].is_complex():
-            for rope, start in product(("interleaved", "half"), dict.fromkeys((-1, first))):
-                yield Epilogue(rope=rope, cos=cos, sin=sin, first=start)
-
-
-def arguments(epilogue: Epilogue, leaves: list[Tensor], samples: int, length: int, total: int) -> dict[str, Any] | None:
-    """The epilogue's arguments, as :func:`epilogue_reference` takes them; None where a table has another shape."""
-    given: dict[str, Any] = dict(head_dim=epilogue.head_dim, norm=epilogue.norm, eps=epilogue.eps, rope=epilogue.rope)
-    for name, number in (("norm_weight", epilogue.norm_weight), ("norm_bias", epilogue.norm_bias)):
-        given[name] = None if number is None else leaves[number].reshape(-1)
-    for part, (name, number) in enumerate((("cos", epilogue.cos), ("sin", epilogue.sin))):
-        if number is None:
-            continue
-        table = leaves[number]
-        if table.is_complex():
-            table = torch.view_as_real(table).select(-1, part)
-        shape = table_shape(table.shape, epilogue, samples, length, total)
-        if shape is None:
-            return None
-        table = table.reshape(shape)
-        given[name] = table if epilogue.first < 0 else table[:, epilogue.first : epilogue.first + length]
-    return given
-
-
-def table_shape(
-    shape: Sequence[int], epilogue: Epilogue, samples: int, length: int, total: int
-) -> tuple[int, int, int] | None:
-    """A rotary table's shape as [samples or 1, rows, entries], or None where it is something else."""
-    wanted = length if epilogue.first < 0 else total
-    if shape[-1] not in (epilogue.head_dim, epilogue.head_dim // 2):
-        return None
-    lead = [size for size in shape[:-1] if size != 1]
-    for batch in (1, samples):
-        if lead == [size for size in (batch, wanted) if size != 1] and math.prod(lead) == batch * wanted:
-            return batch, wanted, shape[-1]
-    return None
