@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from .layout import Layout, Sizes
-from .program import SparsePlan
 from .propagate import Analysis
 from .registry import Gather, Use, operands
+from .splices import SparsePlan
 
 aten = torch.ops.aten
 

@@ -17,9 +17,9 @@ from torch import fx
 
 from .errors import SpecViolation
 from .layout import Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of
-from .program import SparsePlan
 from .propagate import Analysis
 from .registry import Gather, Step, Use, operands, source_line
+from .splices import SparsePlan
 
 aten = torch.ops.aten
 

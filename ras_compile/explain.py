@@ -17,8 +17,8 @@ from .passes.cost import Cost, cost
 from .passes.errors import SpecViolation, UnsupportedGraph, UnusableInput
 from .passes.group import launches
 from .passes.layout import Concat, Layout
-from .passes.program import Splice
 from .passes.registry import operands, source_line
+from .passes.splices import Splice
 from .plan import Plan
 from .schedule import Schedule
 from .traced import places_given, specialise

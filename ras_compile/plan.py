@@ -27,9 +27,10 @@ from .passes.errors import UnsupportedGraph
 from .passes.fuse import Fusion
 from .passes.layout import Frame, Layout
 from .passes.pipeline import prepare
-from .passes.program import SparsePlan, dense_program, plan, sparse_program
+from .passes.program import dense_program, sparse_program
 from .passes.propagate import Analysis, propagate
 from .passes.spec import check_analysis, check_captured, check_dense, check_sparse
+from .passes.splices import SparsePlan, plan
 from .passes.tokens import TokenView, channel_count, token_view
 
 log = logging.getLogger(__name__)

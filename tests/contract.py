@@ -18,7 +18,7 @@ from ras_compile.explain import record_call
 from ras_compile.inputs import GraphInput, describe_inputs
 from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import Concat, Frame, Layout
-from ras_compile.passes.program import plan as plan_of
+from ras_compile.passes.splices import plan as plan_of
 from ras_compile.plan import Plan
 from ras_compile.traced import places_given, specialise
 

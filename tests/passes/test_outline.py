@@ -17,8 +17,9 @@ from ras_compile.capture import capture
 from ras_compile.passes.emit import Emitter
 from ras_compile.passes.layout import Frame
 from ras_compile.passes.outline import outline
-from ras_compile.passes.program import dense_program, plan, sparse_program
+from ras_compile.passes.program import dense_program, sparse_program
 from ras_compile.passes.propagate import propagate
+from ras_compile.passes.splices import plan
 
 outlining = importlib.import_module("ras_compile.passes.outline")
 invoke = torch.ops.higher_order.invoke_subgraph

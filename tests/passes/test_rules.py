@@ -27,10 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ras_compile.passes.emit import Emitter
 from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import Frame, Sizes
-from ras_compile.passes.program import dense_program, plan, sparse_program
+from ras_compile.passes.program import dense_program, sparse_program
 from ras_compile.passes.propagate import Analysis, propagate
 from ras_compile.passes.registry import RULES, Gather, Use
 from ras_compile.passes.rules.pointwise import is_pointwise
+from ras_compile.passes.splices import plan
 
 aten = torch.ops.aten
 HEIGHT, WIDTH, CHANNELS, TEXT = 3, 4, 6, 3

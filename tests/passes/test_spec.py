@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 from ras_compile.capture import capture
 from ras_compile.passes.errors import SpecViolation
 from ras_compile.passes.layout import Axis, Frame, Layout
-from ras_compile.passes.program import SparsePlan, dense_program, plan, sparse_program
+from ras_compile.passes.program import dense_program, sparse_program
 from ras_compile.passes.propagate import Analysis, propagate
 from ras_compile.passes.registry import Gather, Use
 from ras_compile.passes.spec import check_analysis, check_captured, check_dense, check_sparse
+from ras_compile.passes.splices import SparsePlan, plan
 
 aten = torch.ops.aten
 ACTIVE = 3
