@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -18,6 +20,7 @@ from ras_compile.explain import record_call
 from ras_compile.inputs import GraphInput, describe_inputs
 from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import Concat, Frame, Layout
+from ras_compile.passes.program import sparse_program
 from ras_compile.passes.splices import plan as plan_of
 from ras_compile.plan import Plan
 from ras_compile.traced import places_given, specialise
@@ -46,6 +49,7 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         return self.latent + torch.randn(self.latent.shape, generator=generator, dtype=torch.float64).to(self.latent)
 
+    @cached_property
     def frozen(self) -> Subject:
         """The same model with a frozen context."""
         other = copy.copy(self.plan)
@@ -53,6 +57,13 @@ class Subject:
         other.__dict__.pop("_cached_outputs", None)  # which belong to the splices of the other plan
         other._prove()
         return Subject(other, self.values)
+
+    def program(self, active: int) -> fx.GraphModule:
+        """The sparse program for ``active`` rows, not to be changed."""
+        known = self.__dict__.setdefault("_programs", {})
+        if active not in known:
+            known[active] = sparse_program(self.plan.analysis, active, self.plan.sparse)
+        return known[active]
 
     def rows(self, active: int, seed: int = 2) -> Tensor:
         """Random active rows, others for each sample: int64 [B, active]."""
@@ -181,8 +192,17 @@ def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: A
     return planned(graph, [pair[0] for pair in given], [pair[1] for pair in given], config, exact)
 
 
+def by_model(names: Iterable[str]) -> list:
+    """Parameters that keep the tests of one model in one process, also those of several files: it is captured once."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
+@lru_cache(maxsize=2)
 def of_zoo(name: str) -> Subject:
-    """The subject of a class of diffusers, everything in double precision: numbers that become tensors, too."""
+    """The subject of a class of diffusers, everything in double precision: numbers that become tensors, too.
+
+    Tests share it: none changes it.
+    """
     from zoo import ZOO, redraw
 
     torch.manual_seed(0)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 
 import pytest
 import torch
-from contract import Subject, active_mask, error, subject
+from contract import Subject, active_mask, by_model, error, of_zoo
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import NOT_RUN, ZOO, redraw
+from zoo import NOT_RUN, ZOO
 
 from ras_compile.branches import Slots
 from ras_compile.passes.emit import fake_mode
 from ras_compile.passes.errors import UnsupportedGraph
-from ras_compile.passes.program import sparse_program
 
 aten = torch.ops.aten
 TIGHT = 1e-9
@@ -28,11 +26,6 @@ SUPPORTED = [name for name, case in ZOO.items() if case.refused is None]
 REFUSED = [name for name, case in ZOO.items() if case.refused is not None]
 
 
-def by_model(names: list[str]) -> list:
-    """Parameters that keep the tests of one model in one process, which captures it once."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
-
-
 @pytest.fixture(autouse=True, scope="module")
 def double() -> Iterator[None]:
     """Numbers that become tensors do so in double precision."""
@@ -42,14 +35,6 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(default)
 
 
-@lru_cache(maxsize=2)
-def made(name: str) -> Subject:
-    case = ZOO[name]
-    torch.manual_seed(0)
-    module, inputs = redraw(case.build()).eval().double(), case.inputs()
-    return subject(module, inputs, latent=case.latent)
-
-
 @pytest.fixture(params=by_model(SUPPORTED), scope="module")
 def name(request) -> str:
     return request.param
@@ -57,7 +42,7 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def model(name: str) -> Subject:
-    return made(name)
+    return of_zoo(name)
 
 
 def quarter(model: Subject) -> int:
@@ -170,15 +155,13 @@ def flops(program: fx.GraphModule) -> int:
 def test_sparse_steps_cost_less(model: Subject):
     """The sparse program's counted FLOPs fall with the active rows."""
     dense = flops(model.plan.captured)
-    plan = model.plan
-    programs = [sparse_program(plan.analysis, rows, plan.sparse) for rows in (quarter(model), model.frame.tokens // 2)]
-    few, half = map(flops, programs)
+    few, half = (flops(model.program(rows)) for rows in (quarter(model), model.frame.tokens // 2))
     assert few < half < dense
 
 
 def test_frozen_context(model: Subject):
     """With a frozen context 2, 3 and 4 hold as well; the oracle takes the context from the caches, too."""
-    frozen = model.frozen()
+    frozen = model.frozen
     dense, caches = frozen.dense(model.values)
     rows = model.rows(quarter(model), seed=0)
     same, after = frozen.sparse(model.values, rows, caches)
@@ -199,7 +182,7 @@ def test_frozen_context(model: Subject):
 
 
 def test_a_corrupted_frozen_cache_shows(model: Subject):
-    frozen = model.frozen()
+    frozen = model.frozen
     _, caches = frozen.dense(model.values)
     values, rows = model.with_latent(model.other_latent()), model.rows(quarter(model))
     each_cache_matters(frozen, values, rows, caches, frozen.oracle(values, rows, caches))
@@ -207,17 +190,15 @@ def test_a_corrupted_frozen_cache_shows(model: Subject):
 
 def test_a_frozen_context_costs_less(model: Subject):
     """Its tokens are not computed: no more FLOPs than with a fresh one, and fewer where the plan differs."""
-    frozen, few = model.frozen().plan, quarter(model)
-    fresh = flops(sparse_program(model.plan.analysis, few, model.plan.sparse))
-    cheap = flops(sparse_program(frozen.analysis, few, frozen.sparse))
-    assert cheap < fresh if frozen.sparse.frozen else cheap <= fresh
+    fresh, cheap = (flops(one.program(quarter(model))) for one in (model, model.frozen))
+    assert cheap < fresh if model.frozen.plan.sparse.frozen else cheap <= fresh
 
 
 @pytest.mark.parametrize("name", by_model(REFUSED))
 def test_refusal(name: str):
     """6. What cannot be proved is refused with a sentence."""
     with pytest.raises(UnsupportedGraph, match=ZOO[name].refused):
-        made(name)
+        of_zoo(name)
 
 
 def test_every_class_is_in_the_zoo():

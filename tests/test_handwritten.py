@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import Subject, error, subject
+from contract import Subject, by_model, error, subject
 from handwritten import MODELS
 from test_contract import (  # noqa: F401  (the properties, run here on other models)
     TIGHT,
-    by_model,
     double,
     quarter,
     test_consistency,

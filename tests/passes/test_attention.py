@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import error, of_zoo, subject
+from contract import by_model, error, of_zoo, subject
 from torch import Tensor, nn
 
 from ras_compile.passes.attention import fuse_attention
@@ -125,7 +125,7 @@ def test_asks_whether_it_pays():
 MODELS = {"SD3": 2, "Flux": 3, "PixArt": 2}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_model(MODELS))
 def test_known_models(name):
     case = of_zoo(name)
     found, gap = counts(case, 6)

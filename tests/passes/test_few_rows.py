@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from contract import Subject, error, of_zoo, subject
+from contract import Subject, by_model, error, of_zoo, subject
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -48,14 +48,17 @@ def modulations(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> bool:
 
 
 # Members of the launch: all blocks' modulations and that of the output. Where one serves all blocks there is none.
-@pytest.mark.parametrize(("name", "members"), {"SD3": [5], "SD3.5": [7], "Flux": [5], "Lumina-Next": [3]}.items())
+MODELS = {"SD3": [5], "SD3.5": [7], "Flux": [5], "Lumina-Next": [3]}
+
+
+@pytest.mark.parametrize("name", by_model(MODELS))
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_modulations_of_known_models(name, members, kind):
+def test_modulations_of_known_models(name, kind):
     case = of_zoo(name)
     analysis, splices = case.plan.analysis, case.plan.sparse
     program = dense_program(analysis, splices) if kind == "dense" else sparse_program(analysis, 5, splices)
     short = joined(program, modulations)
-    assert [len(node.args[1]) for node in launches(short.graph)] == members
+    assert [len(node.args[1]) for node in launches(short.graph)] == MODELS[name]
     state = [] if kind == "dense" else [case.rows(5), *case.dense(case.values)[1]]
     values = case.plan._tensors(case.with_latent(case.other_latent()))
     outcomes = []

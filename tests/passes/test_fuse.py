@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import error, of_zoo, subject
+from contract import by_model, error, of_zoo, subject
 from torch import nn
 from zoo import ZOO, redraw
 
@@ -315,7 +315,7 @@ def test_the_last_linear_writes_pixels(batch):
 MODELS = {"SD3": (9, 0), "SD3.5": (17, 0), "Flux": (9, 0), "QwenImageTransformer2DModel": (9, 0), "Wan": (3, 2)}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_model(MODELS))
 def test_sites_of_known_models(name, active=7):
     case = of_zoo(name)
     rows, tokens = case.rows(active), case.frame.tokens

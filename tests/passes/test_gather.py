@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import error, of_zoo, subject
+from contract import by_model, error, of_zoo, subject
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -271,7 +271,7 @@ MODELS = {
 
 
 @pytest.mark.skipif(INTERPRETED, reason="slow there, and the same again")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_model(MODELS))
 def test_sites_of_known_models(name, active=6):
     case = of_zoo(name)
     rows = case.rows(active)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from contract import error, of_zoo
+from contract import by_model, error, of_zoo
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ras_compile.passes.emit import Emitter
@@ -80,7 +80,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_model(MODELS))
 def test_groups_of_known_models(name):
     case = of_zoo(name)
     plain, program = programs(case, 5)
@@ -92,6 +92,7 @@ def test_groups_of_known_models(name):
     assert left(program)["linear"] == left(plain)["linear"] - sum(MODELS[name]) - left(program)["scatter"]
 
 
+@pytest.mark.xdist_group("PixArt")
 def test_a_group_reads_no_stale_rows():
     """The oracle of the test above would not see a launch that does nothing, were its caches those of the same inputs."""
     case = of_zoo("PixArt")
@@ -102,6 +103,7 @@ def test_a_group_reads_no_stale_rows():
     assert not gap(case, 5, plain, program) < 1e-3
 
 
+@pytest.mark.xdist_group("SD3")
 def test_what_does_not_pay_alone_may_pay_in_a_group():
     case = of_zoo("SD3")
     plain, program = programs(case, 5, pays=lambda ops: False)
@@ -109,6 +111,7 @@ def test_what_does_not_pay_alone_may_pay_in_a_group():
     assert gap(case, 5, plain, program) < 1e-11
 
 
+@pytest.mark.xdist_group("SD3")
 def test_what_does_not_pay_in_a_group_is_as_it_was():
     case = of_zoo("SD3")
     asked = []
@@ -120,6 +123,7 @@ def test_what_does_not_pay_in_a_group_is_as_it_was():
     assert left(program)["scatter"] == 9 and gap(case, 5, plain, program) < 1e-11
 
 
+@pytest.mark.xdist_group("SD3")
 def test_streams_may_pay_by_themselves():
     case = of_zoo("SD3")
     plain, program = programs(case, 5, grouped=lambda sites, linears: len(sites) + len(linears) == 3)
@@ -127,6 +131,7 @@ def test_streams_may_pay_by_themselves():
     assert gap(case, 5, plain, program) < 1e-11
 
 
+@pytest.mark.xdist_group("SD3.5")
 def test_blocks_of_groups_are_outlined():
     case = of_zoo("SD3.5")
     plain, program = programs(case, 5)
