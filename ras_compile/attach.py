@@ -15,6 +15,7 @@ from ras_compile.clock import AttachedCall, attached_call
 from ras_compile.config import ConfigError, RASConfig
 from ras_compile.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
 from ras_compile.inputs import check_timestep
+from ras_compile.memory import release
 from ras_compile.notices import warn_once
 from ras_compile.traced import Exchangeable
 from ras_compile.unusable import told_plainly
@@ -72,7 +73,8 @@ class Handle:
         self.follower.config = self.config.with_runtime(**options)
 
     def detach(self) -> None:
-        """Restore the pipeline as it was: uncompiled transformers, a scheduler of its own class. May be repeated."""
+        """Restore the pipeline as it was: uncompiled transformers, a scheduler of its own class, no caches. May be repeated."""
+        release(self)  # Dynamo keeps what it compiled for as long as the module lives
         for module in self._attached.values():
             module._compiled_call_impl = None
             unfollow_branches(module)
@@ -94,7 +96,8 @@ def attach(pipe: Any, **options: Any) -> Handle:
     Compiles `pipe.transformer` (and `transformer_2`, ...) in place with `module.compile()`, so that the pipeline's
     code, hooks and LoRA loading go on working with the same module objects. The scheduler is followed wherever
     `pipe.scheduler` points to at a call; pipelines that share this transformer and scheduler (`from_pipe`) are
-    followed too.
+    followed too. One with a scheduler of its own (a copy for each thread) is not: its steps are inferred, as they are
+    without `attach`; let its runs not take turns with this one's, step by step in one thread.
 
     Args:
         pipe: the pipeline.

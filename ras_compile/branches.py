@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Branch", "Branches", "Match", "equal_prints", "fingerprint", "same_tensor", "tensor_mark"]
+__all__ = ["Branch", "Branches", "Match", "equal_prints", "fingerprint", "intact", "same_tensor", "tensor_mark"]
 
 # Fingerprints weigh at most about so many elements of a tensor by their position; plain sums take all of them.
 _WEIGHED = 1 << 20
@@ -37,6 +37,12 @@ def tensor_mark(tensor: Tensor) -> tuple[weakref.ref, int | None]:
 def same_tensor(mark: tuple[weakref.ref, int | None], tensor: Tensor) -> bool:
     """Whether `tensor` is the very object of `mark` and has not been written since, as far as that can be known."""
     return mark[0]() is tensor and mark[1] == (None if tensor.is_inference() else tensor._version)
+
+
+def intact(mark: tuple[weakref.ref, int | None]) -> bool:
+    """Whether the object of `mark` is alive and has not been written since, as far as that can be known."""
+    tensor = mark[0]()
+    return tensor is not None and same_tensor(mark, tensor)
 
 
 class _Prints:

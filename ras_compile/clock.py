@@ -67,10 +67,19 @@ class Generation(Home):
         self.num_steps = num_steps
         self.key = object()
         self.current: int | None = None
+        self.ended = False
         self._branch: str | None = None
 
     def step(self) -> int:
-        """Call once for each step, before the step's model calls. Returns the step's number, from 0."""
+        """Call once for each step, before the step's model calls. Returns the step's number, from 0.
+
+        The model calls that follow are this generation's, also where others have been entered since (two generators that
+        take turns) and where the thread is another one (a server that runs each step of a generator in some thread).
+
+        Raises:
+            ConfigError: the generation has ended.
+        """
+        self.speak()
         self.current = 0 if self.current is None else self.current + 1
         if self.num_steps is not None and self.current >= self.num_steps:
             warn_once(
@@ -84,15 +93,31 @@ class Generation(Home):
         """Name the guidance branch ("cond", "uncond", ...) of the model calls inside; else the contexts tell.
 
         Raises:
-            ConfigError: the name is no string.
+            ConfigError: the name is no string, or the generation has ended.
         """
         if not isinstance(name, str):
             raise ConfigError(f"branch({name!r}): it takes the name of a guidance branch, such as 'cond'.")
+        self.speak()
         before, self._branch = self._branch, name
         try:
             yield
         finally:
             self._branch = before
+
+    def speak(self) -> None:
+        """From now on the model calls of this context are this generation's."""
+        if self.ended:
+            raise ConfigError(
+                "this generation has ended: step(), branch() and the model calls belong inside `with ras_compile.generation(...)`."
+            )
+        _generations.set((*(other for other in _running() if other is not self), self))
+
+    def end(self) -> None:
+        """In whatever order generations end, and in whatever context: see `speak`."""
+        self.ended = True
+        _generations.set(_running())
+        for state in list(self.runs):
+            state.retire(self)
 
     @property
     def branch_name(self) -> str | None:
@@ -136,6 +161,9 @@ class Follower(Protocol):
 
     def check_clean(self) -> None:
         """Refuse a scheduler of which the clean sample cannot be told."""
+
+    def replaced(self) -> bool:
+        """Whether the latent of the present step is not what the scheduler's last step returned."""
 
     def refusal(self) -> str:
         """Why no step of this generation may be sparse; empty where nothing is known against it."""
@@ -196,7 +224,8 @@ class _Owner(Home):
         return self._task() is task and self._thread() is thread
 
 
-_generation: ContextVar[Generation | None] = ContextVar("ras_compile_generation", default=None)
+# The one that spoke last is the last. No tokens: generators end in any order, and servers may end them in a copied context.
+_generations: ContextVar[tuple[Generation, ...]] = ContextVar("ras_compile_generations", default=())
 _attached: ContextVar[AttachedCall | None] = ContextVar("ras_compile_attached_call", default=None)
 _owner: ContextVar[_Owner | None] = ContextVar("ras_compile_owner", default=None)
 
@@ -219,13 +248,16 @@ def generation(num_steps: int | None = None) -> Iterator[Generation]:
         ConfigError: `num_steps` is not a positive whole number.
     """
     found = Generation(num_steps)
-    token = _generation.set(found)
+    found.speak()
     try:
         yield found
     finally:
-        _generation.reset(token)
-        for state in list(found.runs):
-            state.retire(found)
+        found.end()
+
+
+def _running() -> tuple[Generation, ...]:
+    """The generations that this context has entered and that have not ended, the one that spoke last at the end."""
+    return tuple(generation for generation in _generations.get() if not generation.ended)
 
 
 @contextmanager
@@ -256,7 +288,7 @@ def owner() -> _Owner:
 
 def present() -> Tick:
     """What is said about the call that is running."""
-    explicit, call = _generation.get(), _attached.get()
+    explicit, call = next(iter(_running()[::-1]), None), _attached.get()
     home: Home = explicit or owner()
     key: Hashable = explicit.key if explicit else None
     num_steps = explicit.num_steps if explicit else None

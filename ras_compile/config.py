@@ -254,9 +254,8 @@ def _region(region: Any) -> slice | None:
     if region is None:
         return None
     ends = (region.start, region.stop) if isinstance(region, slice) else ("no slice",)
-    whole = all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends)
-    if not whole or region.step not in (None, 1):
+    if not all(end is None or _whole(end) for end in ends) or region.step not in (None, 1):
         raise ConfigError(
             f"option region={region!r} is not allowed; it takes None, slice(start, stop) or (start, stop)."
         )
-    return region
+    return slice(*(None if end is None else int(end) for end in ends))

@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ras_compile.branches import intact, same_tensor, tensor_mark
 from ras_compile.clean import CleanHold
-from ras_compile.clock import Evaluation
+from ras_compile.clock import Evaluation, owner
 from ras_compile.config import RASConfig
 from ras_compile.passes.tokens import TokenView
 from ras_compile.sample import picture_window, sample_map
@@ -107,11 +108,14 @@ class SchedulerFollower:
         self._asked = False
         self._previous: Tensor | None = None
         self._overwritten: Tensor | None = None
+        self._returned: tuple[weakref.ref, int | None] | None = None
+        self._handed_on = self._missed = False
+        self._runner: weakref.ref | None = None
         self._begin()
         self._watch(getattr(pipe, "scheduler", None))
 
     def tick(self) -> tuple[object, int, int | None] | None:
-        """(identity of the generation, step from 0, number of steps); None when the scheduler cannot say.
+        """(identity of the generation, step from 0, number of steps); None when the scheduler cannot say, or is done.
 
         A generation is one `timesteps` object: `set_timesteps` makes a new one. The step counts from the entry of
         `timesteps` at which the generation began (image-to-image begins late).
@@ -132,6 +136,8 @@ class SchedulerFollower:
         index = getattr(scheduler, "step_index", None)
         first = getattr(scheduler, "begin_index", None) or 0
         count = len(timesteps) - first
+        if not self._runs_here():
+            return None
         if index is None:
             # no step has been taken, or the scheduler does not count them
             return self._key, since, count
@@ -141,14 +147,9 @@ class SchedulerFollower:
 
     def time(self) -> Tensor | None:
         """The present entry of `timesteps`, exact and unscaled, 0-d; None when there is none."""
-        if self._timesteps is None:
+        if self._timesteps is None or not self._runs_here():
             return None
-        index = getattr(self._scheduler, "step_index", None)
-        if index is None:
-            steps = _steps_of(self._scheduler)
-            since = steps.taken - self._taken_before if steps else 0
-            index = (getattr(self._scheduler, "begin_index", None) or 0) + since
-        return self._timesteps[index] if index < len(self._timesteps) else None
+        return self._timesteps[self._index()]
 
     def late(self) -> bool:
         """Whether the run began after the first entry of `timesteps`, as image-to-image does."""
@@ -164,11 +165,12 @@ class SchedulerFollower:
 
     def refusal(self) -> str:
         """Why no step of this generation may be sparse; empty where nothing is known against it."""
-        return self._clean.refusal
+        return self._clean.refusal if self._runs_here() else ""
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""
-        self._evaluations = [*self._evaluations[1 - _CALLS :], evaluation]
+        if self._runs_here():
+            self._evaluations = [*self._evaluations[1 - _CALLS :], evaluation]
 
     def window(self, latent: Tensor) -> slice | None:
         """The tokens of a packed latent [B, N, C] that are the picture, as the scheduler's steps have shown it.
@@ -183,7 +185,7 @@ class SchedulerFollower:
         Where a pipeline steps what the scheduler returned, nothing is ever compared; else the first answer of a
         generation is a host read. None: none of them.
         """
-        if self._overwritten is None:
+        if self._overwritten is None or not self._runs_here():
             return None
         if not self._asked:
             self._asked = True
@@ -193,29 +195,66 @@ class SchedulerFollower:
         mapped = sample_map(view, latent.shape, self._overwritten.shape)
         return mapped.to_tokens(self._overwritten) if mapped else None
 
+    def replaced(self) -> bool:
+        """Whether a callback has put another latent in place of what the last step returned, or has written into it.
+
+        Only where the pipeline steps on with the very tensor that a step returns, as it has done until then. One that a
+        callback leaves alive besides is noticed a step late.
+        """
+        if self._returned is None or not self._runs_here():
+            return False
+        return self._missed or (self._handed_on and not intact(self._returned))
+
     def stepping(self, scheduler: Any, given: dict[str, Any]) -> Any:
         """The scheduler is about to step with the arguments `given`; returns the `model_output` that it is to take."""
+        self._runner = weakref.ref(owner())
         evaluations, self._evaluations = self._evaluations, []
         prediction, sample = next(iter(given.values())), given.get("sample")
         if not isinstance(sample, Tensor) or not isinstance(prediction, Tensor):
             return prediction
         self._look_for_reference_tokens(evaluations, sample)
         self._look_for_overwriting(sample)
+        if self._returned is not None:
+            handed_on = same_tensor(self._returned, sample)
+            self._missed = self._handed_on and not handed_on and not self.replaced()
+            self._handed_on = handed_on
         return self._clean.stepping(scheduler, given, prediction, sample, evaluations)
 
     def stepped(self, result: Any) -> None:
         """The scheduler has stepped and returns `result`."""
         self._clean.stepped(self._scheduler)
+        first = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
+        sample = first if isinstance(first, Tensor) else None
+        self._returned = None if sample is None else tensor_mark(sample)
         if self._overwrites:
-            first = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
-            self._previous = first if isinstance(first, Tensor) else None
+            self._previous = sample
 
     def _begin(self) -> None:
         """A generation begins."""
         self._clean = CleanHold()
         self._looked = self._asked = False
         self._overwrites = True
-        self._previous = self._overwritten = None
+        self._previous = self._overwritten = self._returned = None
+        self._handed_on = self._missed = False
+        self._runner = None
+
+    def _runs_here(self) -> bool:
+        """Whether the present call can be of the run that the scheduler steps.
+
+        What comes after its last step, or from another thread or task, is a loop with another scheduler, or with none.
+        """
+        if self._timesteps is not None and self._index() >= len(self._timesteps):
+            return False
+        return self._runner is None or self._runner() is owner()
+
+    def _index(self) -> int:
+        """The present place in `timesteps`."""
+        index = getattr(self._scheduler, "step_index", None)
+        if index is None:
+            steps = _steps_of(self._scheduler)
+            since = steps.taken - self._taken_before if steps else 0
+            index = (getattr(self._scheduler, "begin_index", None) or 0) + since
+        return index
 
     def _untouched(self) -> None:
         self._overwrites, self._previous, self._overwritten = False, None, None

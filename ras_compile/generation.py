@@ -237,7 +237,7 @@ class TransformerState:
         follower = self.follower
         config = self.config if follower is None else follower.config
         if config.noise_reuse == "x0":
-            if follower is None:
+            if follower is None or tick.step is None:
                 raise ConfigError(
                     "option noise_reuse='x0' needs the scheduler, to tell the clean sample: use ras_compile.attach(pipe, ...)."
                 )
@@ -268,9 +268,14 @@ class TransformerState:
         elif tick.step != run.step:
             self._advance(run, tick.step)
         if len(run.used) >= _CALLS_PER_STEP:
+            told = isinstance(tick.home, Generation) and tick.home.key is tick.key
             warn_once(
-                f"ras_compile: {_CALLS_PER_STEP} transformer calls within step {tick.step}: the steps of this loop are "
-                "not the attached scheduler's, so it runs dense. Tell the steps with ras_compile.generation()."
+                f"ras_compile: {_CALLS_PER_STEP} transformer calls within step {tick.step}: the steps of this loop are not "
+                + (
+                    "those of ras_compile.generation(), so it runs dense. Call its step() once before each step's calls."
+                    if told
+                    else "the attached scheduler's, so it runs dense. Tell the steps with ras_compile.generation()."
+                )
             )
             run = self._begin(tick, call)
         match = run.branches.find(call.context, call.graph, tick.branch, len(run.used), run.used, alone=False)
@@ -365,6 +370,8 @@ class TransformerState:
                 raise ConfigError(refusal)
             warn_once(f"ras_compile: this pipeline runs dense: {refusal}")
             return "its scheduler adds noise"
+        if self.follower is not None and self.follower.replaced():
+            return "its latent was replaced"
         if branch.last_step is None:
             return "first call of its branch"
         if branch.last_step < run.step - 1:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import InvalidBackend
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor
 from torch._inductor import list_mode_options
 from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from .config import RASConfig
+from .config import ConfigError, RASConfig
 from .kernels.tiles import sources
 
 Compiled = Callable[..., Sequence[Any]]
@@ -36,6 +39,9 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         module: the program; its ops are ATen and it may write into its last inputs (the caches).
         inputs: example inputs; real tensors, whose sizes are baked in, or fake ones, which may have symbolic sizes.
         config: names the inner backend and its options.
+
+    Raises:
+        ConfigError: there is no such backend, or Inductor has no such option.
     """
     if config.inner_backend == "eager":
         return module
@@ -45,6 +51,11 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         mode = options.pop("mode", None)
         if mode is not None:
             options = {**list_mode_options(mode), **options}
+        known = inductor.get_config_copy()
+        for name in options:
+            if name not in known:
+                near = ", ".join(map(repr, difflib.get_close_matches(name, known))) or "those of torch._inductor.config"
+                raise ConfigError(f"option inner_options: {name!r} is no option of Inductor; it takes {near}.")
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
         # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over. Inputs are
         # made fake here: with a context, others would get symbolic sizes. The tag: our ops mean what their source says.
@@ -59,6 +70,11 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         with tracing(TracingContext(fake)), caches.patch(cache_key_tag=tag):
             compiled = compile_fx(module, examples, config_patches=options)
         return compiled
-    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
 
-    return lookup_backend(config.inner_backend)(module, list(inputs), **config.inner_options)
+    try:
+        backend = lookup_backend(config.inner_backend)
+    except InvalidBackend:
+        names = ", ".join(map(repr, ["eager", "aot_eager", *(name for name in list_backends() if name != "ras")]))
+        raise ConfigError(f"option inner_backend={config.inner_backend!r} is no backend; it takes {names}.") from None
+    return backend(module, list(inputs), **config.inner_options)

@@ -145,6 +145,32 @@ def test_a_callback_that_replaces_the_prompt(context):
         assert kinds(handle) == "ddddss" + "d" + "ss"
 
 
+@pytest.mark.parametrize(("how", "expected"), [("another", "sd"), ("written", "ds"), ("always", "ss")])
+def test_a_callback_that_replaces_the_latent(how, expected):
+    """What inactive tokens hold is another latent's: a dense step, at once or, where the old one lives on, a step late."""
+    pipe = sd3()
+
+    def replace(pipe, step, time, tensors):
+        if how == "always":
+            return {"latents": tensors["latents"] + 1}
+        if step == 5 and how == "written":
+            tensors["latents"].add_(1)
+        return {"latents": tensors["latents"] + 1} if step == 5 and how == "another" else {}
+
+    with ras_compile.attach(pipe) as handle:
+        draw(pipe, steps=10, callback_on_step_end=replace)
+        assert kinds(handle) == "ddddss" + expected + "ss"
+
+
+def test_a_pipeline_with_a_scheduler_of_its_own_is_not_taken_for_this_one():
+    pipe = sd3()
+    second = diffusers.StableDiffusion3Pipeline(**{**pipe.components, "scheduler": sd3().scheduler})
+    with ras_compile.attach(pipe) as handle:
+        draw(pipe, steps=8)
+        draw(second, steps=7)
+        assert kinds(handle) == "ddddsss"
+
+
 def test_skip_layer_guidance_is_a_branch_of_its_own():
     pipe = sd3()
     options = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.9}

@@ -163,6 +163,8 @@ def test_the_returned_noise_stays_as_it_was():
         ({"sample_ratio": 1.5}, "sample_ratio"),
         ({"latent": "pixels"}, "pixels.*hidden_states"),
         ({"unsupported": "maybe"}, "unsupported.*dense.*error"),
+        ({"inner_backend": "inducter"}, "inner_backend='inducter' is no backend.*'aot_eager'.*'inductor'"),
+        ({"inner_backend": "inductor", "inner_options": {"max-autotune": True}}, "inner_options.*'max_autotune'"),
     ],
 )
 def test_a_bad_option_is_one_clear_error(options, names):

@@ -236,3 +236,6 @@ def test_a_branch_has_a_name_and_a_run_the_steps_that_were_said():
             pass
         with pytest.warns(ras_compile.RASWarning, match=r"generation\(num_steps=1\).*more often"):
             gen.step()
+    for misuse in (gen.step, gen.branch("cond").__enter__):
+        with pytest.raises(ras_compile.ConfigError, match=r"has ended.*belong inside `with ras_compile.generation"):
+            misuse()

@@ -121,9 +121,10 @@ def test_a_ratio_or_a_speedup():
 
 def test_numbers_of_numpy_are_numbers():
     config = RASConfig(
-        sample_ratio=np.float32(0.5), warmup_steps=np.int64(3), reset_steps=np.arange(4, 9, 2), focus=np.float64(0.25)
-    )
-    assert config == RASConfig(sample_ratio=0.5, warmup_steps=3, reset_steps=(4, 6, 8), focus=0.25)
+        sample_ratio=np.float32(0.5), warmup_steps=np.int64(3), reset_steps=np.arange(4, 9, 2), focus=np.float64(0.25),
+        region=(np.int64(0), np.int64(8)),
+    )  # fmt: skip
+    assert config == RASConfig(sample_ratio=0.5, warmup_steps=3, reset_steps=(4, 6, 8), focus=0.25, region=(0, 8))
     assert all(type(step) is int for step in (config.warmup_steps, *config.reset_steps))
     assert type(config.sample_ratio) is float
     with pytest.raises(ValueError, match="warmup_steps"):

@@ -1,5 +1,6 @@
 """Following diffusers' schedulers: the step of every model call, from host values alone."""
 
+import concurrent.futures
 import copy
 import inspect
 import pickle
@@ -90,6 +91,19 @@ def test_image_to_image_starts_late(name, begin):
     assert [tick[1] for tick in ticks] == list(range(7))
     if begin:
         assert {tick[2] for tick in ticks} == {7}
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
+def test_other_loops_are_told_nothing(name):
+    """Neither one after the run, nor one of another thread: they have a scheduler of their own, or none."""
+    pipe = Pipe(name)
+    follower = SchedulerFollower(pipe)
+    told(pipe, follower)
+    assert follower.tick() is None
+    told(pipe, follower, stop=3)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(follower.tick).result() is None
+    assert follower.tick()[1] == 3
 
 
 def test_a_swapped_scheduler_is_followed():

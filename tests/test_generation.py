@@ -323,6 +323,14 @@ def test_threads_do_not_share_a_generation():
     assert [model.kinds(number) for number in numbers] == ["dd" * 4 + "ss" * 5] * 3
 
 
+def test_a_loop_that_forgets_its_steps_runs_dense_and_is_told():
+    model = FakeTransformer(warmup_steps=1)
+    with ras_compile.generation() as gen, pytest.warns(ras_compile.RASWarning, match=r"Call its step\(\) once before"):
+        gen.step()
+        denoise(model, falling(17), prompts("cond"))
+    assert "s" not in model.kinds()
+
+
 def test_nested_generations_keep_apart():
     model = FakeTransformer()
     contexts = prompts("cond")

@@ -251,22 +251,26 @@ def test_a_generation_without_steps_marks_the_ends():
 
 
 def test_interleaved_generations_with_help():
+    """Generators that take turns, one of them in other threads with copied contexts, and that end in any order."""
     model = FakeTransformer(reset_interval=None)
-    contexts = [prompts("cond"), prompts("cond")]
-    homes = [ras_compile.generation(), ras_compile.generation()]
-    latents = [torch.randn(1, TOKENS, CHANNELS) for _ in homes]
-    kept = [home.__enter__() for home in homes]
-    from ras_compile import clock
 
-    for step, time in enumerate(falling(8)):
-        for which, gen in enumerate(kept):
-            token = clock._generation.set(gen)
-            gen.step()
-            model(latents[which] + step, time, *contexts[which]["cond"], truth=(which, "cond", step))
-            clock._generation.reset(token)
-    for home in reversed(homes):
-        home.__exit__(None, None, None)
-    assert model.kinds(0) == model.kinds(1) == "ddddssss"
+    def steps(which):
+        prompt, latent = prompts("cond")["cond"], torch.randn(1, TOKENS, CHANNELS)
+        with ras_compile.generation() as gen:
+            for step, time in enumerate(falling(8)):
+                gen.step()
+                model(latent + step, time, *prompt, truth=(which, "cond", step))
+                yield
+
+    runs = [steps(which) for which in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(9):
+            next(runs[0], None)
+            pool.submit(contextvars.copy_context().run, next, runs[2], None).result()
+            next(runs[1], None)
+    assert model.kinds(0) == model.kinds(1) == model.kinds(2) == "ddddssss"
+    denoise(model, falling(6), prompts("cond"))  # and none is left open
+    assert model.kinds() == "ddddss"
 
 
 @pytest.mark.parametrize("context_of", ["as they are", "shared object", "copies"])

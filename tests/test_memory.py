@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from pipelines import draw_sd3, sd3
 from test_backend import EAGER, LATENT, TEXT, kinds, model, run
 
 import ras_compile
@@ -69,6 +70,15 @@ def test_release():
     assert refs and alive(refs) == 0 and not kept()
     assert ras_compile.trace(compiled) == []
     assert torch.equal(run(compiled, LATENT, TEXT), wanted) and kinds(compiled) == "ddssss"
+
+
+def test_detach_releases():
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    with ras_compile.attach(pipe, **EAGER):
+        draw_sd3(pipe, steps=3)
+        refs = kept()
+    assert refs and alive(refs) == 0
 
 
 def test_release_in_the_middle_begins_anew():
