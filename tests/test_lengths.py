@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import pytest
 import torch
 from contract import Subject, error, widen, widest
 from test_backend import EAGER, TinyDiT, kinds
-from torch import nn
+from torch import fx, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils import _pytree as pytree
 from zoo import ZOO, redraw
@@ -19,7 +20,7 @@ import ras_compile.family
 import ras_compile.plan
 from ras_compile.config import RASConfig
 from ras_compile.family import KEPT, Family
-from ras_compile.inputs import describe_inputs
+from ras_compile.inputs import GraphInput, describe_inputs
 from ras_compile.lengths import Lengths
 from ras_compile.memory import _keepers
 from ras_compile.numbers import capture_numbers
@@ -144,33 +145,34 @@ def dynamo_graphs(module: nn.Module, calls: Sequence[dict]) -> list:
     return found
 
 
-def family_of(name: str, lengths: Sequence[int], **options) -> tuple[Family, Subject]:
-    """The family of a model in double precision, made at the second length, and a plan of its own for the last one."""
-    module, given = redraw(ZOO[name].build()).eval().double(), ZOO[name].inputs()
-    given = pytree.tree_map(widest, given)
-    graphs = dynamo_graphs(module, [lengthened(given, MODELS[name], length) for length in lengths])[1:]
-    graph, inputs = graphs[0][0], describe_inputs(graphs[0][0].graph)
-    assert all(other is graph for other, _ in graphs)
-    widen(graph)
-    config = RASConfig.from_options({"inner_backend": "eager", **options})
-    values = [[widest(value) for value in found] for _, found in graphs]
-    found = Lengths.of(graph, inputs, values[0], [])
-    assert found is not None
-    family = Family(SymbolicGraph(graph, found, values[0]), inputs, values[0], config)
-    return family, Subject(Plan(graph, inputs, values[-1], config), values[-1])
+@lru_cache(maxsize=1)
+def in_double(name: str, *lengths: int) -> tuple[fx.GraphModule, SymbolicGraph, list[GraphInput], list[list]]:
+    """A model in double precision, captured once for all lengths, and the graph's inputs for each from the second on."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        module, given = redraw(ZOO[name].build()).eval().double(), ZOO[name].inputs()
+        given = pytree.tree_map(widest, given)
+        graphs = dynamo_graphs(module, [lengthened(given, MODELS[name], length) for length in lengths])[1:]
+        graph, inputs = graphs[0][0], describe_inputs(graphs[0][0].graph)
+        assert all(other is graph for other, _ in graphs)
+        widen(graph)
+        values = [[widest(value) for value in found] for _, found in graphs]
+        found = Lengths.of(graph, inputs, values[0], [])
+        assert found is not None
+        return graph, SymbolicGraph(graph, found, values[0]), inputs, values
+    finally:
+        torch.set_default_dtype(default)
 
 
 @pytest.mark.parametrize("context", ["fresh", "frozen"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_contract_holds_at_a_third_length(name, context):
     """Identity, consistency and semantics of the shared programs, beside an oracle of that length alone."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        family, alone = family_of(name, [9, 4, 13], context=context)
-    finally:
-        torch.set_default_dtype(default)
-    plan = family.member(alone.values)
+    graph, symbolic, inputs, (second, third) = in_double(name, 9, 4, 13)
+    config = RASConfig.from_options({"inner_backend": "eager", "context": context})
+    alone = Subject(Plan(graph, inputs, third, config), third)
+    plan = Family(symbolic, inputs, second, config).member(third)
     shared = Subject(plan, alone.values)
     assert "exact" not in vars(plan)
     dense, caches = shared.dense(alone.values)
