@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -87,6 +87,13 @@ class Unbatch(Restart):
 
     def apply(self, frame: Frame) -> Frame:
         return frame.unbatched()
+
+
+class Coarsen(Restart):
+    """Convolutions with strides that overlap take tokens together: the finer ones, left as they are, reach no output."""
+
+    def apply(self, frame: Frame) -> Frame:
+        return frame.coarsened()
 
 
 def dim_size(dim: Iterable[Factor]) -> int:
@@ -229,6 +236,7 @@ class Frame:
         excluded: atoms that are not part of the region.
         batch_dim: dimension of the latent that counts the samples, or None.
         window: ``(start, stop)`` along the region's dimension 1, where the latent's other tokens are context.
+        coarse: what a convolution's stride takes together is one token, also where its kernels overlap.
     """
 
     shape: tuple[int, ...]
@@ -236,6 +244,7 @@ class Frame:
     excluded: frozenset[Atom] = frozenset()
     batch_dim: int | None = 0
     window: tuple[int, int] | None = None
+    coarse: bool = False
 
     @staticmethod
     def of(shape: Sequence[int], batch_dim: int | None = 0, window: tuple[int, int] | None = None) -> Frame:
@@ -269,9 +278,11 @@ class Frame:
     def unbatched(self) -> Frame:
         return self._with(batch_dim=None)
 
+    def coarsened(self) -> Frame:
+        return self._with(coarse=True)
+
     def _with(self, **changes: Any) -> Frame:
-        values = {name: getattr(self, name) for name in ("shape", "parts", "excluded", "batch_dim", "window")}
-        return Frame(**{**values, **changes})
+        return Frame(**{**{field.name: getattr(self, field.name) for field in fields(self)}, **changes})
 
     def layout(self) -> Layout:
         """The latent's own layout."""

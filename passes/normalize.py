@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import rules  # noqa: F401  (fills the registry)
+from .layers import LAYERS
 from .registry import RULES, Call, operands
 from .rules.pointwise import is_pointwise
 
@@ -36,14 +37,15 @@ def normalize(graph: fx.Graph) -> None:
 
 
 def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
-    """An op that has no rule, and that PyTorch itself puts together from others: those others take its place.
+    """An op that has no rule, and that PyTorch or `layers.py` puts together from others: those others take its place.
 
     `tensordot(x, w)  ->  reshape, mm, reshape`
     """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target in RULES or is_pointwise(target):
         return False
-    if not target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+    layer = LAYERS.get(target)
+    if layer is None and not target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
         return False
     given = operands(node)
     if not given or not all(isinstance(operand.meta.get("val"), torch.Tensor) for operand in given):
@@ -52,10 +54,10 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
     def run(*values: torch.Tensor) -> Any:
         left = iter(values)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: next(left))
-        return target(*args, **kwargs)
+        return (layer or target)(*args, **kwargs)
 
     with torch.no_grad(), given[0].meta["val"].fake_mode:
-        parts = make_fx(run)(*(operand.meta["val"] for operand in given)).graph
+        parts = make_fx(run, pre_dispatch=layer is not None)(*(operand.meta["val"] for operand in given)).graph
     calls = [part for part in parts.nodes if part.op == "call_function"]
     if any(part.op == "get_attr" for part in parts.nodes) or any(
         not isinstance(part.target, torch._ops.OpOverload) or part.target is target or part.target._schema.is_mutable

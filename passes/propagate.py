@@ -10,7 +10,7 @@ from torch import fx
 
 from . import rules
 from .errors import UnsupportedGraph
-from .layout import Frame, Layout, Refine, Restart
+from .layout import Coarsen, Frame, Layout, Refine, Restart
 from .registry import RULES, Call, Result, Rule, Step, Use, operands, source_line
 from .rules.pointwise import is_pointwise, pointwise
 
@@ -19,6 +19,9 @@ aten = torch.ops.aten
 __all__ = ["Analysis", "propagate", "rules"]
 
 ROUNDS = 200
+CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
     outputs = next(iter(reversed(graph.nodes))).args[0]
     found = tuple(index for index, node in enumerate(outputs) if isinstance(layouts.get(node), Layout))
     if not found:
+        if not frame.coarse and any(node.target in CONVOLUTIONS and steps[node].whole for node in steps):
+            raise Coarsen
         lost = next(
             (node for node in graph.nodes if node in mixed and steps.get(node) is not None and steps[node].whole), None
         )

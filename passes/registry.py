@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .errors import UnsupportedGraph
 from .layout import Frame, Layout, Sizes
 
 aten = torch.ops.aten
+
+PYTORCH = str(Path(torch.__file__).parent)
 
 
 class Use(Enum):
@@ -68,8 +71,9 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 
 def source_line(node: fx.Node) -> str | None:
-    """The user's source line of a node, from the last frame of its stack trace: ``file:line in function: code``."""
+    """The user's source line of a node: ``file:line in function: code``, of the last frame outside of PyTorch, if any."""
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)\n\s*(.*)', node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if not frame[0].startswith(PYTORCH)] or frames
     return "{}:{} in {}: {}".format(*frames[-1]) if frames else None
 
 

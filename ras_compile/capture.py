@@ -14,6 +14,7 @@ from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx.traceback import preserve_node_meta
 
 from .flex import is_transform, spell_flex_attention
+from .inputs import describe_inputs
 from .passes.errors import UnsupportedGraph
 from .passes.normalize import normalize
 from .passes.registry import source_line
@@ -102,12 +103,18 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = Fa
     for part in graph.modules():
         if isinstance(part, fx.GraphModule):
             refuse_function_transforms(part.graph)
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    return export(_Bound(graph, inputs), tensors, symbolic=symbolic)
+    given = [pair for pair in zip(describe_inputs(graph.graph), inputs, strict=True) if isinstance(pair[1], Tensor)]
+    names = [described.path for described, _ in given]
+    return export(_Bound(graph, inputs), [value for _, value in given], names, symbolic=symbolic)
 
 
-def export(bound: nn.Module, tensors: Sequence[Tensor], *, symbolic: bool = False) -> fx.GraphModule:
+def export(
+    bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (), *, symbolic: bool = False
+) -> fx.GraphModule:
     """Captures ``bound(*tensors)``: see :func:`capture`.
+
+    Args:
+        names: what the user calls the tensors, where that is known.
 
     Raises:
         UnsupportedGraph: it writes into its inputs, or cannot be traced.
@@ -123,8 +130,11 @@ def export(bound: nn.Module, tensors: Sequence[Tensor], *, symbolic: bool = Fals
         raise UnsupportedGraph(f"the graph cannot be captured: {said}") from error
     assert isinstance(captured, fx.GraphModule)
     if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
+        called = dict(zip(map(str, signature.user_inputs), names, strict=False))
         written = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
-        raise UnsupportedGraph(f"the model writes into its inputs or buffers ({', '.join(map(str, written))})")
+        raise UnsupportedGraph(
+            f"the model writes into its inputs or buffers ({', '.join(called.get(str(name), str(name)) for name in written)})"
+        )
     lifted = [*signature.parameters, *signature.buffers]
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
     constants = [bound.get_parameter(n) if n in signature.parameters else bound.get_buffer(n) for n in lifted]

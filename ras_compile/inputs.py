@@ -45,12 +45,13 @@ def source_name(node: fx.Node) -> str:
 
 def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
     """Describes every placeholder of a Dynamo graph."""
-    names = _argument_names(graph)
+    forward = _forward(graph)
+    names, extra = (argument_names(forward), keywords(forward)) if forward is not None else ([], "kwargs")
     found = []
     for node in graph.find_nodes(op="placeholder"):
         value, name = node.meta.get("example_value"), source_name(node)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int)):
-            plain = _user_input(name, names) if name.startswith("L[") and "(" not in name else None
+            plain = _user_input(name, names, extra) if name.startswith("L[") and "(" not in name else None
             found.append(GraphInput(plain.argument if plain else None, plain.path if plain else name, size=True))
         elif (
             isinstance(value, nn.Parameter)
@@ -58,34 +59,49 @@ def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
             or "_buffers" in name
             or name.startswith("L['self']")
         ):
-            found.append(GraphInput(None, name, weight=True))
+            found.append(GraphInput(None, _weight(name), weight=True))
         else:
-            found.append(_user_input(name, names))
+            found.append(_user_input(name, names, extra))
     return found
 
 
-def _user_input(name: str, names: Sequence[str]) -> GraphInput:
+def _user_input(name: str, names: Sequence[str], extra: str) -> GraphInput:
+    """The argument behind a source expression: of a forward that takes ``names`` and ``**extra``, or of a wrapper of it."""
     steps = ["".join(groups) for groups in _STEP.findall(name.removeprefix("L"))] or [name]
-    if steps[0] in ("args", "kwargs") and len(steps) > 1 and steps[0] not in names:
-        positional = steps[0] == "args" and steps[1].isdigit()
-        index = int(steps[1]) if positional else 0
-        head = names[index] if positional and index < len(names) else steps[1]
-        steps = [head, *steps[2:]]
+    if len(steps) > 1 and steps[0] not in names:
+        if steps[0] in ("kwargs", extra):
+            steps = steps[1:]
+        elif steps[0] == "args" and steps[1].isdigit() and int(steps[1]) < len(names):
+            steps = [names[int(steps[1])], *steps[2:]]
     return GraphInput(steps[0], steps[0] + "".join(f"[{step!r}]" for step in steps[1:]))
 
 
-def _argument_names(graph: fx.Graph) -> list[str]:
-    """Names of the positional arguments of the root module's forward, without ``self``; empty where they are unknown."""
+def _weight(name: str) -> str:
+    """``blocks.0.norm.weight``, of its source expression."""
+    steps = ["".join(groups) for groups in _STEP.findall(name.removeprefix("L"))]
+    return ".".join(step for step in steps[1:] if step not in ("_modules", "_parameters", "_buffers")) or name
+
+
+def _forward(graph: fx.Graph) -> Callable[..., Any] | None:
+    """The forward of the root module's class; None where it is unknown."""
     for node in graph.nodes:
         for kind in (entry[1] for entry in (node.meta.get("nn_module_stack") or {}).values()):
             if isinstance(kind, type) and issubclass(kind, nn.Module):
-                return argument_names(kind.forward)
-    return []
+                return kind.forward
+    return None
 
 
 def argument_names(forward: Callable[..., Any]) -> list[str]:
-    """Names of the arguments of a module class's forward, without ``self``."""
-    return [name for name in inspect.signature(inspect.unwrap(forward)).parameters if name != "self"]
+    """Names of the arguments of a module class's forward, without ``self``, ``*args`` and ``**kwargs``."""
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [parameter.name for parameter in parameters if parameter.name != "self" and parameter.kind not in several]
+
+
+def keywords(forward: Callable[..., Any]) -> str:
+    """What a forward calls those of its keyword arguments that it does not name."""
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "kwargs")
 
 
 def check_timestep(name: str | None, kind: type[nn.Module]) -> None:

@@ -264,6 +264,11 @@ class TracedModel:
         try:
             if len(known) >= _SPECIALISATIONS:
                 raise UnsupportedGraph(f"values that Python code reads differ in more than {_SPECIALISATIONS} ways")
+            if self.counts_time(key):
+                raise UnsupportedGraph(
+                    "the timestep is a Python number, and Dynamo broke the model's graph, which is traced instead: for one "
+                    "value of each number; a tensor is supported"
+                )
             made = specialise(root, args, kwargs, self.config)
         except (UnsupportedGraph, SpecViolation) as error:
             if self.config.unsupported == "error":
@@ -273,6 +278,19 @@ class TracedModel:
             return None
         known.append(made)
         return made
+
+    def counts_time(self, key: tuple) -> bool:
+        """Whether a call differs from one that was traced in its timestep alone, a Python number."""
+        leaves, *others = key
+        for (known, *rest), entries in self.found.items():
+            for place in {entry.timestep for entry in entries} & set(range(len(known))):
+                if len(known) != len(leaves) or rest != others or known[place][0] not in (int, float):
+                    continue
+                if [a == b for a, b in zip(known, leaves, strict=True)].count(False) == 1 and known[place] != leaves[
+                    place
+                ]:
+                    return True
+        return False
 
     def run(self, entry: Specialisation, key: tuple, leaves: Sequence[Any]) -> Any:
         plan, values, time = entry.plan, entry.values(leaves), entry.timestep

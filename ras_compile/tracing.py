@@ -75,7 +75,8 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
     closed = [*noted.closed.values(), *map(Closed, bound.constants)]
     state = PythonState(root)
     try:
-        captured = export(bound, [*given, *(entry.tensor for entry in closed)])
+        tensors = [*given, *(entry.tensor for entry in closed)]
+        captured = export(bound, tensors, [*["an argument"] * len(given), *(entry.name for entry in closed)])
     except UnsupportedGraph:
         raise
     except Exception as error:

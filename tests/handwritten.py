@@ -288,6 +288,16 @@ class Transposed(DiT):
         return self.head(x.transpose(1, 2).unflatten(2, grid))
 
 
+@model("strided convolutions on either side", latent=(2, 4, 16, 24), ratio=0.75)
+class Stem(Transposed):
+    """Two layers that overlap in, two out: 4x4 pixels are one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, WIDTH, 3, 2, 1))
+        self.head = nn.Sequential(nn.ConvTranspose2d(WIDTH, 8, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(8, 4, 4, 2, 1))
+
+
 @model("patches by strided slices")
 class Strided(DiT):
     """Space to depth: `torch.cat([x[..., i::2, j::2] for ...])`."""
@@ -912,7 +922,7 @@ class Between(DiT):
         return self.blocks[1](x, emb, text, grid)
 
 
-@model("guidance inside", refused="no output carries the token grid")
+@model("guidance inside")
 class GuidanceInside(DiT):
     """Both branches in one call: the latent is doubled, and the results are combined."""
 
@@ -1078,7 +1088,7 @@ class SequenceFirst(DiT):
         return x.transpose(0, 1)
 
 
-@model("torch's own encoder", refused="no rule says how aten._transformer_encoder_layer_fwd")
+@model("torch's own encoder")
 class Encoder(DiT):
     def __init__(self) -> None:
         super().__init__(depth=0)

@@ -89,6 +89,32 @@ class Listed(Patches):
         return super().forward(torch.stack(latents), timestep)
 
 
+class Counted(Patches):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter.calls = nn.Buffer(torch.zeros(()))
+
+    def cut(self, latent):
+        self.enter.calls += 1
+        return super().cut(latent)
+
+
+class Wrapped(Patches):
+    """Pads an odd side with what stands on the other side."""
+
+    def cut(self, latent):
+        return super().cut(nn.functional.pad(latent, (0, 0, 0, 1), mode="circular"))
+
+
+class Keywords(Patches):
+    """Names none of its arguments but the latent."""
+
+    def forward(self, hidden_states, **given):
+        return super().forward(hidden_states, given["timestep"])
+
+
 class Pipe:
     """A pipeline that holds a transformer and says nothing of steps."""
 
@@ -112,6 +138,8 @@ def fresh(monkeypatch):
 CASES = {
     "mask of values": (MaskOfValues, call(), "mask computed from the latent's values; masks of positions.*test_bad_input"),
     "odd side": (Patches, call(7, 12), "side of 7 that the patch size 2 does not divide.*test_bad_input"),
+    "a side that is padded": (Wrapped, call(7, 12), "lost in aten.pad.*test_bad_input"),
+    "a counter": (Counted, call(), r"writes into its inputs or buffers \((enter\.)?calls\)"),
     "no tokens": (Summary, call(), "no output carries the token grid of `hidden_states`"),
     "not a grid": (nn.Linear, dict(input=torch.randn(2, 4)), "no token grid"),
     "ambiguous": (Sum, dict(first=call()["hidden_states"], second=torch.randn(1, 4, 8, 12), timestep=torch.ones(1)),
@@ -152,6 +180,8 @@ def test_the_option_latent_decides():
     _, given, _ = CASES["ambiguous"]
     explanation = ras_compile.explain(Sum(), options={"latent": "second"}, **given)
     assert explanation.supported and explanation.latent == "second"
+    explanation = ras_compile.explain(Keywords(), options={"latent": "hidden_states"}, **call())
+    assert explanation.supported and explanation.latent == "hidden_states"
 
 
 def test_the_option_timestep_has_to_name_an_argument():

@@ -347,6 +347,26 @@ def test_a_test_of_the_timestep():
     assert len(found) == 2
 
 
+class Number(Length):
+    """Takes the timestep as a Python number."""
+
+    def forward(self, hidden_states, timestep, text, mask):
+        return super().forward(hidden_states, torch.full((len(hidden_states),), timestep), text, mask)
+
+
+def test_a_timestep_that_is_a_number(monkeypatch):
+    """Of a trace it is a constant: each step would be traced and compiled for itself."""
+    monkeypatch.setattr("ras_compile.notices._said", set())
+    model = Number()
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    with torch.no_grad():
+        compiled(latents(1)[0], 1.0, **inputs(4))
+        with pytest.warns(RASWarning, match="the timestep is a Python number.*a tensor is supported"):
+            found = compiled(latents(1)[0], 0.9, **inputs(4))
+        torch.testing.assert_close(found, model(latents(1)[0], 0.9, **inputs(4)), rtol=1e-4, atol=1e-5)
+    assert len(compiled.forward.found) == 2 and sum(map(len, compiled.forward.found.values())) == 1
+
+
 REFUSED = {
     FromTime: "depends on the timestep's values.*in forward",
     FromLatent: "depends on the latent's values.*in forward",

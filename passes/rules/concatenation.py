@@ -52,12 +52,12 @@ def joined(call: Call, nodes: Sequence[fx.Node], dim: int, shapes: Sequence[tupl
         if rest != Layout(tuple(others)):
             return call.whole()
     along = [layout is not None and bool(region_atoms(call, [layout.dims[dim]])) for layout in layouts]
-    if not any(along) and grid_atoms(call, [layout.dims[dim] for layout in known]):
+    again = stacked([layout.dims[dim] if layout is not None else () for layout in layouts])
+    if again is None and not any(along) and grid_atoms(call, [layout.dims[dim] for layout in known]):
         return call.whole()
     raw = all(layout.raw for layout in known)
     if not raw and any(along) and region:
         raise Exclude(smaller(call, region_atoms(call, [layout.dims[dim] for layout in known]), region))
-    again = stacked([layout.dims[dim] if layout is not None else () for layout in layouts])
     if again is not None:
         others[dim] = again
     elif not raw and sum(along) > 1:

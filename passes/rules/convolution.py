@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..layout import Axis, Dim, Exclude, Factor, Layout, Refine, Unbatch, atoms_of, dim_size, normal, opaque
@@ -60,7 +62,7 @@ def convolution(call: Call) -> Step:
     padding = call.args["padding"]
     padding = [0 if padding == "valid" else -1] * rank if isinstance(padding, str) else per_dim(padding, rank)
     dims: list[Dim] = [*layout.dims[: -rank - 1], opaque(call.shape[-rank - 1])]
-    mixes, dropped = False, set()
+    mixes, dropped, coarse = False, set(), layout.raw or call.frame.coarse
     for index in range(rank):
         dim, kernel, size = layout.dims[index - rank], weight[index - rank], call.shape[index - rank]
         if not region_atoms(call, [dim]):
@@ -73,7 +75,7 @@ def convolution(call: Call) -> Step:
             outer, inner = cut_patch(dim, kernel, call)
             dropped |= region_atoms(call, [inner])
             dims.append(outer)
-        elif layout.raw and stride[index] * size == dim_size(dim):  # patches that overlap
+        elif coarse and stride[index] * size == dim_size(dim):  # patches that overlap
             mixes = True
             outer, inner = cut_patch(dim, stride[index], call)
             dropped |= region_atoms(call, [inner])
@@ -81,7 +83,7 @@ def convolution(call: Call) -> Step:
         else:
             mixes = True
             dims.append(dim if size == dim_size(dim) and stride[index] == 1 else opaque(size))
-    if mixes and not (dropped and layout.raw):
+    if mixes and not (dropped and coarse):
         out = Layout.of(dims)
         kept = {atom for dim in out.dims for atom in atoms_of(dim)} >= {atom for atom, _ in call.frame.region}
         return call.whole(out if kept and not dropped else None)
@@ -92,7 +94,7 @@ def convolution(call: Call) -> Step:
 
 @rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 def transposed_convolution(call: Call) -> Step:
-    """`b c h w, c d p q -> b d (h p) (w q)` where stride = kernel; any other one mixes tokens."""
+    """`b c h w, c d p q -> b d (h p) (w q)` where stride = kernel; kernels that overlap mix tokens."""
     layout, weight = call.layout(call.args["input"]), call.shape_of(call.args["weight"])
     if layout is None or any(call.layout(call.args[name]) is not None for name in ("weight", "bias")):
         return call.whole()
@@ -107,7 +109,13 @@ def transposed_convolution(call: Call) -> Step:
         s == k and d == 1 and p == 0 and e == 0
         for s, k, d, p, e in zip(stride, weight[2:], dilation, padding, extra, strict=True)
     )
-    if not plain:
+    fits = all(size * s == out for size, s, out in zip(layout.shape[-rank:], stride, call.shape[-rank:], strict=True))
+    if not fits:
         return call.whole()
-    grid = [(*dim, Axis(kernel)) for dim, kernel in zip(layout.dims[-rank:], weight[2:], strict=True)]
-    return Step(Layout.of([*layout.dims[: -rank - 1], opaque(call.shape[-rank - 1]), *grid]), call.uses())
+    out = enlarged([*layout.dims[: -rank - 1], opaque(call.shape[-rank - 1])], layout.dims[-rank:], stride)
+    return Step(out, call.uses()) if plain else call.whole(out)
+
+
+def enlarged(lead: Sequence[Dim], grid: Sequence[Dim], factors: Sequence[int]) -> Layout:
+    """`... h w -> ... (h r) (w s)`: each token has ``factors`` entries of its own in the result."""
+    return Layout.of([*lead, *((*dim, Axis(factor)) for dim, factor in zip(grid, factors, strict=True))])

@@ -9,8 +9,8 @@ import torch
 from ..errors import UnsupportedGraph
 from ..layout import Axis, Dim, Exclude, Layout, ViewError, dim_size, opaque
 from ..registry import Call, Step, rule_for
-from .contraction import grid_atoms, region_atoms
-from .convolution import cut_patch, per_dim
+from .contraction import counts_samples, grid_atoms, region_atoms
+from .convolution import cut_patch, enlarged, per_dim
 from .views import only_layout
 
 aten = torch.ops.aten
@@ -132,15 +132,24 @@ def spatial(call: Call) -> int:
     aten.max_pool2d.default, aten.max_pool3d.default, aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
 )  # fmt: skip
-@rule_for(
-    aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_trilinear3d.vec
-)
 def pool(call: Call) -> Step:
     """`b c h w -> b c i j`: mixes the tokens of a window."""
     layout, rank = only_layout(call, "self" if "self" in call.args else "input"), spatial(call)
     if grid_atoms(call, layout.dims[-rank:]):
         return same_or_lost(call, layout)
     return Step(Layout((*layout.dims[:-rank], *map(opaque, call.shape[-rank:])), layout.raw), call.uses())
+
+
+@rule_for(
+    aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_trilinear3d.vec
+)
+def between(call: Call) -> Step:
+    """`b c h w -> b c (h r) (w s)`: mixes neighbours; by whole factors, each token has entries of its own in the result."""
+    layout, rank = only_layout(call, "input"), spatial(call)
+    grid, pairs = layout.dims[-rank:], [*zip(layout.shape[-rank:], call.shape[-rank:], strict=True)]
+    if not region_atoms(call, grid) or counts_samples(call, grid) or any(after % before for before, after in pairs):
+        return pool(call)
+    return call.whole(enlarged([*layout.dims[:-rank]], grid, [after // before for before, after in pairs]))
 
 
 @rule_for(aten.grid_sampler.default)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ras_compile.capture import export
+from ras_compile.capture import capture, export
+from ras_compile.explain import record_call
 from ras_compile.passes import normalize
 from ras_compile.passes.propagate import find_rule
 
@@ -56,6 +57,31 @@ def test_what_has_no_rule_is_spelled_out(target):
             find_rule(node)
     for found, wanted in zip(captured(*given), module(*given), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, mask, **config) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, **config)
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = {name: torch.ones(shape, dtype=torch.bool).tril(-1) for name, shape in self.mask.items()}
+        return self.layer(x, **hidden)
+
+
+@pytest.mark.parametrize("norm_first, activation", [(True, "gelu"), (False, "relu")])
+@pytest.mark.parametrize("mask", [{}, {"src_mask": (5, 5)}, {"src_key_padding_mask": (2, 5)}], ids=str)
+def test_an_encoder_layer_is_spelled_out(norm_first, activation, mask):
+    """PyTorch calls one op for all of it; its linears and its attention stay whole."""
+    module, x = EncoderLayer(mask, activation=activation, norm_first=norm_first).eval(), torch.randn(2, 5, 16)
+    graph, values = record_call(module, {"x": x})
+    assert graph.graph.find_nodes(op="call_function", target=torch._transformer_encoder_layer_fwd)
+    captured = capture(graph, values)
+    with torch.no_grad():
+        torch.testing.assert_close(captured(*values)[0], module(x))
+    targets = [node.target for node in captured.graph.nodes if node.op == "call_function"]
+    assert targets.count(aten.linear.default) == 4 and targets.count(aten.scaled_dot_product_attention.default) == 1
 
 
 def test_what_has_a_rule_stays_as_it_is():

@@ -349,6 +349,10 @@ def concatenation() -> list[Row]:
                 Row(target, lambda s: s([s.tokens, s.given(s.batch, n, 2), s.tokens], -1)),
                 Row(target, lambda s: s([s.given(s.batch, n, 1), s.tokens], 2)),
                 Row(target, lambda s: s([s.tokens, s.tokens], 1)),
+                Row(target, lambda s: s([s.tokens, shifted(s)], 0), "whole", single="rows"),
+                Row(
+                    target, lambda s: s([s.tokens, s.also(aten.neg.default, s.tokens)], 0)
+                ),  # both branches of guidance
                 Row(target, lambda s: s([s.tokens, s.also(aten.repeat.default, s.tokens, [1, 2, 1])], 1)),
                 Row(target, lambda s: s([s.tokens, s.turned], 1), "whole"),
                 Row(target, lambda s: s([s.joint, s.tokens], 1), "whole"),
@@ -577,6 +581,8 @@ def convolution() -> list[Row]:
         Row(aten.conv_transpose2d.input, lambda s: s(s.image, s.given(c, 5, 1, 2), None, [1, 2], [0], [0], 2)),
         Row(aten.conv_transpose2d.input, lambda s: s(s.image, s.given(c, 5, 3, 3), None, [1], [1]), "whole"),
         Row(aten.conv_transpose2d.input, lambda s: s(s.image, s.given(c, 5, 2, 2), None, [3]), "whole"),
+        Row(aten.silu.default,  # kernels that overlap: each token still has entries of its own
+            lambda s: s(s.also(aten.conv_transpose2d.input, s.image, s.given(c, 5, 4, 3), None, [2, 1], [1, 1]))),
         Row(aten.conv_transpose1d.default, lambda s: s(s.columns, s.given(c, 5, 2), None, [2])),
         Row(aten.conv_transpose1d.default, lambda s: s(s.tokens, s.given(n, 5, 2), None, [2]), "whole"),
         Row(aten.conv_transpose1d.default, lambda s: s(s.columns, s.also(aten.reshape.default, s.flat, [c, -1, 2]), None, [2]),
@@ -862,7 +868,12 @@ def resampling() -> list[Row]:
         Row(aten.adaptive_avg_pool3d.default, lambda s: s(deep(s), [1, 1, 1]), "whole"),
         Row(aten.upsample_linear1d.vec, lambda s: s(wide(s), [12], False, None)),
         Row(aten.upsample_linear1d.vec, lambda s: s(s.columns, [24], False, None), "whole"),
+        Row(aten.upsample_linear1d.vec, lambda s: s(s.columns, [18], False, None), "whole"),
         *[Row(op, lambda s: s(s.image, None, False, [2.0, 2.0]), "whole") for op in smooth],
+        *[
+            Row(aten.silu.default, lambda s, op=op: s(s.also(op, s.image, [2 * HEIGHT, 3 * WIDTH], True, None)))
+            for op in smooth
+        ],
         Row(aten.upsample_trilinear3d.vec, lambda s: s(deep(s), [3, 6, 8], False, None), "whole"),
         Row(aten.upsample_nearest1d.vec, lambda s: s(s.columns, None, [2.0])),
         Row(aten.upsample_nearest1d.vec, lambda s: s(s.columns, [18], None), "whole"),

@@ -1,0 +1,51 @@
+"""PyTorch's fused layers, written with the ops that they stand for; its modules call them where no gradients are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def encoder_layer(
+    src: Tensor, embed_dim: int, num_heads: int, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor,
+    proj_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float, norm_weight_1: Tensor, norm_bias_1: Tensor,
+    norm_weight_2: Tensor, norm_bias_2: Tensor, ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`b n c -> b n c`: `nn.TransformerEncoderLayer`.
+
+    Args:
+        mask: its entries other than zero hide keys; [N, N] (``mask_type`` 0), [B, N] (1) or [B, H, N, N] (2).
+    """
+    if mask is not None:
+        mask = ~(mask[:, None, None] if mask_type == 1 else mask).to(torch.bool)
+
+    def attend(x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.linear(mixed.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+
+    def feed(x: Tensor) -> Tensor:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
+
+    def first(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def second(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        src = src + attend(first(src))
+        return src + feed(second(src))
+    src = first(src + attend(src))
+    return second(src + feed(src))
+
+
+LAYERS: dict[Any, Callable[..., Any]] = {aten._transformer_encoder_layer_fwd.default: encoder_layer}
