@@ -36,7 +36,7 @@ class Handle:
     """
 
     def __init__(self, pipe: Any, config: RASConfig, transformers: dict[str, nn.Module], options: dict) -> None:
-        self.follower = SchedulerFollower(pipe, config)
+        self.follower = SchedulerFollower(pipe, config, transformers)
         self._attached = transformers
         for name, module in transformers.items():
             module.compile(backend=ras, options=options, **_limits())

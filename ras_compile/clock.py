@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ras_compile.config import ConfigError, RASConfig
+from ras_compile.config import ConfigError, RASConfig, is_whole
 from ras_compile.notices import warn_once
 from ras_compile.passes.tokens import TokenView
 
@@ -62,9 +62,9 @@ class Generation(Home):
 
     def __init__(self, num_steps: int | None = None) -> None:
         super().__init__()
-        if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
+        if num_steps is not None and not (is_whole(num_steps) and num_steps >= 1):
             raise ConfigError(f"generation(num_steps={num_steps!r}): it takes None or a whole number of at least 1.")
-        self.num_steps = num_steps
+        self.num_steps = None if num_steps is None else int(num_steps)
         self.key = object()
         self.current: int | None = None
         self.ended = False

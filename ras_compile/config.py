@@ -11,7 +11,7 @@ from typing import Any
 
 from ras_compile.passes.errors import RASError
 
-__all__ = ["MODES", "RUNTIME_OPTIONS", "ConfigError", "RASConfig"]
+__all__ = ["MODES", "RUNTIME_OPTIONS", "ConfigError", "RASConfig", "is_whole"]
 
 # Options that no compiled program depends on: each generation may have others, see `RASConfig.with_runtime`.
 RUNTIME_OPTIONS = (
@@ -217,12 +217,12 @@ def _one_of(config: RASConfig, name: str, choices: tuple[str, ...], also: str | 
 
 def _integer(config: RASConfig, name: str, low: int) -> int:
     value = getattr(config, name)
-    if not _whole(value) or value < low:
+    if not is_whole(value) or value < low:
         raise _bad(config, name, f"a whole number of at least {low}")
     return int(value)
 
 
-def _whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     """Whether it is a whole number, NumPy's among them, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -243,7 +243,7 @@ def _steps(steps: Any) -> tuple[int, ...] | None:
         found = tuple(steps)
     except TypeError:
         found = (None,)
-    if not all(_whole(step) and step >= 0 for step in found):
+    if not all(is_whole(step) and step >= 0 for step in found):
         raise ConfigError(f"option reset_steps={steps!r} is not allowed; it takes None or a list of step numbers.")
     return tuple(sorted({int(step) for step in found}))
 
@@ -254,7 +254,7 @@ def _region(region: Any) -> slice | None:
     if region is None:
         return None
     ends = (region.start, region.stop) if isinstance(region, slice) else ("no slice",)
-    if not all(end is None or _whole(end) for end in ends) or region.step not in (None, 1):
+    if not all(end is None or is_whole(end) for end in ends) or region.step not in (None, 1):
         raise ConfigError(
             f"option region={region!r} is not allowed; it takes None, slice(start, stop) or (start, stop)."
         )

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .backend import GraphBreak, fragment, graph_break
-from .config import ConfigError, RASConfig
+from .config import ConfigError, RASConfig, is_whole
 from .inputs import check_timestep, describe_inputs
 from .passes.cost import Cost, cost
 from .passes.errors import SpecViolation, UnsupportedGraph, UnusableInput
@@ -145,14 +145,13 @@ class Explanation:
 
         Raises:
             UnsupportedGraph: the call is not supported.
-            ConfigError: another ratio, or no step.
+            ConfigError: another ratio, no step, or a `speedup` in ``config`` that is out of reach.
         """
         if self.cost is None:
             raise UnsupportedGraph(self.reason)
         if sample_ratio is not None:
             self.config.with_runtime(sample_ratio=sample_ratio)
-        if num_steps < 1:
-            raise ConfigError(f"num_steps={num_steps!r} is not allowed; it takes a whole number of at least 1.")
+        _check_steps(num_steps)
         ratio = self.config.sample_ratio if sample_ratio is None else sample_ratio
         if sample_ratio is None and self.config.speedup is not None:
             ratio = self.ratio_for(self.config.speedup, num_steps)
@@ -163,11 +162,15 @@ class Explanation:
 
         Raises:
             UnsupportedGraph: the call is not supported.
-            ValueError: out of reach; the text gives the limits.
+            ConfigError: out of reach, and the text gives the limits; or no step.
         """
         if self.cost is None:
             raise UnsupportedGraph(self.reason)
-        return self.cost.ratio_for(speedup, num_steps, self.dense_steps(num_steps), Schedule.fewest(self.tokens))
+        _check_steps(num_steps)
+        try:
+            return self.cost.ratio_for(speedup, num_steps, self.dense_steps(num_steps), Schedule.fewest(self.tokens))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def __str__(self) -> str:
         if self.cost is None:
@@ -247,6 +250,11 @@ def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -
             raise
     made = specialise(getattr(transformer, "_orig_mod", transformer), (), inputs, config)
     return made.plan, made.inputs, made.values(leaves)
+
+
+def _check_steps(num_steps: Any) -> None:
+    if not is_whole(num_steps) or num_steps < 1:
+        raise ConfigError(f"num_steps={num_steps!r} is not allowed; it takes a whole number of at least 1.")
 
 
 def _point(plan: Plan, splice: Splice) -> SplicePoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from ras_compile.branches import intact, same_tensor, tensor_mark
 from ras_compile.clean import CleanHold
 from ras_compile.clock import Evaluation, owner
 from ras_compile.config import RASConfig
+from ras_compile.notices import warn_once
 from ras_compile.passes.tokens import TokenView
 from ras_compile.sample import picture_window, sample_map
 from ras_compile.samplers import check_clean
@@ -93,10 +94,14 @@ class SchedulerFollower:
     Args:
         pipe: the pipeline; held weakly. When it is gone, the scheduler it had last is followed for those that share it.
         config: the options of generations that begin now; may be replaced at any time.
+        transformers: the attached transformers, by the names they have in the pipeline; held weakly.
     """
 
-    def __init__(self, pipe: Any, config: RASConfig = _DEFAULTS) -> None:
+    def __init__(
+        self, pipe: Any, config: RASConfig = _DEFAULTS, transformers: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.config = config
+        self._transformers = weakref.WeakValueDictionary(transformers or {})
         self._pipe = weakref.ref(pipe)
         self._scheduler: Any = None
         self._timesteps: Any = None
@@ -208,6 +213,7 @@ class SchedulerFollower:
     def stepping(self, scheduler: Any, given: dict[str, Any]) -> Any:
         """The scheduler is about to step with the arguments `given`; returns the `model_output` that it is to take."""
         self._runner = weakref.ref(owner())
+        self._look_for_other_transformers()
         evaluations, self._evaluations = self._evaluations, []
         prediction, sample = next(iter(given.values())), given.get("sample")
         if not isinstance(sample, Tensor) or not isinstance(prediction, Tensor):
@@ -267,6 +273,16 @@ class SchedulerFollower:
         for latent in [evaluation.latent for evaluation in evaluations]:
             if latent.dim() == sample.dim() == 3:
                 self._windows[latent.shape[1]] = picture_window(latent, sample)
+
+    def _look_for_other_transformers(self) -> None:
+        """A transformer that has been put in the place of an attached one since is not compiled."""
+        pipe = self._pipe()
+        for name, attached in list(self._transformers.items()):
+            if getattr(pipe, name, None) not in (None, attached):
+                warn_once(
+                    f"ras_compile: {type(pipe).__name__}.{name} is not the module that was attached; what it computes is "
+                    "dense. Call detach() on the handle, and attach again."
+                )
 
     def _look_for_overwriting(self, sample: Tensor) -> None:
         """Compare what is stepped now with what the step before returned."""

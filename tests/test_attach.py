@@ -344,6 +344,16 @@ def test_a_call_past_the_backend_is_told_once():
             draw(pipe, steps=2)
 
 
+def test_another_transformer_in_the_place_of_the_attached_one_is_told():
+    pipe, other = sd3(), sd3().transformer
+    with ras_compile.attach(pipe):
+        pipe.transformer = other
+        with pytest.warns(
+            RASWarning, match=r"StableDiffusion3Pipeline.transformer is not the module that was attached"
+        ):
+            draw(pipe, steps=2)
+
+
 def test_a_loop_that_leaves_the_scheduler_alone_runs_dense():
     pipe = sd3()
     pipe.scheduler.set_timesteps(28)

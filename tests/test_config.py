@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ras_compile import RASConfig, RASError
+from ras_compile.clock import Generation
 
 
 def test_defaults_are_the_documented_ones():
@@ -127,5 +128,6 @@ def test_numbers_of_numpy_are_numbers():
     assert config == RASConfig(sample_ratio=0.5, warmup_steps=3, reset_steps=(4, 6, 8), focus=0.25, region=(0, 8))
     assert all(type(step) is int for step in (config.warmup_steps, *config.reset_steps))
     assert type(config.sample_ratio) is float
+    assert type(Generation(np.int64(28)).num_steps) is int
     with pytest.raises(ValueError, match="warmup_steps"):
         RASConfig(warmup_steps=np.bool_(True))
