@@ -21,8 +21,10 @@ WIDE = torch.randn(2, 4, 8, 16)
 def fresh():
     torch._dynamo.reset()
     ras_compile.notices._said.clear()
-    torch.manual_seed(0)
     gc.collect()
+    gc.freeze()  # what is here already need not be looked through at each of the many collections
+    yield
+    gc.unfreeze()
 
 
 def compiled_model(**options):
