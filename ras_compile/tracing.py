@@ -74,6 +74,8 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
     bound = _Bound(root, leaves, spec, noted)
     closed = [*noted.closed.values(), *map(Closed, bound.constants)]
     state = PythonState(root)
+    owners: list[Any] = [owner for module in root.modules() for owner in (module._parameters, module._buffers)]
+    weights = [(owner, dict(owner)) for owner in owners]
     try:
         tensors = [*given, *(entry.tensor for entry in closed)]
         captured = export(bound, tensors, [*["an argument"] * len(given), *(entry.name for entry in closed)])
@@ -82,7 +84,11 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
     except Exception as error:
         raise cannot_be_traced(error) from error
     finally:
-        state.restore()  # tables that were made anew are the tracer's tensors
+        state.restore()  # tables that were made anew are the tracer's tensors, and so are buffers that were written
+        for owner, known in weights:
+            if [*map(id, owner.values())] != [*map(id, known.values())]:
+                owner.clear()
+                owner.update(known)
     constants, count = captured.meta["constants"], sum(bound.is_tensor)
     main = fx.GraphModule(captured, outputs_of(captured.graph, slice(0, count)))
     main.meta["constants"] = constants

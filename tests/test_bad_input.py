@@ -165,6 +165,7 @@ def test_dense_with_one_warning_or_one_error(name):
         told = [item for item in caught if issubclass(item.category, ras_compile.RASWarning)]
         assert len(told) == 1
         assert torch.allclose(found, model(**given))
+        assert all(type(buffer) in (torch.Tensor, nn.Buffer) for buffer in model.buffers())
     explanation = ras_compile.explain(model, **given)
     assert not explanation.supported
     assert explanation.reason in str(told[0].message)
