@@ -77,8 +77,10 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
         kv_cache: False attends among the active tokens alone.
 
     Raises:
-        UnsupportedGraph: an op has no rule, or no region reaches an output.
+        UnsupportedGraph: an op has no rule, no region reaches an output, or the latent is empty.
     """
+    if 0 in frame.shape:
+        raise UnsupportedGraph(f"`{_name(latent)}` {list(frame.shape)} is empty")
     for _ in range(ROUNDS):
         if not frame.region:
             break

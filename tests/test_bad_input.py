@@ -142,6 +142,8 @@ CASES = {
     "a counter": (Counted, call(), r"writes into its inputs or buffers \((enter\.)?calls\)"),
     "no tokens": (Summary, call(), "no output carries the token grid of `hidden_states`"),
     "not a grid": (nn.Linear, dict(input=torch.randn(2, 4)), "no token grid"),
+    "no samples": (Patches, dict(hidden_states=torch.ones(0, 4, 8, 12), timestep=torch.ones(0)),
+                   r"`hidden_states` \[0, 4, 8, 12\] is empty"),
     "ambiguous": (Sum, dict(first=call()["hidden_states"], second=torch.randn(1, 4, 8, 12), timestep=torch.ones(1)),
                   "'first' and 'second' could each be the latent; the option latent="),
     "a list": (Listed, dict(latents=list(torch.randn(2, 4, 8, 12)), timestep=torch.ones(2)),
