@@ -278,7 +278,12 @@ def select(call: Call) -> Step:
     """`a 3 b -> a b`"""
     layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
     if grid_atoms(call, [layout.dims[dim]]):
-        exclude_minor(call, [layout.dims[dim]])
+        joint, index = layout.dims[dim], call.args["index"] % layout.shape[dim]
+        if isinstance(joint[0], Concat) and piece(call, layout, dim, index, index + 1) == (True, None):
+            return Step(
+                None, call.uses(), rewrite=lambda sizes: call.with_args(index=sparse_offset(joint, index, sizes))
+            )
+        exclude_minor(call, [joint])
         return call.whole()
     return Step(Layout(layout.dims[:dim] + layout.dims[dim + 1 :], layout.raw), call.uses())
 
