@@ -28,6 +28,8 @@ from .tiles import fastest
 if triton is not None:
     import triton.language as tl
 
+    from .gemm import address
+
 DTYPES = (*KERNEL_DTYPES, torch.float64)  # float64 always runs the eager twin
 MOST_RUNS = 3  # strides that the kernel has for a grid, and for channels
 
@@ -83,16 +85,15 @@ if triton is not None:
         # Rows and columns past the end repeat the last one and are not stored.
         o_mc, o_nc = tl.minimum(o_m, M - 1), tl.minimum(o_n, N - 1).to(tl.int64)
         o_b, o_a = (o_mc // A).to(tl.int64), (o_mc % A).to(tl.int64)  # [BM]
-        b_row = tl.load(rows + o_b * s_rb + o_a * s_ra).to(tl.int64)  # [BM]
+        b_row = tl.load(rows + o_b * s_rb + o_a * s_ra)  # [BM]
         m_row = (b_row >= 0) & (b_row < S)  # a row that x does not have is not read
-        o_xm = o_b * s_xb + b_row % G0 * s_g0 + b_row // G0 % G1 * s_g1 + b_row // (G0 * G1) * s_g2
+        o_xm = o_b * s_xb + address(b_row, G0, G1, s_g0, s_g1, s_g2)
 
         b_y = tl.zeros([BM, BN], dtype=tl.float32)
         for i_k in range(0, tl.cdiv(K, BK)):
             o_k = i_k * BK + tl.arange(0, BK)  # [BK]
             m_k = o_k < K
-            o_xk = (o_k % C0).to(tl.int64) * s_c0
-            o_xk += (o_k // C0 % C1).to(tl.int64) * s_c1 + (o_k // (C0 * C1)).to(tl.int64) * s_c2
+            o_xk = address(o_k, C0, C1, s_c0, s_c1, s_c2)
             b_x = tl.load(x + o_xm[:, None] + o_xk[None, :], mask=m_row[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
             b_w = tl.load(weight + o_k[:, None] * s_wk + o_nc[None, :] * s_wn, mask=m_k[:, None], other=0.0)  # [BK, BN]
             if WIDEN:
@@ -103,7 +104,7 @@ if triton is not None:
         if HAS_BIAS:
             b_y += tl.load(bias + o_nc * s_bn).to(tl.float32)[None, :]
         if HAS_TABLE:
-            o_t = o_b * s_tb + b_row % T0 * s_t0 + b_row // T0 % T1 * s_t1 + b_row // (T0 * T1) * s_t2  # [BM]
+            o_t = o_b * s_tb + address(b_row, T0, T1, s_t0, s_t1, s_t2)  # [BM]
             b_t = tl.load(table + o_t[:, None] + (o_nc * s_tn)[None, :], mask=m_row[:, None], other=0.0)
             b_y += b_t.to(tl.float32)
         p_y = y + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
@@ -203,6 +204,7 @@ def _check(
     samples = [t.shape[0] for t in (x, rows, table) if t is not None and t.dim()]
     require(all(n in (1, max(samples)) for n in samples), "x, rows and table must have B samples, or one for all")
     require(max(samples) == max(samples[:2]), "table must not have more samples than x and rows")
+    require(math.prod(x.shape[1 : 1 + grid_dims]) < 2**31, "x must have fewer than 2**31 rows for each sample")
     require(rows.dtype in (torch.int64, torch.int32), "rows must be int64 or int32")
     places = math.prod(x.shape[1 : 1 + grid_dims])
     if table is not None:

@@ -1,5 +1,6 @@
 """The Triton kernel of the scatter-GEMM: a dense product whose tiles are stored at the rows that an index names.
 
+    address    where an entry of a strided grid is
     product    the main loop of one tile, as of any GEMM
     finish     bias, norm and rotary embedding of the tile, then the splice
 
@@ -16,6 +17,13 @@ except ImportError:  # no wheel for this platform: the ops run their eager twins
 INTERPRETED = False
 
 if triton is not None:
+
+    @triton.jit
+    def address(o_i, SIZE0, SIZE1, s_0, s_1, s_2):
+        """Where entries of a grid of three dims are that are numbered from the innermost dim on; fewer than 2**31 entries."""
+        o_i = o_i.to(tl.int32)  # a division of 64 bits is a call, around which a whole tile would be spilled
+        o_x = (o_i % SIZE0).to(tl.int64) * s_0 + (o_i // SIZE0 % SIZE1).to(tl.int64) * s_1
+        return o_x + (o_i // (SIZE0 * SIZE1)).to(tl.int64) * s_2
 
     @triton.jit
     def place(i_p, M, N, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr):
@@ -87,13 +95,22 @@ if triton is not None:
         return b_y
 
     @triton.jit
-    def _load_pair(table, o_b, o_a, o_p, m_p, s_tb, s_ta, s_tk, SECOND: tl.constexpr):
+    def _load_pair(
+        table, o_b, o_a, o_p, m_p, s_tb, s_ta, s_tk, ROPE: tl.constexpr, FULL: tl.constexpr, D: tl.constexpr
+    ):
         """A rotary table for the first and the second entries of each pair: twice [BM, 1, DP / 2]."""
-        p_t = table + (o_b * s_tb + o_a * s_ta)[:, None, None] + (o_p * s_tk)[None, None, :]
-        b_first = tl.load(p_t, mask=m_p[None, None, :], other=0.0).to(tl.float32)
-        if SECOND == 0:  # the table has one entry per pair
+        p_t = table + (o_b * s_tb + o_a * s_ta)[:, None, None]  # [BM, 1, 1]
+        if (
+            FULL and ROPE == 1
+        ):  # neighbours, which are loaded together: every other entry would take twice as many loads
+            o_t = tl.arange(0, 2 * o_p.shape[0])  # [DP]
+            b_t = tl.load(p_t + (o_t * s_tk)[None, None, :], mask=(o_t < D)[None, None, :], other=0.0).to(tl.float32)
+            return tl.split(tl.reshape(b_t, [o_b.shape[0], 1, o_p.shape[0], 2]))
+        b_first = tl.load(p_t + (o_p * s_tk)[None, None, :], mask=m_p[None, None, :], other=0.0).to(tl.float32)
+        if not FULL:  # an entry per pair
             return b_first, b_first
-        b_second = tl.load(p_t + SECOND * s_tk, mask=m_p[None, None, :], other=0.0).to(tl.float32)
+        p_t += D // 2 * s_tk
+        b_second = tl.load(p_t + (o_p * s_tk)[None, None, :], mask=m_p[None, None, :], other=0.0).to(tl.float32)
         return b_first, b_second
 
     @triton.jit
@@ -128,16 +145,13 @@ if triton is not None:
         if ROPE > 0:  # 1: interleaved pairs, 2: pairs of halves
             o_p = tl.arange(0, DP // 2)  # [DP / 2]
             m_p = o_p < D // 2
-            STEP: tl.constexpr = 3 - ROPE  # from pair to pair, and inside a pair, in a table with an entry per channel
-            SECOND: tl.constexpr = 1 if ROPE == 1 else D // 2
             if ROPE == 1:
                 b_z = tl.reshape(b_y, [BM, BN // DP, DP // 2, 2])
             else:
                 b_z = tl.permute(tl.reshape(b_y, [BM, BN // DP, 2, DP // 2]), [0, 1, 3, 2])
             b_first, b_second = tl.split(b_z)  # [BM, BN / DP, DP / 2]
-            o_cos, o_sin = o_p * (STEP if FULL_COS else 1), o_p * (STEP if FULL_SIN else 1)
-            b_c, b_c2 = _load_pair(cos, o_b, o_a, o_cos, m_p, s_cosb, s_cosa, s_cosk, SECOND if FULL_COS else 0)
-            b_s, b_s2 = _load_pair(sin, o_b, o_a, o_sin, m_p, s_sinb, s_sina, s_sink, SECOND if FULL_SIN else 0)
+            b_c, b_c2 = _load_pair(cos, o_b, o_a, o_p, m_p, s_cosb, s_cosa, s_cosk, ROPE, FULL_COS, D)
+            b_s, b_s2 = _load_pair(sin, o_b, o_a, o_p, m_p, s_sinb, s_sina, s_sink, ROPE, FULL_SIN, D)
             b_z = tl.join(b_first * b_c - b_second * b_s, b_second * b_c2 + b_first * b_s2)
             if ROPE == 2:
                 b_z = tl.permute(b_z, [0, 1, 3, 2])
@@ -145,11 +159,10 @@ if triton is not None:
 
         # The splice: row i of sample b belongs at cache[b, rows[b, i]]. A row outside the cache is not written, so
         # that a wrong index cannot reach another tensor's memory.
-        b_row = tl.load(rows + o_b * s_rb + o_a * s_ra).to(tl.int64)  # [BM]
+        b_row = tl.load(rows + o_b * s_rb + o_a * s_ra)  # [BM]
         m_m = (o_m < M) & (b_row >= 0) & (b_row < S)
-        o_cm = o_b * s_cb + b_row % G0 * s_g0 + b_row // G0 % G1 * s_g1 + b_row // (G0 * G1) * s_g2  # [BM]
-        o_cn = (o_n % C0).to(tl.int64) * s_c0  # [BN]
-        o_cn += (o_n // C0 % C1).to(tl.int64) * s_c1 + (o_n // (C0 * C1)).to(tl.int64) * s_c2
+        o_cm = o_b * s_cb + address(b_row, G0, G1, s_g0, s_g1, s_g2)  # [BM]
+        o_cn = address(o_n, C0, C1, s_c0, s_c1, s_c2)  # [BN]
         tl.store(
             cache + o_cm[:, None] + o_cn[None, :], b_y.to(cache.dtype.element_ty), mask=m_m[:, None] & m_n[None, :]
         )

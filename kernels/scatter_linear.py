@@ -60,6 +60,7 @@ def check(
         math.prod(cache.shape[1:middle]) >= A,
         "at most S rows of cache [B, S, ...] can be active, since rows are unique",
     )
+    require(math.prod(cache.shape[1:middle]) < 2**31, "cache must have fewer than 2**31 rows for each sample")
     require(rows.dtype in (torch.int64, torch.int32), "rows must be int64 or int32")
     floats = {tensor.dtype for tensor in (cache, x, weight, bias) if tensor is not None}
     require(len(floats) == 1 and floats <= set(DTYPES), f"cache, x, weight and bias must share one dtype of {DTYPES}")
