@@ -20,7 +20,6 @@ from ras_compile.explain import record_call
 from ras_compile.inputs import GraphInput, describe_inputs
 from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.passes.layout import Concat, Frame, Layout
-from ras_compile.passes.program import sparse_program
 from ras_compile.passes.splices import plan as plan_of
 from ras_compile.plan import Plan
 from ras_compile.traced import places_given, specialise
@@ -59,11 +58,10 @@ class Subject:
         return Subject(other, self.values)
 
     def program(self, active: int) -> fx.GraphModule:
-        """The sparse program for ``active`` rows, not to be changed."""
-        known = self.__dict__.setdefault("_programs", {})
-        if active not in known:
-            known[active] = sparse_program(self.plan.analysis, active, self.plan.sparse)
-        return known[active]
+        """The sparse program for ``active`` rows, as the eager inner backend runs it. Not to be changed."""
+        program = self.plan._program(active, self.values)
+        assert isinstance(program, fx.GraphModule)
+        return program
 
     def rows(self, active: int, seed: int = 2) -> Tensor:
         """Random active rows, others for each sample: int64 [B, active]."""
