@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 
+from .inputs import GraphInput, describe_inputs
 from .lengths import expressions
 from .passes.errors import UnsupportedGraph
 from .passes.registry import source_line
@@ -52,7 +53,7 @@ def spell_flex_attention(graph: fx.GraphModule, values: Sequence[Any]) -> fx.Gra
     assert isinstance(output, tuple)
     new.output(output[0])
     module = fx.GraphModule(graph, new)
-    constants = Constants(module, values)
+    constants = Constants(module, values, describe_inputs(graph.graph))
     calls = [node for node in module.graph.nodes if is_flex(node)]
     # what makes block lists; none of it is left, as the inner compiler could not trace a transform again
     lists = behind(module.graph, [node for call in calls for node in nodes_in(call.args[4:])])
@@ -116,10 +117,11 @@ class Constants:
     Args:
         module: the graph.
         values: its concrete inputs.
+        inputs: what they are.
     """
 
-    def __init__(self, module: fx.GraphModule, values: Sequence[Any]) -> None:
-        self._module = module
+    def __init__(self, module: fx.GraphModule, values: Sequence[Any], inputs: Sequence[GraphInput]) -> None:
+        self._module, self._inputs = module, inputs
         placeholders = module.graph.find_nodes(op="placeholder")
         self._given = dict(zip(placeholders, values, strict=True))
         self._known: dict[fx.Node, Any] = {}
@@ -142,10 +144,12 @@ class Constants:
             UnsupportedGraph: it depends on a tensor that the user passes.
         """
         needed = behind(self._module.graph, [*nodes_in(wanted), *self._counts])
-        for node in needed:
-            if isinstance(self._given.get(node), Tensor):
-                text = f"whose mask depends on the values of `{node.name}`; a mask of positions is supported"
-                raise refused(asker, text)
+        pairs = zip(self._inputs, self._given.items(), strict=True)
+        read = [given for given, (node, value) in pairs if node in needed and isinstance(value, Tensor)]
+        if read:
+            named = min(read, key=lambda given: given.weight)  # the first of the user's, else a weight
+            text = f"whose mask depends on the values of `{named.path}`; a mask of positions is supported"
+            raise refused(asker, text)
         self._run(needed, asker)
         return fx.node.map_arg(wanted, self._known.__getitem__)
 

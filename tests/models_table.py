@@ -11,7 +11,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from test_contract import made
+from contract import of_zoo
 from zoo import NOT_RUN, ZOO
 
 from ras_compile.passes.cost import cost
@@ -38,7 +38,7 @@ def row(name: str) -> str:
     """One line of the table."""
     kind = ZOO[name].kind
     try:
-        plan = made(name).plan
+        plan = of_zoo(name).plan
     except UnsupportedGraph as error:
         return f"| {kind} | {name} | | refused: {error.reason} | | |"
     analysis = plan.analysis

@@ -105,7 +105,7 @@ def of_values(q, k, v, x):
             lambda q, k, v, x: flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + (i - j)),
             "function of the scores",
         ),
-        (of_values, "depends on the values of"),
+        (of_values, "depends on the values of `x`"),
         (lambda q, k, v, x: flex_attention(q, k[:, :1], v[:, :1], enable_gqa=True), "fewer heads of keys"),
     ],
     ids=["scores", "values", "heads"],
