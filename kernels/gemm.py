@@ -100,9 +100,7 @@ if triton is not None:
     ):
         """A rotary table for the first and the second entries of each pair: twice [BM, 1, DP / 2]."""
         p_t = table + (o_b * s_tb + o_a * s_ta)[:, None, None]  # [BM, 1, 1]
-        if (
-            FULL and ROPE == 1
-        ):  # neighbours, which are loaded together: every other entry would take twice as many loads
+        if FULL and ROPE == 1:  # neighbours, in loads that are wide: one for every other entry takes four times as many
             o_t = tl.arange(0, 2 * o_p.shape[0])  # [DP]
             b_t = tl.load(p_t + (o_t * s_tk)[None, None, :], mask=(o_t < D)[None, None, :], other=0.0).to(tl.float32)
             return tl.split(tl.reshape(b_t, [o_b.shape[0], 1, o_p.shape[0], 2]))
