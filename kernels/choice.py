@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .attention import Launch as AttentionLaunch
 from .attention import attention_reference
@@ -17,6 +19,7 @@ from .gather_linear import Launch as GatherLaunch
 from .grouped import GroupedLaunch
 from .launch import Launch, runs_kernel
 from .many_linears import ManyLaunch, many_linears_reference, runs_many
+from .reference import epilogue_reference
 from .tiles import Postponed, milliseconds, timings
 
 MEASURED_BYTES = 2**28  # of weights that are read in turn: many times what the cache of a device holds
@@ -27,7 +30,8 @@ def pays(ops: Sequence[Arguments]) -> bool:
     """Whether these `scatter_linear` ops together are faster than linears (cuBLAS) and one pass over their results.
 
     The pass reads each result and writes it elsewhere, without an index, a norm or a rotation: no code that Inductor
-    writes for the rest of a site is faster. So a site is fused only where that saves time.
+    writes for the rest of a site is faster. An op with a norm or a rotary embedding that is slower than that is compared
+    with what Inductor does make of it, the scatter left out. So a site is fused only where that saves time.
 
     Args:
         ops: arguments of each op, as it takes them.
@@ -199,10 +203,34 @@ def _fused_and_plain(ops: list[list[Any]]) -> tuple[float, float]:
     tile = launch.fastest()
     result = F.linear(x, weight, bias)
     copy = torch.empty_like(result)
-    return (
-        math.inf if tile is None else milliseconds(lambda: launch(tile)),
-        milliseconds(lambda: torch.neg(F.linear(x, weight, bias), out=copy)),
-    )
+    fused = math.inf if tile is None else milliseconds(lambda: launch(tile))
+    plain = milliseconds(lambda: torch.neg(F.linear(x, weight, bias), out=copy))
+    if launch.D and plain < fused < math.inf:
+        made = milliseconds(_by_inductor(ops[0]))
+        plain = made if math.isfinite(made) else plain
+    return fused, plain
+
+
+def _by_inductor(args: Sequence[Any]) -> Callable[[], Any]:
+    """Linear, norm and rotary embedding as Inductor makes them, with a compact result; compiled at the first call."""
+    _, x, weight, bias, _, _, head_dim, norm, norm_weight, norm_bias, eps, rope, cos, sin = args
+    optional = dict(bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, cos=cos, sin=sin)
+    names = [name for name, tensor in optional.items() if tensor is not None]
+    tensors = [x, weight, *(optional[name] for name in names)]
+
+    def site(x: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+        given = dict(zip(names, others, strict=True))
+        y = F.linear(x, weight, given.pop("bias", None))
+        return epilogue_reference(y, head_dim, norm, eps=eps, rope=rope, **given)
+
+    compiled: list[Any] = []
+
+    def run() -> Any:
+        if not compiled:
+            compiled.append(compile_fx(make_fx(site)(*tensors), tensors))
+        return compiled[0](*tensors)
+
+    return run
 
 
 def _measure_gather(args: Sequence[Any]) -> tuple[float, float]:

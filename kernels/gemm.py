@@ -4,8 +4,9 @@
     product    the main loop of one tile, as of any GEMM
     finish     bias, norm and rotary embedding of the tile, then the splice
 
-`scatter_linear_kernel` runs one such product; `grouped.py` runs several in one launch, made of the same parts. Names in the
-kernels: i_ an index, o_ offsets, m_ masks, p_ pointers, b_ blocks of values, s_ strides.
+`scatter_linear_kernel` runs one such product; `splice_kernel` only finishes what cuBLAS has computed; `grouped.py` runs several
+products in one launch, made of the same parts. Names in the kernels: i_ an index, o_ offsets, m_ masks, p_ pointers, b_ blocks
+of values, s_ strides.
 """
 
 try:
@@ -123,9 +124,8 @@ if triton is not None:
         BM: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
         """Bias, norm and rotary embedding of a tile b_y [BM, BN]; then each row is stored where it belongs."""
-        o_nc = tl.minimum(o_n, N - 1)
         if HAS_BIAS:
-            b_y += tl.load(bias + o_nc * s_bn).to(tl.float32)[None, :]
+            b_y += tl.load(bias + o_n * s_bn, mask=m_n, other=0.0).to(tl.float32)[None, :]
 
         if NORM > 0:  # 1: rms, 2: layer
             b_y = tl.where(m_n[None, :], b_y, 0.0)
@@ -136,9 +136,9 @@ if triton is not None:
             b_z *= (1.0 / tl.sqrt(tl.sum(b_z * b_z, 2) / D + eps))[:, :, None]
             b_y = tl.reshape(b_z, [BM, BN])
             if NORM_WEIGHT:
-                b_y *= tl.load(norm_weight + o_nc % D * s_nw).to(tl.float32)[None, :]
+                b_y *= tl.load(norm_weight + o_n % D * s_nw, mask=m_n, other=0.0).to(tl.float32)[None, :]
             if NORM_BIAS:
-                b_y += tl.load(norm_bias + o_nc % D * s_nb).to(tl.float32)[None, :]
+                b_y += tl.load(norm_bias + o_n % D * s_nb, mask=m_n, other=0.0).to(tl.float32)[None, :]
 
         if ROPE > 0:  # 1: interleaved pairs, 2: pairs of halves
             o_p = tl.arange(0, DP // 2)  # [DP / 2]
@@ -236,6 +236,30 @@ if triton is not None:
                 HAS_BIAS, NORM, NORM_WEIGHT, NORM_BIAS, ROPE, FULL_COS, FULL_SIN, D, DP, EVEN_K, WIDEN, TMA,
                 BM, BN, BK, GROUP,
             )  # fmt: skip
+
+    @triton.jit
+    def splice_kernel(
+        cache, y, rows, norm_weight, norm_bias, cos, sin,
+        M, N, A, S, G0, G1, C0, C1, eps,  # as for `scatter_linear_kernel`
+        s_cb, s_g0, s_g1, s_g2, s_c0, s_c1, s_c2, s_rb, s_ra, s_nw, s_nb, s_cosb, s_cosa, s_cosk, s_sinb, s_sina, s_sink,
+        NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr,
+        ROPE: tl.constexpr, FULL_COS: tl.constexpr, FULL_SIN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr,
+    ):  # fmt: skip
+        """Norm, rotary embedding and splice of one tile of y [M, N], a product that lies in memory row by row."""
+        i_m, i_n = place(tl.program_id(0), M, N, BM, BN, D, DP, 1)
+        o_m = i_m * BM + tl.arange(0, BM)  # [BM]
+        o_n, m_n = columns(i_n, N, BN, ROPE, D, DP)
+        o_mc = tl.minimum(o_m, M - 1)
+        p_y = y + o_mc.to(tl.int64)[:, None] * N + o_n[None, :]  # [BM, BN]
+        b_y = tl.load(p_y, mask=m_n[None, :], other=0.0).to(tl.float32)
+        finish(
+            b_y, o_m, (o_mc // A).to(tl.int64), (o_mc % A).to(tl.int64), o_n, m_n,
+            cache, y, rows, norm_weight, norm_bias, cos, sin,
+            M, N, S, G0, G1, C0, C1, eps, s_cb, s_g0, s_g1, s_g2, s_c0, s_c1, s_c2,
+            0, s_rb, s_ra, s_nw, s_nb, s_cosb, s_cosa, s_cosk, s_sinb, s_sina, s_sink,
+            False, NORM, NORM_WEIGHT, NORM_BIAS, ROPE, FULL_COS, FULL_SIN, D, DP, BM, BN,
+        )  # fmt: skip
 
     # With TRITON_INTERPRET=1 at import, `triton.jit` makes another class, which runs on the CPU.
     INTERPRETED = not isinstance(scatter_linear_kernel, triton.JITFunction)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import gemm
@@ -18,7 +19,8 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @dataclass(frozen=True)
 class Tile:
     """One way to cut the product: tiles of BM x BN, BK channels at a time; `tma`: Hopper's bulk loads; `persistent`:
-    one program per processor walks over the tiles, and a tile's stores overlap the next one's loads."""
+    one program per processor walks over the tiles, and a tile's stores overlap the next one's loads; `apart`: cuBLAS
+    computes the product, and a second launch finishes it, in such tiles."""
 
     BM: int
     BN: int
@@ -27,16 +29,17 @@ class Tile:
     stages: int
     tma: bool = False
     persistent: bool = False
+    apart: bool = False
 
     @property
     def name(self) -> str:
-        flags = "-tma" * self.tma + "-persistent" * self.persistent
+        flags = "-tma" * self.tma + "-persistent" * self.persistent + "-apart" * self.apart
         return f"{self.BM}x{self.BN}x{self.BK}-w{self.warps}-s{self.stages}{flags}"
 
 
 # Tensor-core tiles for Ampere and Hopper, large to small; those that need more shared memory than the device has drop
 # out when they are timed. All have at least the 64 rows of Hopper's instruction and add up K in one order, so that a
-# result does not depend on which one was fastest.
+# result does not depend on which one was fastest (beyond a rounding of the product, where it is computed apart).
 TILES_16_BIT = (
     Tile(128, 256, 64, 8, 4),
     Tile(128, 256, 64, 8, 3),
@@ -65,6 +68,13 @@ TILES_HOPPER = (
 # A grouped launch fills the device whatever the tile. Three products of 1024 x 1536 x 1536 take 44 us with this one on an
 # H200 (torch 2.11, Triton 3.6), 58 us with 128x256 and 75 us with a persistent 128x128.
 TILES_HOPPER_GROUPED = (Tile(128, 128, 64, 4, 3, tma=True),)
+# Where there is a norm or a rotary embedding, one pass over what cuBLAS has computed does all that Inductor does in several,
+# and no power of two cuts every product into as many tiles as there are processors, as cuBLAS's tiles of 192 do.
+TILES_APART = (
+    Tile(16, 256, 0, 4, 1, apart=True),
+    Tile(32, 128, 0, 4, 1, apart=True),
+    Tile(8, 256, 0, 4, 1, apart=True),
+)
 # IEEE fp32 runs on the ordinary cores, whose operands live in registers: small tiles.
 TILES_32_BIT = (
     Tile(128, 64, 16, 8, 3),
@@ -213,7 +223,10 @@ class Launch:
         if not enough:
             most = max(map(self.count, offered), default=0)
             enough = [tile for tile in offered if self.count(tile) == most]
-        return {t.name: t for t in enough if not t.persistent or self.count(t) > 2 * fewest}
+        enough = [tile for tile in enough if not tile.persistent or self.count(tile) > 2 * fewest]
+        if self.D and self.x.element_size() == 2:
+            enough += [tile for tile in TILES_APART if tile.BN % self.DP == 0]
+        return {tile.name: tile for tile in enough}
 
     def fastest(self) -> Tile | None:
         tiles = self.tiles()
@@ -237,6 +250,9 @@ class Launch:
         return x, weight
 
     def __call__(self, tile: Tile) -> None:
+        if tile.apart:
+            self._apart(tile)
+            return
         count = self.count(tile)
         programs = min(count, processors(self.x.device)) if tile.persistent else count
         pointers = [self.weight if pointer is None else pointer for pointer in self.pointers]
@@ -245,6 +261,18 @@ class Launch:
             **self.switches,
             EVEN_K=self.sizes[2] % tile.BK == 0, TMA=tile.tma, PERSISTENT=tile.persistent,
             BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def _apart(self, tile: Tile) -> None:
+        """The product by cuBLAS, then one pass over it."""
+        bias, *others = self.pointers
+        y = F.linear(self.x, self.weight, bias).contiguous()
+        pointers = [y if pointer is None else pointer for pointer in others]
+        M, N, _, *sizes_and_places = self.numbers[:17]
+        switches = {name: value for name, value in self.switches.items() if name not in ("HAS_BIAS", "WIDEN", "GROUP")}
+        gemm.splice_kernel[(self.count(tile),)](
+            self.cache, y, *pointers, M, N, *sizes_and_places, *self.numbers[23:],
+            **switches, BM=tile.BM, BN=tile.BN, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 

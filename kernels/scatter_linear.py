@@ -117,7 +117,8 @@ def scatter_linear(
 ) -> None:
     """`cache[b, rows[b, i]] = epilogue(x[b, i] @ weight.T + bias)` for every sample b and active row i, in place.
 
-    Accumulates in fp32, keeps the epilogue in fp32 and rounds once. Every tensor may have any strides.
+    Accumulates in fp32 and keeps the epilogue in fp32. Rounds once, or the product too, where a norm or a rotary embedding
+    of what cuBLAS has computed is faster than one launch. Every tensor may have any strides.
 
     Args:
         cache: [B, S, N], or [B, S, H, D] with H * D == N: for a key or value cache [B, H, S, D] pass

@@ -2,12 +2,13 @@
 
 import contextlib
 import importlib
+import importlib.util
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ras_compile.kernels import grouped_scatter_linear, pays, pays_grouped, scatter_linear
+from ras_compile.kernels import epilogue_reference, grouped_scatter_linear, pays, pays_grouped, scatter_linear
 from ras_compile.kernels.tiles import timings
 
 choice = importlib.import_module("ras_compile.kernels.choice")
@@ -75,6 +76,34 @@ def test_a_group_is_weighed_against_the_best_form_of_each_member(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(times, missing, None)
             assert not pays_grouped([[keys, values]], [queries])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("inside", [True, False], ids=["norm and rotary embedding", "plain"])
+def test_what_a_pass_beats_is_weighed_against_inductor(monkeypatch, inside):
+    """Where there is a norm or a rotary embedding: no pass does without what they cost. The answer is right, too."""
+    args = choice._real_arguments([site("cpu") if inside else choice.filled(site("cpu")[:6])])
+    ran, answers = [], []
+
+    def milliseconds(run):
+        ran.append(run)
+        return answers[len(ran) - 1]
+
+    monkeypatch.setattr(choice, "milliseconds", milliseconds)
+    monkeypatch.setattr(choice.Launch, "fastest", lambda launch: "tile")
+    for (of_pass, of_inductor), expected in (
+        ((6.0, 7.0), (5.0, 6.0)),  # the pass is slower: nothing else is asked
+        ((4.0, 7.0), (5.0, 7.0 if inside else 4.0)),
+        ((4.0, float("inf")), (5.0, 4.0)),  # Inductor refuses
+    ):
+        ran[:], answers[:] = [], [5.0, of_pass, of_inductor]
+        assert choice._fused_and_plain(args) == expected
+    if not inside:
+        assert len(ran) == 2
+        return
+    _, x, weight, bias, _, _, *more = args[0]
+    want = epilogue_reference(torch.nn.functional.linear(x, weight, bias), *more)
+    torch.testing.assert_close(ran[2](), want, rtol=2**-7, atol=2**-6)
 
 
 def test_what_is_postponed_gets_an_answer_and_is_not_remembered(monkeypatch):
