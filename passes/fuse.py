@@ -123,39 +123,7 @@ def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
             graph.erase_node(put)
             count += len(made)
     graph.eliminate_dead_code()
-    share_tables(graph)
     return count
-
-
-def share_tables(graph: fx.Graph) -> None:
-    """Computes once what every layer computes again from inputs alone: gathered rotary tables, index tensors.
-
-    Inductor does so inside one kernel's operands, but not where repeated blocks are compiled once.
-    """
-    after: set[fx.Node] = set()
-    known: dict[object, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target is aten.linear.default or after.intersection(node.all_input_nodes) or not shareable(node):
-            after.add(node)
-            continue
-        key = (node.target, str(node.args), str(node.kwargs))
-        first = known.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-
-
-def shareable(node: fx.Node) -> bool:
-    """Whether two such nodes with equal operands are one: an op that writes nothing, draws nothing and reads no cache."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    tags = node.target.tags
-    reads_cache = any(
-        operand.op == "placeholder" and operand.name.startswith("cache_") for operand in node.all_input_nodes
-    )
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags and not reads_cache
 
 
 def worth(made: list[tuple[fx.Node, tuple]], pays: Choice | None, answers: dict[object, bool]) -> bool:

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .group import aliases, writes
 from .group import root as memory
+from .share import share_tables
 
 aten = torch.ops.aten
 
@@ -49,8 +50,10 @@ class Repeat:
 def outline(module: fx.GraphModule) -> fx.GraphModule:
     """Outlines repeated stretches of ``module.graph`` in place and returns the module.
 
-    Values that pass between stretches, and the caches that a stretch writes, become operands of the subgraph.
+    Values that pass between stretches, and the caches that a stretch writes, become operands of the subgraph. What each
+    stretch computes from inputs alone is computed once before.
     """
+    share_tables(module.graph)
     taken: set[fx.Node] = set()
     for number in range(8):
         body = [node for node in module.graph.nodes if node.op == "call_function"]

@@ -96,6 +96,27 @@ def test_twenty_lengths_cost_two_compilations_of_each_program(name, compiled_pro
     assert torch.equal(sampled(alone, lengthened(given, MODELS[name], TWENTY[13])), found[13])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_twenty_lengths_cost_two_compilations_on_a_gpu_too(name, compiled_programs):
+    """With Inductor, kernels that are chosen by measurement, and CUDA graphs."""
+    module, given = redraw(ZOO[name].build()).eval().cuda(), ZOO[name].inputs()
+    # two compilations round differently: rows must not hang on that
+    options = {"sample_ratio": 0.5, "warmup_steps": 1, "unsupported": "error", "metric": "random"}
+    compiled = torch.compile(module, backend="ras", options=options)
+    on_gpu = [
+        pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, lengthened(given, MODELS[name], length))
+        for length in TWENTY
+    ]
+    found = [sampled(compiled, inputs) for inputs in on_gpu]
+    assert kinds(compiled) == "dsss"
+    assert len(compiled_programs) == 3 and set(compiled_programs.values()) == {2}
+    for at in (3, 13):
+        torch._dynamo.reset()
+        alone = torch.compile(module, backend="ras", dynamic=False, options=options)
+        assert error([sampled(alone, on_gpu[at])], [found[at]]) < 1e-4
+
+
 def test_joined_linears_are_shared_by_all_lengths(compiled_programs, monkeypatch):
     monkeypatch.setattr(ras_compile.kernels, "many_pays", lambda x, weights, biases: x.ndim == 2)
     joined = []

@@ -6,7 +6,6 @@ import pytest
 import torch
 from contract import by_model, error, of_zoo, subject
 from torch import nn
-from zoo import ZOO, redraw
 
 from ras_compile import plan as planning
 from ras_compile.kernels import tiles
@@ -332,24 +331,6 @@ def test_sites_of_known_models(name, active=7):
     with torch.no_grad():
         program(*case.plan._tensors(values), rows, *own)
     assert error(own, case.sparse(values, rows, caches)[1]) < 1e-11
-
-
-def test_layers_share_the_tables_that_they_gather():
-    torch.manual_seed(0)
-    case = subject(redraw(ZOO["Flux"].build()).eval().bfloat16(), as_bf16(ZOO["Flux"].inputs()), exact=False)
-    program = sparse_program(case.plan.analysis, 5, case.plan.sparse)
-    gathers = len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.index.Tensor))
-    fuse_scatter_linear(program.graph, Fusion(case.frame.tokens))
-    fewer = len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.index.Tensor))
-    assert fewer < gathers / 2
-
-
-def as_bf16(inputs: dict) -> dict:
-    wide = {"img_ids", "txt_ids", "timestep"}
-    return {
-        name: value.bfloat16() if name not in wide and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
 
 
 @pytest.mark.parametrize("batch", [1, 2])
