@@ -15,19 +15,21 @@ import operator
 import torch
 from torch import fx
 
+from .group import root, writes
+
 aten = torch.ops.aten
 NUMBERS = (operator.add, operator.mul)  # how `interpolate.py` spells what depends on a length
 
 
 def share_tables(graph: fx.Graph) -> int:
     """Takes equal values before the first linears for one, in place; returns how many nodes went."""
-    after: set[fx.Node] = set()
+    after = {root(operand) for node in graph.nodes for operand in writes(node)}  # what is written is no table
     known: dict[object, fx.Node] = {}
     count = 0
     for node in graph.nodes:
         if node.op != "call_function" or node.target in NUMBERS:
             continue
-        if node.target is aten.linear.default or after.intersection(node.all_input_nodes) or not shareable(node):
+        if node in after or after.intersection(node.all_input_nodes) or not shareable(node):
             after.add(node)
             continue
         key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), spelled)))
@@ -48,8 +50,9 @@ def spelled(operand: fx.Node) -> str:
 
 
 def shareable(node: fx.Node) -> bool:
-    """Whether two such nodes with equal operands are one: an op that writes nothing, draws nothing and reads no cache."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    """Whether two such nodes with equal operands are one: no linear, and an op that writes nothing, draws nothing and reads
+    no cache."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target is aten.linear.default:
         return False
     tags = node.target.tags
     reads_cache = any(

@@ -59,6 +59,21 @@ def test_lengths_are_shared_by_how_they_are_computed():
         assert [len(table) for table in found] == [2, length, 2, length, length + 4, length + 4]
 
 
+def test_what_is_written_is_not_shared():
+    """Two results that ops write into are two, however alike their memory was when it was fresh."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    fresh = [graph.call_function(aten.empty.memory_format, ([2, 3],)) for _ in range(2)]
+    for node, target in zip(fresh, (aten.neg.default, aten.abs.default), strict=True):
+        made, view = graph.call_function(target, (x,)), graph.call_function(aten.view.default, (node, [2, 3]))
+        graph.call_function(aten.copy_.default, (view, made))
+    graph.output(tuple(fresh))
+    assert share_tables(graph) == 0
+    given = torch.randn(2, 3)
+    negative, positive = fx.GraphModule({}, graph)(given)
+    assert torch.equal(negative, -given) and torch.equal(positive, given.abs())
+
+
 def test_what_a_linear_or_a_cache_has_made_is_not_shared():
     graph = fx.Graph()
     x, weight, cache = (graph.placeholder(name) for name in ("x", "weight", "cache_0"))
