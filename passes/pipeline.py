@@ -7,6 +7,7 @@ from torch import fx
 from .activation import fuse_linear_gelu
 from .attention import fuse_attention
 from .few_rows import FewRowsChoice, join_linears
+from .functional import spell_writes
 from .fuse import Fusion, fuse_scatter_linear
 from .gather import fuse_gather_linear
 from .group import group_scatter_linear
@@ -23,7 +24,8 @@ def prepare(
         fusion: replace `linear -> ... -> splice` by the scatter-GEMM, `gather -> linear` by the gather-GEMM and
             attention of few queries by its own op (where kernels run: on CUDA).
         few_rows: says of linears of a few rows whether they become one launch; None: none do.
-        outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor).
+        outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor); ops of ours that write
+            are spelled so that it can.
     """
     if fusion is not None:  # first: it compares the program with one of fewer rows
         fuse_scatter_linear(program.graph, fusion)
@@ -36,6 +38,7 @@ def prepare(
     join_linears(program.graph, few_rows)
     write_in_place(program.graph)
     if outline_blocks:
+        spell_writes(program.graph)
         outline(program)
     program.graph.lint()
     program.recompile()

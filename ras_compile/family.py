@@ -29,6 +29,7 @@ from .inputs import GraphInput
 from .lengths import Lengths
 from .passes.cost import Cost
 from .passes.errors import UnsupportedGraph
+from .passes.functional import spell_writes
 from .passes.interpolate import NotAffine, Point, interpolate, sample_points
 from .passes.matrices import flatten_linears
 from .passes.outline import outline
@@ -179,6 +180,7 @@ class Family:
         if self.config.inner_backend == "inductor":
             for program in builds:
                 flatten_linears(program.graph)
+                spell_writes(program.graph)
             try:
                 shared = self._compile(outline(interpolate(builds, self.points)), sized, inputs)
                 if all(shared.symbols.holds(sample) for sample in self.points):

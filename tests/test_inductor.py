@@ -16,6 +16,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from zoo import ZOO, redraw
 
 import ras_compile.inner
+import ras_compile.kernels
+import ras_compile.plan
 from ras_compile.backend import ras
 
 FP32 = 1e-4
@@ -139,3 +141,31 @@ def test_the_kernel_is_in_the_graph():
     program = model.plan.build(quarter(model), outline_blocks=False)
     targets = {str(node.target) for node in program.graph.nodes}
     assert "ras_compile.scatter_linear.default" in targets
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in groups"])
+@pytest.mark.parametrize("name", ["SD3.5", "Flux", "Wan"])
+def test_blocks_with_kernels_are_compiled_once(name: str, grouped: bool, monkeypatch):
+    """One compilation for each program: blocks that write through kernels of ours are not refused."""
+    compiled = []
+
+    def counting(module, *given, compile_inner=ras_compile.plan.compile_inner):
+        blocks = [block for at, block in module.named_children() if at.startswith("repeated_block")]
+        compiled.append([str(node.args[0]) for block in blocks for node in block.graph.nodes if node.args])
+        return compile_inner(module, *given)
+
+    monkeypatch.setattr(ras_compile.plan, "compile_inner", counting)
+    monkeypatch.setattr(ras_compile.kernels, "pays", lambda ops: True)
+    monkeypatch.setattr(ras_compile.kernels, "pays_grouped", lambda *given: grouped)
+    exact = made(name, "cuda", torch.float32)
+    model = made(name, "cuda", torch.bfloat16, inner_backend="inductor")
+    dense, caches = model.dense(model.values)
+    own = error([x.float() for x in dense], exact.reference([_float(v) for v in model.values]))
+    rows, values = model.rows(quarter(model)).cuda(), model.with_latent(model.other_latent())
+    part, _ = model.sparse(values, rows, caches)
+    oracle = exact.oracle([_float(v) for v in values], rows, [_float(c) for c in caches])
+    assert error([x.float() for x in part], oracle) <= 2 * own
+    assert len(compiled) == 2
+    kernel = f"ras_compile.{'grouped_' * grouped}scatter_linear.default"
+    assert kernel in compiled[1]
