@@ -14,7 +14,8 @@ Further keys:
     floor_share             seconds that the run's FLOPs take at FLOOR_TFLOPS, over its seconds
     extra_gb, cache_gb      peak over that of the compiled dense run; caches of the splices
     reserved_gb             peak of the memory taken from the device, pools of CUDA graphs included
-    host_ms, null_ms        host time of a (sparse) call over that of a compiled function that returns at once; the latter
+    host_ms, null_ms        host time of a (sparse) call over that of a compiled function that returns at once; the latter;
+                            both after a wait of 10 ms for the device
     launch_ms               the part of host_ms that CUDA takes to launch the graphs of a call
     syncs                   calls that wait for the device in the last three of eight steps, by name
     step_ms, kinds          median milliseconds of every step, and its kind: d(ense) or s(parse)
