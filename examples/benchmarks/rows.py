@@ -24,6 +24,7 @@ Further keys:
     finite                  whether the latents at the end are
     compiled                False: torch.compile failed on the way (`not_compiled` says how), it ran eagerly
     warnings, reason        warnings of ras_compile; why a row has no figures
+    date                    of the measurement, starts apart
 """
 
 from __future__ import annotations

@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> dict:
     measured = _starts if args.measure == "starts" else _speeds
     rows: list[dict] = []
     for row in measured(args, begin + args.budget):
-        rows.append(row)
+        rows.append(row | {"date": meta["commands"][0]["date"]})
         content = merge(before, {"meta": meta, "rows": rows})
         save(path, content)
-        print(_line(row), flush=True)
+        print(_line(rows[-1]), flush=True)
     print(f"written: {path}")
     return content
 

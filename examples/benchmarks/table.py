@@ -37,11 +37,12 @@ HEADER = (
 def tables(content: dict) -> str:
     """One table for each model, and a sentence about the machine and the commands."""
     meta, parts = content["meta"], []
+    latest = max((row.get("date") or "" for row in content["rows"]), default="")
     for model in dict.fromkeys(row["model"] for row in content["rows"]):
         rows = [row for row in content["rows"] if row["model"] == model]
         measured = [row for row in rows if row["seconds"] is not None]
         lines = [f"**{model}**", "", _line(HEADER), _line(["---"] * len(HEADER))]
-        lines += [_line(_cells(row)) for row in measured]
+        lines += [_line(_cells(row, latest)) for row in measured]
         left_out = [f"{_name(row)} ({row['reason']})" for row in rows if row["seconds"] is None and row.get("reason")]
         if left_out:
             lines += ["", f"Not measured: {'; '.join(left_out)}."]
@@ -49,9 +50,9 @@ def tables(content: dict) -> str:
     commands = "\n".join(dict.fromkeys(command["command"] for command in meta["commands"]))
     where = (
         f"{meta['gpu'] or 'CPU'}, driver {meta['driver']}, torch {meta['torch']}, Triton {meta['triton']}, diffusers "
-        f"{meta['diffusers']}, {meta['dtype']}, random weights, {meta['commands'][-1]['date']}. *of the floor*: the time "
+        f"{meta['diffusers']}, {meta['dtype']}, random weights, {latest or meta['commands'][-1]['date']}. *of the floor*: the time "
         f"that the run's FLOPs take at {meta['floor_tflops']} TFLOP/s over its seconds. *host ms*: host time that a "
-        "call adds to Dynamo's own. *waits*: calls in three steps that wait for the device."
+        "call adds to Dynamo's own, CUDA's launch of its graphs included. *waits*: calls in three steps that wait for the device."
     )
     if any(row["method"] in THRESHOLDS and row["seconds"] is not None for row in content["rows"]):
         where += (
@@ -75,13 +76,15 @@ def _name(row: dict) -> str:
     return f"{name}, not compiled" if row.get("compiled") is False else name
 
 
-def _cells(row: dict) -> list[str]:
+def _cells(row: dict, latest: str) -> list[str]:
+    """The cells of a row; one that is older than the latest says so beside its name."""
     def figure(name: str, form: str) -> str:
         return "" if row.get(name) is None else form.format(row[name])
 
+    older = f" ({row['date']})" if row.get("date") and row["date"] != latest else ""
     starts = "" if row["cold_s"] is None else f"{row['cold_s']:.0f} / {row['warm_s']:.0f}"
     return [
-        _name(row), str(row["steps"]), figure("seconds", "{:.3f}"), figure("x_compiled", "{:.2f}x"),
+        _name(row) + older, str(row["steps"]), figure("seconds", "{:.3f}"), figure("x_compiled", "{:.2f}x"),
         figure("x_eager", "{:.2f}x"), figure("flop_ratio", "{:.3f}"), figure("dense_ms", "{:.1f}"),
         figure("sparse_ms", "{:.1f}"), figure("floor_share", "{:.0%}"), figure("peak_gb", "{:.1f}"), starts,
         figure("host_ms", "{:.2f}"), "" if row.get("syncs") is None else str(sum(row["syncs"].values())),
