@@ -30,7 +30,7 @@ NAMES = {
 THRESHOLDS = ("first-block-cache", "cache-dit")
 HEADER = (
     "sampling", "steps", "seconds", "vs compiled", "vs eager", "FLOPs", "dense ms", "sparse ms", "of the floor", "GB",
-    "cold / warm start s", "host ms", "waits",
+    "extra / caches GB", "reserved GB", "cold / warm start s", "host ms", "waits",
 )  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def tables(content: dict) -> str:
     where = (
         f"{meta['gpu'] or 'CPU'}, driver {meta['driver']}, torch {meta['torch']}, Triton {meta['triton']}, diffusers "
         f"{meta['diffusers']}, {meta['dtype']}, random weights, {latest or meta['commands'][-1]['date']}. *of the floor*: the time "
-        f"that the run's FLOPs take at {meta['floor_tflops']} TFLOP/s over its seconds. *host ms*: host time that a "
+        f"that the run's FLOPs take at {meta['floor_tflops']} TFLOP/s over its seconds. *extra*: the peak over that of "
+        "compiled dense sampling; *reserved*: with the pools of CUDA graphs. *host ms*: host time that a "
         "call adds to Dynamo's own, CUDA's launch of its graphs included. *waits*: calls in three steps that wait for the device."
     )
     if any(row["method"] in THRESHOLDS and row["seconds"] is not None for row in content["rows"]):
@@ -78,15 +79,18 @@ def _name(row: dict) -> str:
 
 def _cells(row: dict, latest: str) -> list[str]:
     """The cells of a row; one that is older than the latest says so beside its name."""
+
     def figure(name: str, form: str) -> str:
         return "" if row.get(name) is None else form.format(row[name])
 
     older = f" ({row['date']})" if row.get("date") and row["date"] != latest else ""
     starts = "" if row["cold_s"] is None else f"{row['cold_s']:.0f} / {row['warm_s']:.0f}"
+    extra = "" if row.get("extra_gb") is None else f"{row['extra_gb']:.2f} / {row['cache_gb']:.2f}"
     return [
         _name(row) + older, str(row["steps"]), figure("seconds", "{:.3f}"), figure("x_compiled", "{:.2f}x"),
         figure("x_eager", "{:.2f}x"), figure("flop_ratio", "{:.3f}"), figure("dense_ms", "{:.1f}"),
-        figure("sparse_ms", "{:.1f}"), figure("floor_share", "{:.0%}"), figure("peak_gb", "{:.1f}"), starts,
+        figure("sparse_ms", "{:.1f}"), figure("floor_share", "{:.0%}"), figure("peak_gb", "{:.1f}"), extra,
+        figure("reserved_gb", "{:.1f}"), starts,
         figure("host_ms", "{:.2f}"), "" if row.get("syncs") is None else str(sum(row["syncs"].values())),
     ]  # fmt: skip
 
