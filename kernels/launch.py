@@ -269,6 +269,7 @@ class Launch:
         bias, *others = self.pointers
         y = F.linear(self.x, self.weight, bias).contiguous()
         pointers = [y if pointer is None else pointer for pointer in others]
+        # the numbers of `scatter_linear_kernel` without K and the strides of x, weight and bias
         M, N, _, *sizes_and_places = self.numbers[:17]
         switches = {name: value for name, value in self.switches.items() if name not in ("HAS_BIAS", "WIDEN", "GROUP")}
         gemm.splice_kernel[(self.count(tile),)](

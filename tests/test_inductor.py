@@ -165,7 +165,7 @@ def test_blocks_with_kernels_are_compiled_once(name: str, grouped: bool, monkeyp
     rows, values = model.rows(quarter(model)).cuda(), model.with_latent(model.other_latent())
     part, _ = model.sparse(values, rows, caches)
     oracle = exact.oracle([_float(v) for v in values], rows, [_float(c) for c in caches])
-    assert error([x.float() for x in part], oracle) <= 2 * own
+    assert error([x.float() for x in part], oracle) <= 1.5 * own
     assert len(compiled) == 2
     if name == "SD3.5":  # in the others the kernels stand beside the blocks, of which there are two at most
         assert f"ras_compile.{'grouped_' * grouped}scatter_linear.default" in compiled[1]
