@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +36,17 @@ class TokenView:
     def __call__(self, value: Tensor) -> Tensor:
         return self._opened(value).reshape(*self.shape, -1)[..., : self.channels]
 
+    def cut(self, value: Tensor) -> Tensor:
+        """The region's segment alone, as :attr:`uncut` views it."""
+        for dim, start, length in self.cuts:
+            value = value.narrow(dim, start, length)
+        return value
+
+    @cached_property
+    def uncut(self) -> TokenView:
+        """The view of the region's segment alone: where it stands beside others may differ from prompt to prompt."""
+        return replace(self, cuts=()) if self.cuts else self
+
     def write(self, value: Tensor, tokens: Tensor) -> None:
         """Writes ``tokens`` [B, N, P, C] into ``value``: what was left out of the view stays as it is."""
         opened = self._opened(value)
@@ -43,9 +55,7 @@ class TokenView:
 
     def _opened(self, value: Tensor) -> Tensor:
         """A view of ``value`` with one dimension for each factor: samples, tokens, pixels, channels."""
-        for dim, start, length in self.cuts:
-            value = value.narrow(dim, start, length)
-        return value.view(self.exploded).permute(self.order)
+        return self.cut(value).view(self.exploded).permute(self.order)
 
 
 def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> TokenView:

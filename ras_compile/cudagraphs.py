@@ -40,8 +40,8 @@ _TRANSFERS = {"aten::to", "aten::_to_copy", "aten::copy", "aten::copy_", "prims:
 # One capture at a time: streams come from a small pool, and two threads may be given the same one.
 _capturing = threading.Lock()
 
-# Compares the addresses of a list of tensors with known ones, which CUDA builds have: 0.26 ms for 682 weights on the host of
-# an H200, 0.16 ms less than to ask for each.
+# Compares the addresses of some tensors of a list with known ones, which CUDA builds have: 0.26 ms for 682 weights on the
+# host of an H200, 0.16 ms less than to ask for each.
 _at_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
@@ -95,36 +95,46 @@ class Slot:
             for part in map(distinct, users, dims)
         ]
         self.users = [target.expand(user.shape) for target, user in zip(targets, users, strict=True)]
-        self._filled = [index for index, target in enumerate(targets) if target.numel()]
-        self._targets = [targets[index] for index in self._filled]
-        self._repeated = [(place, dims[index]) for place, index in enumerate(self._filled) if dims[index]]
+        self._repeated = [(index, found) for index, found in enumerate(dims) if found]
+        # of one dtype, PyTorch copies a list of tensors in one launch
+        self._alike: dict[torch.dtype, tuple[list[Tensor], list[int]]] = {}
+        for index, target in enumerate(targets):
+            if target.numel():
+                buffers, places = self._alike.setdefault(target.dtype, ([], []))
+                buffers.append(target)
+                places.append(index)
         self.rows: dict[int | str, Tensor] = {}
         self.graphs: dict[int | str, tuple[tuple[int, ...], Graph]] = {}
         self.seen: dict[int | str, tuple[int, ...]] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._raw_stream: int | None = None  # the same, as a number: a stream object costs the host 20 us
 
-    def fill(self, users: Sequence[Tensor], rows: Sequence[Tensor], active: int | str) -> list[Tensor]:
-        """Copies the inputs of a call in; returns the buffers of the rows (none for a dense call)."""
-        given = [users[index] for index in self._filled]
-        for place, dims in self._repeated:
-            given[place] = distinct(given[place], dims)
-        if not rows:
-            if given:
-                torch._foreach_copy_(self._targets, given)
-            return []
+    def fill(self, users: Sequence[Tensor]) -> None:
+        """Copies the user's tensors of a call in."""
+        given = list(users)
+        for index, dims in self._repeated:
+            given[index] = distinct(given[index], dims)
+        for buffers, places in self._alike.values():
+            if len(buffers) == 1:
+                buffers[0].copy_(given[places[0]])
+            else:
+                torch._foreach_copy_(buffers, [given[place] for place in places])
+
+    def fill_rows(self, rows: Tensor, active: int | str) -> Tensor:
+        """Copies the rows of a call in; returns their buffer."""
         if active not in self.rows:
-            self.rows[active] = torch.empty_like(rows[0])
-        buffers = [self.rows[active]]
-        torch._foreach_copy_(self._targets + buffers, [*given, *rows])
-        return buffers
+            self.rows[active] = torch.empty_like(rows)
+        return self.rows[active].copy_(rows)
 
     def enter(self, device: torch.device) -> None:
         """Waits, on the device, for what another stream still does in this slot."""
         if device.type == "cuda":
-            stream = torch.cuda.current_stream(device)
-            if self._stream is not None and self._stream != stream:
-                stream.wait_stream(self._stream)
-            self._stream = stream
+            raw = torch._C._cuda_getCurrentRawStream(device.index)
+            if raw != self._raw_stream:
+                stream = torch.cuda.current_stream(device)
+                if self._stream is not None:
+                    stream.wait_stream(self._stream)
+                self._stream, self._raw_stream = stream, raw
 
 
 class _Lease:
@@ -155,8 +165,8 @@ class ProgramGraphs:
         self._count = len(weights)
         self._is_weight = list(weights)
         self._users = [index for index, weight in enumerate(weights) if not weight]
-        self._places = list(range(sum(weights)))
-        self._last: tuple[int, ...] | None = None  # addresses of the weights at the last call
+        self._weights = [index for index, weight in enumerate(weights) if weight]
+        self._last: tuple[list[int], tuple[int, ...]] | None = None  # see `_addresses`
         self._device = device
         self._free: list[Slot] = []
         self._made = 0
@@ -188,7 +198,7 @@ class ProgramGraphs:
         return cls(weights, device)
 
     def run(
-        self, active: int | str, compiled: Compiled, inputs: Sequence[Tensor], slots: dict, spare: dict | None = None
+        self, active: int | str, compiled: Compiled, inputs: list[Tensor], slots: dict, spare: dict | None = None
     ) -> Sequence[Tensor]:
         """Runs one program. What it returns may be overwritten by the next call: the caller clones what leaves.
 
@@ -199,7 +209,7 @@ class ProgramGraphs:
             slots: what the branch keeps.
             spare: what a branch of a finished generation kept.
         """
-        addresses = self._addresses(list(compress(inputs, self._is_weight)))
+        addresses = self._addresses(inputs)
         dense = active == "dense"
         lease = self._lease(slots, spare, inputs, addresses) if dense else slots.get(_LEASE)
         if lease is None:
@@ -213,20 +223,26 @@ class ProgramGraphs:
         lease.slot.seen[active] = addresses
         return compiled(*inputs)
 
-    def _addresses(self, weights: list[Tensor]) -> tuple[int, ...]:
-        """Where the weights are. Nothing else tells that one has moved: `weight.data = other` changes neither the object
-        nor its version."""
+    def _addresses(self, inputs: list[Tensor]) -> tuple[int, ...]:
+        """Where the weights are; the same object for as long as none of them moves. Nothing else tells that one has moved:
+        `weight.data = other` changes neither the object nor its version."""
         last = self._last
-        if last is None or _at_addresses is None or not _at_addresses(weights, list(last), self._places):
-            last = self._last = tuple(map(Tensor.data_ptr, weights))
-        return last
+        if last is not None and _at_addresses is not None and _at_addresses(inputs, last[0], self._weights):
+            return last[1]
+        found = tuple(map(Tensor.data_ptr, compress(inputs, self._is_weight)))
+        if last is None or found != last[1]:
+            known = [0] * self._count
+            for index, address in zip(self._weights, found, strict=True):
+                known[index] = address
+            self._last = last = known, found
+        return last[1]
 
     def _replay(
-        self, active: int | str, compiled: Compiled, inputs: Sequence[Tensor], slot: Slot, addresses: tuple[int, ...]
+        self, active: int | str, compiled: Compiled, inputs: list[Tensor], slot: Slot, addresses: tuple[int, ...]
     ) -> list[Tensor] | None:
         """The results of a graph, which is captured if it is time to; None: run without."""
         known, graph = slot.graphs.get(active, (None, None))
-        if known != addresses:
+        if known is not addresses and known != addresses:
             graph = None
             if slot.seen.get(active) != addresses or active in self._refused:
                 return None
@@ -236,7 +252,8 @@ class ProgramGraphs:
         # buffers and caches are plain tensors, whatever mode the call is made in: another mode may write them later
         with plain_mode(self._device):
             slot.enter(self._device)
-            rows = slot.fill([inputs[index] for index in self._users], rows, active)
+            slot.fill([inputs[index] for index in self._users])
+            rows = [slot.fill_rows(given, active) for given in rows]
             if graph is None:
                 static = list(inputs[: self._count])
                 for index, buffer in zip(self._users, slot.users, strict=True):

@@ -168,10 +168,10 @@ class TransformerState:
         Args:
             call: as given to `decide`.
             decision: as returned by it.
-            noise: [B, N, P, C], a view of what is returned: the predicted noise on the channels that match the
-                latent's; None if there is none, and then the next step runs dense.
+            noise: [B, N, P, C], the predicted noise on the channels that match the latent's; None if there is none, and
+                then the next step runs dense. Not written before the branch's next call, so no view of what is returned.
             output: what is returned to the caller.
-            view: then `noise` is a tensor as the caller gets it, which becomes that view through it.
+            view: then `noise` is a tensor that becomes [B, N, P, C] through it.
         """
         run = decision.run
         run.pending = False

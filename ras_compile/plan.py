@@ -158,6 +158,7 @@ class Plan:
         self.sparse: SparsePlan = plan(self.analysis, frozen=config.context == "frozen")
         placeholders = self.captured.graph.find_nodes(op="placeholder")
         self._is_tensor = [isinstance(value, Tensor) for value in values]
+        self._only_tensors = all(self._is_tensor)
         tensors = list(compress(range(len(values)), self._is_tensor))
         self.latent = tensors[placeholders.index(self.analysis.latent)]
         if not proved:
@@ -266,6 +267,16 @@ class Plan:
             outputs.append(output.clone() if cache is not None or self._graphs else output)
         return outputs
 
+    def cached_noise(self, slots: dict) -> Tensor:
+        """The noise of a branch's last call, which :attr:`noise_view` views; its next call overwrites it."""
+        return slots["caches"][self._noise_cache]
+
+    @cached_property
+    def _noise_cache(self) -> int:
+        cache = self._cached_outputs[self.noise]
+        assert cache is not None
+        return cache
+
     @cached_property
     def _cached_outputs(self) -> list[int | None]:
         """For each output the cache that holds it, or None."""
@@ -297,7 +308,8 @@ class Plan:
         return self.analysis.output_nodes.index(node)
 
     def _tensors(self, values: Sequence[Any]) -> list[Tensor]:
-        return [*compress(values, self._is_tensor), *self.constants]
+        tensors = values if self._only_tensors else compress(values, self._is_tensor)
+        return [*tensors, *self.constants]
 
     def _program(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
         program = self._programs.get(active)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ras_compile.config import RASConfig
 from ras_compile.generation import TransformerState
@@ -46,7 +46,7 @@ class _Recent(threading.local):
     """The last call's transformer in this thread: a weight never changes its owner, and most calls are of one transformer."""
 
     def __init__(self) -> None:
-        self._known: tuple[list[WeakIdRef], RASConfig, weakref.ref] | None = None
+        self._known: tuple[list[weakref.ref], RASConfig, weakref.ref] | None = None
 
     def of(self, some: Sequence[Tensor], config: RASConfig) -> TransformerState | None:
         """Its state, if these are three of its weights; None if not."""
@@ -57,7 +57,7 @@ class _Recent(threading.local):
         return state() if same else None
 
     def keep(self, some: Sequence[Tensor], config: RASConfig, state: TransformerState) -> None:
-        self._known = [WeakIdRef(weight) for weight in some], config, weakref.ref(state)
+        self._known = [weakref.ref(weight) for weight in some], config, weakref.ref(state)
 
 
 # Tensors are held weakly and compared by identity; an instance lives as long as any of its weights.

@@ -1,4 +1,4 @@
-"""The rows of each step of one generation: metrics of the step before, drop counts, and the choice itself."""
+"""The rows of each step of one generation: the noise of the step before, drop counts, and the choice itself."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ from torch import Tensor
 from ras_compile.config import RASConfig
 from ras_compile.passes.tokens import TokenView
 from ras_compile.replay import Replayed
-from ras_compile.selection import SelectionInfo, choose, sample_groups, select_rows, token_metric, update_counts
+from ras_compile.selection import (
+    SelectionInfo,
+    choose,
+    mean_metric,
+    measured,
+    sample_groups,
+    select_rows,
+    token_metric,
+    update_counts,
+)
 
 __all__ = ["RowChooser"]
 
 _REPLAYED_METRICS = ("std", "l2norm")  # a callable may do anything, and "random" draws numbers
-_metric = Replayed(lambda noise, kind, view: (token_metric(view(noise) if view else noise, kind, SelectionInfo()),))
 _choose = Replayed(choose)
 
 _Key = tuple[int, int]  # batch and tokens of a call
+_Measure = tuple[str, TokenView | None] | None  # see `measured`
 
 
 class RowChooser:
@@ -31,11 +40,12 @@ class RowChooser:
 
     def __init__(self, config: RASConfig) -> None:
         self._config = config
-        self._seen: dict[_Key, list[Tensor]] = {}
-        self._before: dict[_Key, list[Tensor]] = {}
+        self._seen: dict[_Key, list[tuple[Tensor, _Measure]]] = {}
+        self._before: dict[_Key, list[tuple[Tensor, _Measure]]] = {}
         self._counts: dict[_Key, Tensor] = {}  # [2, B, N]: drop counts, absences
         self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
         self._groups: dict[_Key, Tensor] = {}  # samples that share a latent do so for the whole generation
+        self._nothing: Tensor | None = None  # an empty tensor on the device
 
     def advance(self, dense: bool) -> None:
         """A step begins. After a dense step no token is absent."""
@@ -46,13 +56,20 @@ class RowChooser:
             }
 
     def observe(self, noise: Tensor, info: SelectionInfo, view: TokenView | None = None) -> None:
-        """Take the noise [B, N, P, C] of one call of this step, or what becomes that through `view`."""
-        config = self._config
-        if config.metric in _REPLAYED_METRICS and config.cuda_graphs:
-            (metric,) = _metric([noise.detach()], config.metric, view)
+        """Take the noise [B, N, P, C] of one call of this step, or what becomes that through `view`.
+
+        It must stay as it is until rows are chosen in the next step: its metric may be computed there, in one go with the
+        choice.
+        """
+        batch, tokens = (noise if view is None else view).shape[:2]
+        measure: _Measure = None
+        if self._config.metric in _REPLAYED_METRICS:
+            if view is not None:
+                noise, view = view.cut(noise), view.uncut
+            measure = (self._config.metric, view)
         else:
-            metric = token_metric((view(noise) if view else noise).detach(), config.metric, info)
-        self._seen.setdefault((metric.shape[0], metric.shape[1]), []).append(metric)
+            noise = token_metric((view(noise) if view else noise).detach(), self._config.metric, info)
+        self._seen.setdefault((batch, tokens), []).append((noise.detach() if noise.requires_grad else noise, measure))
 
     def rows(
         self,
@@ -84,18 +101,20 @@ class RowChooser:
         return rows
 
     def _choice(self, latent: Tensor, key: _Key, active: int, info: SelectionInfo, known: Tensor | None) -> Tensor:
-        config, metrics = self._config, self._before[key]
+        config, (noises, measures) = self._config, zip(*self._before[key], strict=True)
         counts = self._counts[key] if key in self._counts else self._first_counts(key, latent.device)
         groups = self._grouping(key, latent)
         if config.selector is None:
-            options = active, config.high_share, config.starvation_scale, config.max_absence
-            run = _choose if config.cuda_graphs else lambda tensors, *settings: choose(*tensors, *settings)
-            without = groups.new_empty(0, dtype=torch.bool) if known is None else known
-            rows, self._counts[key] = run([*metrics, groups, counts, without], *options)
+            if known is None:
+                known = self._nothing = groups.new_empty(0, dtype=torch.bool) if self._nothing is None else self._nothing
+            settings = measures, active, config.high_share, config.starvation_scale, config.max_absence
+            if config.cuda_graphs:
+                fuse = config.inner_backend == "inductor"
+                rows, self._counts[key] = _choose([*noises, counts], *settings, kept=(groups, known), fuse=fuse)
+            else:
+                rows, self._counts[key] = choose(*noises, counts, groups, known, *settings)
             return rows
-        metric = torch.stack(metrics).mean(dim=0)
-        if groups.numel():
-            metric = groups @ metric
+        metric = mean_metric(list(map(measured, noises, measures)), groups)
         drops, absence = counts
         rows = select_rows(metric, drops, absence, active, config, info)
         self._counts[key] = torch.stack(update_counts(drops, absence, rows))

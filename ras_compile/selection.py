@@ -5,7 +5,7 @@ Everything works on a batch: `B` samples, `N` region tokens, `k` active rows per
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from ras_compile.config import ConfigError, RASConfig
+from ras_compile.passes.tokens import TokenView
 
-__all__ = ["SelectionInfo", "choose", "sample_groups", "select_rows", "token_metric", "update_counts"]
+__all__ = [
+    "SelectionInfo",
+    "choose",
+    "mean_metric",
+    "measured",
+    "sample_groups",
+    "select_rows",
+    "token_metric",
+    "update_counts",
+]
 
 # Beyond any score (log metric plus scaled drops) and any absence; sums with them stay exact in float32.
 _OVERDUE = 1e6
@@ -98,17 +108,36 @@ def choose(*given: Any) -> tuple[Tensor, Tensor]:
     """``(rows, counts)`` of a sparse step: all of the built-in selection, on the device.
 
     Args:
-        given: the metrics [B, N] of the branches of the step before, the batch's `sample_groups` (or an empty tensor), the
-            counts [2, B, N] (drop counts, then absences), and which tokens are known, bool [B, N] (or none at all: empty);
-            then k, and `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
+        given: what the branches of the step before returned; the counts [2, B, N] (drop counts, then absences), the
+            batch's `sample_groups` (or an empty tensor), and which tokens are known, bool [B, N] (or none at all: empty);
+            then for each branch how its metric [B, N] is made of what it returned, ``(kind, view)`` as `measured` takes
+            them; k; and `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
     """
-    *metrics, groups, counts, known, k, high_share, scale, max_absence = given
+    *tensors, measures, k, high_share, scale, max_absence = given
+    *noises, counts, groups, known = tensors
     drops, absence = counts
-    metric = torch.stack(metrics).mean(dim=0) if len(metrics) > 1 else metrics[0]
-    if groups.numel():
-        metric = groups @ metric
+    metric = mean_metric(list(map(measured, noises, measures)), groups)
     rows = ranked(metric, drops, absence, k, high_share, scale, max_absence, known if known.numel() else None)
     return rows, torch.stack(update_counts(drops, absence, rows))
+
+
+def measured(noise: Tensor, measure: tuple[str, TokenView | None] | None) -> Tensor:
+    """The metric [B, N] of a branch.
+
+    Args:
+        noise: what it returned; the metric itself where ``measure`` is None.
+        measure: "std" or "l2norm", and the view that makes ``noise`` [B, N, P, C], if it is not yet.
+    """
+    if measure is None:
+        return noise
+    kind, view = measure
+    return token_metric(view(noise) if view else noise, kind, SelectionInfo())
+
+
+def mean_metric(metrics: Sequence[Tensor], groups: Tensor) -> Tensor:
+    """The mean [B, N] over the guidance branches, and over the samples of a group (``groups`` empty: each is its own)."""
+    metric = torch.stack(list(metrics)).mean(dim=0) if len(metrics) > 1 else metrics[0]
+    return groups @ metric if groups.numel() else metric
 
 
 def select_rows(

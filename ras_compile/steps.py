@@ -50,6 +50,6 @@ def run_step(
         outputs = plan.dense(given, decision.slots, decision.spare)
     else:
         outputs = plan.run_sparse(given, decision.rows, decision.slots)
-    state.record(call, decision, outputs[plan.noise], outputs, plan.noise_view)
+    state.record(call, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
     state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
     return outputs
