@@ -106,7 +106,9 @@ class RowChooser:
         groups = self._grouping(key, latent)
         if config.selector is None:
             if known is None:
-                known = self._nothing = groups.new_empty(0, dtype=torch.bool) if self._nothing is None else self._nothing
+                if self._nothing is None:
+                    self._nothing = groups.new_empty(0, dtype=torch.bool)
+                known = self._nothing
             settings = measures, active, config.high_share, config.starvation_scale, config.max_absence
             if config.cuda_graphs:
                 fuse = config.inner_backend == "inductor"
