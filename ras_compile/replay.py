@@ -134,14 +134,18 @@ def _captured(function: Function, tensors: Sequence[Tensor], kept: tuple[Tensor,
     if any(tensor.device.type != DEVICE for tensor in (*tensors, *kept)):
         return False
     with plain_mode(tensors[0].device):
-        slots = []
-        for given in (tensors, kept):
-            slot = Slot([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given])
-            slot.enter(tensors[0].device)
-            slot.fill(given)
-            slots.append(slot)
+        changing, staying = _filled(tensors), _filled(kept)
         try:
-            return _Recorded(*slots, Graph(function, [*slots[0].users, *slots[1].users], None), kept)
+            return _Recorded(changing, staying, Graph(function, [*changing.users, *staying.users], None), kept)
         except Exception as error:
             warn_once(f"ras_compile: the selection runs without a CUDA graph, capturing it failed: {error}")
             return False
+
+
+def _filled(tensors: Sequence[Tensor]) -> Slot:
+    """Contiguous buffers with these contents."""
+    slot = Slot([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors])
+    if tensors:
+        slot.enter(tensors[0].device)
+        slot.fill(tensors)
+    return slot

@@ -12,7 +12,7 @@ import torch
 from test_backend import TinyDiT, run
 
 import ras_compile
-from ras_compile import cudagraphs, replay
+from ras_compile import cudagraphs, replay, rows
 
 pytestmark = pytest.mark.filterwarnings("error::ras_compile.notices.RASWarning")
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "reset_interval": None}
@@ -406,9 +406,10 @@ def test_the_shipped_pipeline(device, captured, monkeypatch, dtype, inner):
         monkeypatch.setattr(
             cudagraphs.ProgramGraphs, "run", lambda self, active, compiled, inputs, *_: compiled(*inputs)
         )
-        monkeypatch.setattr(
-            replay.Replayed, "__call__", lambda self, tensors, *settings: self._function(*tensors, *settings)
-        )
+        plainly = replay.Replayed(rows._choose._function)
+        plainly._compiled = rows._choose._compiled
+        monkeypatch.setattr(rows, "_choose", plainly)
+        monkeypatch.setattr(replay, "_captured", lambda *given: False)
         plain = [draw(*call) for call in calls]
     assert len(captured) == (4 if inner == "eager" else 2)
     scale = max(picture.abs().max().item() for picture in plain)

@@ -69,7 +69,7 @@ def test_a_function_is_fused_once_for_all_threads_and_any_strides(monkeypatch):
     function = Replayed(lambda a, b: (a.sin() + b.cumsum(0), a.amax(0)))
 
     def calls():
-        for step in range(3):
+        for _ in range(3):
             a, b = torch.randn(6, 4), torch.randn(4, 6)
             for given in ([a, b.t()], [a.flip(0), b.t().contiguous()], [a.t().contiguous().t(), b.t()]):
                 for found, wanted in zip(function(given, fuse=True), function._function(*given), strict=True):
