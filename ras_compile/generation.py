@@ -179,7 +179,7 @@ class TransformerState:
         decision.of.spare = None
         needed = run.config.sample_ratio < 1 and run.schedule.kind(run.step - run.base + 1) == "sparse"
         if noise is not None and needed:
-            run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view)
+            run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view, decision.slots)
         run.records.append(
             Record(
                 decision.step,

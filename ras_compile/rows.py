@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = ["RowChooser"]
 
 _REPLAYED_METRICS = ("std", "l2norm")  # a callable may do anything, and "random" draws numbers
 _choose = Replayed(choose)
+_OBSERVED = "observed noise"  # its place among what a branch keeps
 
 _Key = tuple[int, int]  # batch and tokens of a call
 _Measure = tuple[str, TokenView | None] | None  # see `measured`
@@ -40,8 +41,8 @@ class RowChooser:
 
     def __init__(self, config: RASConfig) -> None:
         self._config = config
-        self._seen: dict[_Key, list[tuple[Tensor, _Measure]]] = {}
-        self._before: dict[_Key, list[tuple[Tensor, _Measure]]] = {}
+        self._seen: dict[_Key, list[tuple[dict, _Measure]]] = {}
+        self._before: dict[_Key, list[tuple[dict, _Measure]]] = {}
         self._counts: dict[_Key, Tensor] = {}  # [2, B, N]: drop counts, absences
         self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
         self._groups: dict[_Key, Tensor] = {}  # samples that share a latent do so for the whole generation
@@ -55,11 +56,13 @@ class RowChooser:
                 key: torch.stack([drops, torch.zeros_like(away)]) for key, (drops, away) in self._counts.items()
             }
 
-    def observe(self, noise: Tensor, info: SelectionInfo, view: TokenView | None = None) -> None:
+    def observe(
+        self, noise: Tensor, info: SelectionInfo, view: TokenView | None = None, slots: dict | None = None
+    ) -> None:
         """Take the noise [B, N, P, C] of one call of this step, or what becomes that through `view`.
 
         It must stay as it is until rows are chosen in the next step: its metric may be computed there, in one go with the
-        choice.
+        choice. It is kept in `slots`, if given, and goes with what else stands there.
         """
         batch, tokens = (noise if view is None else view).shape[:2]
         measure: _Measure = None
@@ -69,7 +72,9 @@ class RowChooser:
             measure = (self._config.metric, view)
         else:
             noise = token_metric((view(noise) if view else noise).detach(), self._config.metric, info)
-        self._seen.setdefault((batch, tokens), []).append((noise.detach() if noise.requires_grad else noise, measure))
+        slots = {} if slots is None else slots
+        slots[_OBSERVED] = noise.detach() if noise.requires_grad else noise
+        self._seen.setdefault((batch, tokens), []).append((slots, measure))
 
     def rows(
         self,
@@ -93,15 +98,25 @@ class RowChooser:
             rows = torch.arange(tokens, device=latent.device).repeat(batch, 1)
         elif first := next((entry for (_, count), entry in self._chosen.items() if count == tokens), None):
             rows = first[0][_same_sample(latent, first[1], batch, len(first[0]))]
-        elif key in self._before:
-            rows = self._choice(latent, key, active, info, known())
+        elif seen := [
+            (slots[_OBSERVED], measure) for slots, measure in self._before.get(key, ()) if _OBSERVED in slots
+        ]:
+            rows = self._choice(latent, key, seen, active, info, known())
         else:
             return None
         self._chosen[key] = (rows, latent)
         return rows
 
-    def _choice(self, latent: Tensor, key: _Key, active: int, info: SelectionInfo, known: Tensor | None) -> Tensor:
-        config, (noises, measures) = self._config, zip(*self._before[key], strict=True)
+    def _choice(
+        self,
+        latent: Tensor,
+        key: _Key,
+        seen: Sequence[tuple[Tensor, _Measure]],
+        active: int,
+        info: SelectionInfo,
+        known: Tensor | None,
+    ) -> Tensor:
+        config, (noises, measures) = self._config, zip(*seen, strict=True)
         counts = self._counts[key] if key in self._counts else self._first_counts(key, latent.device)
         groups = self._grouping(key, latent)
         if config.selector is None:
