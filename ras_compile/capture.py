@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from .inputs import describe_inputs
 from .passes.errors import UnsupportedGraph
 from .passes.normalize import normalize
 from .passes.registry import source_line
+from .repeats import NotRepeated, forget, shortened, written_out
+
+log = logging.getLogger(__name__)
 
 # Calls of a part of a Dynamo graph, with how many arguments of theirs stand before the part's own; inference has no use
 # for what they say beside (that activations are not kept, that the part is compiled once).
@@ -104,8 +108,28 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = Fa
         if isinstance(part, fx.GraphModule):
             refuse_function_transforms(part.graph)
     given = [pair for pair in zip(describe_inputs(graph.graph), inputs, strict=True) if isinstance(pair[1], Tensor)]
-    names = [described.path for described, _ in given]
-    return export(_Bound(graph, inputs), [value for _, value in given], names, symbolic=symbolic)
+    names, tensors = [described.path for described, _ in given], [value for _, value in given]
+    if not symbolic:
+        try:
+            return _by_blocks(graph, inputs, tensors)
+        except (NotRepeated, UnsupportedGraph) as error:
+            log.debug("the graph is captured whole: %s", error)
+    return export(_Bound(graph, inputs), tensors, names, symbolic=symbolic)
+
+
+def _by_blocks(graph: fx.GraphModule, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """:func:`capture` of a graph with repeated blocks, each of which is traced once.
+
+    Raises:
+        NotRepeated, UnsupportedGraph: the graph has to be captured whole, which may be impossible, too.
+    """
+    short, blocks = shortened(graph)
+    try:
+        captured = traced(_Bound(short, inputs), tensors)
+        written_out(captured, blocks, lambda block, operands: traced(_Bound(block, operands), operands))
+    finally:
+        forget(blocks)
+    return normalized(captured)
 
 
 def export(
@@ -119,6 +143,18 @@ def export(
     Raises:
         UnsupportedGraph: it writes into its inputs, or cannot be traced.
     """
+    captured = traced(bound, tensors, names)
+    return captured if symbolic else normalized(captured)
+
+
+def normalized(captured: fx.GraphModule) -> fx.GraphModule:
+    normalize(captured.graph)
+    captured.recompile()
+    return captured
+
+
+def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = ()) -> fx.GraphModule:
+    """:func:`export` without the spelling of things in one way."""
     try:
         with torch.no_grad(), same_autocast(), preserve_node_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -142,9 +178,6 @@ def export(
         placeholders[-1].append(node) if node is not placeholders[-1] else None
     captured.graph.lint()
     captured.meta["constants"] = constants
-    if not symbolic:
-        normalize(captured.graph)
-        captured.recompile()
     return captured
 
 
