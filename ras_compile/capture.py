@@ -112,8 +112,10 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = Fa
     if not symbolic:
         try:
             return _by_blocks(graph, inputs, tensors)
-        except (NotRepeated, UnsupportedGraph) as error:
+        except NotRepeated as error:
             log.debug("the graph is captured whole: %s", error)
+        except Exception:  # of whatever kind, the whole graph says it better
+            log.debug("the graph is captured whole", exc_info=True)
     return export(_Bound(graph, inputs), tensors, names, symbolic=symbolic)
 
 
@@ -121,7 +123,7 @@ def _by_blocks(graph: fx.GraphModule, inputs: Sequence[Any], tensors: Sequence[T
     """:func:`capture` of a graph with repeated blocks, each of which is traced once.
 
     Raises:
-        NotRepeated, UnsupportedGraph: the graph has to be captured whole, which may be impossible, too.
+        NotRepeated: the graph has to be captured whole; so it has after any other error.
     """
     short, blocks = shortened(graph)
     try:

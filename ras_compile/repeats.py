@@ -86,9 +86,9 @@ def shortened(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Block]]:
         NotRepeated: there is none, or the graph writes into tensors or changes a mode outside of blocks.
     """
     nodes = list(graph.graph.nodes)
-    calls = [node for node in nodes if node.op.startswith("call")]
-    if any("example_value" not in node.meta and not _writes(node) for node in calls):
-        raise NotRepeated("it has a node without a value, such as one that changes a mode")
+    for node in nodes:
+        if node.op.startswith("call") and "example_value" not in node.meta and not _writes(node):
+            raise NotRepeated(f"{node.target} returns no value: it may change a mode")
     blocks = max((_blocks(nodes, level) for level in range(_LEVELS)), key=_saved)
     if not blocks:
         raise NotRepeated("no two modules of a list agree")
