@@ -125,7 +125,7 @@ class PartBlock(Block):
     """Returns parts of one tensor."""
 
     def forward(self, x, scale):
-        both = torch.cat([super().forward(x, scale), x], dim=1)
+        both = torch.cat([super().forward(x.view(x.shape), scale), x], dim=1)
         return both[:, x.shape[1] :], both[:, : x.shape[1]].transpose(1, 2)
 
 
@@ -148,6 +148,35 @@ class Carried(Parts):
         for layer in self.blocks:
             x, other = layer(x, scale)
         return x + other.transpose(1, 2)
+
+
+class Skip(Parts):
+    """Takes the second result of one block only."""
+
+    def forward(self, x, time):
+        scale, others = time[:, None, None].sin(), []
+        for layer in self.blocks:
+            x, other = layer(x, scale)
+            others.append(other)
+        return x + others[2].transpose(1, 2)
+
+
+class FactorBlock(Block):
+    factor = 1
+
+    def forward(self, x, scale):
+        return super().forward(x * self.factor, scale)
+
+
+class Factors(Model):
+    """Two kinds of block, which differ in a number."""
+
+    entry = FactorBlock
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, layer in enumerate(self.blocks):
+            layer.factor = 2 + index % 2
 
 
 class Different(Model):
@@ -184,6 +213,10 @@ def dynamo(model: nn.Module) -> tuple[fx.GraphModule, list]:
     return pair
 
 
+def tensors(values: list) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
 def words(captured: fx.GraphModule) -> list:
     """A graph without the names of its nodes."""
     places = {node: place for place, node in enumerate(captured.graph.nodes)}
@@ -206,17 +239,17 @@ def whole(monkeypatch, graph, values) -> fx.GraphModule:
         return capture(graph, values)
 
 
-@pytest.mark.parametrize("kind", [Model, Writing, Outward, Tables, Parts, Carried, Several])
+@pytest.mark.parametrize("kind", [Model, Writing, Outward, Tables, Parts, Carried, Skip, Several, Factors])
 def test_blocks_are_captured_once(kind, monkeypatch):
     graph, values = dynamo(kind())
     wanted, traced, real = whole(monkeypatch, graph, values), [], capturing.traced
     monkeypatch.setattr(capturing, "traced", lambda *given: traced.append(real(*given)) or traced[-1])
-    captured = capture(graph, values)
-    assert words(captured) == words(wanted)
+    captured = capturing._by_blocks(graph, values, tensors(values))
+    assert words(captured) == words(capture(graph, values)) == words(wanted)
     assert not captured.graph.find_nodes(op="call_function", target=block._opoverload)
     assert {node.meta["stack_trace"] for node in captured.graph.nodes if "stack_trace" in node.meta}
-    kinds = 2 if kind is Several else 1
-    assert len(traced) == 1 + kinds, "the graph with calls, and a block of each kind"
+    kinds = 2 if kind in (Several, Factors) else 1
+    assert len(traced) == 2 * (1 + kinds), "each time the graph with calls, and a block of each kind"
     torch.testing.assert_close(captured(*values), wanted(*values))
 
 
@@ -225,7 +258,7 @@ def test_other_graphs_are_captured_whole(kind, monkeypatch):
     graph, values = dynamo(kind())
     wanted = whole(monkeypatch, graph, values)
     with pytest.raises((NotRepeated, ras_compile.UnsupportedGraph)):
-        capturing._by_blocks(graph, values, [v for v in values if isinstance(v, torch.Tensor)])
+        capturing._by_blocks(graph, values, tensors(values))
     assert words(capture(graph, values)) == words(wanted)
     torch.testing.assert_close(capture(graph, values)(*values), graph(*values))
 

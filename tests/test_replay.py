@@ -112,8 +112,9 @@ def test_rows_are_those_of_the_plain_selection(known: bool, options: dict, monke
             if step:
                 picks.append(chooser.rows(latent, 2, 24, 7, info, lambda: mask if known else None))
             for branch in range(2):
-                noise = torch.randint(0, 2, (2, 30 + branch, 4)).float()  # behind tokens of prompts of two lengths
-                chooser.observe(noise, info, replace(view, cuts=((1, 3 + branch, 24),)))
+                behind = 3 + branch + step  # tokens of prompts of several lengths
+                noise = torch.randint(0, 2, (2, behind + 24, 4)).float()
+                chooser.observe(noise, info, replace(view, cuts=((1, behind, 24),)))
         chosen.append(picks)
     assert all(torch.equal(a, b) for a, b in zip(*chosen, strict=True))
     assert len(rows._choose._compiled) == 1
