@@ -209,7 +209,7 @@ def _entry(node: fx.Node, level: int) -> str | None:
 
 
 def _spelled(stretch: Sequence[fx.Node]) -> tuple[Any, list[fx.Node], set[int]] | None:
-    """``(key, operands, outputs)``: equal keys are equal blocks. None where something but tensors comes in."""
+    """``(key, operands, outputs)``: equal keys are equal blocks, called from the same line. None where other than tensors come in."""
     places = {node: place for place, node in enumerate(stretch)}
     operands: dict[fx.Node, int] = {}
 
@@ -221,7 +221,8 @@ def _spelled(stretch: Sequence[fx.Node]) -> tuple[Any, list[fx.Node], set[int]] 
     words = []
     for node in stretch:
         arguments = fx.node.map_arg((node.args, node.kwargs), reference)
-        words.append((node.op, node.target, repr(arguments), repr(described(node.meta.get("example_value")))))
+        value = repr(described(node.meta.get("example_value")))
+        words.append((node.op, node.target, repr(arguments), value, node.meta.get("stack_trace")))
     if not all(map(_plain, operands)):
         return None
     given = repr([described(operand.meta["example_value"]) for operand in operands])

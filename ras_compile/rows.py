@@ -11,6 +11,7 @@ from ras_compile.config import RASConfig
 from ras_compile.passes.tokens import TokenView
 from ras_compile.replay import Replayed
 from ras_compile.selection import (
+    Measure,
     SelectionInfo,
     choose,
     mean_metric,
@@ -28,7 +29,6 @@ _choose = Replayed(choose)
 _OBSERVED = "observed noise"  # its place among what a branch keeps
 
 _Key = tuple[int, int]  # batch and tokens of a call
-_Measure = tuple[str, TokenView | None] | None  # see `measured`
 
 
 class RowChooser:
@@ -41,8 +41,8 @@ class RowChooser:
 
     def __init__(self, config: RASConfig) -> None:
         self._config = config
-        self._seen: dict[_Key, list[tuple[dict, _Measure]]] = {}
-        self._before: dict[_Key, list[tuple[dict, _Measure]]] = {}
+        self._seen: dict[_Key, list[tuple[dict, Measure]]] = {}
+        self._before: dict[_Key, list[tuple[dict, Measure]]] = {}
         self._counts: dict[_Key, Tensor] = {}  # [2, B, N]: drop counts, absences
         self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
         self._groups: dict[_Key, Tensor] = {}  # samples that share a latent do so for the whole generation
@@ -65,7 +65,7 @@ class RowChooser:
         choice. It is kept in `slots`, if given, and goes with what else stands there.
         """
         batch, tokens = (noise if view is None else view).shape[:2]
-        measure: _Measure = None
+        measure: Measure = None
         if self._config.metric in _REPLAYED_METRICS:
             if view is not None:
                 noise, view = view.cut(noise), view.uncut
@@ -111,7 +111,7 @@ class RowChooser:
         self,
         latent: Tensor,
         key: _Key,
-        seen: Sequence[tuple[Tensor, _Measure]],
+        seen: Sequence[tuple[Tensor, Measure]],
         active: int,
         info: SelectionInfo,
         known: Tensor | None,

@@ -16,6 +16,7 @@ from ras_compile.config import ConfigError, RASConfig
 from ras_compile.passes.tokens import TokenView
 
 __all__ = [
+    "Measure",
     "SelectionInfo",
     "choose",
     "mean_metric",
@@ -33,6 +34,8 @@ _KNOWN = 3e5  # takes any score below those of what is not known
 _RANDOM_SEED = 0x5A5
 _MIXER = 0x1E3779B97F4A7C15  # an odd number of mixed bits
 _NEVER = torch.iinfo(torch.int64).min
+# How a branch's metric is made of what it returned: see `measured`.
+Measure = tuple[str, TokenView | None] | None
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -121,7 +124,7 @@ def choose(*given: Any) -> tuple[Tensor, Tensor]:
     return rows, torch.stack(update_counts(drops, absence, rows))
 
 
-def measured(noise: Tensor, measure: tuple[str, TokenView | None] | None) -> Tensor:
+def measured(noise: Tensor, measure: Measure) -> Tensor:
     """The metric [B, N] of a branch.
 
     Args:

@@ -105,7 +105,7 @@ class Tables(Model):
 
 
 class Several(Model):
-    """Two kinds of block, in turns, and lists in a list; some results of a block are used by one of its kind alone."""
+    """Two kinds of block, in turns and called from two lines, and lists in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,6 +230,11 @@ def words(captured: fx.GraphModule) -> list:
     ]
 
 
+def lines(captured: fx.GraphModule) -> list[str]:
+    """The user's source line of each node."""
+    return [node.meta.get("stack_trace", "") for node in captured.graph.nodes]
+
+
 def whole(monkeypatch, graph, values) -> fx.GraphModule:
     def refuse(*given):
         raise NotRepeated("the test wants the whole")
@@ -247,8 +252,8 @@ def test_blocks_are_captured_once(kind, monkeypatch):
     captured = capturing._by_blocks(graph, values, tensors(values))
     assert words(captured) == words(capture(graph, values)) == words(wanted)
     assert not captured.graph.find_nodes(op="call_function", target=block._opoverload)
-    assert {node.meta["stack_trace"] for node in captured.graph.nodes if "stack_trace" in node.meta}
-    kinds = 2 if kind in (Several, Factors) else 1
+    assert lines(captured) == lines(wanted) and any(lines(wanted))
+    kinds = {Several: 3, Factors: 2}.get(kind, 1)
     assert len(traced) == 2 * (1 + kinds), "each time the graph with calls, and a block of each kind"
     torch.testing.assert_close(captured(*values), wanted(*values))
 

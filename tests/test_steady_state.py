@@ -88,7 +88,12 @@ def test_what_a_step_launches(monkeypatch):
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if not func.is_view:
-                seen[-1][func.overloadpacket.__name__] += 1
+                name = func.overloadpacket.__name__
+                if "foreach" in name:  # a launch where all are of one dtype
+                    name = (
+                        f"{name} of {len(args[0])}" if len({value.dtype for value in args[0]}) == 1 else f"many {name}"
+                    )
+                seen[-1][name] += 1
             return func(*args, **(kwargs or {}))
 
     real = backend.run_step
@@ -101,4 +106,4 @@ def test_what_a_step_launches(monkeypatch):
     monkeypatch.setattr(backend, "run_step", counted)
     list(sparse_calls(2))
     # at once, being of one dtype: latent, time and text; then the rows; before them the noise and the counts they come from
-    assert seen[-2] == {"_foreach_copy_": 1, "copy_": 1 + 2, "clone": 1 + 2}
+    assert seen[-2] == {"_foreach_copy_ of 3": 1, "copy_": 1 + 2, "clone": 1 + 2}
