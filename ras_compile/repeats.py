@@ -209,7 +209,10 @@ def _entry(node: fx.Node, level: int) -> str | None:
 
 
 def _spelled(stretch: Sequence[fx.Node]) -> tuple[Any, list[fx.Node], set[int]] | None:
-    """``(key, operands, outputs)``: equal keys are equal blocks, called from the same line. None where other than tensors come in."""
+    """``(key, operands, outputs)``: equal keys are equal blocks, called from the same line.
+
+    None where something but tensors comes in.
+    """
     places = {node: place for place, node in enumerate(stretch)}
     operands: dict[fx.Node, int] = {}
 
