@@ -209,24 +209,32 @@ class Tick:
     transformer: str
 
 
+class _Here(threading.local):
+    """What tells a thread from all others, which may have had its number."""
+
+    def __init__(self) -> None:
+        self.thread = object()
+
+
 class _Owner(Home):
     """Home of the runs that no `generation` holds: those of one thread, or of one asyncio task."""
 
-    def __init__(self, thread: threading.Thread, task: asyncio.Task | None) -> None:
+    def __init__(self, thread: object, task: asyncio.Task | None) -> None:
         super().__init__()
-        self._thread = weakref.ref(thread)
+        self._thread = thread
         self._task = None if task is None else weakref.ref(task)
         self.last_output: tuple[weakref.ref, weakref.ref] | None = None
 
-    def is_of(self, thread: threading.Thread, task: asyncio.Task | None) -> bool:
-        if task is None or self._task is None:
-            return self._task is task and self._thread() is thread
-        return self._task() is task and self._thread() is thread
+    def is_of(self, thread: object, task: asyncio.Task | None) -> bool:
+        if self._thread is not thread:
+            return False
+        return self._task is None if task is None else self._task is not None and self._task() is task
 
 
 # The one that spoke last is the last. No tokens: generators end in any order, and servers may end them in a copied context.
 _generations: ContextVar[tuple[Generation, ...]] = ContextVar("ras_compile_generations", default=())
 _attached: ContextVar[AttachedCall | None] = ContextVar("ras_compile_attached_call", default=None)
+_here = _Here()
 _owner: ContextVar[_Owner | None] = ContextVar("ras_compile_owner", default=None)
 
 
@@ -277,11 +285,10 @@ def present_call() -> AttachedCall | None:
 
 def owner() -> _Owner:
     """The home of the running thread or asyncio task. Contexts are copied into tasks and threads; a home is not."""
-    thread = threading.current_thread()
     task = asyncio.current_task() if asyncio._get_running_loop() is not None else None
     found = _owner.get()
-    if found is None or not found.is_of(thread, task):
-        found = _Owner(thread, task)
+    if found is None or not found.is_of(_here.thread, task):
+        found = _Owner(_here.thread, task)
         _owner.set(found)
     return found
 

@@ -105,6 +105,7 @@ class SchedulerFollower:
         self._pipe = weakref.ref(pipe)
         self._scheduler: Any = None
         self._timesteps: Any = None
+        self._count = 0  # of them
         self._key = object()
         self._origin: int | None = None
         self._taken_before = 0
@@ -136,11 +137,12 @@ class SchedulerFollower:
         taken = steps.taken
         if timesteps is not self._timesteps:
             self._timesteps, self._key, self._origin, self._taken_before = timesteps, object(), None, taken
+            self._count = len(timesteps)
             self._begin()
         since = taken - self._taken_before
         index = getattr(scheduler, "step_index", None)
         first = getattr(scheduler, "begin_index", None) or 0
-        count = len(timesteps) - first
+        count = self._count - first
         if not self._runs_here():
             return None
         if index is None:
@@ -249,7 +251,7 @@ class SchedulerFollower:
 
         What comes after its last step, or from another thread or task, is a loop with another scheduler, or with none.
         """
-        if self._timesteps is not None and self._index() >= len(self._timesteps):
+        if self._timesteps is not None and self._index() >= self._count:
             return False
         return self._runner is None or self._runner() is owner()
 

@@ -12,8 +12,8 @@ from scripts import load
 import ras_compile
 
 ROOT = Path(__file__).parents[1]
-names = ("kernel_sites", "measure", "rows", "run", "sizes", "step_profile", "table", "ways")
-kernel_sites, measure, rows, run, sizes, step_profile, table, ways = load(["benchmarks"], names)
+names = ("host_profile", "kernel_sites", "measure", "rows", "run", "sizes", "step_profile", "table", "ways")
+host_profile, kernel_sites, measure, rows, run, sizes, step_profile, table, ways = load(["benchmarks"], names)
 
 
 def bench(tmp_path, *more, model="sd3-medium"):
@@ -172,10 +172,11 @@ def test_what_is_looked_at_apart(tmp_path):
         str(tmp_path),
     ]
     made = run.Bench(run.arguments(args))
-    assert made.null_ms > 0
     setup = ways.set_up(made.work, ways.Way("compile"), "eager", {})
-    clock = made.host(setup)
-    assert len(clock.milliseconds) == len(clock.launching) == 2 * made.few == 16
+    for wait in (True, False):
+        assert made.null_ms(wait) > 0
+        clock = made.host(setup, wait)
+        assert len(clock.milliseconds) == len(clock.launching) == 2 * made.work.steps == 40
     counted = made._counted(setup, 4)
     assert counted == 2 * made._counted(setup, 2) > 0 and setup.compiled is not None
 
@@ -193,6 +194,43 @@ def test_launches_of_graphs_are_told_apart(monkeypatch):
     clock()
     assert len(launched) == 2 and measure.Graph.replay is mine
     assert 0 < clock.launching[0] < clock.milliseconds[0]
+
+
+def test_sections_are_timed_by_path_and_put_back():
+    class Parts:
+        def outer(self):
+            return self.inner() + self.inner()
+
+        def inner(self):
+            return 1
+
+        def failing(self):
+            raise KeyError("as before")
+
+    before = dict(vars(Parts))
+    with measure.Sections({name: (Parts, name) for name in ("outer", "inner", "failing")}) as sections:
+        assert Parts().outer() == 2 and Parts().inner() == 1
+        with pytest.raises(KeyError, match="as before"):
+            Parts().failing()
+    taken = sections.milliseconds
+    assert list(taken) == ["outer/inner", "outer", "inner", "failing"] and dict(vars(Parts)) == before
+    assert taken["outer"] > taken["outer/inner"] > 0
+    assert sections.of("inner") == taken["outer/inner"] + taken["inner"]
+
+
+def test_host_profile_names_every_part(tmp_path):
+    command = ["--model", "sd3-medium", "--size", "tiny", "--device", "cpu", "--inner-backend", "eager"]
+    content = host_profile.main([*command, "--ratio", "0.5", "--out", str(tmp_path)])
+    assert (
+        json.loads((tmp_path / "host-sd3-medium-0.5-fresh-cpu.json").read_text())["weights"] == content["weights"] > 0
+    )
+    assert content["kinds"] == ["sparse"]
+    for mode in ("waited", "ahead"):
+        parts = content[mode]["parts_us"]
+        within = {"backend/decide", "backend/decide/choose rows/selection", "backend/program", "backend/record"}
+        assert within < set(parts)
+        assert parts["backend"] > sum(parts[path] for path in ("backend/decide", "backend/program", "backend/record"))
+        assert {"dynamo_us", "ras", "reduce-overhead", "parts_us"} == set(content[mode])
 
 
 def test_null_backend_computes_once():

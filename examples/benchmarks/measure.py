@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd import DeviceType
 
 from ras_compile.cudagraphs import Graph
 
-__all__ = ["HostClock", "Launches", "Marks", "Memory", "null_backend", "synchronising", "weight_bytes"]
+__all__ = ["LAUNCHES", "HostClock", "Marks", "Memory", "Sections", "null_backend", "synchronising", "weight_bytes"]
 
 # Runtime calls after which the host has waited for the device. A copy to pageable host memory waits, too.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -47,60 +48,101 @@ class Marks:
         return [1e3 * (second - first) for first, second in zip(self._marks, self._marks[1:], strict=False)]
 
 
-class Launches:
-    """While it is open, takes the host's time inside CUDA's own launch of each graph."""
+class Sections:
+    """While it is open, takes the host's time inside of some methods.
 
-    def __init__(self) -> None:
-        self.milliseconds = 0.0
-        self._replay = Graph.replay
+    Args:
+        places: the methods by name: (class, attribute).
 
-    def __enter__(self) -> Launches:
-        def replay(graph: Graph) -> None:
-            begin = time.perf_counter()
-            self._replay(graph)
-            self.milliseconds += 1e3 * (time.perf_counter() - begin)
+    Attributes:
+        milliseconds: by path: `"decide/rows"` is the time in `rows` when it was called from `decide`.
+    """
 
-        Graph.replay = replay  # type: ignore[method-assign]
+    def __init__(self, places: Mapping[str, tuple[type, str]]) -> None:
+        self._places, self._path = places, [""]
+        self.milliseconds: dict[str, float] = {}
+
+    def __enter__(self) -> Sections:
+        self._methods = {name: getattr(*place) for name, place in self._places.items()}
+        for name, (owner, attribute) in self._places.items():
+            setattr(owner, attribute, self._timed(name, self._methods[name]))
         return self
 
+    def _timed(self, name: str, method: Callable) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before = self._path[-1]
+            path = f"{before}/{name}" if before else name
+            self._path.append(path)
+            begin = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                taken = 1e3 * (time.perf_counter() - begin)
+                self.milliseconds[path] = self.milliseconds.get(path, 0.0) + taken
+                self._path.pop()
+
+        return timed
+
     def __exit__(self, *details: object) -> None:
-        Graph.replay = self._replay  # type: ignore[method-assign]
+        for name, (owner, attribute) in self._places.items():
+            setattr(owner, attribute, self._methods[name])
+
+    def of(self, name: str) -> float:
+        """Milliseconds inside of one method, wherever it was called from."""
+        return sum(taken for path, taken in self.milliseconds.items() if path.rpartition("/")[2] == name)
 
 
-# Cycles that the device is busy before each call that is timed on the host, about 10 ms: a host that has waited takes its
+LAUNCH = "launch"
+LAUNCHES: dict[str, tuple[type, str]] = {LAUNCH: (Graph, "replay")}
+
+# Cycles that the device is busy before each call that is timed after a wait, about 10 ms: a host that has waited takes its
 # time to find everything again, whatever it calls then.
 _BUSY = 20_000_000
 
 
 class HostClock:
-    """Stands in for a transformer and takes the host's time of every call, each after the same wait for the device.
+    """Stands in for a transformer and takes the host's time of every call.
 
     Args:
         transformer: the transformer.
         device: its device.
+        wait: wait for the device before each call, for the same time; if not, the host runs ahead of it, as it does when
+            one samples.
+        places: what is timed apart inside of a call, see :class:`Sections`.
 
     Attributes:
         milliseconds: of each call.
-        launching: of each call the part that CUDA takes to launch graphs.
+        sections: of each call, the time of its parts.
     """
 
-    def __init__(self, transformer: Any, device: torch.device) -> None:
-        self._transformer, self._cuda = transformer, device.type == "cuda"
+    def __init__(
+        self,
+        transformer: Any,
+        device: torch.device,
+        wait: bool = True,
+        places: Mapping[str, tuple[type, str]] = LAUNCHES,
+    ) -> None:
+        self._transformer, self._wait, self._places = transformer, wait and device.type == "cuda", places
         self.milliseconds: list[float] = []
-        self.launching: list[float] = []
+        self.sections: list[Sections] = []
         if hasattr(transformer, "cache_context"):
             self.cache_context = transformer.cache_context
 
     def __call__(self, **inputs: Any) -> Any:
-        if self._cuda:
+        if self._wait:
             torch.cuda._sleep(_BUSY)
             torch.cuda.synchronize()
-        with Launches() as launches:
+        with Sections(self._places) as sections:
             begin = time.perf_counter()
             result = self._transformer(**inputs)
             self.milliseconds.append(1e3 * (time.perf_counter() - begin))
-        self.launching.append(launches.milliseconds)
+        self.sections.append(sections)
         return result
+
+    @property
+    def launching(self) -> list[float]:
+        """Milliseconds of each call that CUDA takes to launch graphs."""
+        return [sections.of(LAUNCH) for sections in self.sections]
 
 
 def null_backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
