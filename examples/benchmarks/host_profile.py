@@ -3,8 +3,9 @@
     python examples/benchmarks/host_profile.py --model sd3-medium --ratio 0.125 --out profiles
 
 Twice: each call after a wait of 10 ms for the device, and with the host running ahead of the device, as it does when one
-samples. PyTorch's own CUDA graphs (`mode="reduce-overhead"`, dense) stand beside it: they, too, compare the addresses of all
-weights, copy inputs in and launch a graph. Writes `DIR/host-<model>-<ratio>-<context>-<gpu>.json`.
+samples (a call may then have to wait until the device has caught up: such figures are the device's, not the host's). PyTorch's
+own CUDA graphs (`mode="reduce-overhead"`, dense) stand beside it: they, too, compare the addresses of all weights, copy inputs
+in and launch a graph. Writes `DIR/host-<model>-<ratio>-<context>-<gpu>.json`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ Further keys:
     host_ms, null_ms        host time of a (sparse) call over that of a compiled function that returns at once; the latter;
                             both after a wait of 10 ms for the device, medians of a run
     launch_ms               the part of host_ms that CUDA takes to launch the graphs of a call
-    ahead_ms, ahead_null_ms the same two while the host runs ahead of the device, as it does when one samples
     syncs                   calls that wait for the device in the last three of eight steps, by name
     step_ms, kinds          median milliseconds of every step, and its kind: d(ense) or s(parse)
     runs, first_s           seconds of every repeat; of the first eight steps, whatever was compiled for them

@@ -127,7 +127,6 @@ class Bench:
         self.dense: Setup | None = None  # compiled dense sampling, once its row has been measured
         self.few = min(self.work.steps, WARMUP + 4)  # steps that reach every program
         self._adaptive: dict[str | None, tuple[Setup, Memory]] = {}
-        self._null_ms: dict[bool, float] = {}
 
     def run(self, setup: Setup, steps: int | None = None, mark: Any = None, denoise: Any = None) -> Any:
         """One run of a way; returns the latents."""
@@ -154,22 +153,16 @@ class Bench:
         return self._counted(Setup(self.work.scheduler()), 2) // 2 if self.device.type == "cuda" else None
 
     @cached_property
-    def null(self) -> Setup:
-        """The model compiled by a backend that returns at once."""
+    def null_ms(self) -> float:
+        """Host time of a call whose backend returns at once."""
         self.work.transformer._compiled_call_impl = None
         self.work.transformer.compile(backend=null_backend)
-        compiled, self.work.transformer._compiled_call_impl = self.work.transformer._compiled_call_impl, None
-        return Setup(self.work.scheduler(), compiled)
+        setup = Setup(self.work.scheduler(), self.work.transformer._compiled_call_impl)
+        return statistics.median(self.host(setup).milliseconds[1:])
 
-    def null_ms(self, wait: bool) -> float:
-        """Host time of a call that returns at once: Dynamo's own."""
-        if wait not in self._null_ms:
-            self._null_ms[wait] = statistics.median(self.host(self.null, wait).milliseconds[1:])
-        return self._null_ms[wait]
-
-    def host(self, setup: Setup, wait: bool) -> HostClock:
-        """The host's time of every transformer call of one run; `wait` for the device before each, or run ahead of it."""
-        clock = HostClock(self.work.transformer, self.device, wait)
+    def host(self, setup: Setup) -> HostClock:
+        """The host's time of every transformer call of one run."""
+        clock = HostClock(self.work.transformer, self.device)
         self.run(setup, denoise=clock)
         return clock
 
@@ -300,18 +293,12 @@ class Bench:
             return
         if self.device.type != "cuda":
             return  # a call returns when its work is done: the host has no time apart
-        for wait, names in ((True, ("host_ms", "null_ms", "launch_ms")), (False, ("ahead_ms", "ahead_null_ms", None))):
-            clock = self.host(setup, wait)
-            kinds, count = setup.kinds(), len(clock.milliseconds)
-            steps = self.work.steps
-            steady = [at for at in range(count) if not kinds or kinds.get(at * steps // count, ("",))[0] == "sparse"]
-            if steady:
-                null = self.null_ms(wait)
-                host, launch = (
-                    statistics.median(taken[at] for at in steady) for taken in (clock.milliseconds, clock.launching)
-                )
-                figures = (host - null, null, launch)
-                row |= {name: figure for name, figure in zip(names, figures, strict=True) if name}
+        clock = self.host(setup)
+        kinds, count, steps = setup.kinds(), len(clock.milliseconds), self.work.steps
+        steady = [at for at in range(count) if not kinds or kinds.get(at * steps // count, ("",))[0] == "sparse"]
+        if steady:
+            host, launch = (statistics.median(ms[at] for at in steady) for ms in (clock.milliseconds, clock.launching))
+            row |= dict(host_ms=host - self.null_ms, null_ms=self.null_ms, launch_ms=launch)
         row["syncs"] = synchronising(lambda mark: self.run(setup, self.few, mark), self.few - 3, self.few)
 
     def _fewer_steps(self, way: Way, row: dict) -> None:
