@@ -57,7 +57,9 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
         return (layer or target)(*args, **kwargs)
 
     with torch.no_grad(), given[0].meta["val"].fake_mode:
-        parts = make_fx(run, pre_dispatch=layer is not None)(*(operand.meta["val"] for operand in given)).graph
+        # tracing tells its inputs apart by the object, and equal nodes may share a fake tensor
+        apart = [operand.meta["val"].detach() for operand in given]
+        parts = make_fx(run, pre_dispatch=layer is not None)(*apart).graph
     calls = [part for part in parts.nodes if part.op == "call_function"]
     if any(part.op == "get_attr" for part in parts.nodes) or any(
         not isinstance(part.target, torch._ops.OpOverload) or part.target is target or part.target._schema.is_mutable

@@ -4,11 +4,15 @@ A transformer's layers are the same code at other weights. Dynamo says which mod
 entries of a `ModuleList` agree in everything but their operands, the graph is captured with one opaque call for each of them,
 the block alone is captured once, and a copy of it takes the place of each call. The result is what capturing the whole graph
 gives, for a fraction of the time.
+
+A call returns tensors that share no memory, neither with each other nor with what it was given: then writes outside of the
+blocks mean what they did. A block therefore ends before the views at its end, and is none if it hands on others.
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from .passes.emit import described
 
@@ -83,19 +88,17 @@ def shortened(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Block]]:
     """The Dynamo graph with a call in place of every stretch of a repeated block, and the blocks.
 
     Raises:
-        NotRepeated: there is none, or the graph writes into tensors or changes a mode outside of blocks.
+        NotRepeated: there is none, or the graph changes a mode.
     """
     nodes = list(graph.graph.nodes)
     for node in nodes:
-        if node.op.startswith("call") and "example_value" not in node.meta and not _writes(node):
+        if node.op.startswith("call") and "example_value" not in node.meta and node.target is not operator.setitem:
             raise NotRepeated(f"{node.target} returns no value: it may change a mode")
     blocks = max((_blocks(nodes, level) for level in range(_LEVELS)), key=_saved)
     if not blocks:
         raise NotRepeated("no two modules of a list agree")
     starts = {stretch[0]: (found, at) for found in blocks for at, stretch in enumerate(found.stretches)}
     inside = {node for found in blocks for stretch in found.stretches for node in stretch}
-    if any(_writes(node) for node in nodes if node not in inside):
-        raise NotRepeated("it writes into a tensor outside of the blocks")
     for found in blocks:
         _results[found.number] = [found.stretches[0][place].meta["example_value"] for place in found.outputs]
 
@@ -184,7 +187,7 @@ def _blocks(nodes: Sequence[fx.Node], level: int) -> list[Block]:
     """The repeated blocks among entries of lists that stand in ``level`` other lists."""
     found: dict[Any, Block] = {}
     for path, group in itertools.groupby(nodes, key=lambda node: _entry(node, level)):
-        stretch = list(group)
+        stretch = _ending_in_memory_of_its_own(list(group))
         if path is None or len(stretch) < FEWEST_NODES:
             continue
         spelled = _spelled(stretch)
@@ -195,8 +198,31 @@ def _blocks(nodes: Sequence[fx.Node], level: int) -> list[Block]:
         same.stretches.append(stretch)
         same.operands.append(operands)
         same.outputs = sorted({*same.outputs, *outputs})
-    repeated = [same for same in found.values() if len(same.stretches) > 1]
-    return [same for same in repeated if all(_plain(same.stretches[0][place]) for place in same.outputs)]
+    return [same for same in found.values() if len(same.stretches) > 1 and _apart(same)]
+
+
+def _ending_in_memory_of_its_own(stretch: list[fx.Node]) -> list[fx.Node]:
+    """The stretch up to its last node that is neither a view nor a write."""
+    for count in range(len(stretch), 0, -1):
+        *before, last = stretch[:count]
+        memory = _memory(last)
+        if memory and not memory & set().union(*map(_memory, (*before, *last.all_input_nodes))):
+            return stretch[:count]
+    return []
+
+
+def _apart(block: Block) -> bool:
+    """Whether what a block returns are plain tensors that share no memory, neither with each other nor with its operands."""
+    outputs = [block.stretches[0][place] for place in block.outputs]
+    operands = set().union(*map(_memory, block.operands[0]))
+    returned = [memory for node in outputs for memory in _memory(node)]
+    return all(map(_plain, outputs)) and len(returned) == len({*returned} - operands)
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """The memory of the tensors that a node makes or hands on."""
+    leaves = pytree.tree_leaves(node.meta.get("example_value"))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def _entry(node: fx.Node, level: int) -> str | None:
@@ -240,20 +266,8 @@ class _Reference:
 
 
 def _plain(node: fx.Node) -> bool:
-    """Whether a node is a tensor with sizes that are numbers."""
+    """Whether a node is a tensor with sizes that are numbers, and with the values that its memory holds."""
     value = node.meta.get("example_value")
-    numbers = (*value.shape, *value.stride(), value.storage_offset()) if isinstance(value, Tensor) else (None,)
-    return all(isinstance(number, int) for number in numbers)
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a node may write into a tensor, by its name."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-    return node.op.startswith("call") and (in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")))
-
-
-# Of the module `operator`.
-_IN_PLACE = {
-    "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
-}  # fmt: skip
+    if not isinstance(value, Tensor) or value.is_conj() or value.is_neg():
+        return False
+    return all(isinstance(number, int) for number in (*value.shape, *value.stride(), value.storage_offset()))

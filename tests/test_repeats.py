@@ -161,6 +161,77 @@ class Skip(Parts):
         return x + others[2].transpose(1, 2)
 
 
+class Stacked(Model):
+    """What blocks return goes into an op that is spelled out."""
+
+    def forward(self, x, time):
+        scale, seen = time[:, None, None].sin(), []
+        for layer in self.blocks:
+            x = layer(x, scale)
+            seen.append(x)
+        return x + torch.dstack(seen[1:3])[..., 4:12]
+
+
+class PairBlock(Block):
+    """Returns a tensor and a view of it."""
+
+    def forward(self, x, scale):
+        x = super().forward(x, scale)
+        return x, x.transpose(1, 2)
+
+
+class WritingView(Model):
+    """Writes into one result of a block, and reads the other, which has the same memory."""
+
+    entry = PairBlock
+
+    def forward(self, x, time):
+        scale = time[:, None, None].sin()
+        for layer in self.blocks:
+            x, turned = layer(x, scale)
+            F.leaky_relu(turned, 0.2, True)
+        return x
+
+
+class MiddleBlock(Block):
+    """Returns two parts of one tensor, which are not the last thing that it makes."""
+
+    def forward(self, x, scale):
+        both = torch.cat([super().forward(x, scale), x], dim=1)
+        old, new = both[:, x.shape[1] :], both[:, : x.shape[1]]
+        return old, new, new.sin()
+
+
+class WritingMiddle(Model):
+    entry = MiddleBlock
+
+    def forward(self, x, time):
+        scale = time[:, None, None].sin()
+        for layer in self.blocks:
+            old, new, other = layer(x, scale)
+            x = old.add_(new) + new + other
+        return x
+
+
+class TurningBlock(Block):
+    def forward(self, x, turn):
+        pairs = torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn
+        real = torch.view_as_real(turn.resolve_conj()).flatten(-2)
+        return super().forward(torch.view_as_real(pairs).flatten(-2) + real, 0.5)
+
+
+class Turning(Model):
+    """Turns forth and, by a number that is not conjugated yet, back."""
+
+    entry = TurningBlock
+
+    def forward(self, x, time):
+        turn = torch.polar(torch.ones(4), torch.arange(4.0))
+        for index, layer in enumerate(self.blocks):
+            x = layer(x, turn if index % 2 == 0 else turn.conj())
+        return x
+
+
 class FactorBlock(Block):
     factor = 1
 
@@ -244,7 +315,24 @@ def whole(monkeypatch, graph, values) -> fx.GraphModule:
         return capture(graph, values)
 
 
-@pytest.mark.parametrize("kind", [Model, Writing, Outward, Tables, Parts, Carried, Skip, Several, Factors])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Model,
+        Writing,
+        Outward,
+        WritingOutside,
+        WritingView,
+        Stacked,
+        Turning,
+        Tables,
+        Parts,
+        Carried,
+        Skip,
+        Several,
+        Factors,
+    ],
+)
 def test_blocks_are_captured_once(kind, monkeypatch):
     graph, values = dynamo(kind())
     wanted, traced, real = whole(monkeypatch, graph, values), [], capturing.traced
@@ -258,7 +346,7 @@ def test_blocks_are_captured_once(kind, monkeypatch):
     torch.testing.assert_close(captured(*values), wanted(*values))
 
 
-@pytest.mark.parametrize("kind", [WritingOutside, WritingInward, Different, InMode])
+@pytest.mark.parametrize("kind", [WritingInward, WritingMiddle, Different, InMode])
 def test_other_graphs_are_captured_whole(kind, monkeypatch):
     graph, values = dynamo(kind())
     wanted = whole(monkeypatch, graph, values)
