@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from torch._dynamo import eval_frame
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from .clock import present_call
+from .compiling import compiling
 from .config import ConfigError, RASConfig
 from .family import Families
 from .generation import reached
@@ -82,7 +82,6 @@ class CompiledGraph:
         self.plans: dict[tuple, Plan | Compiled] = {}
         self.families = Families(graph, self.inputs, self.users)
         self._timesteps: dict[tuple, int | None] = {}
-        self._lock = threading.RLock()
 
     def __call__(self, *values: Any) -> Sequence[Any]:
         reached()
@@ -102,7 +101,7 @@ class CompiledGraph:
                 if traced:
                     return self.graph(*values)
                 self.told = traced is not None
-            with self._lock:
+            with compiling():
                 if key not in self.plans:
                     self._make(key, given)
         if not isinstance(plan, Plan):
@@ -122,14 +121,15 @@ class CompiledGraph:
         if window is None:
             return plan, key
         narrow = (*key, (window.start, window.stop))
-        with self._lock:
-            if narrow not in self.plans:
-                try:
-                    self.plans[narrow] = self._plan(values, replace(self.config, region=window))
-                except (UnsupportedGraph, SpecViolation) as error:
-                    log.info("the picture's tokens cannot be the region: %s", error)
-                    self.plans[narrow] = plan
-                self._timesteps[narrow] = self._timesteps[key]
+        if narrow not in self.plans:
+            with compiling():
+                if narrow not in self.plans:
+                    self._timesteps[narrow] = self._timesteps[key]
+                    try:
+                        self.plans[narrow] = self._plan(values, replace(self.config, region=window))
+                    except (UnsupportedGraph, SpecViolation) as error:
+                        log.info("the picture's tokens cannot be the region: %s", error)
+                        self.plans[narrow] = plan
         found = self.plans[narrow]
         assert isinstance(found, Plan)
         return found, (narrow if found is not plan else key)
@@ -162,8 +162,9 @@ class CompiledGraph:
         try:
             if self.broken is not None:
                 raise self.broken
-            self.plans[key] = self._plan(values, self.config)
+            plan = self._plan(values, self.config)
             self._timesteps[key] = find_timestep(self.inputs, values, self.config.timestep)
+            self.plans[key] = plan  # last: other threads look there
         except (UnsupportedGraph, SpecViolation, TypeError) as error:
             if self.numbers:
                 self.numbers = []

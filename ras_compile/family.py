@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .compiling import compiling
 from .config import RASConfig
 from .inner import Compiled, compile_inner
 from .inputs import GraphInput
@@ -153,7 +154,7 @@ class Family:
             point: the member's lengths.
             inputs: example inputs.
         """
-        with self._lock:
+        with compiling():
             if active not in self._programs:
                 try:
                     self._programs[active] = self._share(active, point, inputs)

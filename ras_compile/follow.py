@@ -31,6 +31,7 @@ __all__ = ["SchedulerFollower", "follow_branches", "present_branch", "unfollow_b
 
 _branch: ContextVar[str | None] = ContextVar("ras_compile_cache_context", default=None)
 _STEPS = "_ras_compile_steps"
+_PLAIN = "_ras_compile_plain_class"
 # Model calls of one step that are remembered until the scheduler steps.
 _CALLS = 16
 _DEFAULTS = RASConfig()
@@ -54,7 +55,9 @@ def _watched(base: Any) -> type:
 
     @functools.wraps(base.step)
     def step(self, *args, **kwargs):
-        steps = vars(self)[_STEPS]
+        steps = _steps_of(self)
+        if steps is None:  # made by this class, as in `type(pipe.scheduler).from_config(...)`
+            return base.step(self, *args, **kwargs)
         given = {**dict(zip(order, args, strict=False)), **kwargs}
         for follower in steps.followers:
             given[order[0]] = follower.stepping(self, given)
@@ -74,7 +77,13 @@ def _watched(base: Any) -> type:
         state = {name: value for name, value in (state or {}).items() if name != _STEPS}
         return (_new, (base, *arguments), state, *rest)
 
-    members = {"step": step, "__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
+    members = {
+        _PLAIN: base,
+        "step": step,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
     found = type(base.__name__, (base,), members)
     found.__qualname__ = base.__qualname__
     return found
@@ -82,6 +91,11 @@ def _watched(base: Any) -> type:
 
 def _new(cls: type, *arguments: Any) -> Any:
     return cls.__new__(cls, *arguments)
+
+
+def _plain_class(scheduler: Any) -> type:
+    """The scheduler's own class, also where it is watched."""
+    return getattr(type(scheduler), _PLAIN, type(scheduler))
 
 
 def _steps_of(scheduler: Any) -> _Steps | None:
@@ -306,15 +320,14 @@ class SchedulerFollower:
         if before is not None:
             before.followers.remove(self)
             if not before.followers:
-                self._scheduler.__class__ = type(self._scheduler).__mro__[1]
+                self._scheduler.__class__ = _plain_class(self._scheduler)
                 delattr(self._scheduler, _STEPS)
         self._scheduler, self._timesteps = scheduler, None
         if not callable(getattr(type(scheduler), "step", None)):
             return
         steps = _steps_of(scheduler)
         if steps is None:
-            kind: type = type(scheduler)
-            scheduler.__class__ = _watched(kind)
+            scheduler.__class__ = _watched(_plain_class(scheduler))
             steps = _Steps()
             setattr(scheduler, _STEPS, steps)
         steps.followers.append(self)

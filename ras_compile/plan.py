@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from . import kernels
+from .compiling import compiling
 from .config import ConfigError, RASConfig
 from .cudagraphs import ProgramGraphs
 from .inner import Compiled, compile_inner
@@ -169,7 +169,6 @@ class Plan:
         """What belongs to this set of shapes alone: programs, CUDA graphs, and what branches keep."""
         self._graphs = self._program_graphs(values) if self.config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
-        self._lock = threading.RLock()
         self.identity = weakref.ref(self)  # what a branch remembers the plan by, without keeping it alive
         given = self.config.cache_budget
         budget = default_budget(values[self.latent].device) if given is None else given
@@ -314,7 +313,7 @@ class Plan:
     def _program(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
         program = self._programs.get(active)
         if program is None:
-            with self._lock:
+            with compiling():
                 program = self._programs.get(active)
                 if program is None:
                     program = self._programs[active] = self._compile(active, inputs)

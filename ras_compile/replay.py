@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .compiling import compiling
 from .config import RASConfig
 from .cudagraphs import DEVICE, Graph, Slot, plain_mode
 from .inner import compile_inner
@@ -65,7 +66,6 @@ class Replayed:
     def __init__(self, function: Function) -> None:
         self._function = function
         self._local = threading.local()
-        self._lock = threading.Lock()
         self._compiled: dict[Hashable, Function] = {}
 
     def __call__(
@@ -113,7 +113,7 @@ class Replayed:
 
     def _fused(self, key: Hashable, tensors: Sequence[Tensor], settings: tuple) -> Function:
         """The function through Inductor, for all threads and for tensors of any strides; as it is where that fails."""
-        with self._lock:
+        with compiling():
             if key not in self._compiled:
                 while len(self._compiled) >= LIMIT:
                     del self._compiled[next(iter(self._compiled))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ _REPLAYED_METRICS = ("std", "l2norm")  # a callable may do anything, and "random
 _choose = Replayed(choose)
 _OBSERVED = "observed noise"  # its place among what a branch keeps
 
+_NOTHING_TO_CHANGE = nullcontext()
+
 _Key = tuple[int, int]  # batch and tokens of a call
 
 
@@ -43,18 +46,23 @@ class RowChooser:
         self._config = config
         self._seen: dict[_Key, list[tuple[dict, Measure]]] = {}
         self._before: dict[_Key, list[tuple[dict, Measure]]] = {}
-        self._counts: dict[_Key, Tensor] = {}  # [2, B, N]: drop counts, absences
+        self._counts: dict[int, Tensor] = {}  # by tokens [2, B, N]: drop counts, absences
         self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
         self._groups: dict[_Key, Tensor] = {}  # samples that share a latent do so for the whole generation
         self._nothing: Tensor | None = None  # an empty tensor on the device
 
     def advance(self, dense: bool) -> None:
-        """A step begins. After a dense step no token is absent."""
+        """A step begins. After a dense step, whoever wanted it, no token is absent."""
+        ran_dense = {tokens for _, tokens in self._seen} - {tokens for _, tokens in self._chosen}
+        for tokens in list(self._counts):
+            if dense or tokens in ran_dense:
+                self._all_computed(tokens)
         self._before, self._seen, self._chosen = self._seen, {}, {}
-        if dense:
-            self._counts = {
-                key: torch.stack([drops, torch.zeros_like(away)]) for key, (drops, away) in self._counts.items()
-            }
+
+    def _all_computed(self, tokens: int) -> None:
+        if tokens in self._counts:
+            drops, away = self._counts[tokens]
+            self._counts[tokens] = torch.stack([drops, torch.zeros_like(away)])
 
     def observe(
         self, noise: Tensor, info: SelectionInfo, view: TokenView | None = None, slots: dict | None = None
@@ -96,12 +104,14 @@ class RowChooser:
             return self._chosen[key][0]
         if active >= tokens:
             rows = torch.arange(tokens, device=latent.device).repeat(batch, 1)
+            self._all_computed(tokens)
         elif first := next((entry for (_, count), entry in self._chosen.items() if count == tokens), None):
             rows = first[0][_same_sample(latent, first[1], batch, len(first[0]))]
         elif seen := [
             (slots[_OBSERVED], measure) for slots, measure in self._before.get(key, ()) if _OBSERVED in slots
         ]:
-            rows = self._choice(latent, key, seen, active, info, known())
+            with _exact(latent.device):
+                rows = self._choice(latent, key, seen, active, info, known())
         else:
             return None
         self._chosen[key] = (rows, latent)
@@ -117,7 +127,7 @@ class RowChooser:
         known: Tensor | None,
     ) -> Tensor:
         config, (noises, measures) = self._config, zip(*seen, strict=True)
-        counts = self._counts[key] if key in self._counts else self._first_counts(key, latent.device)
+        counts = self._counts_of(key, latent.device)
         groups = self._grouping(key, latent)
         if config.selector is None:
             if known is None:
@@ -127,14 +137,14 @@ class RowChooser:
             settings = measures, active, config.high_share, config.starvation_scale, config.max_absence
             if config.cuda_graphs:
                 fuse = config.inner_backend == "inductor"
-                rows, self._counts[key] = _choose([*noises, counts], *settings, kept=(groups, known), fuse=fuse)
+                rows, self._counts[key[1]] = _choose([*noises, counts], *settings, kept=(groups, known), fuse=fuse)
             else:
-                rows, self._counts[key] = choose(*noises, counts, groups, known, *settings)
+                rows, self._counts[key[1]] = choose(*noises, counts, groups, known, *settings)
             return rows
         metric = mean_metric(list(map(measured, noises, measures)), groups)
         drops, absence = counts
         rows = select_rows(metric, drops, absence, active, config, info)
-        self._counts[key] = torch.stack(update_counts(drops, absence, rows))
+        self._counts[key[1]] = torch.stack(update_counts(drops, absence, rows))
         return rows
 
     def _grouping(self, key: _Key, latent: Tensor) -> Tensor:
@@ -144,17 +154,22 @@ class RowChooser:
             self._groups[key] = sample_groups(latent) if many else torch.empty(0, device=latent.device)
         return self._groups[key]
 
-    def _first_counts(self, key: _Key, device: torch.device) -> Tensor:
-        """Drop counts and absences [2, B, N] of a batch that was not seen before: guidance that ends takes its half of them away.
-
-        The first call of such a batch was dense, so that nothing is absent.
-        """
+    def _counts_of(self, key: _Key, device: torch.device) -> Tensor:
+        """Drop counts and absences [2, B, N] up to this step; those of a batch that becomes larger or smaller go on."""
         batch, tokens = key
-        drops = absence = torch.zeros(key, dtype=torch.int64, device=device)
-        before = next((drops for (_, count), (drops, _) in self._counts.items() if count == tokens), None)
-        if before is not None:
-            drops = before[torch.arange(batch, device=device) % len(before)]
-        return torch.stack([drops, absence])
+        counts = self._counts.get(tokens)
+        if counts is None:
+            return torch.zeros(2, batch, tokens, dtype=torch.int64, device=device)
+        if counts.shape[1] == batch:
+            return counts
+        return counts[:, torch.arange(batch, device=device) % counts.shape[1]]
+
+
+def _exact(device: torch.device) -> AbstractContextManager:
+    """Without autocast: rows are chosen in float32, whatever the model computes in."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING_TO_CHANGE
 
 
 def _same_sample(latent: Tensor, other: Tensor, batch: int, others: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch._dynamo import eval_frame
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
+from .compiling import compiling
 from .config import RASConfig
 from .generation import reached
 from .inputs import GraphInput, argument_names, find_timestep
@@ -203,7 +204,6 @@ class TracedModel:
         self.root, self.compiled, self.config = weakref.ref(root), compiled, config
         self.found: dict[tuple, list[Specialisation]] = {}
         self.dense: set[tuple] = set()
-        self._lock = threading.RLock()
         self._local = threading.local()
 
     @property
@@ -214,7 +214,7 @@ class TracedModel:
     def prepare(self, args: tuple, kwargs: dict) -> bool:
         """Whether a call can be made; makes its specialisation. See :meth:`make`."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        with self._lock:
+        with compiling(flagged=False):
             return self.make(self.key(leaves, spec), args, kwargs) is not None
 
     def fall_back(self, args: tuple, kwargs: dict) -> Any:
@@ -232,7 +232,7 @@ class TracedModel:
         key = self.key(leaves, spec)
         fitting = self.fitting(key, leaves)
         if fitting is None and key not in self.dense:
-            with self._lock:
+            with compiling(flagged=False):  # the model's own code runs
                 fitting = self.fitting(key, leaves) or self.make(key, args, kwargs)
         if fitting is None:
             return self.fall_back(args, kwargs)

@@ -170,3 +170,18 @@ def test_the_pipeline_is_not_kept_alive():
     other = Pipe("DDIMScheduler")
     other.scheduler = scheduler  # from_pipe shares the scheduler
     assert [tick[1] for tick in told(other, follower, 3)] == [0, 1, 2]
+
+
+def test_the_class_of_a_followed_scheduler_makes_plain_ones():
+    """`type(pipe.scheduler).from_config(...)`, for this pipeline or for another one."""
+    pipe = Pipe()
+    follower = SchedulerFollower(pipe)
+    other = Pipe()
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    other.scheduler.set_timesteps(3)
+    for time in other.scheduler.timesteps:
+        other.scheduler.step(torch.ones(1, 4), time, torch.ones(1, 4))
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    assert [step for _, step, _ in told(pipe, follower, steps=5)] == [0, 1, 2, 3, 4]
+    follower.stop()
+    assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler

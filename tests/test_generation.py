@@ -93,14 +93,18 @@ def test_steps_that_begin_anew_are_another_generation():
     assert len(model.state.records) == 8
 
 
-@pytest.mark.parametrize(("dense", "expected"), [(False, 3), (True, 0)])
-def test_after_a_dense_step_no_token_is_absent(dense, expected):
+@pytest.mark.parametrize(
+    ("between", "expected"), [("nothing", 3), ("a dense step", 0), ("one that nobody planned", 0), ("all tokens", 0)]
+)
+def test_after_a_dense_step_no_token_is_absent(between, expected):
     chooser = RowChooser(RASConfig(max_absence=2, starvation_scale=0.0, focus="low"))
     latent, noise = torch.randn(1, 4, 1), torch.tensor([[1.0, -1.0]]) * torch.arange(1.0, 5)[:, None]
     for step in range(3):
         chooser.observe(noise.reshape(1, 4, 1, 2), SelectionInfo())
-        if step == 2 and dense:
-            chooser.advance(dense=True)
+        if step == 2 and between != "nothing":
+            chooser.advance(dense=between == "a dense step")
+            if between == "all tokens":
+                assert chooser.rows(latent, 1, 4, 4, SelectionInfo()).tolist() == [[0, 1, 2, 3]]
             chooser.observe(noise.reshape(1, 4, 1, 2), SelectionInfo())
         chooser.advance(dense=False)
         rows = chooser.rows(latent, 1, 4, 1, SelectionInfo())

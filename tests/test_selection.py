@@ -255,6 +255,28 @@ def test_drop_counts_outlive_a_change_of_the_batch(batch):
     assert choose(batch) == [[3, 4, 5]] * batch
 
 
+def chosen_with(batches, noises, autocast=False):
+    """Rows of the first sample at each step; all samples share a latent, and their noise."""
+    chooser, rows = RowChooser(RASConfig(cuda_graphs=False, max_absence=2)), []
+    for batch, noise in zip(batches, noises, strict=True):
+        chooser.observe(noise.expand(batch, -1, -1, -1), INFO)
+        chooser.advance(dense=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            rows.append(chooser.rows(torch.zeros(batch, 40, 2), batch, 40, 10, INFO)[0].tolist())
+    return rows
+
+
+@pytest.mark.parametrize("batches", [[2, 1, 1, 2, 2, 2], [1, 2, 2, 1, 1, 1], [4, 2, 1, 4, 1, 2]])
+def test_counts_go_on_whatever_the_batch(batches):
+    noises = torch.randn(len(batches), 1, 40, 1, 4)
+    assert chosen_with(batches, noises) == chosen_with([1] * len(batches), noises)
+
+
+def test_rows_do_not_depend_on_autocast():
+    noises = torch.randn(6, 1, 40, 1, 256)  # of nearly equal deviations
+    assert chosen_with([2] * 6, noises, autocast=True) == chosen_with([2] * 6, noises)
+
+
 def test_callables_are_looked_at_at_every_step():
     """What they return may go wrong late: it is refused all the same."""
     good = RASConfig(metric=lambda noise, info: noise.abs().sum(-1), selector=lambda m, d, k, i: m.topk(k)[1])
