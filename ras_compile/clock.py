@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -30,17 +30,26 @@ __all__ = [
     "attached_call",
     "generation",
     "homes",
+    "listed",
     "owner",
     "present",
 ]
 
 
+_T = TypeVar("_T")
 _homes: weakref.WeakSet[Home] = weakref.WeakSet()
 
 
 def homes() -> list[Home]:
     """Every home there is, those of other threads included."""
-    return list(_homes)
+    return listed(_homes)
+
+
+def listed(values: Iterable[_T]) -> list[_T]:
+    """The present values of a weak collection to which other threads add."""
+    while True:
+        with suppress(RuntimeError):  # it changed size in between
+            return list(values)
 
 
 class Home:

@@ -17,6 +17,7 @@ is captured. So what runs once, or has weights that move at every call (offloadi
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import compress
@@ -106,6 +107,7 @@ class Slot:
         self.rows: dict[int | str, Tensor] = {}
         self.graphs: dict[int | str, tuple[tuple[int, ...], Graph]] = {}
         self.seen: dict[int | str, tuple[int, ...]] = {}
+        self.wanted = True  # by a model that is alive: what Dynamo compiled outlives it
         self._stream: torch.cuda.Stream | None = None
 
     def fill(self, users: Sequence[Tensor]) -> None:
@@ -149,7 +151,17 @@ class _Lease:
         self.static = False  # whether the caches of this branch are the slot's own
 
     def __del__(self) -> None:
-        self._free.append(self.slot)
+        if self.slot.wanted:
+            self._free.append(self.slot)
+
+
+def _unwanted(slot: weakref.ref[Slot], graphs: weakref.ref[ProgramGraphs]) -> None:
+    """The model of a slot is gone."""
+    found, owner = slot(), graphs()
+    if found is not None:
+        found.wanted = False
+        if owner is not None:
+            owner._claim(found)
 
 
 class ProgramGraphs:
@@ -168,21 +180,18 @@ class ProgramGraphs:
         self._last: tuple[list[int], tuple[int, ...]] | None = None  # see `_addresses`
         self._device = device
         self._free: list[Slot] = []
-        self._made = 0
+        self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._refused: set[int | str] = set()
 
     @property
     def slots(self) -> int:
         """How many slots there are, in use or not."""
-        return self._made
+        return len(self._slots)
 
     def release(self) -> None:
         """Drops the slots that no branch holds, with their graphs and memory."""
-        with self._lock, suppress(IndexError):
-            while True:
-                self._free.pop()
-                self._made -= 1
+        self._free.clear()
 
     @classmethod
     def of(cls, graph: fx.Graph, tensors: Sequence[Tensor], weights: Sequence[bool]) -> ProgramGraphs | None:
@@ -305,11 +314,13 @@ class ProgramGraphs:
             if slot.seen.get("dense") == addresses and self._claim(slot):
                 return slot
         with self._lock:
-            fresh = self._made < SLOTS
-            self._made += fresh
-        if fresh:
-            with torch.inference_mode(False), torch.no_grad():
-                return Slot([inputs[index] for index in self._users])
+            if len(self._slots) < SLOTS:
+                with torch.inference_mode(False), torch.no_grad():
+                    slot = Slot([inputs[index] for index in self._users])
+                self._slots.add(slot)
+                for weight in self._weights[:1]:
+                    weakref.finalize(inputs[weight], _unwanted, weakref.ref(slot), weakref.ref(self))
+                return slot
         return next((slot for slot in free if self._claim(slot)), None)
 
     def _claim(self, slot: Slot) -> bool:

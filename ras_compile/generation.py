@@ -27,7 +27,7 @@ from ras_compile.passes.cost import Cost
 from ras_compile.passes.tokens import TokenView
 from ras_compile.records import Record
 from ras_compile.reuse import Extrapolation
-from ras_compile.rows import RowChooser
+from ras_compile.rows import RowChooser, selection
 from ras_compile.schedule import Kind, Schedule
 from ras_compile.selection import SelectionInfo
 
@@ -129,6 +129,7 @@ class TransformerState:
     def __init__(self, config: RASConfig) -> None:
         self.config = config
         self.records: list[Record] = []
+        self._selection = selection()
         self._epoch = 0
         self._lone = 0
 
@@ -219,7 +220,7 @@ class TransformerState:
     def reset(self) -> None:
         """Forget every generation, in all threads."""
         self._epoch += 1
-        self.records = []
+        self.records, self._selection = [], selection()
 
     def retire(self, home: Home) -> None:
         """End the run that `home` keeps; its caches become spares for the next one."""
@@ -247,7 +248,7 @@ class TransformerState:
         schedule = Schedule(config)
         schedule.check(count, late=base > 0 or (follower is not None and follower.late()))
         check_named = tick.step is None or config.context == "frozen"
-        branches, chooser = Branches(check_named), RowChooser(config)
+        branches, chooser = Branches(check_named), RowChooser(config, self._selection)
         run = _Run(tick.key, base, tick.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
         tick.home.runs[self] = run
         self.records = run.records

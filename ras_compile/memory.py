@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .clock import homes
+from .clock import homes, listed
 from .registry import states_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Keeper:
         return self._bytes * max(graphs, len([ref for ref in list(self._kept.values()) if ref()]))
 
     def _trim(self, budget: int) -> None:
-        others = sorted((keeper for keeper in list(_keepers) if keeper is not self), key=lambda keeper: keeper._used)
+        others = sorted((keeper for keeper in listed(_keepers) if keeper is not self), key=lambda keeper: keeper._used)
         total = self.bytes + sum(keeper.bytes for keeper in others)
         for keeper in others:
             if total <= budget:
@@ -79,7 +79,7 @@ class Keeper:
     def give_up(self) -> int:
         """Drops what no running generation holds; returns how many bytes that frees."""
         before = self.bytes
-        for spare in [spare for home in homes() for spare in list(home.spare.values())]:
+        for spare in [spare for home in homes() for spare in listed(home.spare.values())]:
             for kept in list(spare.values()):
                 for slots in [slots for slots in kept if self.holds(slots)]:
                     kept[:] = [other for other in kept if other is not slots]
@@ -138,7 +138,7 @@ def release(compiled: Any) -> None:
             run = home.runs.pop(state, None)
             held += [branch.slots for branch in run.branches.known] if run is not None else []
             held += [slots for kept in home.spare.pop(state, {}).values() for slots in kept]
-    keepers = [keeper for keeper in list(_keepers) if any(keeper.holds(slots) for slots in held)]
+    keepers = [keeper for keeper in listed(_keepers) if any(keeper.holds(slots) for slots in held)]
     for slots in held:
         slots.clear()
     for keeper in keepers:

@@ -266,9 +266,13 @@ class Plan:
             outputs.append(output.clone() if cache is not None or self._graphs else output)
         return outputs
 
-    def cached_noise(self, slots: dict) -> Tensor:
-        """The noise of a branch's last call, which :attr:`noise_view` views; its next call overwrites it."""
-        return slots["caches"][self._noise_cache]
+    def cached_noise(self, slots: dict) -> Tensor | None:
+        """The noise of a branch's last call, which :attr:`noise_view` views; its next call overwrites it.
+
+        None where it has been released while the call ran.
+        """
+        caches = slots.get("caches")
+        return None if caches is None else caches[self._noise_cache]
 
     @cached_property
     def _noise_cache(self) -> int:

@@ -108,6 +108,12 @@ class Replayed:
             recorded.graph.replay()
             return tuple([result.clone() for result in recorded.graph.results])
 
+    def apart(self) -> Replayed:
+        """The same function, compiled once for both, with graphs of its own: they go when it goes."""
+        other = Replayed(self._function)
+        other._compiled = self._compiled
+        return other
+
     def _plain(self, settings: tuple) -> Function:
         return lambda *tensors: self._function(*tensors, *settings)
 

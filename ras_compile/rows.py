@@ -23,7 +23,7 @@ from ras_compile.selection import (
     update_counts,
 )
 
-__all__ = ["RowChooser"]
+__all__ = ["RowChooser", "selection"]
 
 _REPLAYED_METRICS = ("std", "l2norm")  # a callable may do anything, and "random" draws numbers
 _choose = Replayed(choose)
@@ -34,16 +34,22 @@ _NOTHING_TO_CHANGE = nullcontext()
 _Key = tuple[int, int]  # batch and tokens of a call
 
 
+def selection() -> Replayed:
+    """The selection, with CUDA graphs that go when it goes."""
+    return _choose.apart()
+
+
 class RowChooser:
     """Chooses rows once per step, from what all branches of the step before returned. No host read, but for the values
     that a callable of the user's returns.
 
     Args:
         config: the options.
+        selection: what :func:`selection` gave, for all choosers of a transformer.
     """
 
-    def __init__(self, config: RASConfig) -> None:
-        self._config = config
+    def __init__(self, config: RASConfig, selection: Replayed | None = None) -> None:
+        self._config, self._choose = config, selection or _choose
         self._seen: dict[_Key, list[tuple[dict, Measure]]] = {}
         self._before: dict[_Key, list[tuple[dict, Measure]]] = {}
         self._counts: dict[int, Tensor] = {}  # by tokens [2, B, N]: drop counts, absences
@@ -137,7 +143,7 @@ class RowChooser:
             settings = measures, active, config.high_share, config.starvation_scale, config.max_absence
             if config.cuda_graphs:
                 fuse = config.inner_backend == "inductor"
-                rows, self._counts[key[1]] = _choose([*noises, counts], *settings, kept=(groups, known), fuse=fuse)
+                rows, self._counts[key[1]] = self._choose([*noises, counts], *settings, kept=(groups, known), fuse=fuse)
             else:
                 rows, self._counts[key[1]] = choose(*noises, counts, groups, known, *settings)
             return rows

@@ -13,6 +13,7 @@ from test_backend import TinyDiT, run
 
 import ras_compile
 from ras_compile import cudagraphs, replay, rows
+from ras_compile.registry import states_of
 
 pytestmark = pytest.mark.filterwarnings("error::ras_compile.notices.RASWarning")
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "reset_interval": None}
@@ -406,9 +407,8 @@ def test_the_shipped_pipeline(device, captured, monkeypatch, dtype, inner):
         monkeypatch.setattr(
             cudagraphs.ProgramGraphs, "run", lambda self, active, compiled, inputs, *_: compiled(*inputs)
         )
-        plainly = replay.Replayed(rows._choose._function)
-        plainly._compiled = rows._choose._compiled
-        monkeypatch.setattr(rows, "_choose", plainly)
+        for state in states_of(pipe.transformer.parameters()):
+            state._selection = rows.selection()
         monkeypatch.setattr(replay, "_captured", lambda *given: False)
         plain = [draw(*call) for call in calls]
     assert len(captured) == (4 if inner == "eager" else 2)

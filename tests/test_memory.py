@@ -10,9 +10,11 @@ import pytest
 import torch
 from pipelines import draw_sd3, sd3
 from test_backend import EAGER, LATENT, TEXT, kinds, model, run
+from test_cudagraphs import Recorded
 
 import ras_compile
-from ras_compile import memory
+from ras_compile import clock, cudagraphs, memory, replay
+from ras_compile.plan import Plan
 
 WIDE = torch.randn(2, 4, 8, 16)
 
@@ -52,16 +54,89 @@ def test_caches_stay_for_the_next_generation():
     assert alive(kept()) == 5
 
 
-def test_they_go_with_the_compiled_model():
+@pytest.fixture
+def captured(monkeypatch):
+    """Graphs that stand in for CUDA's, by weak references."""
+    graphs = []
+
+    class Graph(Recorded):
+        def __init__(self, *given) -> None:
+            super().__init__(*given)
+            graphs.append(weakref.ref(self))
+
+    for module in (cudagraphs, replay):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+        monkeypatch.setattr(module, "Graph", Graph)
+    return graphs
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_they_go_with_the_compiled_model(cuda_graphs, captured):
     """Though the weights live on."""
-    plain, compiled = compiled_model()
+    plain, compiled = compiled_model(cuda_graphs=cuda_graphs)
+    run(compiled, LATENT, TEXT)
     run(compiled, LATENT, TEXT)
     refs = kept()
-    assert refs
+    assert refs and bool(alive(captured)) == cuda_graphs
     del compiled
     torch._dynamo.reset()
     assert alive(refs) == 0
     assert next(plain.parameters()) is not None
+
+
+def test_all_goes_with_the_model_itself(captured):
+    """What Dynamo compiled stays with the code of the model's class."""
+    plain, compiled = compiled_model()
+    run(compiled, LATENT, TEXT)
+    run(compiled, LATENT, TEXT)
+    refs = kept()
+    assert refs and alive(captured) == 3, "the dense program, the sparse one, the selection"
+    del plain, compiled
+    assert alive(refs) == alive(captured) == 0
+    assert not any(keeper.bytes for keeper in memory._keepers)
+
+
+def test_graphs_go_at_release(captured):
+    _, compiled = compiled_model()
+    for _ in range(2):
+        run(compiled, LATENT, TEXT)
+        run(compiled, LATENT, TEXT)
+        assert alive(captured) == 3
+        ras_compile.release(compiled)
+        assert alive(captured) == 0
+
+
+def test_release_while_a_call_runs(monkeypatch):
+    """The call is finished, and the next one begins anew."""
+    _, compiled = compiled_model()
+    wanted, real, calls = run(compiled, LATENT, TEXT), Plan._run, []
+
+    def released(*given):
+        results = real(*given)
+        calls.append(given[1])
+        if calls[-1] != "dense" and len(calls) == 4:
+            other = threading.Thread(target=ras_compile.release, args=(compiled,))
+            other.start()
+            other.join()
+        return results
+
+    monkeypatch.setattr(Plan, "_run", released)
+    run(compiled, LATENT, TEXT)
+    assert [call == "dense" for call in calls] == [True, True, False, False, True, True]
+    assert torch.equal(run(compiled, LATENT, TEXT), wanted)
+
+
+def test_a_collection_that_grows_is_listed_again():
+    class Growing:
+        tries = 0
+
+        def __iter__(self):
+            self.tries += 1
+            yield 1
+            if self.tries < 3:
+                raise RuntimeError("Set changed size during iteration")
+
+    assert clock.listed(Growing()) == [1]
 
 
 def test_release():
