@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx.traceback import preserve_node_meta
+from torch.nn import functional as F
 
 from .flex import is_transform, spell_flex_attention
 from .inputs import describe_inputs
@@ -31,12 +33,24 @@ _PARTS = {
 }
 
 
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout
+}  # fmt: skip
+
+
+def _drops(target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    given = inspect.signature(target).bind(*args, **kwargs)
+    given.apply_defaults()
+    return bool(given.arguments["training"])
+
+
 class _Interpreter(fx.Interpreter):
     """Runs a Dynamo graph as it can be traced.
 
     Parts are run in their places, inference mode (which the trace cannot be in, and which changes no value) is left out, what
     is filled with a number that is a tensor now is that tensor, repeated, and an op that cannot be functionalised on a view is
-    spelled so that it can.
+    spelled so that it can. Ops that may return their very operand, though their schema does not say so, are spelled by such
+    whose schema does: tracing would take the two for different tensors, and a write into one would not be seen in the other.
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -44,6 +58,12 @@ class _Interpreter(fx.Interpreter):
             return None
         if target in _PARTS:
             return _Interpreter(args[0]).run(*args[_PARTS[target] :])
+        if target in _DROPOUTS and not _drops(target, args, kwargs):
+            return args[0] if args else kwargs["input"]
+        if target is torch.broadcast_tensors:
+            tensors = args[0] if args and isinstance(args[0], (list, tuple)) else args
+            shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+            return tuple(tensor.expand(shape) for tensor in tensors)
         if target is torch.full and len(args) == 2 and isinstance(args[1], Tensor):
             return _filled(*args, **kwargs)
         if target is torch.full_like and len(args) == 2 and isinstance(args[1], Tensor):
@@ -55,6 +75,8 @@ class _Interpreter(fx.Interpreter):
         if target == "fill_diagonal_" and args[0].dim() == 2 and not any([*args[2:], *kwargs.values()]):
             args[0].diagonal().fill_(args[1])
             return args[0]
+        if target == "type_as" and isinstance(args[0], Tensor) and not kwargs:
+            return args[0].to(args[1].device, args[1].dtype)
         if target == "new_full" and len(args) == 3 and isinstance(args[2], Tensor):
             return _filled(*args[1:], **_like(args[0], kwargs))
         return super().call_method(target, args, kwargs)

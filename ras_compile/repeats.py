@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,7 +142,10 @@ def written_out(captured: fx.GraphModule, blocks: Sequence[Block], capture: Call
         if not same:
             continue
         inner = capture(found.module(), given[0])
-        if described(_values(_returned(inner.graph))) != described(_results[found.number]):
+        returned, operands = _values(_returned(inner.graph)), _values(inner.graph.find_nodes(op="placeholder"))
+        if not _apart(returned, operands):
+            raise NotRepeated("a block returns tensors that share memory")
+        if described(returned) != described(_results[found.number]):
             raise NotRepeated("a block returns other tensors alone than among the others")
         if inner.graph.find_nodes(op="get_attr") or len(inner.graph.find_nodes(op="placeholder")) != len(given[0]):
             raise NotRepeated("a block has constants")
@@ -198,31 +201,37 @@ def _blocks(nodes: Sequence[fx.Node], level: int) -> list[Block]:
         same.stretches.append(stretch)
         same.operands.append(operands)
         same.outputs = sorted({*same.outputs, *outputs})
-    return [same for same in found.values() if len(same.stretches) > 1 and _apart(same)]
+    return [same for same in found.values() if len(same.stretches) > 1 and _returnable(same)]
+
+
+def _returnable(block: Block) -> bool:
+    """Whether a call can return what a block does."""
+    outputs = [block.stretches[0][place] for place in block.outputs]
+    return all(map(_plain, outputs)) and _apart(_examples(outputs), _examples(block.operands[0]))
 
 
 def _ending_in_memory_of_its_own(stretch: list[fx.Node]) -> list[fx.Node]:
     """The stretch up to its last node that is neither a view nor a write."""
     for count in range(len(stretch), 0, -1):
         *before, last = stretch[:count]
-        memory = _memory(last)
-        if memory and not memory & set().union(*map(_memory, (*before, *last.all_input_nodes))):
+        if _memory(_examples([last])) and _apart(_examples([last]), _examples([*before, *last.all_input_nodes])):
             return stretch[:count]
     return []
 
 
-def _apart(block: Block) -> bool:
-    """Whether what a block returns are plain tensors that share no memory, neither with each other nor with its operands."""
-    outputs = [block.stretches[0][place] for place in block.outputs]
-    operands = set().union(*map(_memory, block.operands[0]))
-    returned = [memory for node in outputs for memory in _memory(node)]
-    return all(map(_plain, outputs)) and len(returned) == len({*returned} - operands)
+def _examples(nodes: Iterable[fx.Node]) -> list[Any]:
+    return [node.meta.get("example_value") for node in nodes]
 
 
-def _memory(node: fx.Node) -> set[int]:
-    """The memory of the tensors that a node makes or hands on."""
-    leaves = pytree.tree_leaves(node.meta.get("example_value"))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+def _apart(returned: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Whether tensors share no memory, neither with each other nor with some others."""
+    memories = _memory(returned)
+    return len(memories) == len({*memories}.difference(_memory(given)))
+
+
+def _memory(values: Any) -> list[int]:
+    """The memory of each tensor among some values."""
+    return [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _entry(node: fx.Node, level: int) -> str | None:

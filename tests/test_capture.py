@@ -109,3 +109,33 @@ def test_a_capture_that_fails_leaves_no_autocast_behind():
     with pytest.raises(UnsupportedGraph, match="cannot be captured: no such op"):
         capture(fx.GraphModule(nn.Module(), graph), [torch.randn(3, 3)])
     assert not torch.is_autocast_enabled("cpu")
+
+
+SAME = {
+    "type_as": lambda x: x.type_as(torch.ones(1)),
+    "dropout": lambda x: nn.functional.dropout(x, 0.1, training=False),
+    "alpha_dropout": lambda x: nn.functional.alpha_dropout(x),
+    "nn.Dropout2d": lambda x: nn.Dropout2d(0.3).eval()(x),
+    "broadcast_tensors": lambda x: torch.broadcast_tensors(x, torch.ones(1))[0],
+    "to": lambda x: x.to(torch.ones(1)),
+    "contiguous": lambda x: x.contiguous(),
+}
+
+
+@pytest.mark.parametrize("same", SAME)
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_result_that_is_the_operand(same, written):
+    """What is written into the one is seen in the other."""
+
+    def model(x):
+        x = x + 1
+        both = x, SAME[same](x)
+        both[written].mul_(3)
+        return both[0] + both[1].sin()
+
+    def backend(graph, inputs):
+        return lambda *given: capture(graph, given)(*given)
+
+    x = torch.randn(2, 3, 4, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
