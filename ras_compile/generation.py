@@ -9,6 +9,7 @@ The backend asks `decide` before each model call and tells `record` after it::
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,7 +115,7 @@ class _Run:
     kind: Kind = "dense"
     used: list[Branch] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
-    pending: bool = False
+    pending: int | None = None  # the thread whose call is under way
     epoch: int = 0
 
 
@@ -144,11 +145,17 @@ class TransformerState:
 
         Raises:
             ConfigError: an option that this run cannot have, such as `ratio_schedule="linear"` without a known number of
-                steps.
+                steps; or another call of the same generation is under way in another thread.
         """
         reached()
         tick = present()
         run = tick.home.runs.get(self)
+        here = threading.get_ident()
+        if run is not None and run.pending not in (None, here):
+            raise ConfigError(
+                "two model calls of one generation run at the same time, in two threads: let them take turns, or make "
+                "them calls of two generations."
+            )
         # a call that never came back may have left its caches half written
         if run is not None and (run.pending or run.epoch != self._epoch):
             self.retire(tick.home)
@@ -158,7 +165,7 @@ class TransformerState:
         else:
             run, match = self._follow(run, tick, call)
         decision = self._decision(run, match, tick, call)
-        run.pending = True
+        run.pending = here
         return decision
 
     def record(
@@ -175,7 +182,7 @@ class TransformerState:
             view: then `noise` is a tensor that becomes [B, N, P, C] through it.
         """
         run = decision.run
-        run.pending = False
+        run.pending = None
         decision.of.last_step = run.step
         decision.of.spare = None
         needed = run.config.sample_ratio < 1 and run.schedule.kind(run.step - run.base + 1) == "sparse"
@@ -197,6 +204,10 @@ class TransformerState:
         if follower is not None and call.view is not None:
             follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
         leave_output(self, output)
+
+    def fail(self, decision: Decision) -> None:
+        """The call of `decision` has raised: the next one begins a new generation."""
+        decision.run.pending, decision.run.epoch = None, self._epoch - 1
 
     def extrapolate(self, decision: Decision, noise: Tensor, view: TokenView) -> None:
         """With `noise_reuse="linear"`: writes what the tokens of a recorded call are to return.

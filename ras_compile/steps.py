@@ -46,10 +46,14 @@ def run_step(
         cost=lambda: plan.cost,
     )
     decision = state.decide(call)
-    if decision.rows is None:
-        outputs = plan.dense(given, decision.slots, decision.spare)
-    else:
-        outputs = plan.run_sparse(given, decision.rows, decision.slots)
+    try:
+        if decision.rows is None:
+            outputs = plan.dense(given, decision.slots, decision.spare)
+        else:
+            outputs = plan.run_sparse(given, decision.rows, decision.slots)
+    except BaseException:
+        state.fail(decision)
+        raise
     state.record(call, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
     state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
     return outputs

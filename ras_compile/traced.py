@@ -214,7 +214,7 @@ class TracedModel:
     def prepare(self, args: tuple, kwargs: dict) -> bool:
         """Whether a call can be made; makes its specialisation. See :meth:`make`."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        with compiling(flagged=False):
+        with compiling(told=False):
             return self.make(self.key(leaves, spec), args, kwargs) is not None
 
     def fall_back(self, args: tuple, kwargs: dict) -> Any:
@@ -232,7 +232,7 @@ class TracedModel:
         key = self.key(leaves, spec)
         fitting = self.fitting(key, leaves)
         if fitting is None and key not in self.dense:
-            with compiling(flagged=False):  # the model's own code runs
+            with compiling(told=False):  # the model's own code runs
                 fitting = self.fitting(key, leaves) or self.make(key, args, kwargs)
         if fitting is None:
             return self.fall_back(args, kwargs)

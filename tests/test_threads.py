@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from test_backend import TinyDiT
 
 import ras_compile
+from ras_compile.plan import Plan
 
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "unsupported": "error"}
 
@@ -43,3 +45,44 @@ def test_first_calls_in_two_threads(one_model, round):
     with torch.no_grad():
         for index, model in enumerate(models):
             torch.testing.assert_close(results[index], model(*given[index]))
+
+
+def test_calls_of_one_generation_at_the_same_time_are_refused(monkeypatch):
+    torch._dynamo.reset()
+    compiled = torch.compile(TinyDiT().eval(), backend="ras", options=OPTIONS)
+    given, told, real = (torch.randn(2, 4, 8, 12), torch.rand(2), torch.randn(2, 3, 6)), [], Plan._run
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                compiled(*given)
+        except ras_compile.ConfigError as error:
+            told.append(str(error))
+
+    def run(*args):
+        monkeypatch.setattr(Plan, "_run", real)
+        other = threading.Thread(target=contextvars.copy_context().run, args=(call,))
+        other.start()
+        other.join()
+        return real(*args)
+
+    def fail(*args):
+        monkeypatch.setattr(Plan, "_run", real)
+        raise RuntimeError("the device is lost")
+
+    with torch.no_grad(), ras_compile.generation() as gen:
+        gen.step()
+        wanted = compiled(*given)
+        gen.step()
+        monkeypatch.setattr(Plan, "_run", run)
+        torch.testing.assert_close(compiled(*given), wanted)
+        assert len(told) == 1 and "let them take turns" in told[0]
+        monkeypatch.setattr(Plan, "_run", fail)
+        with pytest.raises(RuntimeError, match="lost"):
+            compiled(*given)
+        gen.step()
+        other = threading.Thread(target=contextvars.copy_context().run, args=(call,))  # of another thread, and dense
+        other.start()
+        other.join()
+        torch.testing.assert_close(compiled(*given), wanted)
+    assert len(told) == 1
