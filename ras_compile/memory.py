@@ -2,7 +2,8 @@
 
 A plan's caches and CUDA graphs stay when a generation ends, so that the next one of the same shapes starts at once. They go
 
-- with the plan itself, when the model is dropped (what Dynamo compiled lives as long as the module, or until its reset);
+- when the model is dropped: with its weights. (The plan goes with what Dynamo compiled, which belongs to the class of the model
+  and stays until Dynamo's reset.)
 - at :func:`release`, and when a pipeline is detached;
 - when the plans of all models keep more than their budget: those of the plan that was used longest ago go first. What a
   running generation holds is never taken.
