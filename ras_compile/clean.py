@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ras_compile.clock import Evaluation
 from ras_compile.config import ConfigError
@@ -19,7 +20,19 @@ from ras_compile.reuse import CleanSample, active_tokens
 from ras_compile.sample import sample_map
 from ras_compile.samplers import check_clean, clean_coefficients
 
-__all__ = ["CleanHold"]
+__all__ = ["CleanHold", "Draws"]
+
+
+class Draws(TorchDispatchMode):
+    """Sees whether this thread draws random numbers while it is open, from whatever generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        return func(*args, **(kwargs or {}))
 
 
 class CleanHold:
@@ -36,7 +49,7 @@ class CleanHold:
         self.refusal = ""
         self._sample = CleanSample()
         self._adds_noise = False
-        self._before: tuple[list[Tensor], tuple[Any, ...]] | None = None
+        self._before: tuple[Any, ...] | None = None
 
     def stepping(
         self,
@@ -70,16 +83,20 @@ class CleanHold:
             return self._held(
                 given, prediction, sample, evaluations, clean_coefficients(scheduler, given.get("timestep"))
             )
-        self._before = _states(given, sample), (given, prediction, sample, evaluations)
+        self._before = given, prediction, sample, evaluations
         return prediction
 
-    def stepped(self, scheduler: Any) -> None:
-        """The scheduler has stepped: did it draw random numbers?"""
+    @property
+    def asks(self) -> bool:
+        """Whether it matters if the step that begins draws random numbers."""
+        return self._before is not None
+
+    def stepped(self, scheduler: Any, drawn: bool) -> None:
+        """The scheduler has stepped, and has drawn random numbers or not."""
         before, self._before = self._before, None
         if before is None:
             return
-        states, (given, prediction, sample, evaluations) = before
-        drawn = any(not torch.equal(old, new) for old, new in zip(states, _states(given, sample), strict=True))
+        given, prediction, sample, evaluations = before
         # those of a Brownian tree are its own
         self._adds_noise = drawn or getattr(scheduler, "noise_sampler", None) is not None
         if not self._adds_noise:
@@ -126,12 +143,3 @@ class CleanHold:
                 active = computed if active is None else active | computed
         a, b = (coefficient.to(sample.device) for coefficient in coefficients)
         return self._sample(prediction, sample, active, a, b)
-
-
-def _states(given: dict[str, Any], sample: Tensor) -> list[Tensor]:
-    """The states of the random generators that a step may draw from; host values."""
-    generators = given.get("generator") or []
-    states = [generator.get_state() for generator in (generators if isinstance(generators, list) else [generators])]
-    if sample.device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(sample.device))
-    return [*states, torch.get_rng_state()]

@@ -10,7 +10,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ras_compile.branches import intact, same_tensor, tensor_mark
-from ras_compile.clean import CleanHold
+from ras_compile.clean import CleanHold, Draws
 from ras_compile.clock import Evaluation, owner
 from ras_compile.config import RASConfig
 from ras_compile.notices import warn_once
@@ -65,10 +65,11 @@ def _watched(base: Any) -> type:
             args = (given[order[0]], *args[1:])
         else:
             kwargs[order[0]] = given[order[0]]
-        result = base.step(self, *args, **kwargs)
+        with Draws() if any(follower.asks for follower in steps.followers) else nullcontext() as draws:
+            result = base.step(self, *args, **kwargs)
         steps.taken += 1
         for follower in steps.followers:
-            follower.stepped(result)
+            follower.stepped(result, draws is not None and draws.seen)
         return result
 
     def reduce(self, protocol):
@@ -242,9 +243,14 @@ class SchedulerFollower:
             self._handed_on = handed_on
         return self._clean.stepping(scheduler, given, prediction, sample, evaluations)
 
-    def stepped(self, result: Any) -> None:
-        """The scheduler has stepped and returns `result`."""
-        self._clean.stepped(self._scheduler)
+    @property
+    def asks(self) -> bool:
+        """Whether it matters if the step that begins draws random numbers."""
+        return self._clean.asks
+
+    def stepped(self, result: Any, drawn: bool) -> None:
+        """The scheduler has stepped and returns `result`; whether it has drawn random numbers, where that is asked."""
+        self._clean.stepped(self._scheduler, drawn)
         first = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
         sample = first if isinstance(first, Tensor) else None
         self._returned = None if sample is None else tensor_mark(sample)

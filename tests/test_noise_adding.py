@@ -5,6 +5,7 @@ The model is exact for pictures of normally distributed tokens, each of one colo
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import diffusers
@@ -166,6 +167,25 @@ def test_it_is_seen_which_schedulers_add_noise():
             assert kinds(ras_compile.trace(handle)).startswith("ddds"), name
             assert [ADDS_NOISE in text for text in texts] == [True] * adds, (name, texts)
             assert told(lambda: draw_pixart(pipe, steps=5)) == []
+
+
+class Elsewhere(diffusers.FlowMatchEulerDiscreteScheduler):
+    """While it steps, another thread draws from the same generator."""
+
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        other = threading.Thread(target=torch.randn, args=(4,))
+        other.start()
+        other.join()
+        return super().step(model_output, timestep, sample, *args, **kwargs)
+
+
+def test_random_numbers_of_another_thread_are_not_the_schedulers():
+    pipe = sd3(scheduler=Elsewhere())
+    pipe.set_progress_bar_config(disable=True)
+    with ras_compile.attach(pipe, **OPTIONS) as handle:
+        _said.clear()
+        assert told(lambda: draw_sd3(pipe, steps=6)) == []
+        assert kinds(ras_compile.trace(handle)).endswith("sss")
 
 
 def test_the_choice_of_the_user_and_the_one_made_for_him_are_the_same():
