@@ -33,6 +33,7 @@ _PARTS = {
 }
 
 
+# They return their operand where they drop nothing.
 _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout
 }  # fmt: skip

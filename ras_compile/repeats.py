@@ -190,8 +190,10 @@ def _blocks(nodes: Sequence[fx.Node], level: int) -> list[Block]:
     """The repeated blocks among entries of lists that stand in ``level`` other lists."""
     found: dict[Any, Block] = {}
     for path, group in itertools.groupby(nodes, key=lambda node: _entry(node, level)):
+        if path is None:
+            continue
         stretch = _ending_in_memory_of_its_own(list(group))
-        if path is None or len(stretch) < FEWEST_NODES:
+        if len(stretch) < FEWEST_NODES:
             continue
         spelled = _spelled(stretch)
         if spelled is None:

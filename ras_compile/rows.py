@@ -29,8 +29,6 @@ _REPLAYED_METRICS = ("std", "l2norm")  # a callable may do anything, and "random
 _choose = Replayed(choose)
 _OBSERVED = "observed noise"  # its place among what a branch keeps
 
-_NOTHING_TO_CHANGE = nullcontext()
-
 _Key = tuple[int, int]  # batch and tokens of a call
 
 
@@ -175,7 +173,7 @@ def _exact(device: torch.device) -> AbstractContextManager:
     """Without autocast: rows are chosen in float32, whatever the model computes in."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return _NOTHING_TO_CHANGE
+    return nullcontext()
 
 
 def _same_sample(latent: Tensor, other: Tensor, batch: int, others: int) -> Tensor:
