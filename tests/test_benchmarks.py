@@ -122,6 +122,22 @@ def test_merge_replaces_rows_by_key_and_keeps_starts():
     assert len(merged["meta"]["commands"]) == 2
 
 
+def test_merged_rows_stand_with_those_of_their_model_and_method():
+    old = content_of(
+        rows.new_row("m", "eager"), rows.new_row("m", "ras", 0.25, "frozen"), rows.new_row("m", "cache-dit"),
+        rows.new_row("n", "eager"),
+    )  # fmt: skip
+    new = content_of(rows.new_row("m", "ras", 0.5, "frozen"), rows.new_row("m", "ras", 0.25, "fresh"))
+    assert [rows.key(row) for row in rows.merge(old, new)["rows"]] == [
+        ("m", "eager", None, None),
+        ("m", "ras", 0.25, "fresh"),
+        ("m", "ras", 0.5, "frozen"),
+        ("m", "ras", 0.25, "frozen"),
+        ("m", "cache-dit", None, None),
+        ("n", "eager", None, None),
+    ]
+
+
 def test_merge_of_starts_alone_keeps_the_speed():
     old = content_of(rows.new_row("m", "compile", seconds=2.0, warm_s=1.0))
     new = content_of(rows.new_row("m", "compile", cold_s=9.0, warm_s=3.0, starts_only=True))

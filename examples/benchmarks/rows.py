@@ -85,7 +85,8 @@ def _rounded(value: Any) -> Any:
 
 
 def merge(old: dict, new: dict) -> dict:
-    """`new` put over `old`, row by row; rows keep their places, and what `new` did not measure of `STARTS` stays.
+    """`new` put over `old`, row by row; rows of one model and method stand together, and what `new` did not measure of
+    `STARTS` stays.
 
     Raises:
         ValueError: the two come from different devices or versions.
@@ -104,4 +105,18 @@ def merge(old: dict, new: dict) -> dict:
         starts_only = row.get("starts_only")
         rows[key(row)] = before | {name: row[name] for name in STARTS} if starts_only and before else row | kept
     commands = [*old["meta"].get("commands", []), *new["meta"].get("commands", [])]
-    return {"meta": {**old["meta"], **new["meta"], "commands": commands}, "rows": list(rows.values())}
+    return {"meta": {**old["meta"], **new["meta"], "commands": commands}, "rows": _in_order(list(rows.values()))}
+
+
+def _in_order(rows: list[dict]) -> list[dict]:
+    """By model and method, in the order in which these first appear, then by context, then the largest ratio first."""
+    models, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "method"))
+    return sorted(
+        rows,
+        key=lambda row: (
+            models.index(row["model"]),
+            methods.index(row["method"]),
+            row["context"] or "",
+            -(row["sample_ratio"] or 0),
+        ),
+    )
