@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
+from .blocks import feeds_a_block, why_block
 from .clock import present_call
 from .compiling import compiling
 from .config import ConfigError, RASConfig
@@ -26,7 +27,7 @@ from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
 from .registry import Part
 from .steps import run_step
-from .traced import LIBRARIES, places_given, take_over
+from .traced import LIBRARIES, falling_back, holder, places_given, receiver, take_over
 
 log = logging.getLogger(__name__)
 _breaks: set[tuple[str, int | None]] = set()  # breaks that were told: the parts behind one say no more
@@ -79,6 +80,8 @@ class CompiledGraph:
         self.broken = graph_break(graph) or fragment(len(self.weights))
         self.placed: set[tuple] = set()  # calls that are refused, and whose arguments say where tokens stand
         self.told = False
+        self.block: str | None = None  # why it is one block of a transformer, empty if it is not; None before the first call
+        self.parts: dict[tuple, Compiled] = {}  # for calls that are a part of a model's
         self.plans: dict[tuple, Plan | Compiled] = {}
         self.families = Families(graph, self.inputs, self.users)
         self._timesteps: dict[tuple, int | None] = {}
@@ -90,12 +93,20 @@ class CompiledGraph:
                 UnsupportedGraph("gradients are being recorded; sample under torch.no_grad() or inference_mode()")
             )
             return self.graph(*values)
+        if self.block or falling_back():
+            return self._as_part(values)
         while True:
             given = as_tensors(values, self.numbers)
             key = self._key(given)
             plan = self.plans.get(key)
             if plan is not None:
                 break
+            if self.block is None:
+                time = find_timestep(self.inputs, values, self.config.timestep)
+                self.block = why_block(holder(), None if time is None else values[time])
+                if self.block:
+                    self._refuse(UnsupportedGraph(self.block))
+                    return self._as_part(values)
             if not self.told and (self.broken is not None or key in self.placed):
                 traced = take_over(self.config)
                 if traced:
@@ -108,6 +119,17 @@ class CompiledGraph:
             return plan(*given)
         plan, key = self._windowed(plan, key, given)
         return self._run(plan, key, given, values)
+
+    def _as_part(self, values: Sequence[Any]) -> Sequence[Any]:
+        """A block of a transformer, or a fragment of one that is refused, as it is."""
+        if self.block:
+            feeds_a_block(values[index] for index in self.users)
+        key = self._key(values)
+        if key not in self.parts:
+            with compiling():
+                if key not in self.parts:
+                    self.parts[key] = self._dense(values)
+        return self.parts[key](*values)
 
     def _windowed(self, plan: Plan, key: tuple, values: Sequence[Any]) -> tuple[Plan, tuple]:
         """The plan of a latent in which the attached scheduler knows only some tokens, the picture; and its key.
@@ -225,7 +247,7 @@ def fragment(weights: int) -> GraphBreak | None:
     """
     frame, root, caller = sys._getframe(1), None, None
     while frame is not None and not frame.f_code.co_qualname.startswith(eval_frame._TorchDynamoContext.__name__ + "."):
-        module = frame.f_locals.get("self")
+        module = receiver(frame)
         if isinstance(module, nn.Module) and not isinstance(module, fx.GraphModule):
             root = module
         if caller is None and not frame.f_code.co_filename.startswith(LIBRARIES):

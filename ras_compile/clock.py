@@ -232,7 +232,8 @@ class _Owner(Home):
         super().__init__()
         self._thread = thread
         self._task = None if task is None else weakref.ref(task)
-        self.last_output: tuple[weakref.ref, weakref.ref] | None = None
+        # what graphs have returned last, by the tensors' ids: the tensor, the transformer's state, and the graph
+        self.outputs: dict[int, tuple[weakref.ref, weakref.ref, Hashable]] = {}
 
     def is_of(self, thread: object, task: asyncio.Task | None) -> bool:
         if self._thread is not thread:

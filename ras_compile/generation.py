@@ -203,7 +203,8 @@ class TransformerState:
         follower = self.follower
         if follower is not None and call.view is not None:
             follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
-        leave_output(self, output)
+        if decision.rows is None:  # blocks show themselves in the first step
+            leave_output(self, call.graph, output)
 
     def fail(self, decision: Decision) -> None:
         """The call of `decision` has raised: the next one begins a new generation."""
@@ -372,7 +373,7 @@ class TransformerState:
         return run.step if time is None else float(time)
 
     def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo) -> str:
-        if is_block(self, call.graph, call.latent):
+        if is_block(self, call.graph, call.latent, call.context):
             return "the graph is one block of a transformer"
         if run.kind == "dense":
             return "warm-up" if run.step - run.base < run.config.warmup_steps else "error reset"

@@ -32,6 +32,8 @@ from .state import PythonState
 from .steps import run_step
 from .tracing import Trace, trace
 
+_fragments = threading.local()
+
 # So many sets of values (lengths of prompts, say) are compiled for one set of sizes; further ones run dense.
 _SPECIALISATIONS = 16
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -90,6 +92,11 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
     if any(value.is_inference() for value in tensors):
         return None
     return [value._version for value in tensors]
+
+
+def falling_back() -> bool:
+    """Whether a model that was refused runs in this thread, by Dynamo's fragments: none of them is the whole."""
+    return getattr(_fragments, "running", False)
 
 
 def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) -> Specialisation:
@@ -204,12 +211,6 @@ class TracedModel:
         self.root, self.compiled, self.config = weakref.ref(root), compiled, config
         self.found: dict[tuple, list[Specialisation]] = {}
         self.dense: set[tuple] = set()
-        self._local = threading.local()
-
-    @property
-    def falling_back(self) -> bool:
-        """Whether the present call, in this thread, goes to Dynamo's fragments."""
-        return getattr(self._local, "falling_back", False)
 
     def prepare(self, args: tuple, kwargs: dict) -> bool:
         """Whether a call can be made; makes its specialisation. See :meth:`make`."""
@@ -218,11 +219,11 @@ class TracedModel:
             return self.make(self.key(leaves, spec), args, kwargs) is not None
 
     def fall_back(self, args: tuple, kwargs: dict) -> Any:
-        self._local.falling_back = True
+        before, _fragments.running = falling_back(), True
         try:
             return self.compiled(*args, **kwargs)
         finally:
-            self._local.falling_back = False
+            _fragments.running = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reached()
@@ -329,7 +330,7 @@ def take_over(config: RASConfig) -> bool | None:
     owner, args, kwargs = found
     present = callee(owner)
     if isinstance(present, TracedModel):
-        return not present.falling_back
+        return not falling_back()
     root = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
     model = TracedModel(root, present, config)
     if isinstance(owner, OptimizedModule):
@@ -358,20 +359,52 @@ def callee(owner: nn.Module) -> Callable[..., Any]:
 
 def compiled_call() -> tuple[nn.Module, tuple, dict] | None:
     """The compiled module whose call is running now, and its arguments; None where a function was compiled instead."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and not frame.f_code.co_qualname.startswith(eval_frame._TorchDynamoContext.__name__ + "."):
-        frame = frame.f_back
+    frame = _call_frame()
     if frame is None:
         return None
     args, kwargs = frame.f_locals.get("args"), frame.f_locals.get("kwargs")
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         return None
-    frame = frame.f_back
+    owner, _ = _owner_of(frame)
+    return None if owner is None else (owner, args, kwargs)
+
+
+def holder() -> tuple[nn.Module, nn.Module] | None:
+    """The module whose running code calls the compiled one and holds more weights than that; and the compiled one."""
+    owner, frame = _owner_of(_call_frame())
+    root = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
+    held = 0 if root is None else sum(1 for _ in root.parameters())
+    while frame is not None and root is not None:
+        module = None if frame.f_code.co_filename.startswith(LIBRARIES) else receiver(frame)
+        if isinstance(module, nn.Module) and any(part is root for part in module.modules()):
+            if sum(1 for _ in module.parameters()) > held:
+                return module, root
+        frame = frame.f_back
+    return None
+
+
+def receiver(frame: Any) -> Any:
+    """The first argument of the function that runs in a frame: of a method, its object, whatever it is called there."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def _call_frame() -> Any:
+    """The frame in which Dynamo calls what it has compiled; None if there is none."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_qualname.startswith(eval_frame._TorchDynamoContext.__name__ + "."):
+        frame = frame.f_back
+    return frame
+
+
+def _owner_of(frame: Any) -> tuple[nn.Module | None, Any]:
+    """The compiled module that Dynamo calls in a frame, if it is one, and the frame that calls it."""
+    frame = frame and frame.f_back
     while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):
         owner = frame.f_locals.get("self")
         if isinstance(owner, OptimizedModule) or (
             isinstance(owner, nn.Module) and owner._compiled_call_impl is not None
         ):
-            return owner, args, kwargs
+            return owner, frame.f_back
         frame = frame.f_back
-    return None
+    return None, frame
