@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from zoo import ZOO, redraw
 
 import ras_compile
+from ras_compile.config import RASConfig
 from ras_compile.notices import RASWarning, _said
 from ras_compile.passes.errors import UnsupportedGraph
+from ras_compile.traced import TracedModel, falling_back
 
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.25, "warmup_steps": 1, "reset_interval": None}
 DIM, TOKENS, STEPS = 8, 16, 5
@@ -92,7 +95,7 @@ class Guided(nn.Module):
         return self.model(hidden_states=latent, timestep=time, text=text)
 
 
-def error(model: nn.Module, expected: nn.Module) -> float:
+def error(model: Callable[..., Tensor], expected: nn.Module) -> float:
     """The largest difference in a generation, over the largest value."""
     found, generator = 0.0, torch.Generator().manual_seed(0)
     text = torch.randn(2, 3, DIM, generator=generator)
@@ -169,3 +172,11 @@ def test_fragments_of_a_refused_model_run_dense():
             given[case.region] = torch.randn_like(given[case.region])
             with model.cache_context("picture"), expected.cache_context("picture"):
                 torch.testing.assert_close(compiled(**given)[0], expected(**given)[0])
+
+
+def test_no_fragment_of_a_refused_model_is_the_whole():
+    """Whatever its graph looks like."""
+    model = Model().eval()
+    refused = TracedModel(model, torch.compile(model, backend="ras", options=OPTIONS), RASConfig.from_options(OPTIONS))
+    assert error(lambda *given: refused.fall_back(given, {}), Model().eval()) <= 1e-5
+    assert not falling_back()
