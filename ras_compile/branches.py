@@ -116,6 +116,16 @@ class _Position:
             self.print = prints[at]
 
 
+def _refs(context: Sequence[Any]) -> list[weakref.ref | None]:
+    return [weakref.ref(value) if isinstance(value, Tensor) else None for value in context]
+
+
+def _shared(before: Sequence[weakref.ref | None], context: Sequence[Any]) -> bool:
+    """Whether some tensor stands at its place as before; also where there are no tensors."""
+    refs = [(ref, value) for ref, value in zip(before, context, strict=True) if ref is not None]
+    return not refs or any(ref() is value for ref, value in refs)
+
+
 class Slots(dict):
     """What a plan keeps for one branch. Can be referred to weakly, so that whoever drops the plan finds it."""
 
@@ -142,6 +152,8 @@ class Branch:
     last_step: int | None = None
     slots: dict = field(default_factory=Slots)
     spare: dict | None = None
+    given: list[weakref.ref | None] = field(default_factory=list)  # the last context, where it is not compared
+    held: int = 0  # calls in a row that had some of the tensors of the call before
 
 
 @dataclass
@@ -153,6 +165,7 @@ class Match:
     changed: bool = False
     verdicts: list[str] = field(default_factory=list)
     prints: Any = None
+    replaced: bool = False  # not one tensor of a context that has stayed until now is there any more
 
     @property
     def known(self) -> bool:
@@ -188,7 +201,7 @@ class Branches:
             alone: nobody says where steps end: a used branch may come again (and so ends the step), and a held object
                 that is replaced means another context. Else a second call in a step is another branch.
         """
-        context = context if name is None or self._check_named else ()
+        given, context = context, context if name is None or self._check_named else ()
         prints = _Prints(context)
         fitting = [
             branch
@@ -226,17 +239,19 @@ class Branches:
         # two branches fit equally well, and what moves cannot tell them apart
         if name is None and len(found) > 1 and found[1][0][:3] == rank[:3] and "moving" in best.verdicts:
             best.sure = False
+        if name is not None and best.branch is not None:
+            best.replaced = best.branch.held > 0 and not _shared(best.branch.given, given)
         return best
 
     def add(self, context: Sequence[Any], graph: Hashable, name: str | None, order: int, prints: _Prints) -> Branch:
         """A branch that has not been seen before."""
-        context = context if name is None or self._check_named else ()
+        given, context = context, context if name is None or self._check_named else ()
         positions = [
             _Position(tensor_mark(value) if isinstance(value, Tensor) else None, prints[at])
             for at, value in enumerate(context)
         ]
         label = name if name is not None else str(sum(branch.name is None for branch in self.known))
-        branch = Branch(label, name, graph, positions, order)
+        branch = Branch(label, name, graph, positions, order, given=_refs(given))
         self.known.append(branch)
         return branch
 
@@ -245,5 +260,7 @@ class Branches:
         """Take note of how the positions of a matched branch behaved."""
         assert match.branch is not None
         match.branch.order = order
+        match.branch.held = match.branch.held + 1 if _shared(match.branch.given, context) else 0
+        match.branch.given = _refs(context)
         for at, (position, verdict) in enumerate(zip(match.branch.positions, match.verdicts, strict=True)):
             position.learn(context[at], verdict, match.prints, at)

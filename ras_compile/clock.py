@@ -165,6 +165,9 @@ class Follower(Protocol):
     def time(self) -> Tensor | None:
         """The scheduler's own timestep of the present call, 0-d; None when it does not say."""
 
+    def leave(self) -> None:
+        """The present calls are of another loop, which is not that of the pipeline."""
+
     def late(self) -> bool:
         """Whether the run began after the first step of its schedule, as image-to-image does."""
 

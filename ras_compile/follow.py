@@ -132,6 +132,7 @@ class SchedulerFollower:
         self._returned: tuple[weakref.ref, int | None] | None = None
         self._handed_on = self._missed = False
         self._runner: weakref.ref | None = None
+        self._left = False
         self._begin()
         self._watch(getattr(pipe, "scheduler", None))
 
@@ -150,6 +151,8 @@ class SchedulerFollower:
         if timesteps is None or steps is None:
             return None
         taken = steps.taken
+        if not taken and timesteps is self._unset:
+            return None
         if timesteps is not self._timesteps:
             self._timesteps, self._key, self._origin, self._taken_before = timesteps, object(), None, taken
             self._count = len(timesteps)
@@ -172,6 +175,11 @@ class SchedulerFollower:
         if self._timesteps is None or not self._runs_here():
             return None
         return self._timesteps[self._index()]
+
+    def leave(self) -> None:
+        """The present calls are of another loop: nothing is said until the scheduler steps again, or is set anew."""
+        self._left = True
+        self._evaluations = []
 
     def late(self) -> bool:
         """Whether the run began after the first entry of `timesteps`, as image-to-image does."""
@@ -199,7 +207,9 @@ class SchedulerFollower:
 
         None: all of them, or not known yet. What the generation before has shown is taken for its first call.
         """
-        return self._windows.get(latent.shape[1]) if latent.dim() == 3 else None
+        if latent.dim() != 3 or not self._windows or self.tick() is None:
+            return None
+        return self._windows.get(latent.shape[1])
 
     def overwritten(self, view: TokenView, latent: Tensor) -> Tensor | None:
         """Tokens that the pipeline has put back after every step so far (the known part of inpainting): bool [B, N].
@@ -229,7 +239,7 @@ class SchedulerFollower:
 
     def stepping(self, scheduler: Any, given: dict[str, Any]) -> Any:
         """The scheduler is about to step with the arguments `given`; returns the `model_output` that it is to take."""
-        self._runner = weakref.ref(owner())
+        self._runner, self._left = weakref.ref(owner()), False
         self._look_for_other_transformers()
         evaluations, self._evaluations = self._evaluations, []
         prediction, sample = next(iter(given.values())), given.get("sample")
@@ -264,14 +274,14 @@ class SchedulerFollower:
         self._overwrites = True
         self._previous = self._overwritten = self._returned = None
         self._handed_on = self._missed = False
-        self._runner = None
+        self._runner, self._left = None, False
 
     def _runs_here(self) -> bool:
         """Whether the present call can be of the run that the scheduler steps.
 
         What comes after its last step, or from another thread or task, is a loop with another scheduler, or with none.
         """
-        if self._timesteps is not None and self._index() >= self._count:
+        if self._left or (self._timesteps is not None and self._index() >= self._count):
             return False
         return self._runner is None or self._runner() is owner()
 
@@ -329,6 +339,9 @@ class SchedulerFollower:
                 self._scheduler.__class__ = _plain_class(self._scheduler)
                 delattr(self._scheduler, _STEPS)
         self._scheduler, self._timesteps = scheduler, None
+        # a scheduler has timesteps from the beginning, of its training, and this once they are those of a run
+        is_set = getattr(scheduler, "num_inference_steps", None) is not None
+        self._unset = None if is_set else getattr(scheduler, "timesteps", None)
         if not callable(getattr(type(scheduler), "step", None)):
             return
         steps = _steps_of(scheduler)

@@ -160,10 +160,15 @@ class TransformerState:
         if run is not None and (run.pending or run.epoch != self._epoch):
             self.retire(tick.home)
             run = None
+        if tick.step is not None:
+            run, match = self._follow(run, tick, call)
+            follower = self.follower
+            if match.replaced and follower is not None and not isinstance(tick.home, Generation):
+                # the pipeline's loop was left, and another one is running, in which nobody says the steps
+                follower.leave()
+                run, tick = None, present()
         if tick.step is None:
             run, match = self._infer(run, tick, call)
-        else:
-            run, match = self._follow(run, tick, call)
         decision = self._decision(run, match, tick, call)
         run.pending = here
         return decision
