@@ -43,16 +43,26 @@ def read_floats(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphMod
     output = new.graph_copy(graph.graph, {}, return_output_node=True)
     assert isinstance(output, tuple)
     new.output(output[0])
-    found = False
+    numbers: set[fx.Node] = set()  # what is, or is computed in Python from, a float argument
     for node in list(new.nodes):
-        operand = node.args[0] if node.op == "call_method" and node.target == "item" else None
-        if isinstance(operand, fx.Node) and operand.op == "placeholder":
-            with new.inserting_before(node):
-                value = operand if dtype is None else new.call_method("to", (operand, dtype))
-            node.replace_all_uses_with(value)
-            new.erase_node(node)
-            found = True
-    return fx.GraphModule(graph, new) if found else None
+        operand = node.args[0] if node.args else None
+        if node.op == "call_method" and node.target == "item":
+            if isinstance(operand, fx.Node) and operand.op == "placeholder":
+                with new.inserting_before(node):
+                    value = operand if dtype is None else new.call_method("to", (operand, dtype))
+                numbers.add(value)
+                node.replace_all_uses_with(value)
+                new.erase_node(node)
+        elif node.op == "call_function" and numbers.intersection(node.all_input_nodes):
+            if getattr(node.target, "__module__", None) in ("_operator", "math"):
+                numbers.add(node)
+            elif node.target is torch.scalar_tensor and operand in numbers:
+                wanted = {name: node.kwargs[name] for name in ("dtype", "device") if node.kwargs.get(name) is not None}
+                with new.inserting_before(node):
+                    value = new.call_method("to", (operand,), {"dtype": torch.get_default_dtype(), **wanted})
+                node.replace_all_uses_with(value)
+                new.erase_node(node)
+    return fx.GraphModule(graph, new) if numbers else None
 
 
 def capture_numbers(graph: fx.GraphModule, values: Sequence[Any], *, symbolic: bool = False) -> fx.GraphModule:

@@ -376,9 +376,9 @@ def holder() -> tuple[nn.Module, nn.Module] | None:
     held = 0 if root is None else sum(1 for _ in root.parameters())
     while frame is not None and root is not None:
         module = None if frame.f_code.co_filename.startswith(LIBRARIES) else receiver(frame)
-        if isinstance(module, nn.Module) and any(part is root for part in module.modules()):
-            if sum(1 for _ in module.parameters()) > held:
-                return module, root
+        inside = isinstance(module, nn.Module) and any(part is root for part in module.modules())
+        if inside and sum(1 for _ in module.parameters()) > held:
+            return module, root
         frame = frame.f_back
     return None
 

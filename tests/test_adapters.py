@@ -125,3 +125,16 @@ def test_ip_adapter(make, draw):
         weigh(scale)
         assert error([found], [draw(pipe, seed)]) < 1e-4
     assert error([pictures[0][2]], [pictures[1][2]]) > 1e-3 and error([pictures[1][2]], [pictures[2][2]]) > 1e-3
+
+
+def test_the_scale_of_a_lora_is_a_number_like_any_other():
+    """Dynamo makes the second value variable; it must not be read."""
+    pytest.importorskip("peft")
+    pipe, scales = sd3(), (0.2, 0.5, 0.9, 0.2)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(lora(1), adapter_name="one")
+    plain = [draw_sd3(pipe, joint_attention_kwargs={"scale": scale}) for scale in scales]
+    with ras_compile.attach(pipe, **{**EAGER, "sample_ratio": 1.0}) as handle:
+        for scale, expected in zip(scales, plain, strict=True):
+            assert error([draw_sd3(pipe, joint_attention_kwargs={"scale": scale})], [expected]) < 1e-4
+            assert kinds(ras_compile.trace(handle)) == "ddssss"

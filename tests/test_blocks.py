@@ -38,7 +38,7 @@ class TwoStreams(nn.Module):
         super().__init__()
         self.attention = Attention()
 
-    def forward(this, tokens: Tensor, text: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N805
+    def forward(this, tokens: Tensor, text: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
         joint = this.attention(torch.cat([text, tokens], 1), embedded)
         return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
 
@@ -73,7 +73,7 @@ class Model(nn.Module):
         self.refiner, self.alone = Refiner(), Attention()
         self.doubles, self.singles = nn.ModuleList(TwoStreams() for _ in range(2)), nn.ModuleList(Timed() for _ in "ab")
 
-    def forward(this, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:  # noqa: N805
+    def forward(this, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         x, embedded = this.enter(hidden_states), this.time(timestep.reshape(-1, 1, 1))
         text = this.refiner(text, timestep)
         for block in this.doubles:
