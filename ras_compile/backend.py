@@ -100,6 +100,9 @@ class CompiledGraph:
             key = self._key(given)
             plan = self.plans.get(key)
             if plan is not None:
+                # a fragment whose model is called past its `TracedModel`: it was compiled anew, and Dynamo's code is the old
+                if self.broken is not None and take_over(self.config):
+                    return self.graph(*values)
                 break
             if self.block is None:
                 time = find_timestep(self.inputs, values, self.config.timestep)

@@ -111,13 +111,9 @@ def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) ->
         raise UnsupportedGraph(
             f"an argument is or holds a {type(strange).__name__}; tensors, numbers and words are supported"
         )
-    hooked = next((name for name, module in root.named_modules() if has_hooks(module)), None)
+    hooked = next(((name, module) for name, module in root.named_modules() if has_hooks(module)), None)
     if hooked is not None:
-        place = f"its part {hooked!r}" if hooked else "the model"
-        raise UnsupportedGraph(
-            f"Dynamo broke the model's graph, and it cannot be traced instead: {place} has hooks, or a forward that was put in "
-            "place of its class's (as offloading and diffusers' caches do)"
-        )
+        raise Hooked(*hooked)
     try:
         return _specialise(root, args, kwargs, config, runs=False)
     except UnsupportedGraph:
@@ -128,7 +124,21 @@ def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) ->
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says: what that is must happen at each call, and not be traced."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    forward = vars(module).get("forward")  # hooks that have been taken away may leave the class's own there
+    own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    return bool(module._forward_hooks or module._forward_pre_hooks) or (forward is not None and not own)
+
+
+class Hooked(UnsupportedGraph):
+    """A model that cannot be traced while ``module``, the part of it called ``name``, has hooks."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        place = f"its part {name!r}" if name else "the model"
+        super().__init__(
+            f"Dynamo broke the model's graph, and it cannot be traced instead: {place} has hooks, or a forward that was put in "
+            "place of its class's (as offloading and diffusers' caches do)"
+        )
+        self.module = weakref.ref(module)
 
 
 def places_given(values: Sequence[Any]) -> bool:
@@ -210,7 +220,7 @@ class TracedModel:
     def __init__(self, root: nn.Module, compiled: Callable[..., Any], config: RASConfig) -> None:
         self.root, self.compiled, self.config = weakref.ref(root), compiled, config
         self.found: dict[tuple, list[Specialisation]] = {}
-        self.dense: set[tuple] = set()
+        self.dense: dict[tuple, weakref.ref | None] = {}  # refused calls, and the part that has hooks, if that is why
 
     def prepare(self, args: tuple, kwargs: dict) -> bool:
         """Whether a call can be made; makes its specialisation. See :meth:`make`."""
@@ -232,7 +242,7 @@ class TracedModel:
             return self.fall_back(args, kwargs)  # whose fragments refuse what records gradients
         key = self.key(leaves, spec)
         fitting = self.fitting(key, leaves)
-        if fitting is None and key not in self.dense:
+        if fitting is None and not self.refused(key):
             with compiling(told=False):  # the model's own code runs
                 fitting = self.fitting(key, leaves) or self.make(key, args, kwargs)
         if fitting is None:
@@ -252,6 +262,13 @@ class TracedModel:
 
     def fitting(self, key: tuple, leaves: Sequence[Any]) -> Specialisation | None:
         return next((entry for entry in self.found.get(key, ()) if entry.fits(leaves)), None)
+
+    def refused(self, key: tuple) -> bool:
+        """Whether such a call was refused for a reason that still holds."""
+        if key not in self.dense:
+            return False
+        hooked = self.dense[key]
+        return hooked is None or ((module := hooked()) is not None and has_hooks(module))
 
     def make(self, key: tuple, args: tuple, kwargs: dict) -> Specialisation | None:
         """Makes the specialisation of a call; None (with a warning) where it runs dense.
@@ -274,7 +291,7 @@ class TracedModel:
         except (UnsupportedGraph, SpecViolation) as error:
             if self.config.unsupported == "error":
                 raise
-            self.dense.add(key)
+            self.dense[key] = error.module if isinstance(error, Hooked) else None
             warn_once(f"ras_compile: this model runs dense: {error}")
             return None
         known.append(made)
