@@ -28,12 +28,20 @@ def normalize(graph: fx.Graph) -> None:
     while spelled:  # what an op is spelled with may have no rule, either
         spelled = sum(spell_out(graph, node) for node in list(graph.nodes) if node.op == "call_function") > 0
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (aten._assert_tensor_metadata.default, aten._assert_async.msg):
+        if is_assertion(node):
             graph.erase_node(node)
         elif node.target is aten.scaled_dot_product_attention.default:
             spell_causal_mask(graph, node)
             drop_open_mask(node)
     graph.eliminate_dead_code()
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """Whether one of PyTorch's ops only looks at values, and raises: it returns nothing, and writes nothing."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    return not target._schema.returns and not target._schema.is_mutable
 
 
 def spell_out(graph: fx.Graph, node: fx.Node) -> bool:

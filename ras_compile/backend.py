@@ -27,10 +27,11 @@ from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
 from .registry import Part
 from .steps import run_step
-from .traced import LIBRARIES, falling_back, holder, places_given, receiver, take_over
+from .traced import LIBRARIES, compiled_call, falling_back, holder, places_given, receiver, take_over
 
 log = logging.getLogger(__name__)
-_breaks: set[tuple[str, int | None]] = set()  # breaks that were told: the parts behind one say no more
+# breaks that were told, by class, file and line: the parts behind one say no more
+_breaks: set[tuple[str, tuple[str, int | None]]] = set()
 
 
 def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode=None):
@@ -80,7 +81,9 @@ class CompiledGraph:
         self.broken = graph_break(graph) or fragment(len(self.weights))
         self.placed: set[tuple] = set()  # calls that are refused, and whose arguments say where tokens stand
         self.told = False
-        self.block: str | None = None  # why it is one block of a transformer, empty if it is not; None before the first call
+        self.block: str | None = (
+            None  # why it is one block of a transformer, empty if it is not; None before the first call
+        )
         self.parts: dict[tuple, Compiled] = {}  # for calls that are a part of a model's
         self.plans: dict[tuple, Plan | Compiled] = {}
         self.families = Families(graph, self.inputs, self.users)
@@ -207,11 +210,13 @@ class CompiledGraph:
     def _refuse(self, error: UnsupportedGraph | SpecViolation) -> None:
         if self.config.unsupported == "error":
             raise error
+        found = compiled_call()
+        name = "this model" if found is None else type(found[0]).__name__
         if isinstance(error, GraphBreak):
-            if error.where in _breaks:
+            if (name, error.where) in _breaks:
                 return
-            _breaks.add(error.where)
-        warn_once(f"ras_compile: this model runs dense: {error}")
+            _breaks.add((name, error.where))
+        warn_once(f"ras_compile: {name} runs dense: {error}")
 
     def _dense(self, values: Sequence[Any]) -> Compiled:
         """The graph as it is, through the inner compiler where its sizes are static."""

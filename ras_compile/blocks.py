@@ -69,7 +69,7 @@ def _who_returned(value: Tensor) -> tuple[object, Hashable] | None:
 def _add(why: str, *graphs: Hashable) -> None:
     if not _blocks.issuperset(graphs):
         _blocks.update(graphs)
-        warn_once(f"ras_compile: this model runs dense: {_TEXT.format(why=why)}")
+        warn_once(f"ras_compile: a model runs dense: {_TEXT.format(why=why)}")
 
 
 def why_block(holder: tuple[nn.Module, nn.Module] | None, time: Any) -> str:

@@ -196,6 +196,7 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
         raise UnsupportedGraph(
             f"the model writes into its inputs or buffers ({', '.join(called.get(str(name), str(name)) for name in written)})"
         )
+    drop_tokens(captured.graph, signature.input_tokens)
     lifted = [*signature.parameters, *signature.buffers]
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
     constants = [bound.get_parameter(n) if n in signature.parameters else bound.get_buffer(n) for n in lifted]
@@ -204,6 +205,23 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
     captured.graph.lint()
     captured.meta["constants"] = constants
     return captured
+
+
+def drop_tokens(graph: fx.Graph, tokens: Sequence[str]) -> None:
+    """Takes out the tokens that order ops with effects: checks of values (`linalg.inv`) bring one along, and do not use it.
+
+    Raises:
+        UnsupportedGraph: an op uses one.
+    """
+    if not tokens:
+        return
+    output = next(iter(reversed(graph.nodes)))
+    output.args = (output.args[0][len(tokens) :],)  # type: ignore[index]
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in tokens:
+            if node.users:
+                raise UnsupportedGraph(f"the model calls an op that has effects ({next(iter(node.users)).args[1]})")
+            graph.erase_node(node)
 
 
 @contextmanager

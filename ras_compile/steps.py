@@ -33,18 +33,7 @@ def run_step(
         weights: they say which transformer it is.
         config: the options.
     """
-    state, frame = state_for(weights, config), plan.analysis.frame
-    call = CallInfo(
-        graph,
-        latent,
-        context,
-        timestep,
-        frame.samples,
-        frame.tokens,
-        frame.grid,
-        view=plan.latent_view,
-        cost=lambda: plan.cost,
-    )
+    state, call = state_for(weights, config), describe(plan, graph, latent, context, timestep)
     decision = state.decide(call)
     try:
         if decision.rows is None:
@@ -57,3 +46,37 @@ def run_step(
     state.record(call, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
     state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
     return outputs
+
+
+def count_step(
+    plan: Plan,
+    *,
+    graph: Hashable,
+    latent: Tensor,
+    context: tuple[Any, ...],
+    timestep: Any,
+    weights: Sequence[Tensor],
+    config: RASConfig,
+) -> None:
+    """Counts a call that runs dense past the plan, and so keeps nothing. Arguments as of :func:`run_step`."""
+    state, call = state_for(weights, config), describe(plan, graph, latent, context, timestep)
+    decision = state.decide(call)
+    decision.kind, decision.rows, decision.active = "dense", None, call.tokens
+    decision.reason = "the model was captured in this call"
+    state.record(call, decision, None, None)
+
+
+def describe(plan: Plan, graph: Hashable, latent: Tensor, context: tuple[Any, ...], timestep: Any) -> CallInfo:
+    """The call, as the state of its transformer sees it."""
+    frame = plan.analysis.frame
+    return CallInfo(
+        graph,
+        latent,
+        context,
+        timestep,
+        frame.samples,
+        frame.tokens,
+        frame.grid,
+        view=plan.latent_view,
+        cost=lambda: plan.cost,
+    )

@@ -29,7 +29,7 @@ from .notices import warn_once
 from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
 from .state import PythonState
-from .steps import run_step
+from .steps import count_step, run_step
 from .tracing import Trace, trace
 
 _fragments = threading.local()
@@ -223,10 +223,13 @@ class TracedModel:
         self.dense: dict[tuple, weakref.ref | None] = {}  # refused calls, and the part that has hooks, if that is why
 
     def prepare(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a call can be made; makes its specialisation. See :meth:`make`."""
+        """Whether a call can be made; makes its specialisation. See :meth:`make`. The present one counts as a step."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         with compiling(told=False):
-            return self.make(self.key(leaves, spec), args, kwargs) is not None
+            made = self.make(self.key(leaves, spec), args, kwargs)
+        if made is not None:
+            count_step(made.plan, **self.call(made, leaves))
+        return made is not None
 
     def fall_back(self, args: tuple, kwargs: dict) -> Any:
         before, _fragments.running = falling_back(), True
@@ -292,7 +295,7 @@ class TracedModel:
             if self.config.unsupported == "error":
                 raise
             self.dense[key] = error.module if isinstance(error, Hooked) else None
-            warn_once(f"ras_compile: this model runs dense: {error}")
+            warn_once(f"ras_compile: {type(root).__name__} runs dense: {error}")
             return None
         known.append(made)
         return made
@@ -310,11 +313,10 @@ class TracedModel:
                     return True
         return False
 
-    def run(self, entry: Specialisation, key: tuple, leaves: Sequence[Any]) -> Any:
+    def call(self, entry: Specialisation, leaves: Sequence[Any]) -> dict[str, Any]:
+        """What a step must know of a call."""
         plan, values, time = entry.plan, entry.values(leaves), entry.timestep
-        outputs = run_step(
-            plan,
-            values,
+        return dict(
             graph=plan.identity,
             latent=values[plan.latent],
             context=tuple(v for index, v in enumerate(leaves) if index not in (plan.latent, time)),
@@ -322,7 +324,9 @@ class TracedModel:
             weights=[closed.now() for closed in entry.trace.closed if closed.owner is not None],
             config=self.config,
         )
-        given = iter(outputs)
+
+    def run(self, entry: Specialisation, key: tuple, leaves: Sequence[Any]) -> Any:
+        given = iter(run_step(entry.plan, entry.values(leaves), **self.call(entry, leaves)))
         flat = [
             next(given) if tensor else other
             for tensor, other in zip(entry.trace.is_tensor, entry.trace.others, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import getitem
+
 import pytest
 import torch
 from contract import error, subject
@@ -9,7 +11,7 @@ from torch import fx, nn
 
 import ras_compile
 from ras_compile import UnsupportedGraph
-from ras_compile.capture import capture
+from ras_compile.capture import capture, drop_tokens
 
 
 class Plain(nn.Module):
@@ -139,3 +141,29 @@ def test_a_result_that_is_the_operand(same, written):
     x = torch.randn(2, 3, 4, 5)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
+
+
+class Inverse(Plain):
+    """What checks values brings a token along that orders it."""
+
+    def forward(self, x, camera):
+        turned = torch.linalg.solve(camera, torch.linalg.inv(camera)).flatten(1)[:, None, :8]
+        return super().forward(x + turned)
+
+
+def test_checks_of_values_are_left_out():
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    model, camera = Inverse().double().eval(), torch.eye(3, dtype=torch.float64) + torch.rand(2, 3, 3).double() / 9
+    case = subject(model, {"x": x, "camera": camera})
+    with torch.no_grad():
+        assert error(case.dense(case.values)[0], [model(x, camera)]) < 1e-12
+    assert "check" not in str(case.plan.captured.graph)
+
+
+def test_a_token_that_an_op_uses_is_no_check():
+    graph = fx.Graph()
+    token, x = graph.placeholder("token"), graph.placeholder("x")
+    both = graph.call_function(torch.ops.higher_order.with_effects, (token, torch.ops.aten.neg.default, x))
+    graph.output((graph.call_function(getitem, (both, 0)), graph.call_function(getitem, (both, 1))))
+    with pytest.raises(UnsupportedGraph, match="an op that has effects .aten.neg.default"):
+        drop_tokens(graph, ["token"])

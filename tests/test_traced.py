@@ -15,7 +15,7 @@ from ras_compile.backend import ras
 from ras_compile.notices import RASWarning
 from ras_compile.passes.errors import UnsupportedGraph
 from ras_compile.state import PythonState
-from ras_compile.traced import TracedModel
+from ras_compile.traced import TracedModel, has_hooks
 
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.25, "warmup_steps": 2, "reset_interval": None}
 
@@ -422,6 +422,42 @@ def test_hooks_are_not_traced(change):
         found = sample(compiled, inputs(4))
     for one, wanted in zip(found, sample(model, inputs(4)), strict=True):
         torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_that_are_taken_away_leave_nothing_behind():
+    """Dynamo stays at its fragments."""
+    model = Length()
+    hook = model.leave.register_forward_hook(lambda module, args, output: output * 2)
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    with pytest.warns(RASWarning, match="Length runs dense: .*'leave' has hooks"):
+        sample(compiled, inputs(4))
+    hook.remove()
+    with ras_compile.generation():
+        sample(compiled, inputs(4))
+    assert kinds(compiled) == ["dense", "dense", "sparse", "sparse"]
+
+
+def test_a_forward_that_is_put_back_is_no_hook():
+    model = Length()
+    before = model.leave.forward
+    with_another_forward(model)
+    assert has_hooks(model.leave)
+    model.leave.forward = before
+    assert not has_hooks(model.leave)
+
+
+def test_the_first_run_is_like_all_others():
+    """Its first call runs in Dynamo's fragments, and counts."""
+    model = Length()
+    for _ in range(2):  # compiled anew, with what Dynamo has made before
+        compiled = torch.compile(model, backend="ras", options=OPTIONS)
+        runs = []
+        for _ in range(2):
+            with ras_compile.generation(num_steps=4):
+                runs.append(sample(compiled, inputs(4)))
+            assert kinds(compiled) == ["dense", "dense", "sparse", "sparse"]
+        for one, other in zip(*runs, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 class Pipe:

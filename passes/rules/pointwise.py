@@ -88,6 +88,7 @@ def like_first(call: Call) -> Step:
 
 
 @rule_for(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
+@rule_for(aten.zero.default, aten.fill.Scalar, aten.fill.Tensor)
 def constant_like(call: Call) -> Step:
     """`... -> ...`: a constant of the shape of the operand; rows of it are as good as the whole."""
     return pointwise(call)
