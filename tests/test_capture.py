@@ -167,3 +167,25 @@ def test_a_token_that_an_op_uses_is_no_check():
     graph.output((graph.call_function(getitem, (both, 0)), graph.call_function(getitem, (both, 1))))
     with pytest.raises(UnsupportedGraph, match="an op that has effects .aten.neg.default"):
         drop_tokens(graph, ["token"])
+
+
+class Halves(nn.Module):
+    """The second half of its latent's channels is a picture that conditions the first; `[B, 2 C, H, W] -> [B, C, H, W]`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.enter, self.qkv, self.leave = nn.Linear(channels, 8), nn.Linear(8, 24), nn.Linear(8, channels)
+
+    def forward(self, x):
+        noise, picture = x.chunk(2, 1)
+        tokens = self.enter((noise * picture.sigmoid()).flatten(2).transpose(1, 2))
+        tokens = tokens + nn.functional.scaled_dot_product_attention(*self.qkv(tokens).chunk(3, -1))
+        return self.leave(tokens).transpose(1, 2).reshape(noise.shape)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(4, 4), (8, 4), (8, 16), (64, 16)])
+def test_channels_are_no_tokens_at_any_size(channels, side):
+    """Nor where they are many, and the pixels few."""
+    model = Halves(channels).double().eval()
+    x = torch.randn(2, 2 * channels, side, side, dtype=torch.float64)
+    assert subject(model, {"x": x}).plan.analysis.frame.tokens == side * side

@@ -147,13 +147,15 @@ def exclude_minor(call: Call, dims: Sequence[Dim]) -> None:
 
     Raises:
         Unbatch: samples are taken apart, one by one in a loop, say; they then share their active rows.
-        Exclude: the square of the number of parts is not above the number of tokens that remain.
+        Exclude: the square of the number of parts is not above the number of tokens that remain; in dimension 1 of a latent
+            of four or more, which mostly holds channels, the number itself is not.
     """
     if counts_samples(call, dims) and call.frame.samples**2 <= call.frame.tokens:
         raise Unbatch
     here, sizes = region_atoms(call, dims), dict(call.frame.region)
     count = math.prod(sizes[atom] for atom in here)
-    if here and count**2 <= call.frame.tokens // count:
+    channels = len(call.frame.shape) >= 4 and call.frame.batch_dim == 0 and {atom.dim for atom in here} == {1}
+    if here and (count if channels else count**2) <= call.frame.tokens // count:
         raise Exclude(here)
 
 

@@ -425,7 +425,7 @@ def concatenation() -> list[Row]:
         Row(aten.select.int, lambda s: s(s.joint, 1, TEXT), "whole"),
         Row(aten.select.int, lambda s: s(s.x, -1, -2)),
         Row(aten.select.int, lambda s: s(s.tokens, 0, -1)),
-        Row(aten.select.int, lambda s: s(s.x, 1, 1), "whole"),
+        Row(aten.select.int, lambda s: s(s.x, 2, 1), "whole"),
         Row(aten.slice_scatter.default, lambda s: s(s.tokens, s.given(s.batch, n, 2), -1, 1, 3)),
         Row(aten.slice_scatter.default, lambda s: s(s.given(s.batch, n, 8), s.tokens, 2, 2)),
         Row(aten.slice_scatter.default, lambda s: s(s.tokens, s.also(aten.neg.default, s.tokens), 2)),
