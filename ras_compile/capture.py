@@ -216,7 +216,7 @@ def drop_tokens(graph: fx.Graph, tokens: Sequence[str]) -> None:
     if not tokens:
         return
     output = next(iter(reversed(graph.nodes)))
-    output.args = (output.args[0][len(tokens) :],)  # type: ignore[index]
+    output.args = (output.args[0][len(tokens) :],)
     for node in graph.find_nodes(op="placeholder"):
         if node.name in tokens:
             if node.users:

@@ -160,15 +160,13 @@ class TransformerState:
         if run is not None and (run.pending or run.epoch != self._epoch):
             self.retire(tick.home)
             run = None
-        if tick.step is not None:
-            run, match = self._follow(run, tick, call)
-            follower = self.follower
-            if match.replaced and follower is not None and not isinstance(tick.home, Generation):
-                # the pipeline's loop was left, and another one is running, in which nobody says the steps
-                follower.leave()
-                run, tick = None, present()
-        if tick.step is None:
-            run, match = self._infer(run, tick, call)
+        followed, follower = tick.step is not None, self.follower
+        run, match = self._follow(run, tick, call) if followed else self._infer(run, tick, call)
+        if followed and match.replaced and follower is not None and not isinstance(tick.home, Generation):
+            # the pipeline's loop was left, and another one is running, in which nobody says the steps
+            follower.leave()
+            tick = present()
+            run, match = self._infer(None, tick, call)
         decision = self._decision(run, match, tick, call)
         run.pending = here
         return decision

@@ -394,12 +394,15 @@ def holder() -> tuple[nn.Module, nn.Module] | None:
     """The module whose running code calls the compiled one and holds more weights than that; and the compiled one."""
     owner, frame = _owner_of(_call_frame())
     root = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
-    held = 0 if root is None else sum(1 for _ in root.parameters())
-    while frame is not None and root is not None:
+    if root is None:
+        return None
+    held = sum(1 for _ in root.parameters())
+    while frame is not None:
         module = None if frame.f_code.co_filename.startswith(LIBRARIES) else receiver(frame)
-        inside = isinstance(module, nn.Module) and any(part is root for part in module.modules())
-        if inside and sum(1 for _ in module.parameters()) > held:
-            return module, root
+        if isinstance(module, nn.Module) and any(part is root for part in module.modules()):
+            weights = sum(1 for _ in module.parameters())
+            if weights > held:
+                return module, root
         frame = frame.f_back
     return None
 
