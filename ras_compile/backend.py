@@ -81,9 +81,8 @@ class CompiledGraph:
         self.broken = graph_break(graph) or fragment(len(self.weights))
         self.placed: set[tuple] = set()  # calls that are refused, and whose arguments say where tokens stand
         self.told = False
-        self.block: str | None = (
-            None  # why it is one block of a transformer, empty if it is not; None before the first call
-        )
+        # why it is one block of a transformer, empty if it is not; None before the first call
+        self.block: str | None = None
         self.parts: dict[tuple, Compiled] = {}  # for calls that are a part of a model's
         self.plans: dict[tuple, Plan | Compiled] = {}
         self.families = Families(graph, self.inputs, self.users)
@@ -123,11 +122,13 @@ class CompiledGraph:
                     self._make(key, given)
         if not isinstance(plan, Plan):
             return plan(*given)
+        if not self.weights:  # a hook, say; nothing would know it again at the next step
+            return self._as_part(values)
         plan, key = self._windowed(plan, key, given)
         return self._run(plan, key, given, values)
 
     def _as_part(self, values: Sequence[Any]) -> Sequence[Any]:
-        """A block of a transformer, or a fragment of one that is refused, as it is."""
+        """A block of a transformer, a fragment of one that is refused, or a hook of it, as it is."""
         if self.block:
             feeds_a_block(values[index] for index in self.users)
         key = self._key(values)

@@ -6,6 +6,8 @@ What gives it away:
                     or what is named so is a vector of features (`timestep [B, 6 C]`), and there are more of its class
     a chain         the output of one instance is the latent of the next one: a transformer's goes to a scheduler first
     what it feeds   an output of it goes into what is known to be a block
+
+A graph without weights, that of a hook, is none of this.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -154,6 +155,21 @@ def test_a_module_may_call_a_transformer():
     model = Model().eval()
     model.compile(backend="ras", options=OPTIONS)
     assert error(Guided(model), Model().eval()) > 1e-3
+    assert [record.kind[0] for record in ras_compile.trace(model)] == list("dssss")
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_a_hook_of_a_model_is_no_model(kind):
+    """Its graph takes what the model returned, and has no weights."""
+    model = Model().eval()
+    if kind == "pre":
+        model.register_forward_pre_hook(lambda module, args: (args[0] * 1.0, *args[1:]))
+    else:
+        model.register_forward_hook(lambda module, args, output: output * 1.0)
+    model.compile(backend="ras", options=OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RASWarning)
+        assert error(model, Model().eval()) > 1e-3
     assert [record.kind[0] for record in ras_compile.trace(model)] == list("dssss")
 
 
