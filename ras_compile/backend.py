@@ -108,7 +108,7 @@ class CompiledGraph:
                 break
             if self.block is None:
                 time = find_timestep(self.inputs, values, self.config.timestep)
-                self.block = why_block(holder(), None if time is None else values[time])
+                self.block = why_block(holder, None if time is None else values[time])
                 if self.block:
                     self._refuse(UnsupportedGraph(self.block))
                     return self._as_part(values)

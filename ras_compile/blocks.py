@@ -13,7 +13,7 @@ A graph without weights, that of a hook, is none of this.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,20 +74,21 @@ def _add(why: str, *graphs: Hashable) -> None:
         warn_once(f"ras_compile: a model runs dense: {_TEXT.format(why=why)}")
 
 
-def why_block(holder: tuple[nn.Module, nn.Module] | None, time: Any) -> str:
+def why_block(holder: Callable[[], tuple[nn.Module, nn.Module] | None], time: Any) -> str:
     """Why a compiled module is one block of a transformer; empty where it may be a whole one.
 
     Args:
-        holder: the module whose code calls the compiled one and holds more weights than that, and the latter; if any.
+        holder: finds the module whose code calls the compiled one and holds more weights than that, and the latter; if any.
         time: the call's timestep; None where no argument is one.
     """
-    if holder is None:
+    features = isinstance(time, Tensor) and time.ndim >= 2 and time.numel() > len(time)
+    if time is not None and not features:
         return ""
-    module, compiled = holder
-    if time is not None:
-        if not isinstance(time, Tensor) or time.ndim < 2 or time.numel() == len(time):
-            return ""
-        own = set(compiled.modules())
-        if not any(type(part) is type(compiled) for part in module.modules() if part not in own):
-            return ""
+    found = holder()
+    if found is None:
+        return ""
+    module, compiled = found
+    own = set(compiled.modules())
+    if features and not any(type(part) is type(compiled) for part in module.modules() if part not in own):
+        return ""
     return _TEXT.format(why=f"{type(module).__name__} calls it, and its arguments hold no time")

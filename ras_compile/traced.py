@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -398,13 +399,23 @@ def holder() -> tuple[nn.Module, nn.Module] | None:
         return None
     held = sum(1 for _ in root.parameters())
     while frame is not None:
-        module = None if frame.f_code.co_filename.startswith(LIBRARIES) else receiver(frame)
+        module = receiver(frame) if is_method(frame.f_code) else None
         if isinstance(module, nn.Module) and any(part is root for part in module.modules()):
             weights = sum(1 for _ in module.parameters())
             if weights > held:
                 return module, root
         frame = frame.f_back
     return None
+
+
+def is_method(code: CodeType) -> bool:
+    """Whether it is a method's, not of a library. Only of such is `f_locals` read: Python 3.11 and 3.12 keep what it returns,
+    and with it all that the function had, for as long as the function runs.
+    """
+    if code.co_filename.startswith(LIBRARIES) or not code.co_argcount:
+        return False
+    where, dot, _ = code.co_qualname.rpartition(".")
+    return bool(dot) and not where.endswith("<locals>")
 
 
 def receiver(frame: Any) -> Any:
