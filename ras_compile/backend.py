@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo import eval_frame
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from .blocks import feeds_a_block, why_block
+from .callers import LIBRARIES, compiled_call, holder, is_call, receiver
 from .clock import present_call
 from .compiling import compiling
 from .config import ConfigError, RASConfig
@@ -27,7 +27,7 @@ from .passes.errors import SpecViolation, UnsupportedGraph
 from .plan import Plan
 from .registry import Part
 from .steps import run_step
-from .traced import LIBRARIES, compiled_call, falling_back, holder, places_given, receiver, take_over
+from .traced import falling_back, places_given, take_over
 
 log = logging.getLogger(__name__)
 # breaks that were told, by class, file and line: the parts behind one say no more
@@ -255,7 +255,7 @@ def fragment(weights: int) -> GraphBreak | None:
         weights: how many weights the graph holds.
     """
     frame, root, caller = sys._getframe(1), None, None
-    while frame is not None and not frame.f_code.co_qualname.startswith(eval_frame._TorchDynamoContext.__name__ + "."):
+    while frame is not None and not is_call(frame.f_code):
         module = receiver(frame)
         if isinstance(module, nn.Module) and not isinstance(module, fx.GraphModule):
             root = module
