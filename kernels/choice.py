@@ -77,7 +77,7 @@ def weighed(ops: Sequence[Arguments]) -> tuple[float, float] | None:
     """Milliseconds of a site's ops fused, and as linears with one pass over their results; None where they cannot be had now."""
     fused = plain = 0.0
     for args in ops:
-        times = measured("pays", [args], _fused_and_plain)
+        times = measured("pays", [args], fused_and_plain)
         if times is None:
             return None
         fused, plain = fused + times[0], plain + times[1]
@@ -153,7 +153,7 @@ def many_pays(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
         return True
     sizes = Counter((weight.shape[0], bias is not None) for weight, bias in zip(weights, biases, strict=True))
     key = f"many pays {x.dtype} {list(x.shape)} {sorted(sizes.items())}"
-    times = remembered(key, x.device, partial(_measure_many, x, sizes))
+    times = remembered(key, x.device, partial(measure_many, x, sizes))
     return times is not None and times[0] <= times[1]
 
 
@@ -163,7 +163,7 @@ def measured(
     """Milliseconds of launches of these `scatter_linear` ops, infinite where no tile runs; None: they cannot be had now."""
     ops = [filled(args) for args in ops]
     key = f"{what} {[[_words(value) for value in args] for args in ops]}"
-    return remembered(key, ops[0][1].device, lambda: measure(_real_arguments(ops)))
+    return remembered(key, ops[0][1].device, lambda: measure(real_arguments(ops)))
 
 
 def remembered(key: str, device: torch.device, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...] | None:
@@ -196,7 +196,7 @@ def _words(value: Any) -> object:
     return (str(value.dtype), tuple(value.shape), value.stride()) if isinstance(value, Tensor) else value
 
 
-def _fused_and_plain(ops: list[list[Any]]) -> tuple[float, float]:
+def fused_and_plain(ops: list[list[Any]]) -> tuple[float, float]:
     """Of the op, and of what it replaces."""
     (_, x, weight, bias, *_), *_ = ops
     launch = Launch(*ops[0])
@@ -259,7 +259,7 @@ def _measure_attention(args: Sequence[Any]) -> tuple[float, float]:
     return milliseconds(lambda: launch(cut)), milliseconds(lambda: attention_reference(q, k, v, args[3]))
 
 
-def _measure_many(x: Tensor, sizes: Counter[tuple[int, bool]]) -> tuple[float, float]:
+def measure_many(x: Tensor, sizes: Counter[tuple[int, bool]]) -> tuple[float, float]:
     def made(*shape: int) -> Tensor:
         return torch.ones(shape, dtype=x.dtype, device=x.device)
 
@@ -293,7 +293,7 @@ def _grouped(ops: list[list[Any]]) -> tuple[float]:
     return (math.inf if tile is None else milliseconds(lambda: launch(tile)),)
 
 
-def _real_arguments(ops: Sequence[Arguments]) -> list[list[Any]]:
+def real_arguments(ops: Sequence[Arguments]) -> list[list[Any]]:
     """Tensors as :func:`_real` makes them, one for all that were one, and rows that are unique."""
     known: dict[int, Tensor] = {}
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from .activation import fuse_linear_gelu
-from .attention import fuse_attention
-from .few_rows import FewRowsChoice, join_linears
-from .functional import spell_writes
-from .fuse import Fusion, fuse_scatter_linear
-from .gather import fuse_gather_linear
-from .group import group_scatter_linear
-from .inplace import write_in_place
-from .outline import outline
+from ras_compile.passes.fusion.activation import fuse_linear_gelu
+from ras_compile.passes.fusion.attention import fuse_attention
+from ras_compile.passes.fusion.few_rows import FewRowsChoice, join_linears
+from ras_compile.passes.fusion.gather import fuse_gather_linear
+from ras_compile.passes.fusion.group import group_scatter_linear
+from ras_compile.passes.fusion.scatter import Fusion, fuse_scatter_linear
+from ras_compile.passes.lowering.functional import spell_writes
+from ras_compile.passes.lowering.inplace import write_in_place
+from ras_compile.passes.lowering.outline import outline
 
 
 def prepare(

@@ -1,26 +1,78 @@
 """Region-adaptive sampling for Diffusion Transformers as a torch.compile backend (RAS, arXiv 2502.10389)."""
 
-from ras_compile.attach import attach
-from ras_compile.config import ConfigError, RASConfig
-from ras_compile.explain import Explanation, explain
-from ras_compile.generation import generation
-from ras_compile.memory import release
-from ras_compile.notices import RASWarning
-from ras_compile.passes.errors import RASError, SpecViolation, UnsupportedGraph, UnusableInput
-from ras_compile.trace import trace
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ras_compile.config import RASConfig
+    from ras_compile.errors import ConfigError, RASError, RASWarning, SpecViolation, UnsupportedGraph, UnusableInput
+    from ras_compile.explanation import Explanation, explain
+    from ras_compile.history import trace
+    from ras_compile.pipelines.attach import Handle, attach
+    from ras_compile.sampling.clock import Generation, generation
+    from ras_compile.sampling.models import release
+    from ras_compile.sampling.records import Record
+    from ras_compile.sampling.selection import SelectionInfo
+
+    __version__: str
+
+# Where each public name is defined. Names are imported when they are first used: the package itself costs no time.
+_HOMES = {
+    "ConfigError": "errors",
+    "Explanation": "explanation",
+    "Generation": "sampling.clock",
+    "Handle": "pipelines.attach",
+    "RASConfig": "config",
+    "RASError": "errors",
+    "RASWarning": "errors",
+    "Record": "sampling.records",
+    "SelectionInfo": "sampling.selection",
+    "SpecViolation": "errors",
+    "UnsupportedGraph": "errors",
+    "UnusableInput": "errors",
+    "attach": "pipelines.attach",
+    "explain": "explanation",
+    "generation": "sampling.clock",
+    "release": "sampling.models",
+    "trace": "history",
+}
 
 __all__ = [
     "ConfigError",
     "Explanation",
+    "Generation",
+    "Handle",
     "RASConfig",
     "RASError",
     "RASWarning",
+    "Record",
+    "SelectionInfo",
     "SpecViolation",
     "UnsupportedGraph",
     "UnusableInput",
+    "__version__",
     "attach",
     "explain",
     "generation",
     "release",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("ras_compile")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

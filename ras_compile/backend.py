@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
-from .blocks import feeds_a_block, why_block
-from .callers import LIBRARIES, compiled_call, holder, is_call, receiver
-from .clock import present_call
-from .compiling import compiling
-from .config import ConfigError, RASConfig
-from .family import Families
-from .generation import reached
-from .inner import Compiled, compile_inner, start_workers
-from .inputs import describe_inputs, find_timestep
-from .notices import warn_once
-from .numbers import as_tensors, number_positions
-from .passes.errors import SpecViolation, UnsupportedGraph
-from .plan import Plan
-from .registry import Part
-from .steps import run_step
-from .traced import falling_back, places_given, take_over
+from ras_compile.capture.inputs import describe_inputs, find_timestep
+from ras_compile.capture.numbers import as_tensors, number_positions
+from ras_compile.config import RASConfig
+from ras_compile.dispatch.callers import LIBRARIES, compiled_call, holder, is_call, receiver
+from ras_compile.dispatch.traced import falling_back, places_given, take_over
+from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
+from ras_compile.execute.compiling import compiling
+from ras_compile.execute.inner import Compiled, compile_inner, start_workers
+from ras_compile.notices import warn_once
+from ras_compile.plans.family import Families
+from ras_compile.plans.plan import Plan
+from ras_compile.sampling.blocks import feeds_a_block, why_block
+from ras_compile.sampling.clock import present_call
+from ras_compile.sampling.registry import Part
+from ras_compile.sampling.state import reached
+from ras_compile.sampling.steps import run_step
 
 log = logging.getLogger(__name__)
 # breaks that were told, by class, file and line: the parts behind one say no more

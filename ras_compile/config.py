@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from ras_compile.passes.errors import RASError
+from ras_compile.errors import ConfigError
 
-__all__ = ["MODES", "RUNTIME_OPTIONS", "ConfigError", "RASConfig", "is_whole"]
+__all__ = ["MODES", "RUNTIME_OPTIONS", "RASConfig", "is_whole"]
 
 # Options that no compiled program depends on: each generation may have others, see `RASConfig.with_runtime`.
 RUNTIME_OPTIONS = (
@@ -35,10 +35,6 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 # This very object says that nobody gave a ratio: any other 0.5 is a choice, which a target speed-up contradicts.
 _RATIO = float("0.5")
-
-
-class ConfigError(RASError, ValueError):
-    """An option that does not exist or a value that is not allowed; the text lists what is."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 import warnings
 
-__all__ = ["RASWarning", "warn_once"]
+from ras_compile.errors import RASWarning
+
+__all__ = ["reset", "warn_once"]
 
 _said: set[str] = set()
 _lock = threading.Lock()
-
-
-class RASWarning(UserWarning):
-    """Something runs dense, or costs more than it must; the picture is right all the same."""
 
 
 def warn_once(message: str, *, stacklevel: int = 3) -> None:
@@ -22,3 +20,9 @@ def warn_once(message: str, *, stacklevel: int = 3) -> None:
             return
         _said.add(message)
     warnings.warn(message, RASWarning, stacklevel=stacklevel)
+
+
+def reset() -> None:
+    """Forget what has been said: the next warning of each kind is shown again."""
+    with _lock:
+        _said.clear()

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+pytest.register_assert_rewrite("properties")
+
 
 def pytest_configure():
     # Graphs are full of cycles: to look for them at every 700th object took 8 % of the time.

@@ -7,67 +7,20 @@ import warnings
 
 import pytest
 import torch
+from tiny import EAGER, LATENT, TEXT, TinyDiT, kinds, model, run
 from torch import nn
 
 import ras_compile
-import ras_compile.notices
-import ras_compile.plan
-from ras_compile.passes.errors import UnsupportedGraph
-
-
-class TinyDiT(nn.Module):
-    """A DiT in a few lines, `[B, 4, H, W] -> [B, 4, H, W]`, with patches of two and text in the joint sequence."""
-
-    def __init__(self, width: int = 16, layers: int = 2) -> None:
-        super().__init__()
-        self.patch, self.text = nn.Conv2d(4, width, 2, 2), nn.Linear(6, width)
-        self.time, self.head = nn.Linear(8, width), nn.Linear(width, 16)
-        self.qkv = nn.ModuleList([nn.Linear(width, 3 * width) for _ in range(layers)])
-        self.mlp = nn.ModuleList([nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(layers)])
-        self.frequencies = nn.Buffer(torch.exp(-torch.arange(8) / 8.0))
-
-    def forward(self, hidden_states, timestep, text):
-        height, width = hidden_states.shape[-2] // 2, hidden_states.shape[-1] // 2
-        emb = self.time(
-            (self.frequencies * (timestep if isinstance(timestep, (int, float)) else timestep[:, None])).sin()
-        )
-        x = torch.cat([self.text(text), self.patch(hidden_states).flatten(2).transpose(1, 2)], 1)
-        x = x + (emb if emb.ndim == 1 else emb[:, None])
-        for qkv, mlp in zip(self.qkv, self.mlp, strict=True):
-            q, k, v = qkv(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + mlp(x)
-        x = self.head(x[:, text.shape[1] :]).unflatten(1, (height, width)).unflatten(3, (2, 2, 4))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-
-EAGER = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "reset_interval": None}
+import ras_compile.plans.plan
+from ras_compile import notices
+from ras_compile.errors import UnsupportedGraph
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
-    ras_compile.notices._said.clear()
+    notices.reset()
     torch.manual_seed(0)
-
-
-def model() -> TinyDiT:
-    return TinyDiT().eval()
-
-
-def run(compiled, latent, text, steps=6, time=lambda step, steps: torch.full((1,), 1 - step / steps)):
-    """A plain Euler loop; returns the last latent."""
-    with torch.no_grad():
-        for step in range(steps):
-            latent = latent - compiled(latent, time(step, steps).expand(len(latent)), text) / steps
-    return latent
-
-
-def kinds(compiled) -> str:
-    return "".join(record.kind[0] for record in ras_compile.trace(compiled))
-
-
-LATENT, TEXT = torch.randn(2, 4, 8, 12), torch.randn(2, 3, 6)
 
 
 def test_by_its_name_alone():
@@ -279,7 +232,7 @@ def test_explain_says_why():
     assert told.supported and told.tokens == 24 and told.grid == (4, 6) and told.context == (3,)
     assert len(told.splices) == 5 and 1 < told.speedup(0.5) < told.speedup(0.25)
     assert told.speedup(told.ratio_for(1.3)) == pytest.approx(1.3, rel=0.05)
-    assert "test_backend.py" in str(told.splices[0].source) and "24 tokens" in str(told)
+    assert "tiny.py" in str(told.splices[0].source) and "24 tokens" in str(told)
     with pytest.raises(ValueError, match="out of reach"):
         told.ratio_for(50)
     refused = ras_compile.explain(Prior().eval(), hidden_states=torch.randn(2, 8))
@@ -324,7 +277,7 @@ def test_a_context_that_cannot_be_frozen_is_computed_afresh_with_one_warning(mon
         if sparse.live is not None:
             raise UnsupportedGraph("an op that wants all of it")
 
-    monkeypatch.setattr(ras_compile.plan, "check_sparse", check)
+    monkeypatch.setattr(ras_compile.plans.plan, "check_sparse", check)
     plain = model()
     compiled = torch.compile(plain, backend="ras", options={**EAGER, "context": "frozen"})
     with pytest.warns(UserWarning, match="cannot be frozen: an op that wants all of it"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ras_compile import RASConfig, RASError
-from ras_compile.clock import Generation
+from ras_compile.sampling.clock import Generation
 
 
 def test_defaults_are_the_documented_ones():

@@ -24,11 +24,11 @@ from sizes import MODELS, SIZES, Workload, build, sample
 from ways import Setup, Way, set_up
 
 from ras_compile.backend import CompiledGraph
-from ras_compile.cudagraphs import ProgramGraphs, Slot
-from ras_compile.generation import TransformerState
-from ras_compile.plan import Plan
-from ras_compile.replay import Replayed
-from ras_compile.rows import RowChooser
+from ras_compile.execute.cudagraphs import ProgramGraphs, Slot
+from ras_compile.execute.replay import Replayed
+from ras_compile.plans.plan import Plan
+from ras_compile.sampling.rows import RowChooser
+from ras_compile.sampling.state import TransformerState
 
 __all__ = ["main"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from ras_compile.cudagraphs import Graph
+from ras_compile.execute.cudagraphs import Graph
 
 __all__ = ["LAUNCHES", "HostClock", "Marks", "Memory", "Sections", "null_backend", "synchronising", "weight_bytes"]
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import ras_compile
 from ras_compile.config import RUNTIME_OPTIONS
-from ras_compile.passes.cost import ACTIVE, Cost
-from ras_compile.passes.errors import RASError
+from ras_compile.errors import RASError
+from ras_compile.passes.analysis.cost import ACTIVE, Cost
 
 COMPARED = ("alignment", "accuracy", "psnr", "ssim", "psnr_exact")  # picture by picture, with the default's
 PROMPT_SEED, REAL_SEED, FLOOR_SEED = 2024, 1, 2

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ras_compile.config import RASConfig
-from ras_compile.selection import SelectionInfo
+from ras_compile.sampling.selection import SelectionInfo
 
 STEPS = (3, 4, 5, 7, 10, 14, 20, 28)  # of the dense baselines
 REFERENCE_STEPS, EXACT_STEPS = 28, 200

@@ -1,6 +1,16 @@
 """One file per op family; importing this package fills the registry."""
 
-from . import attention, concatenation, contraction, convolution, indexing, pointwise, reduction, resampling, views
+from ras_compile.passes.rules import (
+    attention,
+    concatenation,
+    contraction,
+    convolution,
+    indexing,
+    pointwise,
+    reduction,
+    resampling,
+    views,
+)
 
 __all__ = [
     "attention",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..layout import Atom, Dim, Exclude, Layout, Unbatch, atoms_of, opaque
-from ..registry import Call, Gather, Step, Use, rule_for
-from .contraction import counts_samples, region_atoms, smaller
-from .pointwise import dense_use
+from ras_compile.passes.algebra.layout import Atom, Dim, Exclude, Layout, Unbatch, atoms_of, opaque
+from ras_compile.passes.rules.contraction import counts_samples, region_atoms, smaller
+from ras_compile.passes.rules.pointwise import dense_use
+from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ..layout import (
+from ras_compile.passes.algebra.layout import (
     Axis,
     Concat,
     Dim,
@@ -23,11 +23,11 @@ from ..layout import (
     opaque,
     opaque_or_empty,
 )
-from ..registry import Call, Gather, Step, Use, rule_for
-from .contraction import counts_samples, grid_atoms, region_atoms, smaller
-from .convolution import cut_patch
-from .pointwise import broadcast, dense_use, rows_or_gather
-from .views import only_layout
+from ras_compile.passes.rules.contraction import counts_samples, grid_atoms, region_atoms, smaller
+from ras_compile.passes.rules.convolution import cut_patch
+from ras_compile.passes.rules.pointwise import broadcast, dense_use, rows_or_gather
+from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
+from ras_compile.passes.rules.views import only_layout
 
 aten = torch.ops.aten
 

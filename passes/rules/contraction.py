@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..layout import Atom, Axis, Dim, Exclude, Layout, Unbatch, atoms_of, dim_size, opaque
-from ..registry import Call, Gather, Step, Use, rule_for
-from .pointwise import dense_use
+from ras_compile.passes.algebra.layout import Atom, Axis, Dim, Exclude, Layout, Unbatch, atoms_of, dim_size, opaque
+from ras_compile.passes.rules.pointwise import dense_use
+from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
 
 aten = torch.ops.aten
 

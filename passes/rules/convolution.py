@@ -6,9 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import Axis, Dim, Exclude, Factor, Layout, Refine, Unbatch, atoms_of, dim_size, normal, opaque
-from ..registry import Call, Step, rule_for
-from .contraction import counts_samples, region_atoms
+from ras_compile.passes.algebra.layout import (
+    Axis,
+    Dim,
+    Exclude,
+    Factor,
+    Layout,
+    Refine,
+    Unbatch,
+    atoms_of,
+    dim_size,
+    normal,
+    opaque,
+)
+from ras_compile.passes.rules.contraction import counts_samples, region_atoms
+from ras_compile.passes.rules.registry import Call, Step, rule_for
 
 aten = torch.ops.aten
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..layout import Layout, opaque
-from ..registry import Call, Step, rule_for
-from .contraction import grid_atoms
-from .pointwise import rows_or_gather
-from .views import only_layout
+from ras_compile.passes.algebra.layout import Layout, opaque
+from ras_compile.passes.rules.contraction import grid_atoms
+from ras_compile.passes.rules.pointwise import rows_or_gather
+from ras_compile.passes.rules.registry import Call, Step, rule_for
+from ras_compile.passes.rules.views import only_layout
 
 aten = torch.ops.aten
 

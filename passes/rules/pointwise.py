@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ..layout import Dim, Layout, atoms_of, dim_size, opaque
-from ..registry import RULES, Call, Gather, Step, Use, rule_for
+from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, dim_size, opaque
+from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, rule_for
 
 aten = torch.ops.aten
 

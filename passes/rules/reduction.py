@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import Layout, opaque
-from ..registry import Call, Step, rule_for
-from .contraction import grid_atoms
-from .views import only_layout
+from ras_compile.passes.algebra.layout import Layout, opaque
+from ras_compile.passes.rules.contraction import grid_atoms
+from ras_compile.passes.rules.registry import Call, Step, rule_for
+from ras_compile.passes.rules.views import only_layout
 
 aten = torch.ops.aten
 

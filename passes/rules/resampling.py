@@ -6,12 +6,12 @@ import re
 
 import torch
 
-from ..errors import UnsupportedGraph
-from ..layout import Axis, Dim, Exclude, Layout, ViewError, dim_size, opaque
-from ..registry import Call, Step, rule_for
-from .contraction import counts_samples, grid_atoms, region_atoms
-from .convolution import cut_patch, enlarged, per_dim
-from .views import only_layout
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.algebra.layout import Axis, Dim, Exclude, Layout, ViewError, dim_size, opaque
+from ras_compile.passes.rules.contraction import counts_samples, grid_atoms, region_atoms
+from ras_compile.passes.rules.convolution import cut_patch, enlarged, per_dim
+from ras_compile.passes.rules.registry import Call, Step, rule_for
+from ras_compile.passes.rules.views import only_layout
 
 aten = torch.ops.aten
 

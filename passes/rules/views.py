@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..layout import Axis, Layout, Sizes, ViewError, atoms_of, opaque
-from ..registry import Call, Step, Use, rule_for
-from .contraction import grid_atoms
+from ras_compile.passes.algebra.layout import Axis, Layout, Sizes, ViewError, atoms_of, opaque
+from ras_compile.passes.rules.contraction import grid_atoms
+from ras_compile.passes.rules.registry import Call, Step, Use, rule_for
 
 aten = torch.ops.aten
 

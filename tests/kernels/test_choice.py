@@ -82,7 +82,7 @@ def test_a_group_is_weighed_against_the_best_form_of_each_member(monkeypatch):
 @pytest.mark.parametrize("inside", [True, False], ids=["norm and rotary embedding", "plain"])
 def test_what_a_pass_beats_is_weighed_against_inductor(monkeypatch, inside):
     """Where there is a norm or a rotary embedding: no pass does without what they cost. The answer is right, too."""
-    args = choice._real_arguments([site("cpu") if inside else choice.filled(site("cpu")[:6])])
+    args = choice.real_arguments([site("cpu") if inside else choice.filled(site("cpu")[:6])])
     ran, answers = [], []
 
     def milliseconds(run):
@@ -97,7 +97,7 @@ def test_what_a_pass_beats_is_weighed_against_inductor(monkeypatch, inside):
         ((4.0, float("inf")), (5.0, 4.0)),  # Inductor refuses
     ):
         ran[:], answers[:] = [], [5.0, of_pass, of_inductor]
-        assert choice._fused_and_plain(args) == expected
+        assert choice.fused_and_plain(args) == expected
     if not inside:
         assert len(ran) == 2
         return
@@ -123,8 +123,8 @@ class TestOnCUDA:
 
     def test_measured_once_and_for_all_processes(self, monkeypatch):
         ran = []
-        real = choice._fused_and_plain
-        monkeypatch.setattr(choice, "_fused_and_plain", lambda ops: ran.append(ops) or real(ops))
+        real = choice.fused_and_plain
+        monkeypatch.setattr(choice, "fused_and_plain", lambda ops: ran.append(ops) or real(ops))
         answer = pays([site("cuda"), site("cuda", A=40)])
         assert len(ran) == 2 and pays([site("cuda"), site("cuda", A=40)]) is answer
         timings.cache_clear()  # as a new process
@@ -135,7 +135,7 @@ class TestOnCUDA:
         args = site("cuda")
         pays([args])
         monkeypatch.setattr(importlib.import_module("ras_compile.kernels.tiles"), "milliseconds", None)
-        (real,) = choice._real_arguments([args])
+        (real,) = choice.real_arguments([args])
         scatter_linear(*real)
 
     def test_kernels_of_several_choices_are_built_before_one_is_timed(self):
@@ -159,7 +159,7 @@ class TestOnCUDA:
         timings.cache_clear()  # as a new process
         assert pays_grouped([[keys], [text]], [linear]) is answer and len(ran) == 1
         monkeypatch.setattr(importlib.import_module("ras_compile.kernels.tiles"), "milliseconds", None)
-        members = choice._real_arguments([keys, text, choice.filled(linear)])
+        members = choice.real_arguments([keys, text, choice.filled(linear)])
         grouped_scatter_linear(*map(list, zip(*members, strict=True)))
 
     def test_measuring_leaves_the_random_numbers_alone(self):

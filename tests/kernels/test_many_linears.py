@@ -196,9 +196,9 @@ def test_no_more_is_measured_than_needed(monkeypatch):
     monkeypatch.setattr(choice, "ManyLaunch", Launch)
     monkeypatch.setattr(choice, "milliseconds", lambda run: 1.0)
     x, sizes = torch.randn(2, 10), Counter({(8, True): 12, (4, False): 8, (2, True): 1})
-    assert choice._measure_many(x, sizes) == (math.inf, 1.0)
+    assert choice.measure_many(x, sizes) == (math.inf, 1.0)
     monkeypatch.setattr(choice, "MEASURED_BYTES", sum(N * count for (N, _), count in sizes.items()) * 10 * 4 // 4)
-    choice._measure_many(x, sizes)
+    choice.measure_many(x, sizes)
     assert made == [sorted(sizes.elements()), [(2, True)] + [(4, False)] * 2 + [(8, True)] * 3]
 
 
@@ -218,8 +218,8 @@ class TestOnCUDA:
         check(*self.given(dtype=dtype))
 
     def test_measured_once_and_for_all_processes(self, monkeypatch):
-        ran, real = [], choice._measure_many
-        monkeypatch.setattr(choice, "_measure_many", lambda *sizes: ran.append(sizes) or real(*sizes))
+        ran, real = [], choice.measure_many
+        monkeypatch.setattr(choice, "measure_many", lambda *sizes: ran.append(sizes) or real(*sizes))
         given = self.given()
         answer = many_pays(*given)
         timings.cache_clear()  # as a new process

@@ -1,0 +1,124 @@
+"""The token view of a value that carries the region: `b c (h p) (w q) -> b (h w) (p q) c`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """A function from a tensor to ``[B, N, P, C]``: samples, tokens, pixels of a patch, channels; see :func:`token_view`.
+
+    Attributes:
+        cuts: ``(dim, start, length)`` of the region's segment, where it stands beside others.
+        token_dims: the tensor's dimensions that hold tokens.
+        exploded: the sizes of the tensor's factors.
+        order: the order in which the view takes them.
+        shape: ``(B, N, P)``.
+        channels: how many channels are viewed; None for all.
+    """
+
+    cuts: tuple[tuple[int, int, int], ...]
+    token_dims: frozenset[int]
+    exploded: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, int, int]
+    channels: int | None
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self._opened(value).reshape(*self.shape, -1)[..., : self.channels]
+
+    def cut(self, value: Tensor) -> Tensor:
+        """The region's segment alone, as :attr:`uncut` views it."""
+        for dim, start, length in self.cuts:
+            value = value.narrow(dim, start, length)
+        return value
+
+    @cached_property
+    def uncut(self) -> TokenView:
+        """The view of the region's segment alone: where it stands beside others may differ from prompt to prompt."""
+        return replace(self, cuts=()) if self.cuts else self
+
+    def write(self, value: Tensor, tokens: Tensor) -> None:
+        """Writes ``tokens`` [B, N, P, C] into ``value``: what was left out of the view stays as it is."""
+        opened = self._opened(value)
+        behind = opened.reshape(*self.shape, -1)[..., tokens.shape[-1] :]
+        opened.copy_(torch.cat([tokens.to(value.dtype), behind], -1).view(opened.shape))
+
+    def _opened(self, value: Tensor) -> Tensor:
+        """A view of ``value`` with one dimension for each factor: samples, tokens, pixels, channels."""
+        return self.cut(value).view(self.exploded).permute(self.order)
+
+
+def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> TokenView:
+    """Makes a function from a tensor with ``layout`` to ``[B, N, P, C]``: samples, tokens, pixels of a patch, channels.
+
+    Factors beside the region in its own dimensions are the pixels, all others are channels; a packed token has one pixel.
+
+    Args:
+        channels: only the first so many channels are viewed (a learned variance behind the noise is left out).
+    """
+    region = [atom for atom, _ in frame.region]
+    dims, cuts = [], []
+    for index, dim in enumerate(layout.dims):
+        inside, cut = _segment(dim, region)
+        dims.append(inside)
+        if cut is not None:
+            cuts.append((index, *cut))
+    samples: list[int] = []
+    tokens: dict[Atom, int] = {}
+    pixels: list[int] = []
+    rest: list[int] = []
+    exploded: list[int] = []
+    for dim in dims:
+        beside = any(atom in region for atom in atoms_of(dim))
+        for axis in dim:
+            assert isinstance(axis, Axis)
+            place = len(exploded)
+            exploded.append(axis.size)
+            if axis.atom is not None and axis.atom == frame.batch:
+                samples.append(place)
+            elif axis.atom in region:
+                tokens[axis.atom] = place
+            else:
+                (pixels if beside else rest).append(place)
+    if len(tokens) != len(region):
+        raise UnsupportedGraph(f"an output, {layout}, that has only a part of the token grid")
+    order = [*samples, *(tokens[atom] for atom in region), *pixels, *rest]
+    patch = math.prod(exploded[place] for place in pixels)
+
+    holding = frozenset(index for index, dim in enumerate(layout.dims) if set(region) & set(atoms_of(dim)))
+    return TokenView(
+        tuple(cuts), holding, tuple(exploded), tuple(order), (frame.samples, frame.tokens, patch), channels
+    )
+
+
+def _segment(dim: Dim, region: list) -> tuple[Dim, tuple[int, int] | None]:
+    """The segment of a dimension that holds the region, and where it stands; the dimension itself if it has none."""
+    if len(dim) == 1 and isinstance(dim[0], Concat):
+        start = 0
+        for segment in dim[0].segments:
+            size = math.prod(factor.size for factor in segment)
+            if any(atom in region for atom in atoms_of(segment)):
+                return normal(segment), (start, size)
+            start += size
+    if any(isinstance(factor, Concat) for factor in dim):
+        raise UnsupportedGraph("an output whose tokens stand in segments that are repeated or split")
+    return dim, None
+
+
+def channel_count(layout: Layout, frame: Frame) -> int:
+    """C of the token view of a value with ``layout``."""
+    region = {atom for atom, _ in frame.region}
+    beside = [dim for dim in layout.dims if not region & set(atoms_of(dim))]
+    return math.prod(
+        dim_size(f for f in dim if not (isinstance(f, Axis) and f.atom and f.atom == frame.batch)) for dim in beside
+    )

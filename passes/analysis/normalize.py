@@ -1,0 +1,161 @@
+"""Small rewrites that leave one spelling for one thing, before layouts are propagated."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ras_compile.passes import rules  # noqa: F401  (fills the registry)
+from ras_compile.passes.analysis.layers import LAYERS
+from ras_compile.passes.rules.pointwise import is_pointwise
+from ras_compile.passes.rules.registry import RULES, Call, operands
+
+aten = torch.ops.aten
+
+
+def normalize(graph: fx.Graph) -> None:
+    """Drops assertions and dead code, spells out ops that have no rule, and causal attention as a mask.
+
+    (In the sparse world the queries are not all there.) A mask that hides nothing goes: with one, attention takes a slower
+    kernel.
+    """
+    spelled = True
+    while spelled:  # what an op is spelled with may have no rule, either
+        spelled = sum(spell_out(graph, node) for node in list(graph.nodes) if node.op == "call_function") > 0
+    for node in list(graph.nodes):
+        if is_assertion(node):
+            graph.erase_node(node)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            spell_causal_mask(graph, node)
+            drop_open_mask(node)
+    graph.eliminate_dead_code()
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """Whether one of PyTorch's ops only looks at values, and raises: it returns nothing, and writes nothing."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    return not target._schema.returns and not target._schema.is_mutable
+
+
+def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
+    """An op that has no rule, and that PyTorch or `layers.py` puts together from others: those others take its place.
+
+    `tensordot(x, w)  ->  reshape, mm, reshape`
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target in RULES or is_pointwise(target):
+        return False
+    layer = LAYERS.get(target)
+    if layer is None and not target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        return False
+    given = operands(node)
+    if not given or not all(isinstance(operand.meta.get("val"), torch.Tensor) for operand in given):
+        return False
+
+    def run(*values: torch.Tensor) -> Any:
+        left = iter(values)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: next(left))
+        return (layer or target)(*args, **kwargs)
+
+    with torch.no_grad(), given[0].meta["val"].fake_mode:
+        # tracing tells its inputs apart by the object, and equal nodes may share a fake tensor
+        apart = [operand.meta["val"].detach() for operand in given]
+        parts = make_fx(run, pre_dispatch=layer is not None)(*apart).graph
+    calls = [part for part in parts.nodes if part.op == "call_function"]
+    if any(part.op == "get_attr" for part in parts.nodes) or any(
+        not isinstance(part.target, torch._ops.OpOverload) or part.target is target or part.target._schema.is_mutable
+        for part in calls
+        if part.target is not operator.getitem
+    ):
+        return False
+    env = dict(zip(parts.find_nodes(op="placeholder"), given, strict=True))
+    with graph.inserting_before(node):
+        for part in calls:
+            new = env[part] = graph.node_copy(part, lambda operand: env[operand])
+            for key in ("stack_trace", "nn_module_stack"):
+                if key in node.meta:
+                    new.meta[key] = node.meta[key]
+    (result,) = next(iter(reversed(parts.nodes))).args
+    if isinstance(result, (tuple, list)):
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                return False
+            user.replace_all_uses_with(env[result[user.args[1]]])  # type: ignore[index]
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(env[result])  # type: ignore[index]
+    graph.erase_node(node)
+    return True
+
+
+def spell_causal_mask(graph: fx.Graph, node: fx.Node) -> None:
+    """`sdpa(q, k, v, is_causal=True)  ->  sdpa(q, k, v, tril(ones(l, s)))`"""
+    call = Call(node, {}, None)  # type: ignore[arg-type]
+    if not call.args["is_causal"]:
+        return
+    query, key = (call.args[name].meta["val"] for name in ("query", "key"))
+    with graph.inserting_before(node), query.fake_mode:
+        shape = [query.shape[-2], key.shape[-2]]
+        ones = graph.call_function(aten.ones.default, (shape,), {"dtype": torch.bool, "device": query.device})
+        mask = graph.call_function(aten.tril.default, (ones,))
+        for made in (ones, mask):
+            made.meta["val"] = torch.empty(shape, dtype=torch.bool, device=query.device)
+    _, node.args, node.kwargs = call.with_args(attn_mask=mask, is_causal=False)
+
+
+def drop_open_mask(node: fx.Node) -> None:
+    """`sdpa(q, k, v, ones(...))  ->  sdpa(q, k, v)`, where the mask depends on no input: no weight, no argument."""
+    call = Call(node, {}, None)  # type: ignore[arg-type]
+    mask = call.args["attn_mask"]
+    if mask is not None and is_open(mask):
+        _, node.args, node.kwargs = call.with_args(attn_mask=None)
+
+
+def is_open(mask: fx.Node) -> bool:
+    """Whether a mask hides nothing and depends on no input. At another length of the context it may hide something."""
+    value = constant(mask)
+    if value is None or value.is_meta:  # a meta tensor has no entries to look at
+        return False
+    value = value[
+        tuple(
+            0 if stride == 0 and size else slice(None) for size, stride in zip(value.shape, value.stride(), strict=True)
+        )
+    ]
+    return bool(value.all() if value.dtype is torch.bool else (value == 0).all())
+
+
+LARGEST_CONSTANT = 2**28  # bytes: what is larger is not computed at compile time
+
+
+def constant(node: fx.Node) -> torch.Tensor | None:
+    """The value of a node that is computed from no placeholder, not at random, and not from large tensors; else None."""
+    found: dict[fx.Node, None] = {}
+    left = [node]
+    while left:
+        one = left.pop()
+        if one in found:
+            continue
+        target = one.target
+        if one.op != "call_function" or not (isinstance(target, torch._ops.OpOverload) or target is operator.getitem):
+            return None
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            return None
+        value = one.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > LARGEST_CONSTANT:
+            return None
+        found[one] = None
+        left += one.all_input_nodes
+    known: dict[fx.Node, Any] = {}
+    with _disable_current_modes(), torch.no_grad():
+        for one in node.graph.nodes:
+            if one in found:
+                args, kwargs = fx.node.map_arg((one.args, one.kwargs), known.__getitem__)
+                known[one] = one.target(*args, **kwargs)
+    return known[node]

@@ -1,0 +1,123 @@
+"""Linears of a few rows that read the same input become one launch: the modulations of all blocks.
+
+    m_0 = linear(silu(t), w_0, b_0)        # t [B, K], in each block, where it is needed
+    ...
+    m_1 = linear(silu(t), w_1, b_1)
+
+becomes
+
+    s = silu(t)
+    m_0, m_1 = ras_compile::many_linears(s, [w_0, w_1], [b_0, b_1])
+
+because each of them only waits for its weight to arrive, and all can be computed as soon as their input is there. What every
+block computes again from the same values counts as the same input.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ras_compile.passes.fusion.group import movable
+
+aten = torch.ops.aten
+own = torch.ops.ras_compile
+ROWS = 16  # rows of an input, at most
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Views that keep the order of the rows.
+RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+
+Parameters = tuple[fx.Node, fx.Node | None]  # weight and bias
+# Asked with the input, the weights and the biases of a launch (fake tensors): is it worth it?
+FewRowsChoice = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None]], bool]
+
+
+def join_linears(graph: fx.Graph, pays: FewRowsChoice | None, dtypes: Sequence[torch.dtype] = DTYPES) -> int:
+    """Joins the linears of at most 16 rows that read the same input; returns how many launches there are of several.
+
+    It does not fire where a weight is computed in the graph, or where dtypes differ (a custom op is not under autocast).
+
+    Args:
+        pays: says of a launch whether it is faster than its linears one by one; None: nothing is joined.
+    """
+    if pays is None:
+        return 0
+    first = equals(graph)
+    readers: dict[fx.Node, dict[Parameters, list[fx.Node]]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+        if fits(node, dtypes):
+            x, weight, bias = (*node.args, None)[:3]
+            readers.setdefault(source(x, first), {}).setdefault((weight, bias), []).append(node)
+    count = 0
+    for x, members in reversed(readers.items()):  # what reads a member's result goes first: its input is still there
+        weights, biases = zip(*members, strict=True)
+        if len(members) > 1 and pays(*fx.node.map_arg((x, weights, biases), lambda operand: operand.meta["val"])):
+            join(graph, x, members)
+            count += 1
+    graph.eliminate_dead_code()
+    return count
+
+
+def few(value: object) -> bool:
+    """Whether this is a matrix of at most 16 rows, in any number of dimensions."""
+    return isinstance(value, Tensor) and value.ndim > 0 and 0 < value.numel() <= ROWS * value.shape[-1]
+
+
+def equals(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each node of few rows the first one that computes the same from the same values, wherever it stands."""
+    first: dict[fx.Node, fx.Node] = {}
+    known: dict[object, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and few(node.meta.get("val")) and movable(node):
+            operands = fx.node.map_arg((node.args, node.kwargs), lambda operand: first.get(operand, operand))
+            first[node] = known.setdefault((node.target, str(operands)), node)
+    return first
+
+
+def fits(linear: fx.Node, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether a linear may be a member: few rows, and parameters that are there from the beginning."""
+    x, *parameters = [operand for operand in linear.args if operand is not None]
+    values = [operand.meta["val"] for operand in (linear, x, *parameters)]
+    kinds = {value.dtype for value in values}
+    there = all(operand.op == "placeholder" and operand.meta["val"].is_contiguous() for operand in parameters)
+    return few(values[1]) and there and len(kinds) == 1 and kinds <= set(dtypes) and movable(linear)
+
+
+def source(x: fx.Node, first: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The first node that computes the same rows."""
+    while True:
+        x = first.get(x, x)
+        if x.target not in RESHAPES or x.meta["val"].shape[-1] != x.args[0].meta["val"].shape[-1]:
+            return x
+        x = x.args[0]  # type: ignore[assignment]
+
+
+def join(graph: fx.Graph, x: fx.Node, members: dict[Parameters, list[fx.Node]]) -> None:
+    """Writes the launch behind its input, and takes the linears away."""
+    place = x.next if x.op == "call_function" else next(n for n in graph.nodes if n.op == "call_function")
+    weights, biases = map(list, zip(*members, strict=True))
+    kinds = [linears[0].meta for linears in members.values()]
+    values = [meta["val"].new_empty(*x.meta["val"].shape[:-1], meta["val"].shape[-1]) for meta in kinds]
+    with graph.inserting_before(place):
+        launch = graph.call_function(own.many_linears.default, (x, weights, biases))
+        launch.meta = {**kinds[0], "val": values}
+        results = [graph.call_function(operator.getitem, (launch, index)) for index in range(len(members))]
+    for linears, result, meta, value in zip(members.values(), results, kinds, values, strict=True):
+        result.meta = {**meta, "val": value}
+        for linear in linears:
+            shown = result
+            if value.shape != linear.meta["val"].shape:  # made where the linear stood: repeated blocks stay alike
+                with graph.inserting_before(linear):
+                    shown = graph.call_function(aten.view.default, (result, list(linear.meta["val"].shape)))
+                shown.meta = {**linear.meta}
+            linear.replace_all_uses_with(shown)
+            graph.erase_node(linear)

@@ -1,0 +1,71 @@
+"""Making graphs: nodes that carry what they give on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.rules.registry import source_line
+
+
+class Emitter:
+    """Appends nodes to a new graph and runs each one on fake tensors, so that it carries ``meta["val"]``."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.graph, self.mode = fx.Graph(), mode
+        self.origin: fx.Node | None = None
+        self._known: dict[tuple[Callable, str], Any] = {}
+
+    def placeholder(self, name: str, value: torch.Tensor) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def __call__(self, target: Callable, *args, **kwargs) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        try:
+            node.meta["val"] = self._value(target, args, kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            source = None if self.origin is None else source_line(self.origin)
+            reason = f"{target} cannot run at the sparse sizes: {str(error).splitlines()[0]}"
+            raise UnsupportedGraph(reason, op=str(target), source=source) from error
+        if self.origin is not None:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in self.origin.meta:
+                    node.meta[key] = self.origin.meta[key]
+            node.meta["dense"] = self.origin.name
+        return node
+
+    def _value(self, target: Callable, args: tuple, kwargs: dict) -> Any:
+        """The op's fake result. Layers repeat: what an op that writes nowhere gave on such operands, it gives again."""
+        fake = isinstance(self.mode, FakeTensorMode)  # the values of real tensors differ
+        repeats = fake and isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+        key = target, repr(fx.node.map_arg((args, kwargs), lambda operand: described(operand.meta["val"])))
+        if repeats and key in self._known:
+            return self._known[key]
+        values = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
+        with self.mode, torch.no_grad():
+            result = target(*values[0], **values[1])
+        if repeats:
+            self._known[key] = result
+        return result
+
+
+def described(value: Any) -> Any:
+    """All that an op's fake result may depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.stride(), value.storage_offset(), value.device
+    return [described(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+            return value.fake_mode
+    raise UnsupportedGraph("a graph without tensors")

@@ -1,0 +1,209 @@
+"""Where the active rows stand in a tensor: index tensors for gathers and splices, built from `rows` [B, A]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of
+
+aten = torch.ops.aten
+Emit = Callable[..., fx.Node]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How to address the sparse form of a tensor inside its whole form.
+
+    Attributes:
+        dims: the dimensions that are addressed by an index; the others are taken in full.
+        indices: one index tensor per entry of ``dims``; together they broadcast to the sparse sizes of ``dims``.
+        rank: number of dimensions of the tensor.
+    """
+
+    dims: tuple[int, ...]
+    indices: tuple[fx.Node, ...]
+    rank: int
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The permutation that brings the addressed dimensions to the front."""
+        return self.dims + tuple(dim for dim in range(self.rank) if dim not in self.dims)
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        return tuple(self.order.index(dim) for dim in range(self.rank))
+
+
+class PositionBuilder:
+    """Builds :class:`Positions` for layouts, each distinct one once.
+
+    Args:
+        frame: what is known of the latent.
+        sizes: the sparse sizes.
+        rows: node of the active rows, int64 [B, A].
+        emit: ``emit(target, *args, **kwargs)`` appends a node to the sparse graph.
+    """
+
+    def __init__(self, frame: Frame, sizes: Sizes, rows: fx.Node, emit: Emit) -> None:
+        self.frame, self.sizes, self.emit = frame, sizes, emit
+        self.region = [atom for atom, _ in frame.region]
+        self.weights = {
+            atom: math.prod(size for _, size in frame.region[index + 1 :])
+            for index, (atom, _) in enumerate(frame.region)
+        }
+        self.device = rows.meta["val"].device
+        self.rows = rows if frame.batch is not None else emit(aten.select.int, rows, 0, 0)  # [B, A] or [A]
+        self.known: dict[tuple[Dim | None, ...], Positions] = {}
+
+    def of(self, layout: Layout) -> Positions:
+        """Positions of the active rows of a tensor with this layout.
+
+        Raises:
+            UnsupportedGraph: the tensor has lost the dimension that counts the samples.
+        """
+        marked = [index for index, dim in enumerate(layout.dims) if self._addressed(dim)]
+        key = tuple(dim if index in marked else None for index, dim in enumerate(layout.dims))
+        if key not in self.known:
+            self.known[key] = Positions(
+                tuple(marked), self._indices([layout.dims[m] for m in marked]), len(layout.dims)
+            )
+        return self.known[key]
+
+    def _addressed(self, dim: Dim) -> bool:
+        return any(atom in self.region or atom == self.frame.batch for atom in atoms_of(dim))
+
+    def _indices(self, dims: list[Dim]) -> tuple[fx.Node, ...]:
+        axes = [(place, axis) for place, dim in enumerate(dims) for axis in dim]  # every factor of every dimension
+        batch = next(
+            (k for k, (_, axis) in enumerate(axes) if isinstance(axis, Axis) and axis.atom == self.frame.batch), None
+        )
+        if self.frame.batch is None:
+            batch = None
+        elif batch is None:
+            raise UnsupportedGraph("tokens of different samples stand in one dimension; a batch of one is supported")
+        if not {atom for dim in dims for atom in atoms_of(dim)} >= set(self.region):
+            raise UnsupportedGraph("a value with a part of the token grid beside values with all of it")
+        lead = next(k for k, (_, axis) in enumerate(axes) if self.region[0] in atoms_of((axis,)))
+        extents = [self.sizes.dim((axis,)) for _, axis in axes]
+        return tuple(self._index(place, dims, axes, extents, batch, lead) for place in range(len(dims)))
+
+    def _index(
+        self, place: int, dims: list[Dim], axes: list, extents: list[int], batch: int | None, lead: int
+    ) -> fx.Node:
+        """The index along one dimension, of a shape that broadcasts to the sparse sizes of all addressed dimensions."""
+        terms: list[fx.Node] = []
+        needed = {place}
+        stride = math.prod(axis.size for axis in dims[place])
+        mine = [k for k, (where, _) in enumerate(axes) if where == place]
+        for run in self._runs([axes[k][1] for k in mine]):
+            group = [mine[k] for k in run]
+            count = math.prod(axes[k][1].size for k in group)
+            stride //= count
+            axis = axes[group[0]][1]
+            if isinstance(axis, Concat):
+                term = self._on(self._concat(axis), [batch, group[0]] if batch is not None else [group[0]], axes)
+                needed |= {axes[batch][0]} if batch is not None else set()
+            elif axis.atom in self.region:
+                digit = self._digit(axis.atom, axes[group[-1]][1].atom, count)
+                term = self._on(digit, [batch, lead] if batch is not None else [lead], axes)
+                needed |= {axes[lead][0]} | ({axes[batch][0]} if batch is not None else set())
+            else:
+                term = self._on(self._arange(axis.size), [group[0]], axes)
+            terms.append(term if stride == 1 else self.emit(aten.mul.Tensor, term, stride))
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.emit(aten.add.Tensor, total, term)
+        full = [extent if where in needed else 1 for extent, (where, _) in zip(extents, axes, strict=True)]
+        shape = [math.prod(e for e, (where, _) in zip(full, axes, strict=True) if where == d) for d in range(len(dims))]
+        if list(total.meta["val"].shape) != full:
+            total = self.emit(aten.expand.default, total, full)
+        return total if full == shape else self.emit(aten.reshape.default, total, shape)
+
+    def _runs(self, factors: list) -> list[list[int]]:
+        """Groups neighbouring region atoms that follow each other in the region's order: one digit serves them all."""
+        runs: list[list[int]] = []
+        for index, factor in enumerate(factors):
+            last = factors[index - 1] if index else None
+            follows = (
+                isinstance(factor, Axis) and factor.atom in self.region and isinstance(last, Axis) and last.atom in self.region
+                and self.region.index(factor.atom) == self.region.index(last.atom) + 1
+            )  # fmt: skip
+            if follows:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        return runs
+
+    def _digit(self, first: Atom, last: Atom, count: int) -> fx.Node:
+        """Index of every active row in a run of region atoms, of the shape of ``self.rows``."""
+        value, weight = self.rows, self.weights[last]
+        if weight > 1:
+            value = self.emit(aten.div.Tensor_mode, value, weight, rounding_mode="floor")
+        if first != self.region[0]:
+            value = self.emit(aten.remainder.Scalar, value, count)
+        return value
+
+    def _arange(self, size: int) -> fx.Node:
+        return self.emit(aten.arange.default, size, dtype=torch.int64, device=self.device)
+
+    def _on(self, value: fx.Node, places: list, axes: list) -> fx.Node:
+        """Puts the dimensions of ``value`` at ``places`` among all axes; the others have one entry."""
+        if list(places) != sorted(places):
+            value, places = self.emit(aten.permute.default, value, [1, 0]), sorted(places)
+        shape = [1] * len(axes)
+        for place, size in zip(places, value.meta["val"].shape, strict=True):
+            shape[place] = size
+        return value if len(shape) == len(places) else self.emit(aten.reshape.default, value, shape)
+
+    def _concat(self, axis: Concat) -> fx.Node:
+        """Positions of the sparse entries of a concatenated dimension: [B, S'] or [S']."""
+        parts, offset = [], 0
+        lead_shape = list(self.rows.meta["val"].shape[:-1])
+        for segment in axis.segments:
+            size = math.prod(factor.size for factor in segment)
+            inside = [factor for factor in segment if isinstance(factor, Axis) and factor.atom in self.region]
+            if any(isinstance(factor, Concat) for factor in segment):
+                raise UnsupportedGraph("segments inside a product of segments")
+            if not self.sizes.segment(segment):
+                offset += size
+                continue
+            if not inside:
+                part = self._arange(size)
+                if lead_shape:
+                    part = self.emit(aten.expand.default, part, [*lead_shape, size])
+            else:
+                part = self._segment(list(segment), lead_shape)
+            parts.append(part if offset == 0 else self.emit(aten.add.Tensor, part, offset))
+            offset += size
+        return parts[0] if len(parts) == 1 else self.emit(aten.cat.default, parts, -1)
+
+    def _segment(self, factors: list[Axis], lead_shape: list[int]) -> fx.Node:
+        """Positions of the sparse entries of one segment that holds the region: [B, S'] or [S']."""
+        runs = self._runs(factors)
+        if len(runs) == 1:
+            return self._digit(factors[0].atom, factors[-1].atom, math.prod(f.size for f in factors))  # type: ignore[arg-type]
+        extents = [self.sizes.axis(factor) for factor in factors]
+        lead = next(k for k, factor in enumerate(factors) if factor.atom == self.region[0])
+        stride, total = math.prod(f.size for f in factors), None
+        for run in runs:
+            count = math.prod(factors[k].size for k in run)
+            stride //= count
+            atom = factors[run[0]].atom
+            if atom in self.region:
+                value = self._digit(atom, factors[run[-1]].atom, count)  # type: ignore[arg-type]
+                shape = [*lead_shape, *(1 if k != lead else self.sizes.active for k in range(len(factors)))]
+            else:
+                value = self._arange(count)
+                shape = [*([1] * len(lead_shape)), *(count if k == run[0] else 1 for k in range(len(factors)))]
+            value = self.emit(aten.reshape.default, value, shape)
+            value = value if stride == 1 else self.emit(aten.mul.Tensor, value, stride)
+            total = value if total is None else self.emit(aten.add.Tensor, total, value)
+        assert total is not None
+        total = self.emit(aten.expand.default, total, [*lead_shape, *extents])
+        return self.emit(aten.reshape.default, total, [*lead_shape, math.prod(extents)])

@@ -1,0 +1,333 @@
+"""The executable spec: what a legal graph looks like after each stage. Cheap enough to run on every graph.
+
+    Dynamo's graph -> capture -> check_captured -> propagate -> check_analysis -> dense_program  -> check_dense
+                                                                               -> sparse_program -> check_sparse
+
+A violation is a defect of the compiler and not of the user's model; each names the node and the reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ras_compile.errors import SpecViolation
+from ras_compile.passes.algebra.layout import Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of
+from ras_compile.passes.analysis.propagate import Analysis
+from ras_compile.passes.analysis.splices import SparsePlan
+from ras_compile.passes.rules.registry import Gather, Step, Use, operands, source_line
+
+aten = torch.ops.aten
+
+MAY_BE_VIEWS = frozenset(
+    ["aten::reshape", "aten::contiguous", "aten::to", "aten::dropout", "aten::type_as", "aten::flatten", "aten::einsum"]
+)  # ops that return a view or a copy; their schemas do not say which
+AMBIENT = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # regions, not values
+WRITES = (aten.index_put_.default, aten.copy_.default)  # splices; custom ops that declare what they mutate come beside
+
+
+def demand(holds: bool, node: fx.Node, reason: str) -> None:
+    """Raises :class:`SpecViolation` for ``node`` unless ``holds``."""
+    if not holds:
+        source = source_line(node)
+        raise SpecViolation(f"{node.format_node() or node.name}: {reason}" + (f" [at: {source}]" if source else ""))
+
+
+def check_captured(graph: fx.Graph, source: fx.Graph | None = None) -> None:
+    """A captured graph is functional ATen with static sizes, and keeps the user's source lines.
+
+    Args:
+        graph: the captured graph.
+        source: the graph that it was captured from; where that one has stack traces, so must ``graph``.
+
+    Raises:
+        SpecViolation: it is not.
+    """
+    for node in graph.nodes:
+        demand(node.op in ("placeholder", "call_function", "get_attr", "output"), node, f"a node of kind {node.op}")
+        if node.op == "call_function":
+            check_functional(node)
+        if node.op != "output" and node.target not in AMBIENT:
+            check_value(node)
+    last = next(iter(reversed(graph.nodes)))
+    demand(last.op == "output" and isinstance(last.args[0], (tuple, list)), last, "the graph does not end in a tuple")
+    if source is not None and any("stack_trace" in node.meta for node in source.nodes):
+        traced = any(node.meta.get("stack_trace") for node in graph.nodes if node.op == "call_function")
+        demand(traced, last, "the user's stack traces were lost")
+
+
+def check_functional(node: fx.Node) -> None:
+    """A call is an ATen overload (or an item of a result, or a border of an autocast region) that writes nowhere."""
+    if node.target is operator.getitem or node.target in AMBIENT:
+        return
+    demand(isinstance(node.target, torch._ops.OpOverload), node, "not an overload of an op")
+    demand(not node.target._schema.is_mutable, node, "an op that writes into its arguments")  # type: ignore[union-attr]
+
+
+def check_value(node: fx.Node) -> None:
+    """A node says what it gives, and every size is a plain int."""
+    demand("val" in node.meta, node, "no value in its meta")
+    value = node.meta["val"]
+    for item in value if isinstance(value, (tuple, list)) else [value]:
+        demand(not isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)), node, "a symbolic number")
+        if isinstance(item, torch.Tensor):
+            demand(all(type(size) is int for size in item.shape), node, f"symbolic sizes {tuple(item.shape)}")
+
+
+def check_analysis(analysis: Analysis) -> None:
+    """After the propagation, each node that sees the region has a step, and each layout tells the whole truth.
+
+    Raises:
+        SpecViolation: a step is missing, a layout has other sizes than the value, does not hold the grid exactly once, or
+            the uses of a step do not fit its operands.
+    """
+    layouts, steps, frame = analysis.layouts, analysis.steps, analysis.frame
+    demand(bool(frame.region), analysis.latent, "a frame without a region")
+    for node in analysis.graph.nodes:
+        if node.op == "call_function" and any(layouts.get(operand) is not None for operand in operands(node)):
+            demand(node in steps, node, "an operand carries the region, but no step says what becomes of the node")
+            check_step(analysis, node, steps[node])
+        if node in layouts:
+            check_layouts(node, layouts[node], frame)
+    for index in analysis.outputs:
+        node = analysis.output_nodes[index]
+        demand(isinstance(layouts.get(node), Layout), node, "an output with the region that has no layout")
+
+
+def check_layouts(node: fx.Node, layouts: Any, frame: Frame) -> None:
+    """The layouts of a node's results have the sizes of its values, and each holds the grid."""
+    value = node.meta["val"]
+    several = isinstance(value, (tuple, list))
+    values, found = (value, layouts) if several else ((value,), (layouts,))
+    demand(isinstance(found, tuple) and len(found) == len(values), node, "not one layout for each result")
+    for item, layout in zip(values, found, strict=True):
+        if layout is not None:
+            demand(layout.shape == tuple(item.shape), node, f"layout {layout} for a value of shape {tuple(item.shape)}")
+            demand(
+                holds_grid(layout.dims, frame, layout.raw), node, f"layout {layout} does not hold the grid exactly once"
+            )
+
+
+def holds_grid(dims: Sequence[Dim], frame: Frame, raw: bool = False) -> bool:
+    """Whether these dimensions hold every region atom and the samples once: outside of all segments, or within one.
+
+    Of a value that is ``raw``, several segments may be copies of the latent (they become channels).
+    """
+    wanted = sorted([atom for atom, _ in frame.region] + ([frame.batch] if frame.batch is not None else []))
+    plain = [factor.atom for dim in dims for factor in dim if isinstance(factor, Axis) and factor.atom in wanted]
+    joint = [
+        factor
+        for dim in dims
+        for factor in dim
+        if isinstance(factor, Concat) and any(a in wanted for a in atoms_of((factor,)))
+    ]
+    if not joint or raw:
+        found = sorted({a for dim in dims for a in atoms_of(dim) if a in wanted} if raw else plain)
+        return found == wanted
+    inside = [[atom for atom in atoms_of(segment) if atom in wanted] for segment in joint[0].segments]
+    return len(joint) == 1 and any(inside) and all(sorted([*plain, *part]) == wanted for part in inside if part)
+
+
+def check_step(analysis: Analysis, node: fx.Node, step: Step) -> None:
+    """Each operand that takes part has one use, and it is one that its layout allows."""
+    layouts, frame = analysis.layouts, analysis.frame
+    taking = operands(node)
+    if node.target is operator.getitem:
+        demand(len(step.uses) == 1, node, "an item of a result has one operand")
+        return
+    if step.rewrite is not None:
+        _, args, kwargs = step.rewrite(Sizes(frame, 1))
+        taking = []
+        fx.node.map_arg((args, kwargs), lambda operand: taking.append(operand))
+    demand(len(step.uses) == len(taking), node, f"{len(step.uses)} uses for {len(taking)} operands")
+    for operand, use in zip(taking, step.uses, strict=True):
+        carries = layouts.get(operand) is not None
+        demand(
+            (use in (Use.ROWS, Use.WHOLE)) == carries,
+            node,
+            f"`{operand.name}` {'has' if carries else 'has no'} tokens: {use}",
+        )
+        demand(
+            not step.whole or use in (Use.WHOLE, Use.SAME),
+            node,
+            f"a node that runs whole takes `{operand.name}` as {use}",
+        )
+        if isinstance(use, Gather):
+            demand(
+                holds_grid(use.layout.dims, frame),
+                node,
+                f"gathers `{operand.name}` by a part of the grid, {use.layout}",
+            )
+
+
+def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan) -> None:
+    """The dense program is the graph, and leaves one cache per splice that is no output, then the frozen values.
+
+    Raises:
+        SpecViolation: it writes somewhere, returns something else first, or a cache is not the splice's value in memory of
+            its own.
+    """
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            check_functional(node)
+    last = next(iter(reversed(program.graph.nodes)))
+    results, wanted = list(last.args[0]), analysis.output_nodes
+    kept = [*(splice.node for splice in sparse.splices if not splice.is_output), *sparse.frozen]
+    demand(
+        len(results) == len(wanted) + len(kept),
+        last,
+        f"{len(results)} results: {len(wanted)} outputs, {len(kept)} caches",
+    )
+    for found, node in zip(results, wanted, strict=False):
+        demand(
+            getattr(found, "name", found) == getattr(node, "name", node),
+            last,
+            f"returns {found} in place of output {node}",
+        )
+    for cache, node in zip(results[len(wanted) :], kept, strict=True):
+        held = cache.args[0] if cache.target is aten.clone.default and cache.name != node.name else cache
+        demand(held.name == node.name, cache, f"the cache of `{node.name}` is another value")
+        value, base = cache.meta["val"], memory_of(cache)
+        demand(base.op != "placeholder", cache, f"the cache of `{node.name}` may be the input `{base.name}` itself")
+        apart = not any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+        demand(apart, cache, "the entries of a cache share memory")
+
+
+def memory_of(node: fx.Node, may: bool = True) -> fx.Node:
+    """The node whose memory a value uses, through views; with ``may`` also through ops that may return a view."""
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+            continue
+        schema = node.target._schema  # type: ignore[union-attr]
+        view = any(result.alias_info is not None for result in schema.returns) and not schema.is_mutable
+        if not view and not (may and schema.name in MAY_BE_VIEWS):
+            break
+        node = operands(node)[0]
+    return node
+
+
+def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan) -> None:
+    """The sparse program reads the latent's active rows alone, and writes each cache once, before anyone reads it.
+
+    Raises:
+        SpecViolation: it does not, or a value has other sizes than the sparse form of its dense one.
+    """
+    graph = program.graph
+    inputs = graph.find_nodes(op="placeholder")
+    given = analysis.graph.find_nodes(op="placeholder")
+    demand(
+        len(inputs) == len(given) + 1 + len(sparse.splices) + len(sparse.frozen),
+        inputs[-1],
+        "not the inputs, the rows, one cache per splice and the values of a frozen context",
+    )
+    rows, caches = inputs[len(given)], inputs[len(given) + 1 :][: len(sparse.splices)]
+    value = rows.meta["val"]
+    demand(value.dtype == torch.int64 and value.ndim == 2, rows, "rows are int64 [B, A]")
+    demand(value.shape[0] == analysis.frame.samples, rows, f"rows of {analysis.frame.samples} samples")
+    for cache, splice in zip(caches, sparse.splices, strict=True):
+        same = cache.meta["val"].shape == splice.node.meta["val"].shape
+        demand(same, cache, f"a cache for `{splice.node.name}` of another shape")
+    check_caches(graph, caches, whole=sparse.live is None)
+    check_reads_of_latent(inputs[given.index(analysis.latent)])
+    check_sparse_sizes(graph, analysis, sparse.sizes(analysis.frame, value.shape[1]))
+    last = next(iter(reversed(graph.nodes)))
+    for result in last.args[0]:
+        if isinstance(result, fx.Node):
+            demand(memory_of(result) not in caches, last, f"returns `{result.name}`, which may be a cache itself")
+
+
+def written(node: fx.Node) -> Iterator[fx.Node]:
+    """Operands that an op writes into."""
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+                yield value
+
+
+def check_caches(graph: fx.Graph, caches: Sequence[fx.Node], whole: bool = True) -> None:
+    """Every cache is written once in each of its parts, by a splice, before any other node reads it.
+
+    Args:
+        whole: False where the context is frozen: its segments are not written.
+    """
+    writes: dict[fx.Node, list[fx.Node]] = {cache: [] for cache in caches}
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        targets = list(written(node))
+        for target in targets:
+            custom = node.target.namespace not in ("aten", "prims")
+            demand(node.target in WRITES or custom, node, "writes in place without being a splice")
+            base = memory_of(target, may=False)
+            demand(base in writes, node, f"writes into `{base.name}`, which is no cache")
+            demand(base not in seen, node, f"`{base.name}` is read before it is spliced in full")
+            writes[base].append(target)
+        if isinstance(node.target, torch._ops.OpOverload) and memory_of(node) is node:
+            seen |= {memory_of(operand) for operand in operands(node) if operand not in targets} & writes.keys()
+    for cache, targets in writes.items():
+        check_parts(cache, targets, whole)
+
+
+def check_parts(cache: fx.Node, targets: Sequence[fx.Node], whole: bool = True) -> None:
+    """The writes into one cache are one write, or slices of one dimension that cover it (if ``whole``) without overlap."""
+    demand(bool(targets), cache, "a cache that is never written")
+    slices = [cut for target in targets if (cut := sliced(target)) is not None]
+    if not slices:
+        demand(len(targets) == 1, cache, f"a cache that is written {len(targets)} times")
+        return
+    demand(
+        len(slices) == len(targets) and len({dim for dim, _, _ in slices}) == 1,
+        cache,
+        "overlapping writes into a cache",
+    )
+    place = 0
+    for dim, start, stop in sorted(slices):
+        fits = start == place if whole else start >= place
+        demand(fits, cache, f"entries {place} to {start} of dimension {dim} are written twice or never")
+        place = stop
+    demand(
+        not whole or place == cache.meta["val"].shape[slices[0][0]], cache, f"entries from {place} on are never written"
+    )
+
+
+def sliced(node: fx.Node) -> tuple[int, int, int] | None:
+    """``(dim, start, stop)`` of the slice of a cache that a view shows, or None where it shows all of it."""
+    while node.op == "call_function":
+        if node.target is aten.slice.Tensor:
+            _, dim, start, stop = node.args
+            return dim, start, stop  # type: ignore[return-value]
+        node = operands(node)[0]
+    return None
+
+
+def check_reads_of_latent(latent: fx.Node) -> None:
+    """The latent is only ever read through a gather: what is not active cannot matter."""
+    views = [latent]
+    while views:
+        for user in views.pop().users:
+            if user.target is aten.index.Tensor:
+                continue
+            demand(memory_of(user) is latent, user, "reads the latent other than by its active rows")
+            views.append(user)
+
+
+def check_sparse_sizes(graph: fx.Graph, analysis: Analysis, sizes: Sizes) -> None:
+    """A node that stays sparse has the sizes of the sparse form of its dense value."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if "dense" in node.meta and isinstance(value, torch.Tensor):
+            shapes.setdefault(node.meta["dense"], []).append(tuple(value.shape))
+    for node, step in analysis.steps.items():
+        if isinstance(step.out, Layout) and not step.whole and node.name in shapes:
+            wanted = sizes.shape(step.out)
+            demand(wanted in shapes[node.name], node, f"no value of the sparse sizes {wanted}, but {shapes[node.name]}")
+
+
+__all__ = ["check_analysis", "check_captured", "check_dense", "check_sparse"]

@@ -1,0 +1,199 @@
+"""The rule registry: one rule per op family, keyed by ATen overload.
+
+A rule is a pure function ``rule(call) -> Step``: the layouts of the operands in, the layout of the result out, and for
+each tensor operand how the sparse program uses it. An op with no region operand never reaches a rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.algebra.layout import Frame, Layout, Sizes
+
+aten = torch.ops.aten
+
+PYTORCH = str(Path(torch.__file__).parent)
+
+
+class Use(Enum):
+    """How the sparse program uses a tensor operand."""
+
+    ROWS = "rows"  # the active rows of a value that carries the region
+    WHOLE = "whole"  # the whole value: spliced from its cache and the active rows
+    SAME = "same"  # a value without the region, as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Use the active rows of a dense operand, whose dimensions are read by ``layout``."""
+
+    layout: Layout
+
+
+Result = Layout | None | tuple["Layout | None", ...]
+
+
+Rewrite = Callable[[Sizes], tuple[Callable, tuple, dict]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of one node.
+
+    Attributes:
+        out: layout of the result (a tuple for an op with several), None where the result carries no region.
+        uses: one entry per tensor operand, in the order in which the operands appear.
+        whole: the node runs as it is, on whole operands, and its result is whole.
+        rewrite: ``(target, args, kwargs)`` for given sparse sizes, where the op's arguments name sizes; the tensor
+            operands stay the original nodes; those that take part are counted by ``uses``, in order.
+    """
+
+    out: Result
+    uses: tuple[Use | Gather, ...]
+    whole: bool = False
+    rewrite: Rewrite | None = None
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a node in order of appearance, repeats included."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda operand: found.append(operand))
+    return found
+
+
+def source_line(node: fx.Node) -> str | None:
+    """The user's source line of a node: ``file:line in function: code``, of the last frame outside of PyTorch, if any."""
+    frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)\n\s*(.*)', node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if not frame[0].startswith(PYTORCH)] or frames
+    return "{}:{} in {}: {}".format(*frames[-1]) if frames else None
+
+
+class Call:
+    """A node as a rule sees it: its arguments by name, its operands' layouts, its result's shape.
+
+    Attributes:
+        node: the node.
+        layouts: layout of every value that carries the region, by node (a tuple for a node with several results).
+        frame: what is known of the latent.
+        kv_cache: False attends among the active tokens alone (an ablation): keys and values are not spliced.
+        mixed: values without a layout in which tokens stand in places that are not known.
+    """
+
+    def __init__(
+        self,
+        node: fx.Node,
+        layouts: dict[fx.Node, Result],
+        frame: Frame,
+        *,
+        kv_cache: bool = True,
+        mixed: Set[fx.Node] = frozenset(),
+    ) -> None:
+        self.node, self.layouts, self.frame, self.kv_cache, self.mixed = node, layouts, frame, kv_cache, mixed
+        self._bound: dict[str, Any] | None = None
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Arguments by the schema's names, defaults filled in."""
+        if self._bound is None:
+            schema = self.node.target._schema.arguments  # type: ignore[union-attr]
+            bound = {argument.name: argument.default_value for argument in schema}
+            bound.update(zip((argument.name for argument in schema), self.node.args, strict=False))
+            bound.update(self.node.kwargs)
+            self._bound = bound
+        return self._bound
+
+    def layout(self, operand: Any) -> Layout | None:
+        """Layout of an operand, None where it carries no region."""
+        found = self.layouts.get(operand) if isinstance(operand, fx.Node) else None
+        if isinstance(found, tuple):
+            raise self.unsupported("several results are used as one operand")
+        return found
+
+    @staticmethod
+    def shape_of(node: fx.Node) -> tuple[int, ...]:
+        return tuple(node.meta["val"].shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return self.shape_of(self.node)
+
+    @property
+    def operands(self) -> list[fx.Node]:
+        return operands(self.node)
+
+    def uses(self, choose: Callable[[fx.Node], Use | Gather] | None = None) -> tuple[Use | Gather, ...]:
+        """One use per operand: ``choose(operand)`` or, without it, rows where the operand carries the region."""
+        choose = choose or (lambda operand: Use.ROWS if self.layouts.get(operand) is not None else Use.SAME)
+        return tuple(choose(operand) for operand in self.operands)
+
+    def as_view(self, out: Layout) -> Step:
+        """The node only regroups its first operand: a reshape to the sizes of ``out``."""
+        operand = self.operands[0]
+        use = self.uses()[:1]
+        return Step(out, use, rewrite=lambda sizes: (aten.reshape.default, (operand, list(sizes.shape(out))), {}))
+
+    def with_args(self, **changes: Any) -> tuple[Callable, tuple, dict]:
+        """``(target, args, kwargs)`` with some arguments replaced."""
+        schema = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        args, kwargs = list(self.node.args), dict(self.node.kwargs)
+        for name, value in changes.items():
+            index = schema.index(name)
+            if index < len(args):
+                args[index] = value
+            elif not self.node.target._schema.arguments[index].kwarg_only and index == len(args):  # type: ignore[union-attr]
+                args.append(value)
+            else:
+                kwargs[name] = value
+        return self.node.target, tuple(args), kwargs  # type: ignore[return-value]
+
+    def whole(self, out: Result = None) -> Step:
+        """The node runs on whole operands; with ``out`` its whole result still carries the region."""
+        uses = self.uses(lambda operand: Use.WHOLE if self.layouts.get(operand) is not None else Use.SAME)
+        return Step(out, uses, whole=True)
+
+    def unsupported(self, reason: str) -> UnsupportedGraph:
+        return UnsupportedGraph(reason, op=str(self.node.target), source=source_line(self.node))
+
+
+Rule = Callable[[Call], Step]
+
+RULES: dict[torch._ops.OpOverload, Rule] = {}
+
+
+def overloads(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Iterator[torch._ops.OpOverload]:
+    if isinstance(target, torch._ops.OpOverload):
+        yield target
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        for name in target.overloads():
+            yield getattr(target, name)
+    else:
+        raise TypeError(f"a rule is registered for an ATen op, not for {target!r}")
+
+
+def register(rule: Rule, targets: Iterable[torch._ops.OpOverload | torch._ops.OpOverloadPacket]) -> None:
+    """Registers ``rule`` for every overload of ``targets``; an op has one rule."""
+    for target in targets:
+        for overload in overloads(target):
+            if overload in RULES:
+                raise ValueError(f"{overload} has a rule already: {RULES[overload].__name__}")
+            RULES[overload] = rule
+
+
+def rule_for(*targets: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Callable[[Rule], Rule]:
+    """Decorator form of :func:`register`."""
+
+    def decorate(rule: Rule) -> Rule:
+        register(rule, targets)
+        return rule
+
+    return decorate

@@ -1,0 +1,254 @@
+"""Capture: from the graph that Dynamo hands over to functional, pre-dispatch ATen with static shapes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
+from torch.fx.traceback import preserve_node_meta
+from torch.nn import functional as F
+
+from ras_compile.capture.flex import is_transform, spell_flex_attention
+from ras_compile.capture.inputs import describe_inputs
+from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.analysis.normalize import normalize
+from ras_compile.passes.rules.registry import source_line
+
+log = logging.getLogger(__name__)
+
+# Calls of a part of a Dynamo graph, with how many arguments of theirs stand before the part's own; inference has no use
+# for what they say beside (that activations are not kept, that the part is compiled once).
+_PARTS = {
+    torch.ops.higher_order.tag_activation_checkpoint: 1,
+    torch.ops.higher_order.invoke_subgraph: 2,
+}
+
+
+# They return their operand where they drop nothing.
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout
+}  # fmt: skip
+
+
+def _drops(target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    given = inspect.signature(target).bind(*args, **kwargs)
+    given.apply_defaults()
+    return bool(given.arguments["training"])
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a Dynamo graph as it can be traced.
+
+    Parts are run in their places, inference mode (which the trace cannot be in, and which changes no value) is left out, what
+    is filled with a number that is a tensor now is that tensor, repeated, and an op that cannot be functionalised on a view is
+    spelled so that it can. Ops that may return their very operand, though their schema does not say so, are spelled by such
+    whose schema does: tracing would take the two for different tensors, and a write into one would not be seen in the other.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (_enter_inference_mode, _exit_inference_mode):
+            return None
+        if target in _PARTS:
+            return _Interpreter(args[0]).run(*args[_PARTS[target] :])
+        if target in _DROPOUTS and not _drops(target, args, kwargs):
+            return args[0] if args else kwargs["input"]
+        if target is torch.broadcast_tensors:
+            tensors = args[0] if args and isinstance(args[0], (list, tuple)) else args
+            shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+            return tuple(tensor.expand(shape) for tensor in tensors)
+        if target is torch.full and len(args) == 2 and isinstance(args[1], Tensor):
+            return _filled(*args, **kwargs)
+        if target is torch.full_like and len(args) == 2 and isinstance(args[1], Tensor):
+            return _filled(args[0].shape, args[1], **_like(args[0], kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # `fill_diagonal_` is `as_strided` inside; perturbed attention calls it on a part of its mask
+        if target == "fill_diagonal_" and args[0].dim() == 2 and not any([*args[2:], *kwargs.values()]):
+            args[0].diagonal().fill_(args[1])
+            return args[0]
+        if target == "type_as" and isinstance(args[0], Tensor) and not kwargs:
+            return args[0].to(args[1].device, args[1].dtype)
+        if target == "new_full" and len(args) == 3 and isinstance(args[2], Tensor):
+            return _filled(*args[1:], **_like(args[0], kwargs))
+        return super().call_method(target, args, kwargs)
+
+
+def _filled(size: Sequence[int], value: Tensor, *, dtype: Any = None, device: Any = None, **others: Any) -> Tensor:
+    """`torch.full` of a number that is a 0-d tensor."""
+    if dtype is None:
+        dtype = torch.get_default_dtype() if value.is_floating_point() else value.dtype
+    return value.to(device, dtype).expand(size).clone()
+
+
+def _like(tensor: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of a constructor that takes what it is not told from a tensor."""
+    return {"dtype": tensor.dtype, "device": tensor.device} | {k: v for k, v in kwargs.items() if v is not None}
+
+
+class _Bound(nn.Module):
+    """The captured graph as a function of its tensors alone; numbers are baked in."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        super().__init__()
+        self.graph_module = graph
+        self.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def forward(self, *tensors: Tensor) -> tuple:
+        given = iter(tensors)
+        # an interpreter hands on the nodes' stack traces: the user's source lines
+        interpreter = _Interpreter(self.graph_module)
+        result = interpreter.run(*[next(given) if value is None else value for value in self.inputs])
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = False) -> fx.GraphModule:
+    """Normalises a Dynamo graph for the concrete ``inputs``.
+
+    Args:
+        graph: the graph that Dynamo gives to a backend; sizes may be symbolic.
+        inputs: concrete inputs, in order; those that are no tensors are specialised on.
+        symbolic: the inputs are fake, with symbolic sizes; spelling things in one way is left for when they are static.
+
+    Returns:
+        A graph whose placeholders are the tensor inputs in order (then constants of the graph, see
+        ``meta["constants"]``), and whose ops are functional: in-place writes on fresh tensors are rewritten.
+
+    Raises:
+        UnsupportedGraph: the graph writes into its inputs, uses function transforms, or cannot be traced.
+    """
+    graph = spell_flex_attention(graph, inputs)
+    for part in graph.modules():
+        if isinstance(part, fx.GraphModule):
+            refuse_function_transforms(part.graph)
+    given = [pair for pair in zip(describe_inputs(graph.graph), inputs, strict=True) if isinstance(pair[1], Tensor)]
+    names, tensors = [described.path for described, _ in given], [value for _, value in given]
+    if not symbolic:
+        try:
+            return by_blocks(graph, inputs, tensors)
+        except NotRepeated as error:
+            log.debug("the graph is captured whole: %s", error)
+        except Exception:  # of whatever kind, the whole graph says it better
+            log.debug("the graph is captured whole", exc_info=True)
+    return export(_Bound(graph, inputs), tensors, names, symbolic=symbolic)
+
+
+def by_blocks(graph: fx.GraphModule, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """:func:`capture` of a graph with repeated blocks, each of which is traced once.
+
+    Raises:
+        NotRepeated: the graph has to be captured whole; so it has after any other error.
+    """
+    short, blocks = shortened(graph)
+    try:
+        captured = traced(_Bound(short, inputs), tensors)
+        written_out(captured, blocks, lambda block, operands: traced(_Bound(block, operands), operands))
+    finally:
+        forget(blocks)
+    return normalized(captured)
+
+
+def export(
+    bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (), *, symbolic: bool = False
+) -> fx.GraphModule:
+    """Captures ``bound(*tensors)``: see :func:`capture`.
+
+    Args:
+        names: what the user calls the tensors, where that is known.
+
+    Raises:
+        UnsupportedGraph: it writes into its inputs, or cannot be traced.
+    """
+    captured = traced(bound, tensors, names)
+    return captured if symbolic else normalized(captured)
+
+
+def normalized(captured: fx.GraphModule) -> fx.GraphModule:
+    normalize(captured.graph)
+    captured.recompile()
+    return captured
+
+
+def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = ()) -> fx.GraphModule:
+    """:func:`export` without the spelling of things in one way."""
+    try:
+        with torch.no_grad(), same_autocast(), preserve_node_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            captured, signature = aot_export_module(bound, list(tensors), trace_joint=False, pre_dispatch=True)
+    except UnsupportedGraph:
+        raise
+    except Exception as error:  # whatever PyTorch raises where it cannot trace an op
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedGraph(f"the graph cannot be captured: {said}") from error
+    assert isinstance(captured, fx.GraphModule)
+    if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
+        called = dict(zip(map(str, signature.user_inputs), names, strict=False))
+        written = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
+        raise UnsupportedGraph(
+            f"the model writes into its inputs or buffers ({', '.join(called.get(str(name), str(name)) for name in written)})"
+        )
+    drop_tokens(captured.graph, signature.input_tokens)
+    lifted = [*signature.parameters, *signature.buffers]
+    placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    constants = [bound.get_parameter(n) if n in signature.parameters else bound.get_buffer(n) for n in lifted]
+    for node in placeholders[: len(lifted)][::-1]:  # constants come last, so that inputs keep their places
+        placeholders[-1].append(node) if node is not placeholders[-1] else None
+    captured.graph.lint()
+    captured.meta["constants"] = constants
+    return captured
+
+
+def drop_tokens(graph: fx.Graph, tokens: Sequence[str]) -> None:
+    """Takes out the tokens that order ops with effects: checks of values (`linalg.inv`) bring one along, and do not use it.
+
+    Raises:
+        UnsupportedGraph: an op uses one.
+    """
+    if not tokens:
+        return
+    output = next(iter(reversed(graph.nodes)))
+    output.args = (output.args[0][len(tokens) :],)
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in tokens:
+            if node.users:
+                raise UnsupportedGraph(f"the model calls an op that has effects ({next(iter(node.users)).args[1]})")
+            graph.erase_node(node)
+
+
+@contextmanager
+def same_autocast() -> Iterator[None]:
+    """Closes an autocast region that a capture left open: in PyTorch 2.11 one that fails inside of a region does."""
+
+    def state(kind: str) -> tuple[bool, torch.dtype]:
+        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    before = {kind: state(kind) for kind in ("cpu", "cuda")}
+    try:
+        yield
+    finally:
+        for kind, (enabled, dtype) in before.items():
+            if state(kind) != (enabled, dtype):
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
+                if torch.autocast_decrement_nesting() == 0:
+                    torch.clear_autocast_cache()
+
+
+def refuse_function_transforms(graph: fx.Graph) -> None:
+    """Refuses `torch.func` transforms: tracing them a second time fails and leaves the thread's transform stack open."""
+    for node in graph.nodes:
+        if is_transform(node):
+            raise UnsupportedGraph(
+                "a graph that contains torch.vmap (flex_attention builds its block mask with it); a mask tensor is supported",
+                op=str(getattr(node.target, "__name__", node.target)),
+                source=source_line(node),
+            )

@@ -1,0 +1,155 @@
+"""What the placeholders of a Dynamo graph are: weights of the module, the user's arguments (by name), or sizes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ras_compile.errors import ConfigError
+
+_STEP = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]|\.([A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One placeholder.
+
+    Attributes:
+        argument: name of the forward argument that it is, or belongs to; None for weights and sizes.
+        path: the user's expression for it, such as ``added_cond_kwargs['resolution']``.
+        weight: a parameter or buffer of the module.
+        size: a symbolic integer, no tensor: the size of one, or an integer argument (which has a name).
+    """
+
+    argument: str | None
+    path: str
+    weight: bool = False
+    size: bool = False
+
+
+def source_name(node: fx.Node) -> str:
+    """Dynamo's source expression of a placeholder, such as ``L['kwargs']['timestep']``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None and (held := node.meta.get("grapharg")) is not None:
+        source = held.source
+    name = getattr(source, "name", None)
+    name = name() if callable(name) else name
+    return name if isinstance(name, str) else str(node.target)
+
+
+def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
+    """Describes every placeholder of a Dynamo graph."""
+    forward = _forward(graph)
+    names, extra = (argument_names(forward), keywords(forward)) if forward is not None else ([], "kwargs")
+    found = []
+    for node in graph.find_nodes(op="placeholder"):
+        value, name = node.meta.get("example_value"), source_name(node)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int)):
+            plain = _user_input(name, names, extra) if name.startswith("L[") and "(" not in name else None
+            found.append(GraphInput(plain.argument if plain else None, plain.path if plain else name, size=True))
+        elif (
+            isinstance(value, nn.Parameter)
+            or "_parameters" in name
+            or "_buffers" in name
+            or name.startswith("L['self']")
+        ):
+            found.append(GraphInput(None, _weight(name), weight=True))
+        else:
+            found.append(_user_input(name, names, extra))
+    return found
+
+
+def _user_input(name: str, names: Sequence[str], extra: str) -> GraphInput:
+    """The argument behind a source expression: of a forward that takes ``names`` and ``**extra``, or of a wrapper of it."""
+    steps = ["".join(groups) for groups in _STEP.findall(name.removeprefix("L"))] or [name]
+    if len(steps) > 1 and steps[0] not in names:
+        if steps[0] in ("kwargs", extra):
+            steps = steps[1:]
+        elif steps[0] == "args" and steps[1].isdigit() and int(steps[1]) < len(names):
+            steps = [names[int(steps[1])], *steps[2:]]
+    return GraphInput(steps[0], steps[0] + "".join(f"[{step!r}]" for step in steps[1:]))
+
+
+def _weight(name: str) -> str:
+    """``blocks.0.norm.weight``, of its source expression."""
+    steps = ["".join(groups) for groups in _STEP.findall(name.removeprefix("L"))]
+    return ".".join(step for step in steps[1:] if step not in ("_modules", "_parameters", "_buffers")) or name
+
+
+def _forward(graph: fx.Graph) -> Callable[..., Any] | None:
+    """The forward of the root module's class; None where it is unknown."""
+    for node in graph.nodes:
+        for kind in (entry[1] for entry in (node.meta.get("nn_module_stack") or {}).values()):
+            if isinstance(kind, type) and issubclass(kind, nn.Module):
+                return kind.forward
+    return None
+
+
+def argument_names(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a module class's forward, without ``self``, ``*args`` and ``**kwargs``."""
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [parameter.name for parameter in parameters if parameter.name != "self" and parameter.kind not in several]
+
+
+def keywords(forward: Callable[..., Any]) -> str:
+    """What a forward calls those of its keyword arguments that it does not name."""
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "kwargs")
+
+
+def check_timestep(name: str | None, kind: type[nn.Module]) -> None:
+    """Refuses a name that a model's forward does not know. What it takes as ``**kwargs`` may have any name.
+
+    Args:
+        name: the option `timestep`.
+        kind: the model's class.
+
+    Raises:
+        ConfigError: there is no such argument.
+    """
+    parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters
+    if name is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = argument_names(kind.forward)
+    if name not in known:
+        raise ConfigError(
+            f"option timestep={name!r} names no argument of {kind.__name__}.forward; there are {', '.join(map(repr, known))}."
+        )
+
+
+def latent_candidates(inputs: Sequence[GraphInput], values: Sequence[Any], name: str | None) -> list[int]:
+    """Positions of the inputs that may be the latent: the named one, or every floating tensor of two or more dimensions.
+
+    Raises:
+        KeyError: ``name`` is no tensor argument; the error's argument lists those there are.
+    """
+    tensors = [
+        index
+        for index, (given, value) in enumerate(zip(inputs, values, strict=True))
+        if not given.weight and isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+    ]
+    if name is None:
+        return tensors
+    named = [index for index in tensors if name in (inputs[index].argument, inputs[index].path)]
+    if not named:
+        raise KeyError(", ".join(repr(inputs[index].path) for index in tensors))
+    return named
+
+
+def find_timestep(inputs: Sequence[GraphInput], values: Sequence[Any], name: str | None) -> int | None:
+    """Position of the timestep: the named argument, else one whose name says time, else None."""
+    users = [index for index, given in enumerate(inputs) if given.argument is not None]
+    if name is not None:
+        return next((index for index in users if name in (inputs[index].argument, inputs[index].path)), None)
+    for pattern in (r"timesteps?", r".*time.*", r"t|sigmas?|noise_level"):
+        for index in users:
+            if re.fullmatch(pattern, inputs[index].argument or "") and isinstance(values[index], (Tensor, int, float)):
+                return index
+    return None

@@ -1,0 +1,86 @@
+"""Python numbers among a model's arguments: a timestep given as a float or an int must not cost a compilation a step.
+
+Dynamo hands a float over as a 0-d float64 tensor that the graph reads with ``.item()``, and an int as a symbolic size.
+Both become 0-d tensors here, so that one captured graph serves every value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ras_compile.capture.export import capture
+from ras_compile.capture.inputs import GraphInput
+from ras_compile.errors import UnsupportedGraph
+
+
+def number_positions(inputs: Sequence[GraphInput]) -> list[int]:
+    """Positions of integers that are arguments themselves, and no sizes of tensors."""
+    return [index for index, given in enumerate(inputs) if given.size and given.argument is not None]
+
+
+def as_tensors(values: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
+    """The values with the integers at ``positions`` as 0-d tensors."""
+    if not positions:
+        return values
+    result = list(values)
+    for index in positions:
+        if isinstance(result[index], int):
+            result[index] = torch.tensor(result[index])
+    return result
+
+
+def read_floats(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule | None:
+    """A copy of the graph in which ``.item()`` of a float argument is the 0-d tensor itself; None where there is none.
+
+    Args:
+        dtype: cast to it, as a Python number beside integers would be of the default dtype.
+    """
+    new = fx.Graph()
+    output = new.graph_copy(graph.graph, {}, return_output_node=True)
+    assert isinstance(output, tuple)
+    new.output(output[0])
+    numbers: set[fx.Node] = set()  # what is, or is computed in Python from, a float argument
+    for node in list(new.nodes):
+        operand = node.args[0] if node.args else None
+        if node.op == "call_method" and node.target == "item":
+            if isinstance(operand, fx.Node) and operand.op == "placeholder":
+                with new.inserting_before(node):
+                    value = operand if dtype is None else new.call_method("to", (operand, dtype))
+                numbers.add(value)
+                node.replace_all_uses_with(value)
+                new.erase_node(node)
+        elif node.op == "call_function" and numbers.intersection(node.all_input_nodes):
+            if getattr(node.target, "__module__", None) in ("_operator", "math"):
+                numbers.add(node)
+            elif node.target is torch.scalar_tensor and operand in numbers:
+                wanted = {name: node.kwargs[name] for name in ("dtype", "device") if node.kwargs.get(name) is not None}
+                with new.inserting_before(node):
+                    value = new.call_method("to", (operand,), {"dtype": torch.get_default_dtype(), **wanted})
+                node.replace_all_uses_with(value)
+                new.erase_node(node)
+    return fx.GraphModule(graph, new) if numbers else None
+
+
+def capture_numbers(graph: fx.GraphModule, values: Sequence[Any], *, symbolic: bool = False) -> fx.GraphModule:
+    """Captures a graph whose float arguments stay variable; see :func:`capture`.
+
+    Raises:
+        UnsupportedGraph: the graph cannot be captured, or needs the value of a float argument.
+    """
+    readings: list[Callable[[], fx.GraphModule | None]] = [
+        lambda: read_floats(graph, None),
+        lambda: read_floats(graph, torch.get_default_dtype()),
+    ]
+    for reading in readings:
+        variant = reading()
+        if variant is None:
+            return capture(graph, values, symbolic=symbolic)
+        try:
+            return capture(variant, values, symbolic=symbolic)
+        except (UnsupportedGraph, TypeError):
+            continue
+    raise UnsupportedGraph("the model needs the value of a Python float argument; pass the timestep as a tensor")

@@ -1,0 +1,400 @@
+"""What Python code reads from tensors: noted while a model runs, and played back while it is traced."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ras_compile.capture.facts import Fact
+from ras_compile.errors import UnsupportedGraph
+
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+
+# Functions that give Python values of their first operand.
+_VALUES = {
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
+    Tensor.__index__, Tensor.__complex__, Tensor.__contains__, Tensor.is_nonzero, torch.is_nonzero, Tensor.equal,
+    torch.equal, Tensor.allclose, torch.allclose,
+}  # fmt: skip
+# Functions whose result has a size that depends on the values of their first operand.
+_SIZES = {
+    torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, Tensor.unique, torch.unique,
+    Tensor.unique_consecutive, torch.unique_consecutive, torch.bincount, Tensor.bincount,
+}  # fmt: skip
+
+
+# Functions whose arguments are sizes; the first argument of those that are no factories is what they work on.
+_FACTORIES = {torch.zeros, torch.ones, torch.empty, torch.arange, torch.linspace}
+_SIZED = _FACTORIES | {
+    Tensor.reshape, torch.reshape, Tensor.view, Tensor.expand, Tensor.repeat, Tensor.tile, torch.tile, Tensor.unflatten,
+    torch.unflatten, Tensor.narrow, torch.narrow, Tensor.split, torch.split, Tensor.chunk, torch.chunk,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, torch.nn.functional.pad,
+}  # fmt: skip
+
+
+# Functions that pick or write the places of an index tensor: where those are a run, they become slices (if asked to).
+_PICKING = {
+    Tensor.__getitem__, Tensor.__setitem__, Tensor.index_select, torch.index_select, Tensor.index_copy,
+    torch.index_copy, Tensor.index_copy_, Tensor.index_add, torch.index_add, Tensor.index_add_, Tensor.scatter_add,
+    torch.scatter_add, Tensor.scatter_add_,
+}  # fmt: skip
+
+
+@dataclass
+class Reading:
+    """One reading of tensors by Python code.
+
+    Attributes:
+        function: name of what read them.
+        read: their values.
+        result: what it returned: Python values, or tensors.
+        source: the user's source line.
+    """
+
+    function: str
+    read: list[Tensor]
+    result: Any
+    source: str
+
+
+@dataclass
+class Closed:
+    """A tensor that a model reads and that is no argument: a weight, or a table that it keeps.
+
+    Attributes:
+        tensor: the tensor, as it was when the graph was made.
+        owner, name: the module's dictionary that it is looked up in at each call; None for a table.
+    """
+
+    tensor: Tensor
+    owner: dict[str, Any] | None = None
+    name: str = ""
+
+    def now(self) -> Tensor:
+        return self.tensor if self.owner is None else self.owner[self.name]
+
+
+class Readings(TorchFunctionMode):
+    """Sees every PyTorch function that Python code calls, and handles those that read values.
+
+    Args:
+        runs: read the places of index tensors, too.
+    """
+
+    def __init__(self, runs: bool) -> None:
+        super().__init__()
+        self.runs = runs
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        args, kwargs = self.enter(args, kwargs or {})
+        args, kwargs = self.numbers(function, args, kwargs)
+        if function == Tensor.data.__get__:  # type: ignore[attr-defined]  # PyTorch 2.11 cannot trace it; without gradients it is a view
+            return self.leave(args[0].view_as(args[0]))
+        read = readers(function, args, kwargs)
+        if read is not None:
+            return self.leave(self.read(function, args, kwargs, read))
+        index = index_of(function, args, kwargs) if self.runs else None
+        if index is not None:
+            return self.leave(self.pick(function, args, kwargs, index))
+        return self.leave(function(*args, **kwargs))
+
+    def numbers(self, function: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments, with tensors that stand for sizes and borders read as numbers."""
+
+        def number(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point():
+                return self.read(Tensor.__index__, (value,), {}, [value])
+            return value
+
+        if function in (Tensor.__getitem__, Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(bound, Tensor) for place in index if isinstance(place, slice) for bound in parts(place)):
+                index = tuple(
+                    slice(*map(number, parts(place))) if isinstance(place, slice) else place for place in index
+                )
+                args = (args[0], index, *args[2:])
+        elif function in _SIZED:
+            first = () if function in _FACTORIES else args[:1]
+            rest, kwargs = pytree.tree_map(number, (args[len(first) :], kwargs))
+            args = (*first, *rest)
+        return args, kwargs
+
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, kwargs
+
+    def leave(self, result: Any) -> Any:
+        return result
+
+    def read(self, function: Callable, args: tuple, kwargs: dict, read: list[Tensor]) -> Any:
+        """Does what ``function`` does with values of the tensors in ``read``."""
+        raise NotImplementedError
+
+    def pick(self, function: Callable, args: tuple, kwargs: dict, index: Tensor) -> Any:
+        """Does what ``function`` does with the places in ``index``."""
+        raise NotImplementedError
+
+
+def readers(function: Callable, args: tuple, kwargs: dict) -> list[Tensor] | None:
+    """The tensors whose values decide the result, or its size, of a call; None where there are none."""
+    if function in _VALUES:
+        return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if function in _SIZES or (function is torch.where and len(args) + len(kwargs) == 1):
+        return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1]
+    if function in (Tensor.__getitem__, Tensor.__setitem__):
+        return [place for place in places(args[1]) if place.dtype in (torch.bool, torch.uint8)] or None
+    if function in (torch.masked_select, Tensor.masked_select):
+        return [args[1] if len(args) > 1 else kwargs["mask"]]
+    if function in (torch.repeat_interleave, Tensor.repeat_interleave):
+        repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0])
+        return [repeats] if isinstance(repeats, Tensor) else None
+    return None
+
+
+def index_of(function: Callable, args: tuple, kwargs: dict) -> Tensor | None:
+    """The index tensor of a call whose places may be a run; None where there is none."""
+    if function not in _PICKING:
+        return None
+    if function in (Tensor.__getitem__, Tensor.__setitem__):
+        found = places(args[1])
+        index = found[0] if len(found) == 1 else None
+    else:
+        index = args[2] if len(args) > 2 else kwargs.get("index")
+    rank = 2 if function.__name__.startswith("scatter_add") else 1
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype is torch.bool:
+        return None
+    return index if index.ndim == rank and len(index) > 1 else None
+
+
+def run_of(index: Tensor) -> slice | None:
+    """The places of an index tensor as a slice, where they follow one another (in each column, for a matrix)."""
+    first = int(index.flatten()[0])
+    wanted = torch.arange(first, first + len(index), device=index.device).reshape(-1, *[1] * (index.ndim - 1))
+    return slice(first, first + len(index)) if first >= 0 and bool((index == wanted).all()) else None
+
+
+def pick_run(function: Callable, args: tuple, kwargs: dict, run: slice) -> Any:
+    """``function`` with a slice in place of its index tensor."""
+    if function in (Tensor.__getitem__, Tensor.__setitem__):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return function(args[0], tuple(run if isinstance(place, Tensor) else place for place in index), *args[2:])
+    name = function.__name__
+    words = ("dim", "index", "src") if name.startswith("scatter") else ("dim", "index", "source")
+    given = {**dict(zip(words, args[1:], strict=False)), **kwargs}
+    value, dim, count = args[0], given["dim"], run.stop - run.start
+    if name == "index_select":
+        return value.narrow(dim, run.start, count)
+    result = value if name.endswith("_") else value.clone()
+    part = result.narrow(dim, run.start, count)
+    if "copy" in name:
+        part.copy_(given["source"])
+    else:
+        part.add_(given[words[2]], alpha=given.get("alpha", 1))
+    return result
+
+
+def parts(place: slice) -> tuple[Any, Any, Any]:
+    return place.start, place.stop, place.step
+
+
+def places(index: Any) -> list[Tensor]:
+    """The tensors in an index."""
+    return [place for place in (index if isinstance(index, tuple) else (index,)) if isinstance(place, Tensor)]
+
+
+class Noted(Readings):
+    """Runs the model as it is: notes each reading, and each tensor that comes from neither arguments nor functions."""
+
+    def __init__(self, given: Sequence[Tensor], weights: dict[int, Closed], runs: bool) -> None:
+        super().__init__(runs)
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary(dict.fromkeys(given, True))
+        self.weights = weights
+        self.closed: dict[int, Closed] = {}
+        self.readings: list[Reading] = []
+
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        for value in tensors_of((args, kwargs)):
+            if value not in self.known and id(value) not in self.closed:
+                self.closed[id(value)] = self.weights.get(id(value)) or Closed(value)
+        return args, kwargs
+
+    def leave(self, result: Any) -> Any:
+        for value in tensors_of(result):
+            self.known[value] = True
+        return result
+
+    def read(self, function: Callable, args: tuple, kwargs: dict, read: list[Tensor]) -> Any:
+        values = [value.detach().clone() for value in read]
+        if function in _VALUES:
+            found = noted = function(*args, **kwargs)
+        elif function in (Tensor.__getitem__, Tensor.__setitem__):
+            noted = {id(value): whereabouts(value) for value in read}
+            found = function(*args, **kwargs)
+            noted = [noted[id(value)] for value in read]
+        elif function in (torch.masked_select, Tensor.masked_select):
+            noted, found = (
+                whereabouts(read[0].broadcast_to(broadcast_shape(args[0], read[0]))),
+                function(*args, **kwargs),
+            )
+        elif function in (torch.repeat_interleave, Tensor.repeat_interleave):
+            noted, found = torch.repeat_interleave(read[0]), function(*args, **kwargs)
+        else:
+            found = noted = function(*args, **kwargs)
+        self.readings.append(Reading(function.__name__, values, copy.deepcopy(noted), user_line()[0]))
+        return found
+
+    def pick(self, function: Callable, args: tuple, kwargs: dict, index: Tensor) -> Any:
+        run = run_of(index)
+        self.readings.append(Reading(function.__name__, [index.detach().clone()], run, user_line()[0]))
+        return function(*args, **kwargs)
+
+
+def broadcast_shape(*tensors: Tensor) -> torch.Size:
+    return torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+
+
+def whereabouts(mask: Tensor) -> tuple[Tensor, ...] | slice:
+    """The places of a boolean mask's true entries: index tensors, or a slice where a vector's stand together."""
+    found = mask.nonzero(as_tuple=True)
+    if mask.ndim == 1 and len(found[0]):
+        start, stop = int(found[0][0]), int(found[0][-1]) + 1
+        if stop - start == len(found[0]):
+            return slice(start, stop)
+    return found
+
+
+class Replayed(Readings):
+    """Traces the model: plays the readings back, and gives an input's placeholder for each closed tensor."""
+
+    def __init__(
+        self, readings: Sequence[Reading], inputs: dict[int, Tensor], constants: dict[int, Tensor], runs: bool
+    ) -> None:
+        super().__init__(runs)
+        self.readings, self.inputs, self.constants = iter(readings), inputs, constants
+        self.facts: list[Tensor] = []
+        self.found: list[Fact] = []
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        line, stack = user_line()
+        fx_traceback.set_stack_trace([stack])
+        try:
+            return super().__torch_function__(function, types, args, kwargs)
+        except _DATA_DEPENDENT as error:
+            name = getattr(function, "__name__", str(function))
+            raise UnsupportedGraph(
+                f"the sizes of a tensor depend on values in a way that cannot be traced, in {name}", source=line
+            ) from error
+
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def swap(value: Any) -> Any:
+            return self.inputs.get(id(value), value) if isinstance(value, Tensor) else value
+
+        return pytree.tree_map(swap, (args, kwargs))
+
+    def read(self, function: Callable, args: tuple, kwargs: dict, read: list[Tensor]) -> Any:
+        noted = next(self.readings, None)
+        if (
+            noted is None
+            or noted.function != function.__name__
+            or [v.shape for v in noted.read] != [v.shape for v in read]
+        ):
+            raise UnsupportedGraph("the model reads other values each time it runs", source=user_line()[0])
+        for value, known in zip(read, noted.read, strict=True):
+            self.facts.append(value.clone())
+            self.found.append(Fact(known, noted.source))
+        if function in _VALUES:
+            return copy.deepcopy(noted.result)
+        if function in (Tensor.__getitem__, Tensor.__setitem__):
+            results = iter(noted.result)
+            index: list[Any] = []
+            for place in args[1] if isinstance(args[1], tuple) else (args[1],):
+                boolean = isinstance(place, Tensor) and place.dtype in (torch.bool, torch.uint8)
+                told = self.constant(next(results)) if boolean else place
+                index += told if boolean and isinstance(told, tuple) else [told]
+            return function(args[0], tuple(index), *args[2:], **kwargs)
+        if function in (torch.masked_select, Tensor.masked_select):
+            found = self.constant(noted.result)
+            return args[0].broadcast_to(broadcast_shape(args[0], read[0]))[found]
+        if function in (torch.repeat_interleave, Tensor.repeat_interleave):
+            found = self.constant(noted.result)
+            if len(args) + len(kwargs) == 1:
+                return found
+            dim = args[2] if len(args) > 2 else kwargs.get("dim")
+            value = args[0] if dim is not None else args[0].flatten()
+            return torch.index_select(value, 0 if dim is None else dim, found)
+        return self.constant(noted.result)
+
+    def pick(self, function: Callable, args: tuple, kwargs: dict, index: Tensor) -> Any:
+        noted = self.noted(function, [index])
+        if noted.result is None:
+            return function(*args, **kwargs)
+        self.specialise([index], noted)
+        return pick_run(function, args, kwargs, noted.result)
+
+    def noted(self, function: Callable, read: list[Tensor]) -> Reading:
+        noted = next(self.readings, None)
+        if (
+            noted is None
+            or noted.function != function.__name__
+            or [v.shape for v in noted.read] != [v.shape for v in read]
+        ):
+            raise UnsupportedGraph("the model reads other values each time it runs", source=user_line()[0])
+        return noted
+
+    def specialise(self, read: list[Tensor], noted: Reading) -> None:
+        for value, known in zip(read, noted.read, strict=True):
+            self.facts.append(value.clone())
+            self.found.append(Fact(known, noted.source))
+
+    def constant(self, value: Any) -> Any:
+        return pytree.tree_map(lambda leaf: self.constants[id(leaf)] if isinstance(leaf, Tensor) else leaf, value)
+
+
+_plain_lock = threading.RLock()
+
+
+@contextmanager
+def plain_readings() -> Iterator[None]:
+    """Tensors under functionalisation answer `tolist` and `bool` themselves, past function modes; not in here."""
+    with _plain_lock:
+        own = {name: vars(FunctionalTensor)[name] for name in ("tolist", "__bool__") if name in vars(FunctionalTensor)}
+        for name in own:
+            delattr(FunctionalTensor, name)
+        try:
+            yield
+        finally:
+            for name, method in own.items():
+                setattr(FunctionalTensor, name, method)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def user_line() -> tuple[str, str]:
+    """Where the user's code stands now: ``(file:line in function, as a stack trace)``."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OURS)):
+        frame = frame.f_back
+    code = frame.f_code
+    text = linecache.getline(code.co_filename, frame.f_lineno).strip()
+    where = f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
+    return where, f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {text}\n'

@@ -1,0 +1,155 @@
+"""Tracing without Dynamo: the graph of a model whose Python code reads values of tensors.
+
+Dynamo breaks the graph where Python needs a value: the length of a prompt from its mask (`mask.sum(1).tolist()`), a test
+(`if torch.all(image == 0)`), a boolean index (`text[mask]`). Such a model is run once as it is, with every such reading
+noted, and then traced with the readings played back. What was read are the *facts* of the graph: tensors that must have
+the same values at a later call, or the graph is not the graph of that call.
+
+    mask -> sum -> tolist -> [5, 7] -> text[0, :5] ...      becomes      text -> slice(0, 5) ...     fact: sum(mask) == [5, 7]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ras_compile.capture.export import export
+from ras_compile.capture.facts import Fact, Guard
+from ras_compile.capture.python_state import PythonState
+from ras_compile.capture.readings import Closed, Noted, Replayed, plain_readings
+from ras_compile.capture.unusable import unusable
+from ras_compile.errors import UnsupportedGraph
+
+
+@dataclass
+class Trace:
+    """What tracing gives.
+
+    Attributes:
+        graph: the captured graph: functional ATen; inputs are the arguments' tensors, then the closed tensors.
+        closed: the tensors that are no arguments, in the order of their placeholders.
+        guard: tells whether the graph is that of another call, too.
+        output_spec: structure of what the model returns.
+        others: the leaves of what it returns; ``None`` where a tensor stands.
+        is_tensor: which of those leaves are tensors.
+    """
+
+    graph: fx.GraphModule
+    closed: list[Closed]
+    guard: Guard
+    output_spec: pytree.TreeSpec
+    others: list[Any]
+    is_tensor: list[bool]
+
+
+def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> Trace:
+    """Traces one call of a model. The model runs twice as it is: the first time it may build tables that it keeps.
+
+    Args:
+        runs: index tensors whose places follow one another are read, too, and become slices.
+
+    Raises:
+        UnsupportedGraph: it cannot be traced.
+        UnusableInput: the model itself fails on these inputs.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    with torch.no_grad():
+        try:
+            root._call_impl(*args, **kwargs)
+        except Exception as error:
+            raise unusable(first_line(error), args, kwargs) from error
+        state = PythonState(root)
+        try:
+            with Noted(given, weights_of(root), runs) as noted:
+                root._call_impl(*args, **kwargs)
+        except Exception as error:  # it has just run: what fails now is watching it
+            raise cannot_be_traced(error) from error
+    if not state.holds():
+        raise UnsupportedGraph("the model changes itself each time it runs (an attribute of a module gets a new value)")
+    bound = _Bound(root, leaves, spec, noted)
+    closed = [*noted.closed.values(), *map(Closed, bound.constants)]
+    state = PythonState(root)
+    owners: list[Any] = [owner for module in root.modules() for owner in (module._parameters, module._buffers)]
+    weights = [(owner, dict(owner)) for owner in owners]
+    try:
+        tensors = [*given, *(entry.tensor for entry in closed)]
+        captured = export(bound, tensors, [*["an argument"] * len(given), *(entry.name for entry in closed)])
+    except UnsupportedGraph:
+        raise
+    except Exception as error:
+        raise cannot_be_traced(error) from error
+    finally:
+        state.restore()  # tables that were made anew are the tracer's tensors, and so are buffers that were written
+        for owner, known in weights:
+            if [*map(id, owner.values())] != [*map(id, known.values())]:
+                owner.clear()
+                owner.update(known)
+    constants, count = captured.meta["constants"], sum(bound.is_tensor)
+    main = fx.GraphModule(captured, outputs_of(captured.graph, slice(0, count)))
+    main.meta["constants"] = constants
+    guard = fx.GraphModule(captured, outputs_of(captured.graph, slice(count, None)))
+    guarded = Guard(guard, bound.facts, constants)
+    return Trace(main, closed, guarded, bound.output_spec, bound.others, bound.is_tensor)
+
+
+def weights_of(root: nn.Module) -> dict[int, Closed]:
+    """Where the parameters and buffers of a model are held, by their identity."""
+    return {
+        id(tensor): Closed(tensor, owner, name)
+        for module in root.modules()
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
+        if tensor is not None
+    }
+
+
+def outputs_of(graph: fx.Graph, part: slice) -> fx.Graph:
+    """A copy of a graph with a part of its outputs; every input stays."""
+    new = fx.Graph()
+    output = new.graph_copy(graph, {}, return_output_node=True)
+    assert isinstance(output, tuple)
+    new.output(tuple(output[0][part]))
+    new.eliminate_dead_code()
+    return new
+
+
+class _Bound(nn.Module):
+    """The model as a function of tensors alone, for the tracer; returns its output's tensors, then the facts'."""
+
+    def __init__(self, root: nn.Module, leaves: list, spec: pytree.TreeSpec, noted: Noted) -> None:
+        super().__init__()
+        self.call = lambda args, kwargs: root._call_impl(*args, **kwargs)
+        self.leaves, self.spec, self.noted = leaves, spec, noted
+        self.constants = [v for r in noted.readings for v in pytree.tree_leaves(r.result) if isinstance(v, Tensor)]
+        self.facts: list[Fact] = []
+        self.others: list[Any] = []
+        self.is_tensor: list[bool] = []
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(value, Tensor) else value for value in self.leaves]
+        inputs = {key: next(given) for key in self.noted.closed}
+        constants = {id(value): next(given) for value in self.constants}
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        with plain_readings(), Replayed(self.noted.readings, inputs, constants, self.noted.runs) as replayed:
+            result = self.call(args, kwargs)
+        if next(replayed.readings, None) is not None:
+            raise UnsupportedGraph("the model reads other values each time it runs")
+        flat, self.output_spec = pytree.tree_flatten(result)
+        self.facts = replayed.found
+        self.is_tensor = [isinstance(value, Tensor) for value in flat]
+        self.others = [None if isinstance(value, Tensor) else value for value in flat]
+        return (*[value for value in flat if isinstance(value, Tensor)], *replayed.facts)
+
+
+def cannot_be_traced(error: Exception) -> UnsupportedGraph:
+    return UnsupportedGraph(f"the model cannot be traced ({type(error).__name__}: {first_line(error)})")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,42 @@
+"""Inputs on which the model itself fails: one sentence in place of Dynamo's report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch._dynamo.exc import TorchRuntimeError
+from torch.utils import _pytree as pytree
+
+from ras_compile.errors import UnusableInput
+
+__all__ = ["told_plainly", "unusable"]
+
+
+def unusable(reason: str, args: tuple, kwargs: dict) -> UnusableInput:
+    """The error of a model that fails on these arguments."""
+    sizes = []
+    for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        if isinstance(leaf, Tensor):
+            sizes.append(f"{pytree.keystr(path[1:]).strip('[]')} {list(leaf.shape)}".replace("'", ""))
+    return UnusableInput(
+        f"the model itself cannot run on these inputs ({reason}); the sides of a latent must be multiples of its patch "
+        f"size, and everything that goes with it of the same sizes: {', '.join(sizes)}"
+    )
+
+
+@contextmanager
+def told_plainly(args: tuple, kwargs: dict) -> Iterator[None]:
+    """Turns Dynamo's report of a failing model into an :class:`UnusableInput`; the report is its cause.
+
+    Raises:
+        UnusableInput: the model fails while Dynamo traces it.
+    """
+    try:
+        yield
+    except TorchRuntimeError as error:
+        text = str(error)
+        said = re.search(r"got \w+\((['\"])(.*?)\1\)", text)
+        raise unusable(said[2] if said else (text.splitlines() or [""])[0], args, kwargs) from error

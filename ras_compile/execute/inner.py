@@ -1,0 +1,81 @@
+"""The inner compiler: Inductor by default, eager and aot_eager for debugging."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import InvalidBackend
+from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor
+from torch._inductor import list_mode_options
+from torch._inductor.async_compile import maybe_warm_pool
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ras_compile.config import RASConfig
+from ras_compile.errors import ConfigError
+from ras_compile.kernels.tiles import sources
+
+Compiled = Callable[..., Sequence[Any]]
+
+
+def start_workers(inputs: Sequence[Any], config: RASConfig) -> None:
+    """Starts Inductor's processes that compile Triton kernels, so that the first program finds them ready.
+
+    They take seconds to come up; until they have, kernels are compiled one after the other in this process.
+    """
+    if config.inner_backend == "inductor" and any(isinstance(value, Tensor) and value.is_cuda for value in inputs):
+        maybe_warm_pool()
+
+
+def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) -> Compiled:
+    """Compiles one program.
+
+    Args:
+        module: the program; its ops are ATen and it may write into its last inputs (the caches).
+        inputs: example inputs; real tensors, whose sizes are baked in, or fake ones, which may have symbolic sizes.
+        config: names the inner backend and its options.
+
+    Raises:
+        ConfigError: there is no such backend, or Inductor has no such option.
+    """
+    if config.inner_backend == "eager":
+        return module
+    compiled: Any
+    if config.inner_backend == "inductor":
+        options = dict(config.inner_options)
+        mode = options.pop("mode", None)
+        if mode is not None:
+            options = {**list_mode_options(mode), **options}
+        known = inductor.get_config_copy()
+        for name in options:
+            if name not in known:
+                near = ", ".join(map(repr, difflib.get_close_matches(name, known))) or "those of torch._inductor.config"
+                raise ConfigError(f"option inner_options: {name!r} is no option of Inductor; it takes {near}.")
+        options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
+        # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over. Inputs are
+        # made fake here: with a context, others would get symbolic sizes. The tag: our ops mean what their source says.
+        modes = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+        fake = next(modes, None) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+        examples = [
+            fake.from_tensor(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
+            for value in inputs
+        ]
+        caches: Any = torch.compiler.config
+        tag = f"{caches.cache_key_tag} ras_compile {sources()}"
+        with tracing(TracingContext(fake)), caches.patch(cache_key_tag=tag):
+            compiled = compile_fx(module, examples, config_patches=options)
+        return compiled
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
+
+    try:
+        backend = lookup_backend(config.inner_backend)
+    except InvalidBackend:
+        names = ", ".join(map(repr, ["eager", "aot_eager", *(name for name in list_backends() if name != "ras")]))
+        raise ConfigError(f"option inner_backend={config.inner_backend!r} is no backend; it takes {names}.") from None
+    return backend(module, list(inputs), **config.inner_options)

@@ -1,0 +1,282 @@
+"""`explain`: what the compiler makes of a transformer, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ras_compile.backend import GraphBreak, fragment, graph_break
+from ras_compile.capture.inputs import check_timestep, describe_inputs
+from ras_compile.capture.unusable import told_plainly
+from ras_compile.config import RASConfig, is_whole
+from ras_compile.dispatch.traced import places_given, specialise
+from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph, UnusableInput
+from ras_compile.passes.algebra.layout import Concat, Layout
+from ras_compile.passes.analysis.cost import Cost, cost
+from ras_compile.passes.analysis.splices import Splice
+from ras_compile.passes.fusion.group import launches
+from ras_compile.passes.rules.registry import operands, source_line
+from ras_compile.plans.plan import Plan
+from ras_compile.sampling.schedule import Schedule
+
+__all__ = ["Explanation", "SplicePoint", "explain", "record_call"]
+
+
+class _Recorded(Exception):
+    """Leaves the model's forward once its graph has been seen."""
+
+
+def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """The graph that Dynamo makes of ``transformer(**inputs)``, and the inputs that it is called with. Nothing is run.
+
+    Raises:
+        UnsupportedGraph: Dynamo breaks the graph, or finds nothing to compile.
+        UnusableInput: the model itself fails on these inputs.
+    """
+    graphs: list[fx.GraphModule] = []
+    held: list[Any] = []
+    parts: list[UnsupportedGraph | None] = []
+
+    def record(graph: fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Any:
+        graphs.append(graph)
+        parts.append(graph_break(graph) or fragment(sum(given.weight for given in describe_inputs(graph.graph))))
+
+        def leave(*values: Any) -> Any:
+            held.extend(values)
+            raise _Recorded
+
+        return leave
+
+    module = getattr(transformer, "_orig_mod", transformer)
+    attached, module._compiled_call_impl = module._compiled_call_impl, None
+
+    def call(**kwargs: Any) -> Any:
+        return module(**kwargs)
+
+    # Dynamo keeps what it compiled with the code object: one of our own leaves the module's alone, and never fills up
+    fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
+    try:
+        with torch.no_grad(), told_plainly((), inputs):
+            torch.compile(fresh, backend=record, dynamic=False)(**inputs)
+    except _Recorded:
+        pass
+    finally:
+        module._compiled_call_impl = attached
+    if not graphs:
+        raise UnsupportedGraph("Dynamo finds nothing to compile in this call")
+    if parts[0] is not None:
+        raise parts[0]
+    return graphs[0], held
+
+
+@dataclass(frozen=True)
+class SplicePoint:
+    """One splice: a value that is made whole from its cache and the active rows.
+
+    Attributes:
+        value: name of the value in the captured graph.
+        layout: its dimensions in factors; ``d1`` is a part of the latent's dimension 1, ``|`` parts segments.
+        reason: the op that needs the whole value, or that it is the output.
+        source: the user's source line, where known.
+        shape: its shape.
+        bytes: size of its cache.
+    """
+
+    value: str
+    layout: str
+    reason: str
+    source: str | None
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the compiler makes of one call of a transformer. ``str()`` is a table.
+
+    Attributes:
+        supported: whether the call can be sampled region-adaptively.
+        reason: why not, in one sentence; empty where it can.
+        latent: the forward argument that is the latent.
+        region: the latent's dimensions in factors.
+        grid: extent of the token grid.
+        tokens: N, tokens of one sample.
+        splices: every splice, the output's last.
+        gathers: dense values of which a sparse step takes the active rows, with the user's source line.
+        context: lengths of the segments that stand beside the region in joint sequences.
+        cost: FLOPs and bytes, those of a sparse step as sympy expressions in ``A``.
+        fused: scatter-GEMMs (`linear -> splice` as one kernel) in a sparse step on the inputs' device.
+        config: the options.
+    """
+
+    supported: bool
+    reason: str = ""
+    latent: str = ""
+    region: str = ""
+    grid: tuple[int, ...] = ()
+    tokens: int = 0
+    splices: tuple[SplicePoint, ...] = ()
+    gathers: tuple[tuple[str, str | None], ...] = ()
+    context: tuple[int, ...] = ()
+    cost: Cost | None = None
+    fused: int = 0
+    config: RASConfig = RASConfig()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the caches of one guidance branch."""
+        return self.cost.cache_bytes if self.cost else 0
+
+    def dense_steps(self, num_steps: int) -> int:
+        """Dense steps among ``num_steps`` under the schedule of ``config``."""
+        return Schedule(self.config).dense_steps(num_steps)
+
+    def speedup(self, sample_ratio: float | None = None, num_steps: int = 28) -> float:
+        """Predicted speed-up by FLOPs of a whole run over dense steps alone, under the schedule of ``config``.
+
+        Args:
+            sample_ratio: share of tokens in sparse steps, in (0, 1]; by default that of ``config``.
+            num_steps: steps of the run.
+
+        Raises:
+            UnsupportedGraph: the call is not supported.
+            ConfigError: another ratio, no step, or a `speedup` in ``config`` that is out of reach.
+        """
+        if self.cost is None:
+            raise UnsupportedGraph(self.reason)
+        if sample_ratio is not None:
+            self.config.with_runtime(sample_ratio=sample_ratio)
+        _check_steps(num_steps)
+        ratio = self.config.sample_ratio if sample_ratio is None else sample_ratio
+        if sample_ratio is None and self.config.speedup is not None:
+            ratio = self.ratio_for(self.config.speedup, num_steps)
+        return self.cost.speedup(ratio, num_steps, self.dense_steps(num_steps))
+
+    def ratio_for(self, speedup: float, num_steps: int = 28) -> float:
+        """The sample ratio that gives ``speedup`` (by FLOPs) under the schedule of ``config``.
+
+        Raises:
+            UnsupportedGraph: the call is not supported.
+            ConfigError: out of reach, and the text gives the limits; or no step.
+        """
+        if self.cost is None:
+            raise UnsupportedGraph(self.reason)
+        _check_steps(num_steps)
+        try:
+            return self.cost.ratio_for(speedup, num_steps, self.dense_steps(num_steps), Schedule.fewest(self.tokens))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def __str__(self) -> str:
+        if self.cost is None:
+            return f"not supported: {self.reason}"
+        lines = [
+            f"latent    {self.latent} {self.region}",
+            f"region    {self.tokens} tokens, grid {' x '.join(map(str, self.grid))}",
+            f"context   {' | '.join(f'{length} tokens' for length in self.context) or 'none in joint sequences'}",
+            f"FLOPs     dense {self.cost.dense_flops:.4g}, sparse {self.cost.sparse_flops}",
+            f"caches    {self.cache_bytes / 2**20:.1f} MiB a branch, {len(self.splices)} splices",
+            f"kernels   {self.fused} splices as scatter-GEMMs",
+            "predicted " + ", ".join(f"{r:.1%} of tokens: {self.speedup(r):.2f}x" for r in (0.5, 0.25, 0.125)),
+            "          (by FLOPs, 28 steps)",
+            "",
+            f"{'splice':<24} {'needed by':<44} layout",
+        ]
+        lines += [f"{point.value:<24} {point.reason:<44} {point.layout}" for point in self.splices]
+        lines += ["", f"{'gather':<24} source"]
+        lines += [f"{name:<24} {source or ''}" for name, source in self.gathers]
+        return "\n".join(lines)
+
+
+def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **inputs: Any) -> Explanation:
+    """Says what region-adaptive sampling makes of ``transformer(**inputs)``; nothing is run.
+
+    Args:
+        transformer: the module, compiled or not.
+        options: options as for the backend; see :class:`RASConfig`.
+        **inputs: the arguments of one call.
+
+    Raises:
+        ConfigError: a bad option.
+        TypeError: no module, or arguments that its forward does not take.
+    """
+    config = RASConfig.from_options(options)
+    if not isinstance(transformer, nn.Module):
+        what = f"{type(transformer).__name__}{'; give its .transformer' if hasattr(transformer, 'transformer') else ''}"
+        raise TypeError(f"explain takes a transformer and the arguments of one call of it, not {what}.")
+    module: nn.Module = getattr(transformer, "_orig_mod", transformer)
+    check_timestep(config.timestep, type(module))
+    try:
+        plan, described, values = plan_of(transformer, inputs, config)
+    except (UnsupportedGraph, SpecViolation, UnusableInput) as error:
+        return Explanation(False, str(error), config=config)
+    analysis = plan.analysis
+    program = plan.build(max(1, analysis.frame.tokens // 4), outline_blocks=False)
+    paths = [given.path for given, value in zip(described, values, strict=True) if isinstance(value, torch.Tensor)]
+    names = dict(zip(analysis.graph.find_nodes(op="placeholder"), paths, strict=False))
+    return Explanation(
+        True,
+        latent=described[plan.latent].path,
+        region=str(analysis.frame.layout()),
+        grid=analysis.frame.grid,
+        tokens=analysis.frame.tokens,
+        splices=tuple(_point(plan, splice) for splice in plan.sparse.splices),
+        gathers=tuple((names.get(node, node.name), source_line(node)) for node in plan.sparse.gathers),
+        context=_context(plan),
+        cost=cost(analysis, plan.sparse),
+        fused=launches(program.graph),
+        config=config,
+    )
+
+
+def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -> tuple[Plan, list, list]:
+    """The plan of ``transformer(**inputs)``, the description of its inputs, and the inputs.
+
+    Raises:
+        UnsupportedGraph: there is none.
+    """
+    try:
+        graph, values = record_call(transformer, inputs)
+        described = describe_inputs(graph.graph)
+        return Plan(graph, described, values, config), described, values
+    except UnsupportedGraph as error:
+        leaves = pytree.tree_leaves(((), inputs))
+        if not isinstance(error, GraphBreak) and not places_given(leaves):
+            raise
+    made = specialise(getattr(transformer, "_orig_mod", transformer), (), inputs, config)
+    return made.plan, made.inputs, made.values(leaves)
+
+
+def _check_steps(num_steps: Any) -> None:
+    if not is_whole(num_steps) or num_steps < 1:
+        raise ConfigError(f"num_steps={num_steps!r} is not allowed; it takes a whole number of at least 1.")
+
+
+def _point(plan: Plan, splice: Splice) -> SplicePoint:
+    value = splice.node.meta["val"]
+    steps = plan.analysis.steps
+    mixing = [u for u in splice.node.users if u in steps and splice.node in operands(u)]
+    reason = "the output: noise of the other tokens" if splice.is_output else str(mixing[-1].target if mixing else "")
+    return SplicePoint(
+        splice.node.name,
+        str(splice.layout),
+        reason,
+        source_line(splice.node),
+        tuple(value.shape),
+        value.numel() * value.element_size(),
+    )
+
+
+def _context(plan: Plan) -> tuple[int, ...]:
+    region = {atom for atom, _ in plan.analysis.frame.region}
+    for layout in plan.analysis.layouts.values():
+        if isinstance(layout, Layout):
+            for factor in (factor for dim in layout.dims for factor in dim if isinstance(factor, Concat)):
+                plain = [s for s in factor.segments if not any(getattr(axis, "atom", None) in region for axis in s)]
+                return tuple(Concat((segment,)).size for segment in plain)
+    return ()

@@ -1,0 +1,1 @@
+"""diffusers pipelines: attaching to one, following its scheduler, what its sampler implies."""

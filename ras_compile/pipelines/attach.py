@@ -1,0 +1,168 @@
+"""`ras_compile.attach(pipe)`: compile a diffusers pipeline's transformer in place, and follow its scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ras_compile.backend import ras
+from ras_compile.capture.inputs import check_timestep
+from ras_compile.capture.unusable import told_plainly
+from ras_compile.config import RASConfig
+from ras_compile.dispatch.traced import Exchangeable
+from ras_compile.errors import ConfigError
+from ras_compile.notices import warn_once
+from ras_compile.pipelines.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
+from ras_compile.sampling.clock import AttachedCall, attached_call
+from ras_compile.sampling.models import release
+
+__all__ = ["Handle", "attach"]
+
+# 40 of diffusers' transformer classes share one code object, each with its options and batch sizes: 8 is soon used up.
+_RECOMPILE_LIMIT = 64
+
+
+class Handle:
+    """An attached pipeline. A context manager: leaving it detaches.
+
+    Args:
+        pipe: the pipeline.
+        config: the options.
+        transformers: the pipeline's transformers, by the names they have there.
+    """
+
+    def __init__(self, pipe: Any, config: RASConfig, transformers: dict[str, nn.Module], options: dict) -> None:
+        self.follower = SchedulerFollower(pipe, config, transformers)
+        self._attached = transformers
+        for name, module in transformers.items():
+            module.compile(backend=ras, options=options, **_limits())
+            compiled = module._compiled_call_impl
+            assert compiled is not None
+            module._compiled_call_impl = _Followed(compiled, self.follower, name, type(module).__name__)
+            follow_branches(module)
+
+    @property
+    def transformers(self) -> list[nn.Module]:
+        """The attached transformers, in the pipeline's order; none after `detach`."""
+        return list(self._attached.values())
+
+    @property
+    def config(self) -> RASConfig:
+        """The options of generations that begin now."""
+        return self.follower.config
+
+    def configure(self, **options: Any) -> None:
+        """Replace runtime options from the next generation on; what is compiled stays.
+
+        ::
+
+            handle.configure(sample_ratio=0.25, warmup_steps=3)
+
+        Each count of active tokens that has not been seen yet still compiles a program, once.
+
+        Args:
+            **options: some of :data:`ras_compile.config.RUNTIME_OPTIONS`.
+
+        Raises:
+            ConfigError: an option that changes what is compiled (the text names those that do not), or a bad value.
+        """
+        self.follower.config = self.config.with_runtime(**options)
+
+    def detach(self) -> None:
+        """Restore the pipeline as it was: uncompiled transformers, a scheduler of its own class, no caches. May be repeated."""
+        release(self)  # Dynamo keeps what it compiled for as long as the module lives
+        for module in self._attached.values():
+            module._compiled_call_impl = None
+            unfollow_branches(module)
+        self.follower.stop()
+        self._attached = {}
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+def attach(pipe: Any, **options: Any) -> Handle:
+    """Make a diffusers pipeline sample region-adaptively.
+
+    Compiles `pipe.transformer` (and `transformer_2`, ...) in place with `module.compile()`, so that the pipeline's
+    code, hooks and LoRA loading go on working with the same module objects. The scheduler is followed wherever
+    `pipe.scheduler` points to at a call; pipelines that share this transformer and scheduler (`from_pipe`) are
+    followed too. One with a scheduler of its own (a copy for each thread) is not: its steps are inferred, as they are
+    without `attach`; let its runs not take turns with this one's, step by step in one thread.
+
+    Args:
+        pipe: the pipeline.
+        **options: see :class:`RASConfig`; `mode` is handed to the inner backend.
+
+    Returns:
+        A handle with `.detach()`, `.configure()`, `.config` and `.transformers`, for `ras_compile.trace` too.
+
+    Raises:
+        ConfigError: a bad option, a pipeline without a transformer, or one that is compiled already.
+    """
+    config = RASConfig.from_options(options)
+    found = {name: getattr(pipe, name) for name in _names(pipe) if isinstance(getattr(pipe, name, None), nn.Module)}
+    if not found:
+        what = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
+        raise ConfigError(
+            f"{what} has no transformer to attach to, as a diffusers pipeline has; use torch.compile(model, backend='ras') on its "
+            "denoiser, with ras_compile.generation() to tell the steps."
+        )
+    for name, module in found.items():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ConfigError(
+                f"{type(pipe).__name__}.{name} is compiled or attached already; attach to the plain module, or call "
+                "detach() on its handle first."
+            )
+        check_timestep(config.timestep, type(module))
+    return Handle(pipe, config, found, options)
+
+
+def _names(pipe: Any) -> list[str]:
+    """Names of the pipeline's components that are transformers: transformer, transformer_2, ..."""
+    known = getattr(pipe, "config", None)
+    names = list(known) if isinstance(known, Mapping) else []
+    return sorted(
+        {
+            name
+            for name in (*names, *getattr(pipe, "__dict__", {}), "transformer")
+            if name.split("_")[0] == "transformer"
+        }
+    )
+
+
+def _limits() -> dict[str, Any]:
+    """A recompile limit for our compilation alone; older versions of torch only have one for the process."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": _RECOMPILE_LIMIT}
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
+    return {}
+
+
+class _Followed(Exchangeable):
+    """The compiled call, made as a call of this pipeline; says so once when it never reaches the backend."""
+
+    def __init__(self, compiled: Callable[..., Any], follower: SchedulerFollower, name: str, kind: str) -> None:
+        self.compiled, self._follower, self._name, self._kind = compiled, follower, name, kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = AttachedCall(self._follower, self._name, present_branch())
+        with told_plainly(args, kwargs), attached_call(call) as present:
+            result = self.compiled(*args, **kwargs)
+        if not present.reached:
+            warn_once(
+                f"ras_compile: a call of {self._kind} ran uncompiled, past the attached backend. Either torch.compile is "
+                f"disabled, or Dynamo gave up after {_RECOMPILE_LIMIT} recompilations (run with TORCH_LOGS=recompiles)."
+            )
+        return result

@@ -1,0 +1,323 @@
+"""Plans that differ in the lengths of the context alone: they share one capture, one proof, and their programs.
+
+    length 5    static programs (Dynamo's first graph)
+    length 9    a family: the graph is captured once with symbolic lengths, planned at this length and at two or three made
+                up ones, and each program is compiled once, with the length as an argument (`passes/interpolate.py`)
+    length 7    a member: nothing is captured, proved or compiled; only CUDA graphs are, which bake sizes in
+
+What the inner compiler assumes of a length is checked for each member. Where it does not hold, that program is compiled
+for that member alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ras_compile.capture.inputs import GraphInput
+from ras_compile.config import RASConfig
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.execute.compiling import compiling
+from ras_compile.execute.inner import Compiled, compile_inner
+from ras_compile.passes.analysis.cost import Cost
+from ras_compile.passes.lowering.functional import spell_writes
+from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolate, sample_points
+from ras_compile.passes.lowering.matrices import flatten_linears
+from ras_compile.passes.lowering.outline import outline
+from ras_compile.passes.programs.program import dense_program
+from ras_compile.plans.lengths import Lengths
+from ras_compile.plans.plan import Plan
+from ras_compile.plans.shared import Shared, Sized, all_fit
+from ras_compile.plans.symbolic import SymbolicGraph, Symbols
+
+log = logging.getLogger(__name__)
+
+FAMILIES = 8  # of one graph: calls that differ in more than lengths, such as resolutions
+KEPT = 4  # members whose caches and CUDA graphs stay when their generations end; prompts have many lengths
+
+
+class Family:
+    """The plans of one graph for calls that differ in the lengths of the context alone.
+
+    Args:
+        graph: the graph, captured for all lengths.
+        inputs: description of the Dynamo graph's placeholders.
+        values: the present inputs.
+        config: the options.
+
+    Raises:
+        UnsupportedGraph: there is no such family: the latent's size depends on a length, or a plan cannot be proved right.
+        NotAffine: what the plans keep or compute is not of one form at all lengths.
+    """
+
+    def __init__(
+        self, graph: SymbolicGraph, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig
+    ) -> None:
+        self.graph, self.inputs, self.config = graph, inputs, config
+        self.points = self._points()
+        self._as_static = replace(config, cuda_graphs=False)  # of plans that are looked at and not run
+        self._described = [described(v) if isinstance(v, Tensor) else v for v in values]
+        first = self.exact(self.points[0], proved=False)
+        if first.latent in graph.lengths.sizes:
+            raise UnsupportedGraph("the latent's size depends on the context's length")
+        # later plans are of the same kind, whatever else may look like a latent at another length
+        context = config.context if first.sparse.live else "fresh"
+        self._as_static = replace(self._as_static, latent=inputs[first.latent].path, context=context)
+        self.samples = [first, *(self.exact(point, proved=False) for point in self.points[1:])]
+        alike = {(plan.latent, plan.noise, len(plan.sparse.splices), len(plan.sparse.frozen)) for plan in self.samples}
+        if len(alike) > 1:
+            raise UnsupportedGraph("other values are spliced at another length")
+        dense = [dense_program(plan.analysis, plan.sparse) for plan in self.samples]
+        interpolate(dense, self.points)
+        self._caches = [_left_behind(program, plan) for program, plan in zip(dense, self.samples, strict=True)]
+        self._programs: dict[int | str, Shared | None] = {}
+        self._members: list[Member] = []
+        self._lock = threading.RLock()
+
+    def exact(self, point: Point, *, proved: bool = True) -> Plan:
+        """The plan for these lengths alone."""
+        return Plan(self.graph.at(point), self.inputs, self._inputs_at(point), self._as_static, proved=proved)
+
+    def _inputs_at(self, point: Point) -> list[Any]:
+        """Inputs of these lengths, without what is in them."""
+        lengths, made = self.graph.lengths, list(self._described)
+        for index in lengths.sizes:
+            if isinstance(made[index], Tensor):
+                made[index] = described(made[index], *lengths.described(index, point))
+            else:
+                made[index] = lengths.number(index, point)
+        return made
+
+    def _points(self) -> list[Point]:
+        """The present lengths, and others that the graph is right for.
+
+        Raises:
+            UnsupportedGraph: there are not enough of them.
+        """
+        base = self.graph.base
+
+        def right(point: Point) -> bool:
+            return self.graph.lengths.allows(point) and self.graph.holds(point)
+
+        steps: list[int] = []
+        for axis in range(len(base)):
+            near = (tuple(b + step * (k == axis) for k, b in enumerate(base)) for step in (-1, 1, -2, 2, -3, 3))
+            steps.append(next((point[axis] - base[axis] for point in near if right(point)), 0))
+        far = product(*((b // 2, b // 2 + 1, 2 * b + 3, b + 7, b + 5, b + 3, b - 3) for b in base))
+        check = next(
+            (p for p in far if right(p) and all(abs(c - b) > abs(s) for c, b, s in zip(p, base, steps, strict=True))),
+            None,
+        )
+        if not all(steps) or check is None:
+            raise UnsupportedGraph(f"the graph is right for too few lengths of the context beside {base}")
+        return sample_points(base, steps, check)
+
+    def member(self, values: Sequence[Any]) -> Plan | None:
+        """The plan for a call; None where its lengths are not ones that the captured graph is right for."""
+        point = self.graph.lengths.at(values)
+        if not (self.graph.lengths.fits(values, point) and self.graph.holds(point)):
+            return None
+        return Member(self, point, values)
+
+    def entering(self, member: Member) -> None:
+        """A member runs a dense step: of those that ran before, the ones used longest ago give up what they keep."""
+        if self._members[-1:] == [member]:
+            return
+        with self._lock:
+            self._members = [*(other for other in self._members if other is not member), member]
+            for other in self._members[:-KEPT]:
+                other.kept.give_up()
+            del self._members[:-KEPT]
+
+    def cache_bytes(self, point: Point) -> int:
+        """Bytes of the caches of one guidance branch."""
+        total = 0
+        for tensors in zip(*self._caches, strict=True):
+            sizes, _ = Sized.of(self.points, tensors).at(point)
+            total += math.prod(sizes) * tensors[0].element_size()
+        return total
+
+    def program(self, active: int | str, point: Point, inputs: Sequence[Any]) -> Compiled | None:
+        """A program of a member, which takes what those of other plans take; None where it has to have its own.
+
+        Args:
+            active: ``"dense"``, or the active rows of a sparse one.
+            point: the member's lengths.
+            inputs: example inputs.
+        """
+        with compiling():
+            if active not in self._programs:
+                try:
+                    self._programs[active] = self._share(active, point, inputs)
+                except Exception:  # whatever the inner compiler does not do with symbols, it does without
+                    log.info("a program is compiled for each length of the context apart", exc_info=True)
+                    self._programs[active] = None
+            shared = self._programs[active]
+        if shared is None:
+            return None
+        if not shared.fits(point, inputs):
+            log.info("a program is compiled apart for a context of %s tokens", point)
+            return None
+        return partial(shared.compiled, *point)
+
+    def _share(self, active: int | str, point: Point, inputs: Sequence[Tensor]) -> Shared:
+        """Compiles a program for all lengths.
+
+        Raises:
+            NotAffine: there is no such program.
+        """
+        builds, sized = self._builds(active), self._sized(active, inputs)
+        if not all_fit(sized, point, inputs):
+            raise NotAffine("an input has other strides than the dense program was to leave")
+        if self.config.inner_backend == "inductor":
+            for program in builds:
+                flatten_linears(program.graph)
+                spell_writes(program.graph)
+            try:
+                shared = self._compile(outline(interpolate(builds, self.points)), sized, inputs)
+                if all(shared.symbols.holds(sample) for sample in self.points):
+                    return shared
+                log.info("compiling outlined blocks has fixed a length, compiling them one by one")
+            except Exception:
+                log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
+        return self._compile(interpolate(builds, self.points), sized, inputs)
+
+    def _compile(self, program: fx.GraphModule, sized: Sequence[Sized], inputs: Sequence[Tensor]) -> Shared:
+        symbols = Symbols(self.points[0])
+        given = [
+            symbols.tensor(*one.at(symbols.lengths), like=tensor) if one.varies else symbols.fake(tensor)
+            for one, tensor in zip(sized, inputs, strict=True)
+        ]
+        return Shared(compile_inner(program, [*symbols.lengths, *given], self.config), symbols, list(sized))
+
+    def _builds(self, active: int | str) -> list[fx.GraphModule]:
+        """The program at each point. What is fused is decided at the first one."""
+        first, *others = self.samples
+        answers: list[bool] = []
+
+        def choose(choice: Callable[..., bool], *ops: Any) -> bool:
+            answers.append(choice(*ops))
+            return answers[-1]
+
+        first.chosen = choose
+        programs = [first.build(active, outline_blocks=False)]
+        for plan in others:
+            plan.chosen = partial(_told, iter(answers))
+            programs.append(plan.build(active, outline_blocks=False))
+        return programs
+
+    def _sized(self, active: int | str, inputs: Sequence[Tensor]) -> list[Sized]:
+        """The inputs of a program: the graph's, then for a sparse one its rows and the caches."""
+        given = [plan.captured.graph.find_nodes(op="placeholder") for plan in self.samples]
+        taken = [[node.meta["val"] for node in nodes] for nodes in zip(*given, strict=True)]
+        if active != "dense":
+            taken += [[inputs[len(taken)]] * len(self.points), *map(list, zip(*self._caches, strict=True))]
+        return [Sized.of(self.points, tensors) for tensors in taken]
+
+
+class Families:
+    """The families of one Dynamo graph.
+
+    Args:
+        graph: the graph.
+        inputs: description of its placeholders.
+        users: positions of the inputs that tell calls apart.
+    """
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[GraphInput], users: Sequence[int]) -> None:
+        self._graph, self._inputs, self._users = graph, inputs, users
+        self._captured: dict[Hashable, SymbolicGraph | None] = {}
+        self._found: dict[Hashable, Family | None] = {}
+
+    def plan(self, values: Sequence[Any], config: RASConfig, numbers: Sequence[int]) -> Plan | None:
+        """The plan for a call as a member of a family; None where it has to have a plan of its own.
+
+        Args:
+            values: the inputs.
+            config: the options.
+            numbers: positions of integers that are tensors among the values.
+        """
+        lengths = Lengths.of(self._graph, self._inputs, values, numbers)
+        if lengths is None:
+            return None
+        rest = lengths.rest(values, self._users)
+        region = config.region and (config.region.start, config.region.stop, config.region.step)
+        if (rest, region) not in self._found and len(self._found) < FAMILIES:
+            self._found[rest, region] = self._make(rest, lengths, values, config)
+        family = self._found.get((rest, region))
+        return None if family is None else family.member(values)
+
+    def _make(self, rest: Hashable, lengths: Lengths, values: Sequence[Any], config: RASConfig) -> Family | None:
+        try:
+            if rest not in self._captured:
+                self._captured[rest] = None
+                self._captured[rest] = SymbolicGraph(self._graph, lengths, values)
+            graph = self._captured[rest]
+            return None if graph is None else Family(graph, self._inputs, values, config)
+        except Exception as error:  # a plan of its own will say what is wrong with the call, if anything is
+            log.info("each length of the context has a plan of its own: %s", error, exc_info=True)
+            return None
+
+
+class Member(Plan):
+    """A plan of a family.
+
+    Args:
+        family: the family.
+        point: the lengths.
+        values: inputs of these lengths.
+    """
+
+    def __init__(self, family: Family, point: Point, values: Sequence[Any]) -> None:
+        self.__dict__.update(vars(family.samples[0]))  # what does not depend on lengths
+        self.__dict__.pop("cost", None)
+        self.config, self.family, self.point = family.config, family, point
+        self._start(values, family.cache_bytes(point))
+
+    def dense(self, values: Sequence[Any], slots: dict, spare: dict | None = None) -> list[Any]:
+        self.family.entering(self)
+        return super().dense(values, slots, spare)
+
+    @cached_property
+    def exact(self) -> Plan:
+        """The plan for this member's lengths alone, made when it is needed."""
+        return self.family.exact(self.point)
+
+    @cached_property
+    def cost(self) -> Cost:
+        return self.exact.cost
+
+    def _compile(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
+        shared = self.family.program(active, self.point, inputs)
+        return self.exact._compile(active, inputs) if shared is None else shared
+
+    def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
+        return self.exact.build(active, outline_blocks=outline_blocks)
+
+
+def described(tensor: Tensor, sizes: Sequence[int] | None = None, strides: Sequence[int] | None = None) -> Tensor:
+    """A tensor without values: of the sizes and strides of another one, or of those that are given."""
+    sizes, strides = (tensor.shape, tensor.stride()) if sizes is None or strides is None else (sizes, strides)
+    return torch.empty_strided(list(sizes), list(strides), dtype=tensor.dtype, device="meta")
+
+
+def _told(answers: Iterator[bool], choice: Callable[..., bool], *ops: Any) -> bool:
+    return next(answers, False)
+
+
+def _left_behind(dense: fx.GraphModule, plan: Plan) -> list[Tensor]:
+    """The caches as a dense program leaves them, fake, in the order in which the sparse one takes them."""
+    results = [node.meta["val"] for node in next(iter(reversed(dense.graph.nodes))).args[0]]
+    count = len(plan.analysis.output_nodes)
+    outputs, left = results[:count], iter(results[count:])
+    caches = [outputs[plan._output_of(s.node)] if s.is_output else next(left) for s in plan.sparse.splices]
+    return [*caches, *left]

@@ -1,0 +1,155 @@
+"""Which sizes of a Dynamo graph's inputs are lengths of the context: prompts of any length are to share one program.
+
+From the second length on, Dynamo hands over a graph in which the size that has changed is a symbol. A symbol that is a
+size of the user's tensors and of nothing that the graph returns is a *length*; the others (batch, height and width, from
+the second resolution on) are taken as they are in the present call. A *point* has a value for each length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ras_compile.capture.inputs import GraphInput
+from ras_compile.passes.lowering.interpolate import Point
+
+MOST = 2  # more lengths that change independently are compiled one by one
+
+
+def expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def expressions(example: Any) -> list[sympy.Expr]:
+    """A tensor's sizes, or a number, as Dynamo knows them."""
+    if isinstance(example, Tensor):
+        return [expression(size) for size in example.shape]
+    return [expression(example)] if isinstance(example, (int, torch.SymInt)) else []
+
+
+class Lengths:
+    """The lengths of one graph, for calls that agree in everything else. Made by :meth:`of`.
+
+    Args:
+        symbols: Dynamo's symbols of the lengths.
+        sizes: for each input that depends on them, its sizes (of a tensor) or itself (a number) as expressions.
+        strides: likewise, a tensor's strides.
+        guards: what Dynamo has assumed of the lengths.
+    """
+
+    def __init__(
+        self,
+        symbols: Sequence[sympy.Symbol],
+        sizes: dict[int, list[sympy.Expr]],
+        strides: dict[int, list[sympy.Expr]],
+        guards: Sequence[Any],
+    ) -> None:
+        self.symbols, self.sizes, self.strides, self._guards = list(symbols), sizes, strides, list(guards)
+        self._places = [
+            next((index, dim) for index in strides for dim, size in enumerate(sizes[index]) if size == symbol)
+            for symbol in symbols
+        ]
+
+    @classmethod
+    def of(
+        cls, graph: fx.GraphModule, inputs: Sequence[GraphInput], values: Sequence[Any], numbers: Sequence[int]
+    ) -> Lengths | None:
+        """The lengths of a Dynamo graph; None where there are none, or more than can be followed.
+
+        Args:
+            inputs: description of its placeholders.
+            values: the present inputs.
+            numbers: positions of integers that are no sizes: they are tensors among ``values``.
+        """
+        examples = [node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")]
+        known: dict[sympy.Symbol, int] = {}
+        sizes: dict[int, list[sympy.Expr]] = {}
+        for index, (example, value) in enumerate(zip(examples, values, strict=True)):
+            if index in numbers or inputs[index].weight or not isinstance(example, (Tensor, int, torch.SymInt)):
+                continue
+            sizes[index] = expressions(example)
+            now = value.shape if isinstance(value, Tensor) else [value]
+            known.update({e: int(v) for e, v in zip(sizes[index], now, strict=True) if e.is_Symbol})
+        returned = [node.meta.get("example_value") for node in next(iter(reversed(graph.graph.nodes))).all_input_nodes]
+        fixed = {symbol for example in returned for e in expressions(example) for symbol in e.free_symbols}
+        tensors = [index for index in sizes if isinstance(values[index], Tensor)]
+        symbols = [e for index in tensors for e in sizes[index] if e.is_Symbol and e not in fixed]
+        symbols = list(dict.fromkeys(symbols))
+        if not 0 < len(symbols) <= MOST:
+            return None
+        # an integer argument that is as large as a length (of a prompt, given beside it) is taken for that length
+        same: dict[Any, Any] = {
+            e: next((length for length in symbols if known[length] == known[e]), sympy.Integer(known[e]))
+            for index in sizes.keys() - set(tensors)
+            for e in sizes[index]
+            if e.is_Symbol and e not in symbols
+        }
+        same = {**{e: sympy.Integer(v) for e, v in known.items() if e not in symbols}, **same}
+        same = {e: sympy.Integer(known[e]) if e in fixed else length for e, length in same.items()}
+        sizes = {index: [e.xreplace(same) for e in sizes[index]] for index in sizes}
+        sizes = {index: found for index, found in sizes.items() if any(e.free_symbols for e in found)}
+        strides = {
+            index: [expression(stride).xreplace(same) for stride in examples[index].stride()]
+            for index in tensors
+            if index in sizes
+        }
+        free = {symbol for found in (*sizes.values(), *strides.values()) for e in found for symbol in e.free_symbols}
+        if not free <= set(symbols):
+            return None
+        env = next(size for i in strides for size in examples[i].shape if isinstance(size, torch.SymInt)).node.shape_env
+        guards = [guard.expr.xreplace(same) for guard in env.guards]
+        return cls(symbols, sizes, strides, guards)
+
+    def at(self, values: Sequence[Any]) -> Point:
+        """The lengths of a call."""
+        return tuple(int(values[index].shape[dim]) for index, dim in self._places)
+
+    def rest(self, values: Sequence[Any], users: Sequence[int]) -> Hashable:
+        """What calls have in common that differ in their lengths alone.
+
+        Args:
+            users: positions of the inputs that count.
+        """
+        return tuple(self._rest(index, values[index]) for index in users)
+
+    def _rest(self, index: int, value: Any) -> Hashable:
+        if not isinstance(value, Tensor):
+            return None if index in self.sizes else value
+        if index not in self.sizes:
+            return value.shape, value.stride(), value.dtype, value.device
+        return tuple(
+            None if e.free_symbols else size for e, size in zip(self.sizes[index], value.shape, strict=True)
+        ), (value.dtype, value.device)
+
+    def fits(self, values: Sequence[Any], point: Point) -> bool:
+        """Whether the inputs of a call have the sizes and strides that the lengths want."""
+        for index in self.sizes:
+            value = values[index]
+            if isinstance(value, Tensor):
+                sizes, strides = self.described(index, point)
+                if tuple(value.shape) != sizes or tuple(value.stride()) != strides:
+                    return False
+            elif value != self.number(index, point):
+                return False
+        return True
+
+    def described(self, index: int, point: Point) -> tuple[Point, Point]:
+        """Sizes and strides of a tensor among the inputs."""
+        now = dict(zip(self.symbols, map(sympy.Integer, point), strict=True))
+        sizes, strides = ([int(e.xreplace(now)) for e in found[index]] for found in (self.sizes, self.strides))
+        return tuple(sizes), tuple(strides)
+
+    def number(self, index: int, point: Point) -> int:
+        """An integer among the inputs."""
+        return int(self.sizes[index][0].xreplace(dict(zip(self.symbols, map(sympy.Integer, point), strict=True))))
+
+    def allows(self, point: Point) -> bool:
+        """Whether Dynamo could have handed over this graph for these lengths."""
+        now = dict(zip(self.symbols, map(sympy.Integer, point), strict=True))
+        return all(length > 1 for length in point) and not any(
+            guard.xreplace(now) == sympy.false for guard in self._guards
+        )

@@ -1,0 +1,373 @@
+"""The plan of one captured graph at concrete shapes: its analysis, and its programs, compiled when first needed."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ras_compile import kernels
+from ras_compile.capture.inputs import GraphInput, latent_candidates
+from ras_compile.capture.numbers import capture_numbers
+from ras_compile.config import RASConfig
+from ras_compile.errors import ConfigError, UnsupportedGraph
+from ras_compile.execute.compiling import compiling
+from ras_compile.execute.cudagraphs import ProgramGraphs
+from ras_compile.execute.inner import Compiled, compile_inner
+from ras_compile.execute.memory import Keeper, default_budget
+from ras_compile.kernels.tiles import build, postponed
+from ras_compile.notices import warn_once
+from ras_compile.passes.algebra.layout import Frame, Layout
+from ras_compile.passes.algebra.tokens import TokenView, channel_count, token_view
+from ras_compile.passes.analysis.cost import Cost, cost
+from ras_compile.passes.analysis.propagate import Analysis, propagate
+from ras_compile.passes.analysis.splices import SparsePlan, plan
+from ras_compile.passes.fusion.scatter import Fusion
+from ras_compile.passes.pipeline import prepare
+from ras_compile.passes.programs.program import dense_program, sparse_program
+from ras_compile.passes.programs.spec import check_analysis, check_captured, check_dense, check_sparse
+
+log = logging.getLogger(__name__)
+
+# Active rows of the program on which fusion sites are found, likely no other size of the model: fewer for many samples.
+PROBED_ROWS = (61, 31, 13, 7)
+PROBED = 8192  # rows of all samples
+
+
+def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Analysis:
+    """Finds the latent among the inputs and propagates its layout.
+
+    Args:
+        graph: captured graph; its first placeholders are the tensor inputs in order.
+        inputs: description of every input of the Dynamo graph.
+        values: the inputs themselves.
+
+    Raises:
+        UnsupportedGraph: no input, or more than one, can be the latent, or an op is not supported.
+        ConfigError: ``latent`` names no tensor argument.
+    """
+    try:
+        candidates = latent_candidates(inputs, values, config.latent)
+    except KeyError as error:
+        raise ConfigError(
+            f"option latent={config.latent!r} names no tensor argument; there are {error.args[0]}."
+        ) from None
+    placeholders = iter(graph.find_nodes(op="placeholder"))
+    nodes = {index: next(placeholders) for index, value in enumerate(values) if isinstance(value, Tensor)}
+    for index, node in nodes.items():
+        node.meta["argument"] = inputs[index].path
+    outputs = [node.meta["val"] for node in _outputs(graph)]
+    ranked = sorted(candidates, key=lambda index: _likeness(values[index], outputs))
+    found: list[tuple[int, int, Analysis]] = []
+    reasons: list[UnsupportedGraph] = []
+    for index in ranked:
+        rank = _likeness(values[index], outputs)
+        if found and rank > found[0][0] and not _unreached(outputs, [analysis for _, _, analysis in found]):
+            break
+        try:
+            frame = _frame(values[index], config)
+            found.append((rank, index, propagate(graph, nodes[index], frame, kv_cache=config.kv_cache)))
+        except UnsupportedGraph as error:
+            reasons.append(error)
+    if _apart([analysis for _, _, analysis in found]):  # as many pictures as outputs: the largest one is the region
+        found = [max(found, key=lambda entry: entry[2].frame.tokens)]
+    if len(found) > 1:
+        arguments = [repr(inputs[index].argument) for _, index, _ in found]
+        if len(set(arguments)) == 1:
+            raise UnsupportedGraph(
+                f"{arguments[0]} holds {len(found)} latents, each a picture of its own; one tensor of all samples is supported"
+            )
+        names = " and ".join(arguments)
+        raise UnsupportedGraph(f"{names} could each be the latent; the option latent= names the one that is")
+    if not found:
+        raise reasons[0] if reasons else UnsupportedGraph("no token grid: the model has no floating-point tensor input")
+    return found[0][2]
+
+
+def _unreached(outputs: Sequence[Any], found: Sequence[Analysis]) -> bool:
+    """Whether an output has no tokens of any latent found so far: there may be another one."""
+    reached = {index for analysis in found for index in analysis.outputs}
+    return any(isinstance(out, Tensor) and out.ndim > 1 and index not in reached for index, out in enumerate(outputs))
+
+
+def _apart(found: Sequence[Analysis]) -> bool:
+    """Whether each latent has outputs of its own, and one of them has more tokens than any other."""
+    reached = [index for analysis in found for index in analysis.outputs]
+    tokens = sorted(analysis.frame.tokens for analysis in found)
+    return len(found) > 1 and len(reached) == len(set(reached)) and tokens[-1] > tokens[-2]
+
+
+def _outputs(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in next(iter(reversed(graph.nodes))).args[0] if isinstance(node, fx.Node)]
+
+
+def _likeness(value: Tensor, outputs: Sequence[Any]) -> int:
+    """How far an input is from looking like the noise: 0 for its very shape, 1 for all sizes but one, 2 otherwise."""
+    best = 2
+    for output in outputs:
+        if isinstance(output, Tensor) and output.ndim == value.ndim:
+            best = min(best, sum(a != b for a, b in zip(output.shape, value.shape, strict=True)))
+    return best
+
+
+def _frame(latent: Tensor, config: RASConfig) -> Frame:
+    if config.region is None:
+        return Frame.of(latent.shape)
+    if latent.ndim != 3:
+        raise ConfigError(f"option region is for latents of packed tokens [B, N, C]; this one is {list(latent.shape)}.")
+    start, stop, _ = config.region.indices(latent.shape[1])
+    if stop <= start:
+        raise ConfigError(f"option region={config.region} holds none of the latent's {latent.shape[1]} tokens.")
+    return Frame.of(latent.shape, window=(start, stop))
+
+
+class Plan:
+    """One graph at concrete shapes.
+
+    Args:
+        graph: the Dynamo graph, or one that is captured already.
+        inputs: description of its placeholders.
+        values: concrete inputs.
+        config: the options.
+        proved: the same graph was proved right at other lengths of the context.
+
+    Raises:
+        UnsupportedGraph: the graph cannot be proved right.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        inputs: Sequence[GraphInput],
+        values: Sequence[Any],
+        config: RASConfig,
+        *,
+        proved: bool = False,
+    ) -> None:
+        self.config, self.inputs = config, inputs
+        self.chosen: Callable[..., bool] | None = None  # answers in place of kernels' measurements, which it is given
+        self.captured = graph if "constants" in graph.meta else capture_numbers(graph, values)
+        self.constants: list[Tensor] = self.captured.meta["constants"]
+        self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
+        self.sparse: SparsePlan = plan(self.analysis, frozen=config.context == "frozen")
+        placeholders = self.captured.graph.find_nodes(op="placeholder")
+        self._is_tensor = [isinstance(value, Tensor) for value in values]
+        self._only_tensors = all(self._is_tensor)
+        tensors = list(compress(range(len(values)), self._is_tensor))
+        self.latent = tensors[placeholders.index(self.analysis.latent)]
+        if not proved:
+            self._prove_or_thaw()
+        self._start(values, sum(cache.numel() * cache.element_size() for cache in self.cached))
+
+    def _start(self, values: Sequence[Any], cache_bytes: int) -> None:
+        """What belongs to this set of shapes alone: programs, CUDA graphs, and what branches keep."""
+        self._graphs = self._program_graphs(values) if self.config.cuda_graphs else None
+        self._programs: dict[int | str, Compiled] = {}
+        self.identity = weakref.ref(self)  # what a branch remembers the plan by, without keeping it alive
+        given = self.config.cache_budget
+        budget = default_budget(values[self.latent].device) if given is None else given
+        self.kept = Keeper(self, cache_bytes, budget)
+
+    @property
+    def cached(self) -> list[Tensor]:
+        """What a branch keeps, as fake tensors: the values of splices, then those of a frozen context."""
+        nodes = [*(splice.node for splice in self.sparse.splices), *self.sparse.frozen]
+        return [node.meta["val"] for node in nodes]
+
+    def _prove_or_thaw(self) -> None:
+        """Proves the plan; with a fresh context where it cannot be frozen."""
+        try:
+            self.prove()
+        except UnsupportedGraph as error:
+            if self.sparse.live is None:
+                raise
+            warn_once(
+                f"ras_compile: this model's context is computed afresh in every step, it cannot be frozen: {error}"
+            )
+            self.sparse = plan(self.analysis)
+            self.prove()
+
+    def prove(self) -> None:
+        """Builds and checks both programs once, so that what cannot be built is known before the first step.
+
+        Raises:
+            UnsupportedGraph: an op cannot run at sparse sizes, or a sparse step saves nothing.
+        """
+        check_captured(self.captured.graph)
+        check_analysis(self.analysis)
+        few = max(1, self.analysis.frame.tokens // 4)
+        with torch.no_grad():
+            check_dense(dense_program(self.analysis, self.sparse), self.analysis, self.sparse)
+            check_sparse(sparse_program(self.analysis, few, self.sparse), self.analysis, self.sparse)
+        price = cost(self.analysis, self.sparse)
+        if price.dense_flops and price.flop_ratio(few) >= 1:
+            raise UnsupportedGraph(
+                "a sparse step would cost as much as a dense one: the operations that mix tokens are all there is"
+            )
+
+    @cached_property
+    def cost(self) -> Cost:
+        """FLOPs and bytes of both programs."""
+        return cost(self.analysis, self.sparse)
+
+    @cached_property
+    def latent_view(self) -> TokenView:
+        """Function from the latent to its token view [B, N, P, C]."""
+        return token_view(self.analysis.frame.layout(), self.analysis.frame)
+
+    @cached_property
+    def noise_view(self) -> TokenView:
+        """Function from the noise output to its token view [B, N, P, C], on the channels that match the latent's."""
+        layout = self.analysis.layouts[self.analysis.output_nodes[self.noise]]
+        assert isinstance(layout, Layout)
+        frame = self.analysis.frame
+        return token_view(layout, frame, min(channel_count(layout, frame), channel_count(frame.layout(), frame)))
+
+    @cached_property
+    def noise(self) -> int:
+        """Position of the noise among the outputs: the first one with the region that looks like the latent most."""
+        latent = self.analysis.latent.meta["val"]
+        return min(
+            self.analysis.outputs, key=lambda index: _likeness(latent, [self.analysis.output_nodes[index].meta["val"]])
+        )
+
+    def dense(self, values: Sequence[Any], slots: dict, spare: dict | None = None) -> list[Any]:
+        """Runs the dense program and leaves every splice operand in ``slots["caches"]``.
+
+        Args:
+            values: inputs of the Dynamo graph.
+            slots: what this branch keeps.
+            spare: what a finished generation kept; its memory may be taken over.
+        """
+        self.kept.use(slots)
+        results = list(self._run("dense", values, [], slots, spare))
+        count = len(self.analysis.output_nodes)
+        outputs, left = results[:count], iter(results[count:])
+        slots["caches"] = [
+            outputs[self._output_of(splice.node)] if splice.is_output else next(left) for splice in self.sparse.splices
+        ] + list(left)
+        for index in range(count) if self._graphs else self.analysis.outputs:
+            outputs[index] = outputs[index].clone()
+        return outputs
+
+    def run_sparse(self, values: Sequence[Any], rows: Tensor, slots: dict) -> list[Any]:
+        """Runs the sparse program on ``rows`` (int64 [B, A]); the caches in ``slots`` are updated in place."""
+        caches = slots["caches"]
+        others = iter(self._run(rows.shape[1], values, [rows, *caches], slots))
+        outputs: list[Any] = []
+        for cache in self._cached_outputs:
+            output = next(others) if cache is None else caches[cache]
+            outputs.append(output.clone() if cache is not None or self._graphs else output)
+        return outputs
+
+    def cached_noise(self, slots: dict) -> Tensor | None:
+        """The noise of a branch's last call, which :attr:`noise_view` views; its next call overwrites it.
+
+        None where it has been released while the call ran.
+        """
+        caches = slots.get("caches")
+        return None if caches is None else caches[self._noise_cache]
+
+    @cached_property
+    def _noise_cache(self) -> int:
+        cache = self._cached_outputs[self.noise]
+        assert cache is not None
+        return cache
+
+    @cached_property
+    def _cached_outputs(self) -> list[int | None]:
+        """For each output the cache that holds it, or None."""
+        nodes = enumerate(self.analysis.output_nodes)
+        return [self.sparse.splice(node) if index in self.analysis.outputs else None for index, node in nodes]
+
+    def _run(
+        self, active: int | str, values: Sequence[Any], state: list[Tensor], slots: dict, spare: dict | None = None
+    ) -> Sequence[Any]:
+        inputs = [*self.tensors(values), *state]
+        program = self.program(active, inputs)
+        return program(*inputs) if self._graphs is None else self._graphs.run(active, program, inputs, slots, spare)
+
+    @property
+    def graph_slots(self) -> int:
+        """How many branches' worth of static caches the CUDA graphs hold."""
+        return 0 if self._graphs is None else self._graphs.slots
+
+    def release_graphs(self) -> None:
+        """Drops the CUDA graphs that no running generation holds."""
+        if self._graphs is not None:
+            self._graphs.release()
+
+    def _program_graphs(self, values: Sequence[Any]) -> ProgramGraphs | None:
+        given = [given.weight for given, value in zip(self.inputs, values, strict=True) if isinstance(value, Tensor)]
+        return ProgramGraphs.of(self.captured.graph, self.tensors(values), given + [True] * len(self.constants))
+
+    def _output_of(self, node: fx.Node) -> int:
+        return self.analysis.output_nodes.index(node)
+
+    def tensors(self, values: Sequence[Any]) -> list[Tensor]:
+        tensors = values if self._only_tensors else compress(values, self._is_tensor)
+        return [*tensors, *self.constants]
+
+    def program(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
+        program = self._programs.get(active)
+        if program is None:
+            with compiling():
+                program = self._programs.get(active)
+                if program is None:
+                    program = self._programs[active] = self._compile(active, inputs)
+        return program
+
+    def _compile(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
+        """Compiles a program, its repeated blocks once; block by block where the inner compiler refuses that."""
+        if self.config.inner_backend == "inductor":
+            try:
+                return compile_inner(self.build(active), inputs, self.config)
+            except Exception:
+                log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
+        return compile_inner(self.build(active, outline_blocks=False), inputs, self.config)
+
+    def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
+        """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows.
+
+        Kernels that have yet to be timed are compiled side by side before the first of them is.
+        """
+        with torch.no_grad():
+            if self.chosen is None:
+                with postponed() as noted:
+                    program = self._prepared(active, outline_blocks)
+                if not noted:
+                    return program
+                build(noted)
+            return self._prepared(active, outline_blocks)
+
+    def _prepared(self, active: int | str, outline_blocks: bool) -> fx.GraphModule:
+        few_rows = partial(self._choose, kernels.many_pays)
+        if active == "dense":
+            program, fusion = dense_program(self.analysis, self.sparse), None
+        else:
+            assert isinstance(active, int)
+            program = sparse_program(self.analysis, active, self.sparse)
+            fusion = self.fusion if self.analysis.latent.meta["val"].is_cuda else None
+        return prepare(program, fusion=fusion, few_rows=few_rows, outline_blocks=outline_blocks)
+
+    @cached_property
+    def fusion(self) -> Fusion:
+        """Fusion sites are found on a program of few rows: it has the same ones as any other, and is quicker to run."""
+        tokens, samples = self.analysis.frame.tokens, self.analysis.frame.samples
+        few = next((rows for rows in PROBED_ROWS if rows * samples <= PROBED), PROBED_ROWS[-1])
+        probe = sparse_program(self.analysis, min(tokens, few), self.sparse)
+        choices = [
+            partial(self._choose, choice)
+            for choice in (kernels.pays, kernels.gather_pays, kernels.attention_pays, kernels.pays_grouped)
+        ]
+        pays, gather, attention, grouped = choices
+        return Fusion(tokens, probe.graph, pays, gather_pays=gather, attention_pays=attention, grouped=grouped)
+
+    def _choose(self, choice: Callable[..., bool], *ops: Any) -> bool:
+        return choice(*ops) if self.chosen is None else self.chosen(choice, *ops)

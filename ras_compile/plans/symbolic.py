@@ -1,0 +1,200 @@
+"""Graphs and fake tensors whose sizes are expressions in the lengths of the context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from ras_compile.capture.flex import is_flex, is_transform
+from ras_compile.capture.numbers import capture_numbers
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.analysis.normalize import is_open, normalize
+from ras_compile.passes.lowering.interpolate import Point
+from ras_compile.passes.rules.registry import Call
+from ras_compile.plans.lengths import Lengths, expression
+
+Number = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class Symbols:
+    """Symbols for lengths, in which sizes of fake tensors are expressed, and what PyTorch assumes of them.
+
+    Args:
+        point: the lengths at hand.
+    """
+
+    def __init__(self, point: Point) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, static_shapes=True)
+        sources = [ConstantSource(f"length_{index}") for index in range(len(point))]
+        self.symbols = [
+            self.env.create_symbol(value, source, DimDynamic.DYNAMIC)
+            for value, source in zip(point, sources, strict=True)
+        ]
+        self.lengths = [
+            self.env.create_symintnode(symbol, hint=value, source=source)
+            for symbol, value, source in zip(self.symbols, point, sources, strict=True)
+        ]
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same, static, sizes."""
+        return self.mode.from_tensor(tensor, static_shapes=True)
+
+    def tensor(self, sizes: Sequence[Any], strides: Sequence[Any], like: Tensor) -> Tensor:
+        """A tensor of these sizes and strides, with the type and device of ``like``."""
+        with self.mode:
+            return torch.empty_strided(list(sizes), list(strides), dtype=like.dtype, device=like.device)
+
+    def holds(self, point: Point) -> bool:
+        """Whether everything that was assumed of the lengths is true of these."""
+        now = dict(zip(self.symbols, map(sympy.Integer, point), strict=True))
+        if any(guard.expr.xreplace(now) != sympy.true for guard in self.env.guards):
+            return False
+        return all(
+            value in self.env.var_to_range[symbol]
+            and self.env.replacements.get(symbol, symbol).xreplace(now) == now[symbol]
+            for symbol, value in zip(self.symbols, point, strict=True)
+        )
+
+
+class SymbolicGraph:
+    """A graph, captured once for all lengths of the context.
+
+    Args:
+        graph: the Dynamo graph.
+        lengths: its lengths.
+        values: the present inputs.
+
+    Raises:
+        UnsupportedGraph: it cannot be captured so, or a size in it is no affine function of the lengths.
+    """
+
+    def __init__(self, graph: fx.GraphModule, lengths: Lengths, values: Sequence[Any]) -> None:
+        if any(is_transform(node) or is_flex(node) for node in graph.graph.nodes):
+            raise UnsupportedGraph(
+                "function transforms and flex_attention are captured for one length of the context at a time"
+            )
+        self.lengths, self.base = lengths, lengths.at(values)
+        self.symbols = Symbols(self.base)
+        self.module = capture_numbers(graph, [self._input(*pair) for pair in enumerate(values)], symbolic=True)
+        self._masks = self._masks_of_lengths()
+        self._open = self._open_masks(self.base)
+        if not self.holds(self.base):
+            raise UnsupportedGraph("capturing it has fixed the length of the context")
+        self._check_affine()
+
+    def _input(self, index: int, value: Any) -> Any:
+        if index not in self.lengths.sizes:
+            return self.symbols.fake(value) if isinstance(value, Tensor) else value
+        own = dict(zip(self.lengths.symbols, self.symbols.symbols, strict=True))
+
+        def number(e: sympy.Expr) -> Any:
+            return self.symbols.env.create_symintnode(e.xreplace(own), hint=None) if e.free_symbols else int(e)
+
+        sizes = [number(e) for e in self.lengths.sizes[index]]
+        if not isinstance(value, Tensor):
+            return sizes[0]
+        return self.symbols.tensor(sizes, [number(e) for e in self.lengths.strides[index]], value)
+
+    def _check_affine(self) -> None:
+        """Whether every size, and every number that an op is given, is a constant plus multiples of the lengths."""
+        wanted = set()
+        for node in self.module.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Number):
+                used = any(not isinstance(user.meta.get("val"), Number) for user in node.users)
+                wanted |= {value.node.expr} if used else set()
+            else:
+                tensors = [item for item in pytree.tree_leaves(value) if isinstance(item, Tensor)]
+                wanted |= {expression(size) for tensor in tensors for size in tensor.shape}
+        for e in wanted:
+            own = [symbol for symbol in self.symbols.symbols if symbol in e.free_symbols]
+            if own and not (e.is_polynomial(*own) and sympy.Poly(e, *own).total_degree() <= 1):
+                raise UnsupportedGraph(f"a size is {e}, no affine function of the context's length")
+
+    def holds(self, point: Point) -> bool:
+        """Whether the graph is right for these lengths, and the same masks are left out of it as hide nothing."""
+        return self.symbols.holds(point) and self._open_masks(point) == self._open
+
+    def _masks_of_lengths(self) -> dict[fx.Node, list[fx.Node]]:
+        """Masks of attention that are computed from nothing but numbers, each with the tensors that it is made of."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+        ):
+            mask = Call(node, {}, None).args["attn_mask"]  # type: ignore[arg-type]
+            if mask is None or mask in found:
+                continue
+            parts, left = set(), [mask]
+            while left:
+                one = left.pop()
+                if one not in parts and not isinstance(one.meta.get("val"), Number):
+                    parts.add(one)
+                    left += one.all_input_nodes
+            if all(one.op == "call_function" for one in parts):
+                found[mask] = [one for one in self.module.graph.nodes if one in parts]
+        return found
+
+    def _open_masks(self, point: Point) -> list[bool]:
+        """Which of the masks hide nothing at these lengths."""
+        return [is_open(self._static(parts, point)[1][mask]) for mask, parts in self._masks.items()]
+
+    def at(self, point: Point) -> fx.GraphModule:
+        """The captured graph for these lengths, with static sizes: what :func:`capture` would give."""
+        new, _ = self._static(self.module.graph.nodes, point)
+        module = fx.GraphModule(self.module, new)
+        module.meta["constants"] = self.module.meta["constants"]
+        normalize(new)
+        module.recompile()
+        return module
+
+    def _static(self, nodes: Iterable[fx.Node], point: Point) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+        """Some nodes of the captured graph, in order and with all that they are made of, for these lengths."""
+        now = dict(zip(self.symbols.symbols, map(sympy.Integer, point), strict=True))
+        mode = FakeTensorMode()
+
+        def static(value: Any) -> Any:
+            if isinstance(value, Number):
+                kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
+                return kind(value.node.expr.xreplace(now))
+            if isinstance(value, Tensor):
+                sizes, strides = ([static(part) for part in parts] for parts in (value.shape, value.stride()))
+                with mode:
+                    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+            return value
+
+        new = fx.Graph()
+        known: dict[fx.Node, fx.Node] = {}
+
+        def operand_of(node: fx.Node) -> Any:
+            value = node.meta.get("val")
+            return static(value) if isinstance(value, Number) else known[node]
+
+        for node in nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Number):
+                continue
+            known[node] = new.node_copy(node, operand_of)
+            if "val" in node.meta:
+                known[node].meta["val"] = pytree.tree_map(static, value)
+            if takes_all(known[node]):  # no static capture holds such a slice
+                known[node] = known[node].all_input_nodes[0]
+        return new, known
+
+
+def takes_all(node: Any) -> bool:
+    """Whether a node is a slice of everything."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    given: list[Any] = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]]
+    operand, dim, start, end, step = given
+    size = operand.meta["val"].shape[dim]
+    return start in (None, 0) and (end is None or end >= size) and step == 1

@@ -1,0 +1,248 @@
+"""Which tokens a sparse step computes (RAS, arXiv 2502.10389, eq. 1). On the device, without a host read.
+
+Everything works on a batch: `B` samples, `N` region tokens, `k` active rows per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ras_compile.config import RASConfig
+from ras_compile.errors import ConfigError
+from ras_compile.passes.algebra.tokens import TokenView
+
+__all__ = [
+    "Measure",
+    "SelectionInfo",
+    "choose",
+    "mean_metric",
+    "measured",
+    "sample_groups",
+    "select_rows",
+    "token_metric",
+    "update_counts",
+]
+
+# Beyond any score (log metric plus scaled drops) and any absence; sums with them stay exact in float32.
+_OVERDUE = 1e6
+_SCORE_LIMIT = 1e5
+_KNOWN = 3e5  # takes any score below those of what is not known
+_RANDOM_SEED = 0x5A5
+_MIXER = 0x1E3779B97F4A7C15  # an odd number of mixed bits
+_NEVER = torch.iinfo(torch.int64).min
+# How a branch's metric is made of what it returned: see `measured`.
+Measure = tuple[str, TokenView | None] | None
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+@dataclass(frozen=True)
+class SelectionInfo:
+    """What a callable `metric` or `selector` is told.
+
+    Args:
+        step: step of the generation, from 0.
+        num_steps: steps of the generation, where known.
+        grid: the region's token grid, such as (height, width) or (frames, height, width); its product is N.
+    """
+
+    step: int = 0
+    num_steps: int | None = None
+    grid: tuple[int, ...] = ()
+
+
+def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionInfo) -> Tensor:
+    """How much each token's predicted noise says: float32 [B, N], non-negative, finite.
+
+    Args:
+        noise: [B, N, P, C]: P pixels of a token's patch, C channels that match the latent's. Where the pipeline packs
+            patches into channels, P is 1.
+        kind: "std": standard deviation over C, mean over P; "l2norm": over P and C; "random": for ablations, the same
+            at every run and not drawn from the global generator; a callable gets ([B, N, P * C], info), and what it
+            returns is looked at, which reads from the device.
+        info: passed to the callable.
+
+    Raises:
+        ConfigError: the callable returned another shape than [B, N], or a value that is no number or negative.
+    """
+    batch, tokens, pixels, channels = noise.shape
+    if callable(kind):
+        metric = kind(noise.reshape(batch, tokens, pixels * channels), info)
+        if not isinstance(metric, Tensor) or metric.shape != (batch, tokens):
+            got = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
+            raise ConfigError(f"option metric: the callable must return a tensor [{batch}, {tokens}], not {got}.")
+        metric = metric.to(noise.device, torch.float32)
+        if not bool((metric >= 0).all()):
+            what = "a value that is not a number" if bool(metric.isnan().any()) else "a negative value"
+            raise ConfigError(f"option metric: the callable returned {what}; it takes numbers of at least 0.")
+    elif kind == "std":
+        spread = noise.float() if channels > 1 else noise.float().reshape(batch, tokens, 1, pixels)
+        metric = spread.std(dim=-1, correction=0).mean(dim=-1)
+    elif kind == "l2norm":
+        metric = noise.float().flatten(2).norm(dim=-1)
+    else:
+        generator = torch.Generator(noise.device).manual_seed(_RANDOM_SEED + info.step)
+        metric = torch.rand(batch, tokens, device=noise.device, generator=generator)
+    return metric.nan_to_num(nan=0.0).clamp_min(0.0)
+
+
+def sample_groups(latent: Tensor) -> Tensor:
+    """Averaging matrix [B, B] (float32, rows sum to 1): samples with exactly equal latents form a group.
+
+    Batched classifier-free guidance duplicates the latent; both copies must compute the same tokens.
+    """
+    flat = latent.detach().flatten(1) + 0.0  # -0.0 equals 0.0, and its bits shall too
+    bits = flat.view(_BITS[flat.element_size()]).to(torch.int64)
+    bits = bits ^ (bits >> 40)  # simple numbers in double precision have no low bits
+    # one number per sample, by which the first sample that may equal it is found; large batches want no loop over pairs
+    weights = torch.arange(1, bits.shape[1] + 1, device=bits.device) * _MIXER
+    prints = (bits * ((weights ^ (weights >> 29)) * _MIXER | 1)).sum(dim=1)
+    first = (prints[:, None] == prints).int().argmax(dim=1)
+    # a sample with a NaN equals nothing, not even itself
+    first = torch.where((flat == flat[first]).all(dim=1), first, torch.arange(len(flat), device=flat.device))
+    same = (first[:, None] == first).float()
+    return same / same.sum(dim=1, keepdim=True)
+
+
+def choose(*given: Any) -> tuple[Tensor, Tensor]:
+    """``(rows, counts)`` of a sparse step: all of the built-in selection, on the device.
+
+    Args:
+        given: what the branches of the step before returned; the counts [2, B, N] (drop counts, then absences), the
+            batch's `sample_groups` (or an empty tensor), and which tokens are known, bool [B, N] (or none at all: empty);
+            then for each branch how its metric [B, N] is made of what it returned, ``(kind, view)`` as `measured` takes
+            them; k; and `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
+    """
+    *tensors, measures, k, high_share, scale, max_absence = given
+    *noises, counts, groups, known = tensors
+    drops, absence = counts
+    metric = mean_metric(list(map(measured, noises, measures)), groups)
+    rows = ranked(metric, drops, absence, k, high_share, scale, max_absence, known if known.numel() else None)
+    return rows, torch.stack(update_counts(drops, absence, rows))
+
+
+def measured(noise: Tensor, measure: Measure) -> Tensor:
+    """The metric [B, N] of a branch.
+
+    Args:
+        noise: what it returned; the metric itself where ``measure`` is None.
+        measure: "std" or "l2norm", and the view that makes ``noise`` [B, N, P, C], if it is not yet.
+    """
+    if measure is None:
+        return noise
+    kind, view = measure
+    return token_metric(view(noise) if view else noise, kind, SelectionInfo())
+
+
+def mean_metric(metrics: Sequence[Tensor], groups: Tensor) -> Tensor:
+    """The mean [B, N] over the guidance branches, and over the samples of a group (``groups`` empty: each is its own)."""
+    metric = torch.stack(list(metrics)).mean(dim=0) if len(metrics) > 1 else metrics[0]
+    return groups @ metric if groups.numel() else metric
+
+
+def select_rows(
+    metric: Tensor,
+    drops: Tensor,
+    absence: Tensor,
+    k: int,
+    config: RASConfig,
+    info: SelectionInfo | None = None,
+) -> Tensor:
+    """The active rows of a sparse step: int64 [B, k], ascending.
+
+    With ``R = metric * exp(scale * drops)`` (eq. 1), the tokens with the lowest R are dropped at the low end and those
+    with the highest ``metric * exp(-scale * drops)`` at the high end, so that a drop count raises a token's priority
+    at either end; `focus` shares the N - k dropped tokens out among the ends. A token absent for `max_absence` sparse
+    steps goes before all others, oldest first. Of equals the lower index is dropped. In logarithms: exp overflows.
+
+    Args:
+        metric: [B, N], non-negative.
+        drops: [B, N], how often each token was dropped in this generation.
+        absence: [B, N], sparse steps since each token was last computed.
+        k: rows to select, 1..N.
+        config: `focus`, `starvation_scale`, `max_absence` and `selector` are read. What a custom `selector` returns is
+            looked at, which reads from the device.
+        info: passed to a custom `selector`.
+
+    Raises:
+        ConfigError: a custom `selector` returned something else than k distinct rows per sample.
+    """
+    batch, tokens = metric.shape
+    if config.selector is not None:
+        return _checked(config.selector(metric, drops, k, info), metric, k)
+    if k >= tokens:
+        return torch.arange(tokens, device=metric.device).expand(batch, tokens)
+    return ranked(metric, drops, absence, k, config.high_share, config.starvation_scale, config.max_absence)
+
+
+def ranked(
+    metric: Tensor,
+    drops: Tensor,
+    absence: Tensor,
+    k: int,
+    high_share: float,
+    scale: float,
+    max_absence: int,
+    known: Tensor | None = None,
+) -> Tensor:
+    """The built-in choice of `select_rows`, with the options as numbers.
+
+    Tokens of the known part of a picture (bool [B, N]; a sample of nothing else has none) are dropped before all others
+    at either end and are never overdue: the pipeline throws their noise away.
+    """
+    batch, tokens = metric.shape
+    from_high = round(high_share * (tokens - k))
+    from_low = tokens - k - from_high
+    log_metric = metric.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+    lift = scale * drops.float()
+    overdue = absence >= max_absence
+    if known is not None:
+        known = known & ~known.all(dim=1, keepdim=True)
+        overdue = overdue & ~known
+    last = _OVERDUE + absence.float()  # dropped after all others, the youngest of them first
+    kept, left = None, tokens
+    for count, score in ((from_high, lift - log_metric), (from_low, lift + log_metric)):
+        if count:
+            left -= count
+            score = torch.where(overdue, last, score.clamp(-_SCORE_LIMIT, _SCORE_LIMIT))
+            order = _ordered(score if known is None else torch.where(known, score - _KNOWN, score))
+            order = order if kept is None else torch.where(kept, order, _NEVER)
+            kept = order >= order.topk(left, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    if kept is None:
+        return torch.arange(tokens, device=metric.device).repeat(batch, 1)
+    place = torch.where(kept, kept.cumsum(dim=1) - 1, k)  # what is dropped goes to a column of its own
+    columns = torch.arange(tokens, device=metric.device).expand(batch, tokens)
+    return place.new_empty(batch, k + 1).scatter_(1, place, columns)[:, :k].contiguous()
+
+
+def _ordered(score: Tensor) -> Tensor:
+    """int64 keys in the order of float32 scores [B, N], all different: of equal scores the lower index comes first."""
+    bits = (score + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.long() << 32) | torch.arange(score.shape[1], device=score.device)
+
+
+def update_counts(drops: Tensor, absence: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop counts [B, N] (total in the generation) and absences [B, N] after a sparse step on `rows` [B, k]."""
+    dropped = torch.ones_like(drops).scatter_(1, rows, 0)
+    return drops + dropped, (absence + 1) * dropped
+
+
+def _checked(rows: Any, metric: Tensor, k: int) -> Tensor:
+    """Rows of a custom selector, sorted; their values are read from the device."""
+    batch, tokens = metric.shape
+    if not isinstance(rows, Tensor) or rows.shape != (batch, k):
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ConfigError(f"option selector: the callable must return rows [{batch}, {k}], not {got}.")
+    if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
+        raise ConfigError(f"option selector: the rows must be integers, not {rows.dtype}.")
+    rows = rows.to(metric.device, torch.int64).sort(dim=1).values
+    if int(rows.min()) < 0 or int(rows.max()) >= tokens:
+        raise ConfigError(f"option selector: rows must lie in 0..{tokens - 1}.")
+    if k > 1 and bool((rows.diff(dim=1) == 0).any()):
+        raise ConfigError("option selector: a row was chosen twice for one sample.")
+    return rows

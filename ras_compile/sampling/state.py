@@ -1,0 +1,435 @@
+"""The state of one transformer over its generations: which call is dense, which rows a sparse one computes.
+
+The backend asks `decide` before each model call and tells `record` after it::
+
+    decision = state.decide(call)
+    ...                                  # run the dense or the sparse program on decision.rows, decision.slots
+    state.record(call, decision, noise, output)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ras_compile.config import RASConfig
+from ras_compile.errors import ConfigError
+from ras_compile.execute.homes import Home
+from ras_compile.notices import warn_once
+from ras_compile.passes.algebra.tokens import TokenView
+from ras_compile.passes.analysis.cost import Cost
+from ras_compile.sampling.blocks import is_block, leave_output
+from ras_compile.sampling.branches import Branch, Branches, Match
+from ras_compile.sampling.clock import Evaluation, Follower, Generation, Tick, generation, owner, present, present_call
+from ras_compile.sampling.inference import TimeLine, read_time
+from ras_compile.sampling.records import Record
+from ras_compile.sampling.reuse import Extrapolation
+from ras_compile.sampling.rows import RowChooser, selection
+from ras_compile.sampling.schedule import Kind, Schedule
+from ras_compile.sampling.selection import SelectionInfo
+
+__all__ = ["CallInfo", "Decision", "Generation", "TransformerState", "generation", "reached"]
+
+# More calls than this within one step: whoever counts the steps does not see this loop.
+_CALLS_PER_STEP = 16
+# So many generations of a single evaluation in a row: the timestep is no time, or the loop never gets anywhere.
+_LONE_EVALUATIONS = 8
+
+
+@dataclass
+class CallInfo:
+    """One model call, as the backend sees it.
+
+    Args:
+        graph: identity of the compiled plan (graph and shapes).
+        latent: the latent, the user's own object.
+        context: the user's other inputs in a fixed order, as objects: tensors, and numbers that tell branches apart.
+        timestep: the timestep, tensor or number, or None.
+        batch: B, samples of the call.
+        tokens: N, region tokens per sample.
+        grid: the region's token grid; its product is N.
+        view: the latent's token view, where the backend has it.
+        cost: gives the FLOPs of the programs, where the backend has them.
+    """
+
+    graph: Hashable
+    latent: Tensor
+    context: tuple[Any, ...]
+    timestep: Any
+    batch: int
+    tokens: int
+    grid: tuple[int, ...] = ()
+    view: TokenView | None = None
+    cost: Callable[[], Cost] | None = None
+
+
+@dataclass(eq=False)
+class Decision:
+    """What the backend must run.
+
+    Args:
+        kind: "dense" or "sparse".
+        step: step of the generation, from 0.
+        num_steps: steps of the generation, where known.
+        branch: label of the guidance branch.
+        active: A, active rows per sample (N when dense).
+        rows: int64 [B, A], ascending, or None when dense.
+        reason: why the call is dense.
+        slots: the backend's caches of this branch and graph; empty at the branch's first call of a generation.
+        spare: slots of a finished generation with the same graph, made by the same thread, or None. Its tensors may be
+            taken over and overwritten, so that addresses stay.
+    """
+
+    kind: Kind
+    step: int
+    num_steps: int | None
+    branch: str
+    active: int
+    rows: Tensor | None
+    reason: str
+    slots: dict
+    spare: dict | None
+    run: _Run = field(repr=False)
+    of: Branch = field(repr=False)
+    transformer: str = "transformer"
+    time: Any = None  # of this call, for "linear" reuse
+
+
+@dataclass(eq=False)
+class _Run:
+    """One generation of one transformer."""
+
+    key: Hashable
+    base: int
+    num_steps: int | None
+    config: RASConfig
+    schedule: Schedule
+    chooser: RowChooser
+    branches: Branches
+    line: TimeLine | None = None
+    step: int = -1
+    kind: Kind = "dense"
+    used: list[Branch] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    pending: int | None = None  # the thread whose call is under way
+    epoch: int = 0
+
+
+class TransformerState:
+    """One transformer instance under one config; generations in different threads are apart.
+
+    Args:
+        config: the options that it was compiled with. An attached pipeline may have replaced those that change no
+            program; a generation keeps those that it began with.
+    """
+
+    def __init__(self, config: RASConfig) -> None:
+        self.config = config
+        self.records: list[Record] = []
+        self._selection = selection()
+        self._epoch = 0
+        self._lone = 0
+
+    @property
+    def follower(self) -> Follower | None:
+        """The attached pipeline that makes the present call, if any."""
+        call = present_call()
+        return call.follower if call else None
+
+    def decide(self, call: CallInfo) -> Decision:
+        """Say how `call` must run. Reads from the device only where nobody tells the step.
+
+        Raises:
+            ConfigError: an option that this run cannot have, such as `ratio_schedule="linear"` without a known number of
+                steps; or another call of the same generation is under way in another thread.
+        """
+        reached()
+        tick = present()
+        run = tick.home.runs.get(self)
+        here = threading.get_ident()
+        if run is not None and run.pending not in (None, here):
+            raise ConfigError(
+                "two model calls of one generation run at the same time, in two threads: let them take turns, or make "
+                "them calls of two generations."
+            )
+        # a call that never came back may have left its caches half written
+        if run is not None and (run.pending or run.epoch != self._epoch):
+            self.retire(tick.home)
+            run = None
+        followed, follower = tick.step is not None, self.follower
+        run, match = self._follow(run, tick, call) if followed else self._infer(run, tick, call)
+        if followed and match.replaced and follower is not None and not isinstance(tick.home, Generation):
+            # the pipeline's loop was left, and another one is running, in which nobody says the steps
+            follower.leave()
+            tick = present()
+            run, match = self._infer(None, tick, call)
+        decision = self._decision(run, match, tick, call)
+        run.pending = here
+        return decision
+
+    def record(
+        self, call: CallInfo, decision: Decision, noise: Tensor | None, output: Any, view: TokenView | None = None
+    ) -> None:
+        """Take the result of a call that ran as decided.
+
+        Args:
+            call: as given to `decide`.
+            decision: as returned by it.
+            noise: [B, N, P, C], the predicted noise on the channels that match the latent's; None if there is none, and
+                then the next step runs dense. Not written before the branch's next call, so no view of what is returned.
+            output: what is returned to the caller.
+            view: then `noise` is a tensor that becomes [B, N, P, C] through it.
+        """
+        run = decision.run
+        run.pending = None
+        decision.of.last_step = run.step
+        decision.of.spare = None
+        needed = run.config.sample_ratio < 1 and run.schedule.kind(run.step - run.base + 1) == "sparse"
+        if noise is not None and needed:
+            run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view, decision.slots)
+        run.records.append(
+            Record(
+                decision.step,
+                decision.branch,
+                decision.kind,
+                decision.active,
+                decision.rows,
+                decision.transformer,
+                decision.reason,
+                call.timestep,
+            )
+        )
+        follower = self.follower
+        if follower is not None and call.view is not None:
+            follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
+        if decision.rows is None:  # blocks show themselves in the first step
+            leave_output(self, call.graph, output)
+
+    def fail(self, decision: Decision) -> None:
+        """The call of `decision` has raised: the next one begins a new generation."""
+        decision.run.pending, decision.run.epoch = None, self._epoch - 1
+
+    def extrapolate(self, decision: Decision, noise: Tensor, view: TokenView) -> None:
+        """With `noise_reuse="linear"`: writes what the tokens of a recorded call are to return.
+
+        Args:
+            decision: as returned by `decide`.
+            noise: what the caller gets; its inactive tokens as last computed.
+            view: its view [B, N, P, C].
+        """
+        if decision.run.config.noise_reuse != "linear":
+            return
+        line = decision.slots.setdefault("line", Extrapolation())
+        ahead = line(view(noise), decision.rows, decision.time)
+        if decision.rows is not None:
+            view.write(noise, ahead)
+
+    def abort(self) -> None:
+        """Forget the generation that is running here: the next call begins a new one."""
+        self.retire(present().home)
+
+    def reset(self) -> None:
+        """Forget every generation, in all threads."""
+        self._epoch += 1
+        self.records, self._selection = [], selection()
+
+    def retire(self, home: Home) -> None:
+        """End the run that `home` keeps; its caches become spares for the next one."""
+        run = home.runs.pop(self, None)
+        if run is not None:
+            spare: dict[Hashable, list[dict]] = {}
+            for branch in run.branches.known:
+                if branch.slots:
+                    spare.setdefault(branch.graph, []).append(branch.slots)
+            owner().spare[self] = spare
+
+    def _begin(self, tick: Tick, call: CallInfo) -> _Run:
+        self.retire(tick.home)
+        base = tick.step or 0
+        follower = self.follower
+        config = self.config if follower is None else follower.config
+        if config.noise_reuse == "x0":
+            if follower is None or tick.step is None:
+                raise ConfigError(
+                    "option noise_reuse='x0' needs the scheduler, to tell the clean sample: use ras_compile.attach(pipe, ...)."
+                )
+            follower.check_clean()
+        count = None if tick.num_steps is None else tick.num_steps - base
+        config = _at_speedup(config, call.cost, count)
+        schedule = Schedule(config)
+        schedule.check(count, late=base > 0 or (follower is not None and follower.late()))
+        check_named = tick.step is None or config.context == "frozen"
+        branches, chooser = Branches(check_named), RowChooser(config, self._selection)
+        run = _Run(tick.key, base, tick.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
+        tick.home.runs[self] = run
+        self.records = run.records
+        self._advance(run, base)
+        return run
+
+    def _advance(self, run: _Run, step: int) -> None:
+        run.kind = run.schedule.kind(step - run.base)
+        run.chooser.advance(dense=run.kind == "dense")
+        run.step = step
+        run.used = []
+
+    def _follow(self, run: _Run | None, tick: Tick, call: CallInfo) -> tuple[_Run, Match]:
+        """Somebody says the step."""
+        assert tick.step is not None
+        if run is None or run.key is not tick.key or run.line is not None or tick.step < run.step:
+            run = self._begin(tick, call)
+        elif tick.step != run.step:
+            self._advance(run, tick.step)
+        if len(run.used) >= _CALLS_PER_STEP:
+            told = isinstance(tick.home, Generation) and tick.home.key is tick.key
+            warn_once(
+                f"ras_compile: {_CALLS_PER_STEP} transformer calls within step {tick.step}: the steps of this loop are not "
+                + (
+                    "those of ras_compile.generation(), so it runs dense. Call its step() once before each step's calls."
+                    if told
+                    else "the attached scheduler's, so it runs dense. Tell the steps with ras_compile.generation()."
+                )
+            )
+            run = self._begin(tick, call)
+        match = run.branches.find(call.context, call.graph, tick.branch, len(run.used), run.used, alone=False)
+        return run, match
+
+    def _infer(self, run: _Run | None, tick: Tick, call: CallInfo) -> tuple[_Run, Match]:
+        """Nobody says the step."""
+        time = read_time(call.timestep)
+        if run is not None and run.line is not None and run.key is tick.key:
+            match = run.branches.find(call.context, call.graph, tick.branch, len(run.used), run.used, alone=True)
+            move = run.line.place(time, call.latent, match, run.used)
+            if move == "advance":
+                run.line.note(time, call.latent)
+                self._advance(run, run.step + 1)
+            if move != "begin":
+                return run, match
+            self._lone = self._lone + 1 if run.line.evaluations == 1 else 0
+            if self._lone == _LONE_EVALUATIONS:
+                warn_once(
+                    "ras_compile: every transformer call looks like the first of a generation, so all run dense. Use "
+                    "ras_compile.attach(pipe), or tell the steps with ras_compile.generation()."
+                )
+        run = self._begin(tick, call)
+        run.line = TimeLine(time, call.latent)
+        return run, run.branches.find(call.context, call.graph, tick.branch, 0, [], alone=True)
+
+    def _decision(self, run: _Run, match: Match, tick: Tick, call: CallInfo) -> Decision:
+        order = len(run.used)
+        branch = match.branch
+        if branch is None:
+            branch = run.branches.add(call.context, call.graph, tick.branch, order, match.prints)
+            spares = owner().spare.get(self, {}).get(call.graph)
+            branch.spare = spares.pop(0) if spares else None
+        else:
+            run.branches.learn(match, call.context, order)
+        if branch not in run.used:
+            run.used.append(branch)
+
+        count = None if run.num_steps is None else run.num_steps - run.base
+        reason = self._why_dense(run, branch, match, call)
+        rows = None
+        if not reason:
+            active = run.schedule.active(run.step - run.base, call.tokens, count)
+            info = SelectionInfo(run.step, run.num_steps, call.grid)
+            known = partial(self._known, call)
+            rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info, known)
+            reason = "" if rows is not None else "no noise of the step before to select from"
+        return Decision(
+            kind="dense" if rows is None else "sparse",
+            step=run.step,
+            num_steps=tick.num_steps,
+            branch=branch.label,
+            active=call.tokens if rows is None else rows.shape[1],
+            rows=rows,
+            reason=reason,
+            slots=branch.slots,
+            spare=branch.spare,
+            run=run,
+            of=branch,
+            transformer=tick.transformer,
+            time=self._time(run, call) if run.config.noise_reuse == "linear" else None,
+        )
+
+    def _known(self, call: CallInfo) -> Tensor | None:
+        """Tokens whose noise the pipeline throws away, bool [B, N]; None: none."""
+        follower = self.follower
+        return follower.overwritten(call.view, call.latent) if follower is not None and call.view is not None else None
+
+    def _time(self, run: _Run, call: CallInfo) -> Any:
+        """The exact time of a call, one value or one for each sample: see `Extrapolation`."""
+        time = self.follower.time() if self.follower is not None else None
+        if time is None:
+            time = call.timestep
+        if isinstance(time, Tensor):
+            if time.dtype in (torch.float16, torch.bfloat16) or not time.numel():
+                return run.step
+            return (
+                time.detach().reshape(call.batch, -1).amax(1)
+                if time.shape[:1] == (call.batch,)
+                else time.detach().max()
+            )
+        return run.step if time is None else float(time)
+
+    def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo) -> str:
+        if is_block(self, call.graph, call.latent, call.context):
+            return "the graph is one block of a transformer"
+        if run.kind == "dense":
+            return "warm-up" if run.step - run.base < run.config.warmup_steps else "error reset"
+        refusal = self.follower.refusal() if self.follower is not None else ""
+        if refusal:
+            if run.config.unsupported == "error":
+                raise ConfigError(refusal)
+            warn_once(f"ras_compile: this pipeline runs dense: {refusal}")
+            return "its scheduler adds noise"
+        if self.follower is not None and self.follower.replaced():
+            return "its latent was replaced"
+        if branch.last_step is None:
+            return "first call of its branch"
+        if branch.last_step < run.step - 1:
+            return "its branch was not called in the step before"
+        if not match.sure:
+            return "its context cannot be told from another branch's"
+        if match.changed and run.config.context == "frozen":
+            return "its context changed"
+        if run.line is not None and not run.line.corroborated:
+            return "the direction of time is not known yet"
+        return ""
+
+
+def _at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: int | None) -> RASConfig:
+    """The config with the ratio that gives its `speedup` in this run, by FLOPs.
+
+    Raises:
+        ConfigError: nobody says how many steps there are, or the speed-up is out of reach.
+    """
+    if config.speedup is None:
+        return config
+    if num_steps is None:
+        raise ConfigError(
+            "option speedup needs the number of steps: use ras_compile.attach(pipe, ...) or "
+            "ras_compile.generation(num_steps=...)."
+        )
+    if cost is None:
+        raise ConfigError("option speedup needs the costs of the compiled programs; give a sample_ratio instead.")
+    try:
+        schedule, price = Schedule(config), cost()
+        ratio = price.ratio_for(
+            config.speedup, num_steps, schedule.dense_steps(num_steps), schedule.fewest(price.tokens)
+        )
+    except ValueError as error:
+        raise ConfigError(f"option speedup: {error} (by FLOPs).") from None
+    return config.at_ratio(ratio)
+
+
+def reached() -> None:
+    """Note that the backend was reached by the attached call that is running; `decide` does so by itself."""
+    call = present_call()
+    if call is not None:
+        call.reached = True

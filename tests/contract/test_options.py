@@ -1,0 +1,257 @@
+"""Every option on a tiny pipeline of diffusers, alone and in pairs; and what is wrong is refused before it draws a picture."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+
+import pytest
+import torch
+from contract import error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipelines import EAGER, draw_sd3, kinds, sd3
+
+import ras_compile
+from ras_compile import RASConfig
+from ras_compile.config import RUNTIME_OPTIONS
+from ras_compile.passes.analysis.cost import ACTIVE
+from ras_compile.sampling.rows import RowChooser
+from ras_compile.sampling.schedule import Schedule
+from ras_compile.sampling.selection import SelectionInfo
+
+STEPS, TOKENS = 7, 16
+
+
+def loudest(noise, info):
+    return noise.abs().amax(-1)
+
+
+def best(metric, drops, k, info):
+    return metric.topk(k, dim=1).indices
+
+
+RUNTIME = [
+    {"sample_ratio": 0.25},
+    {"speedup": 1.2},
+    {"warmup_steps": 1},
+    {"reset_interval": 2},
+    {"reset_steps": [3, 6]},
+    {"ratio_schedule": "linear"},
+    {"metric": "l2norm"},
+    {"metric": "random"},
+    {"metric": loudest},
+    {"focus": "low"},
+    {"focus": 0.4},
+    {"starvation_scale": 0.0},
+    {"max_absence": 1},
+    {"selector": best},
+    {"noise_reuse": "linear"},
+    {"noise_reuse": "x0"},
+]
+PROGRAM = [
+    {"context": "frozen"},
+    {"kv_cache": False},
+    {"inner_backend": "aot_eager"},
+    {  # these change nothing with this backend on a CPU
+        "mode": "reduce-overhead",
+        "inner_options": {"shape_padding": True},
+        "cuda_graphs": False,
+        "cache_budget": 0,
+        "unsupported": "error",
+        "latent": "hidden_states",
+        "timestep": "timestep",
+    },
+]
+DEFAULTS = {name: getattr(RASConfig(), name) for name in RUNTIME_OPTIONS}
+
+
+@cache
+def pipeline():
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    torch._dynamo.reset()
+    return pipe, draw_sd3(pipe, steps=STEPS)
+
+
+def check(handle, bound: float = 1.0) -> None:
+    """A picture whose steps are those of the options' schedule, and not far from the dense one."""
+    pipe, plain = pipeline()
+    picture = draw_sd3(pipe, steps=STEPS)
+    records = ras_compile.trace(handle)
+    schedule = Schedule(handle.config)
+    assert kinds(records) == "".join(schedule.kind(step)[0] for step in range(STEPS))
+    if handle.config.speedup is None:
+        wanted = [schedule.active(record.step, TOKENS, STEPS) for record in records if record.kind == "sparse"]
+        assert [record.active for record in records if record.kind == "sparse"] == wanted
+    gap = float((picture - plain).norm() / plain.norm())
+    assert 1e-5 < gap < bound, gap
+
+
+def test_every_runtime_option_is_here():
+    assert {name for option in RUNTIME for name in option} == set(RUNTIME_OPTIONS)
+
+
+def test_runtime_options_in_pairs():
+    pipe, plain = pipeline()
+    torch._dynamo.reset()
+    with ras_compile.attach(pipe, inner_backend="eager", unsupported="error") as handle:
+        for option in RUNTIME:
+            handle.configure(**{**DEFAULTS, "reset_interval": None, **option})
+            check(handle)
+            if "speedup" not in option:
+                handle.configure(sample_ratio=1.0)
+                assert error([draw_sd3(pipe, steps=STEPS)], [plain]) < 1e-4  # all tokens: the dense picture
+        for one, two in itertools.combinations(RUNTIME, 2):
+            if set(one) & set(two) or {*one, *two} == {"sample_ratio", "speedup"}:
+                continue
+            try:
+                handle.configure(**{**DEFAULTS, "reset_interval": None, **one, **two})
+                check(handle, bound=1.5)
+            except Exception as problem:
+                problem.add_note(f"with {one} and {two}")
+                raise
+
+
+@pytest.mark.parametrize("option", PROGRAM, ids=lambda option: next(iter(option)))
+def test_options_of_the_programs(option):
+    pipe, plain = pipeline()
+    torch._dynamo.reset()
+    with ras_compile.attach(pipe, **{"inner_backend": "eager", **option}) as handle:
+        for more in ({}, {"noise_reuse": "linear"}):
+            handle.configure(**{**DEFAULTS, "reset_interval": None, **more})
+            check(handle)
+        handle.configure(**{**DEFAULTS, "sample_ratio": 1.0})
+        picture = draw_sd3(pipe, steps=STEPS)
+        if option != {"context": "frozen"}:  # its text is that of the last dense step
+            assert error([picture], [plain]) < 1e-4
+
+
+BAD_RUNS = {
+    "reset_steps": [7],
+    "speedup": 50.0,
+    "region": (0, 8),  # this latent is no row of packed tokens
+    "latent": "noise",
+    "timestep": "time",
+}
+
+
+def late(good, bad, calls: int):
+    """`good` for so many calls, then `bad`."""
+    count = itertools.count()
+    return lambda *given: bad(*given) if next(count) >= calls else good(*given)
+
+
+BAD_CALLABLES = {
+    "rows chosen twice": ("selector", lambda m, d, k, i: torch.zeros(len(m), k, dtype=torch.int64), "twice"),
+    "rows out of range": ("selector", lambda m, d, k, i: best(m, d, k, i) + TOKENS, r"0\.\.15"),
+    "negative rows": ("selector", lambda m, d, k, i: best(m, d, k, i) - TOKENS, r"0\.\.15"),
+    "rows of another shape": ("selector", lambda m, d, k, i: best(m, d, k, i)[0], r"\[2, 8\], not \(8,\)"),
+    "rows that are no integers": ("selector", lambda m, d, k, i: best(m, d, k, i).float(), "integers"),
+    "no rows": ("selector", lambda m, d, k, i: None, "NoneType"),
+    "NaN": ("metric", lambda noise, info: noise.sum(-1) * math.nan, "not a number"),
+    "negative": ("metric", lambda noise, info: -loudest(noise, info) - 1, "negative"),
+    "another shape": ("metric", lambda noise, info: noise, r"\[2, 16\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_what_this_run_cannot_have_is_refused_at_its_first_step(name):
+    pipe, _ = pipeline()
+    torch._dynamo.reset()
+    steps = []
+    with (
+        pytest.raises(ras_compile.RASError, match=f"option {name}"),
+        ras_compile.attach(pipe, inner_backend="eager", unsupported="error", **{name: BAD_RUNS[name]}),
+    ):
+        draw_sd3(pipe, steps=STEPS, callback_on_step_end=lambda pipe, step, time, given: steps.append(step) or {})
+    assert not steps
+
+
+def test_bad_callables_spoil_no_picture():
+    """Also when they go wrong late: the run ends with an error, and the next picture is as it should be."""
+    pipe, _ = pipeline()
+    torch._dynamo.reset()
+    options = {**DEFAULTS, "warmup_steps": 2, "reset_interval": None}
+    with ras_compile.attach(pipe, **EAGER) as handle:
+        handle.configure(**options)
+        wanted = draw_sd3(pipe, steps=6)
+        for (option, bad, complaint), calls in itertools.product(BAD_CALLABLES.values(), (0, 2)):
+            good = best if option == "selector" else loudest
+            handle.configure(**{**options, option: late(good, bad, calls)})
+            with pytest.raises(ras_compile.ConfigError, match=f"option {option}.*{complaint}"):
+                draw_sd3(pipe, steps=6)
+            handle.configure(**options)
+            assert torch.equal(draw_sd3(pipe, steps=6), wanted)
+
+
+def test_a_speedup_is_reached():
+    """Within the rounding of half a token a step; what cannot be had is refused with what can."""
+    pipe, _ = pipeline()
+    torch._dynamo.reset()
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
+    draw_sd3(pipe, steps=1)
+    hook.remove()
+    explained = ras_compile.explain(pipe.transformer, options={"inner_backend": "eager"}, **calls[0])
+    cost = explained.cost
+
+    def run(records, shift: float) -> float:
+        """Speed-up of a run by FLOPs, had each sparse step `shift` more tokens."""
+        sparse = [float(cost.sparse_flops.subs(ACTIVE, r.active + shift)) for r in records if r.kind == "sparse"]
+        return len(records) * cost.dense_flops / ((len(records) - len(sparse)) * cost.dense_flops + sum(sparse))
+
+    with ras_compile.attach(pipe, inner_backend="eager") as handle:
+        for steps, share in itertools.product((9, 28), (0.0, 0.3, 0.6, 0.9)):
+            most = explained.speedup(1 / TOKENS, num_steps=steps)
+            target = 1 + share * (most - 1)
+            handle.configure(speedup=target)
+            draw_sd3(pipe, steps=steps)
+            records = ras_compile.trace(handle)
+            assert kinds(records) == "".join(Schedule(RASConfig()).kind(step)[0] for step in range(steps))
+            assert run(records, 0.51) <= target <= run(records, -0.51), (steps, target)
+        handle.configure(speedup=2 * most)
+        with pytest.raises(ras_compile.ConfigError, match=f"option speedup.*1.00 to {most:.2f} can be had"):
+            draw_sd3(pipe, steps=steps)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(8, 400),
+    ratio=st.floats(0.06, 0.95),
+    bound=st.integers(1, 9),
+    steps=st.integers(6, 60),
+    kind=st.sampled_from(["constant", "linear"]),
+    focus=st.sampled_from(["low", "high", 0.5]),
+    scale=st.sampled_from([0.0, 2.0]),
+    seed=st.integers(0, 99),
+)
+def test_a_run_starves_no_token_and_computes_what_was_asked_for(tokens, ratio, bound, steps, kind, focus, scale, seed):
+    """A whole run: absence stays within `max_absence + ceil(N / A)`, A the fewest of its steps; the sum of A is right.
+
+    That is: within half a token a step for a constant ratio, and for a linear one within half a token a step of its last
+    level, to which the rounding of the others is handed on. (Grids of 512 tokens and more round to a multiple of 8 to 64.)
+    """
+    config = RASConfig(
+        sample_ratio=ratio, max_absence=bound, ratio_schedule=kind, focus=focus, starvation_scale=scale,
+        reset_interval=None, warmup_steps=1, cuda_graphs=False,
+    )  # fmt: skip
+    schedule, chooser, info = Schedule(config), RowChooser(config), SelectionInfo()
+    generator, latent = torch.Generator().manual_seed(seed), torch.zeros(1, tokens, 1)
+    fixed = torch.rand(1, tokens, 1, 4, generator=generator)
+    away, worst, counts = torch.zeros(tokens), 0, []
+    for step in range(steps):
+        if step:
+            chooser.advance(dense=False)
+            rows = chooser.rows(latent, 1, tokens, schedule.active(step, tokens, steps), info)
+            counts.append(rows.shape[1])
+            away += 1
+            away[rows[0]] = 0
+            worst = max(worst, int(away.max()))
+        noise = fixed if seed % 2 else torch.rand(1, tokens, 1, 4, generator=generator)
+        chooser.observe(noise, info)
+    assert worst <= bound + math.ceil(tokens / min(counts))
+    level = counts.count(counts[-1]) if kind == "linear" else len(counts)
+    if min(counts) > 1 and max(counts) < tokens:
+        assert abs(sum(counts) - ratio * tokens * len(counts)) <= level / 2 + 1e-6

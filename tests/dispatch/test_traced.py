@@ -1,0 +1,520 @@
+"""Models whose Python code reads values of tensors: traced where Dynamo breaks their graph, and never on other values."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+import ras_compile
+from ras_compile import notices
+from ras_compile.backend import ras
+from ras_compile.capture.python_state import PythonState
+from ras_compile.dispatch.traced import TracedModel, has_hooks
+from ras_compile.errors import RASWarning, UnsupportedGraph
+
+OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.25, "warmup_steps": 2, "reset_interval": None}
+
+
+class Reads(nn.Module):
+    """A small DiT `b c h w` with a text in front of the tokens; ``read(text, mask)`` is what its code reads."""
+
+    def __init__(self, channels: int = 4, dim: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(channels, dim), nn.Linear(dim, channels)
+        self.qkv, self.time = nn.Linear(dim, 3 * dim), nn.Linear(1, dim)
+        self.scale = 1.0
+
+    def read(self, text: Tensor, mask: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        batch, _, height, width = hidden_states.shape
+        x = self.enter(hidden_states.flatten(2).transpose(1, 2)) + self.time(timestep.reshape(-1, 1, 1)) * self.scale
+        context = self.read(text, mask)
+        x = torch.cat([context.expand(batch, -1, -1), x], 1)
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1))
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        x = self.leave(x[:, context.shape[1] :])
+        return x.transpose(1, 2).reshape(hidden_states.shape)
+
+
+class Length(Reads):
+    """Cuts the text at the length that its mask gives."""
+
+    def read(self, text, mask):
+        return text[:, : max(mask.sum(1).tolist())]
+
+
+class Way(Reads):
+    """Takes another way where the text is empty."""
+
+    def read(self, text, mask):
+        return text * 0.5 if torch.all(mask == 0) else text
+
+
+class BooleanIndex(Reads):
+    def read(self, text, mask):
+        return torch.stack([one[use] for one, use in zip(text, mask.bool(), strict=True)])
+
+
+class Nonzero(Reads):
+    def read(self, text, mask):
+        return text[:, torch.nonzero(mask[0]).flatten()]
+
+
+class MaskedSelect(Reads):
+    def read(self, text, mask):
+        return torch.masked_select(text[:1], mask[:1, :, None].bool()).reshape(1, -1, text.shape[-1])
+
+
+class Repeats(Reads):
+    def read(self, text, mask):
+        return torch.repeat_interleave(text, mask[0].long() + 1, dim=1)
+
+
+class Numpy(Reads):
+    def read(self, text, mask):
+        return text[:, : int(mask[0].cpu().numpy().sum())]
+
+
+class Border(Reads):
+    """A tensor as the border of a slice, and as a size."""
+
+    def read(self, text, mask):
+        count = mask.sum(1)[0].long()
+        return text[:, :count].reshape(1, count, -1) + torch.zeros(count, 1)
+
+
+class Branches(Reads):
+    def read(self, text, mask):
+        kept = [row for row, use in zip(text[0], mask[0], strict=True) if use]
+        return torch.stack(kept)[None]
+
+
+class Written(Reads):
+    """Writes at places that a mask gives."""
+
+    def read(self, text, mask):
+        text = text.clone()
+        text[mask.bool()] = text[mask.bool()] * 2 + 1
+        return text
+
+
+READERS = [Length, Way, BooleanIndex, Nonzero, MaskedSelect, Repeats, Numpy, Border, Branches, Written]
+
+
+def inputs(length: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return dict(text=torch.randn(1, 6, 8, generator=generator), mask=(torch.arange(6) < length).long()[None])
+
+
+def latents(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randn(1, 4, 4, 6, generator=generator) for _ in range(count)]
+
+
+def sample(model, context: dict, steps: int = 4) -> list[Tensor]:
+    """The noises of a run whose latents are given, so that runs can be compared step by step."""
+    with torch.no_grad():
+        times = [torch.tensor([1 - step / steps]) for step in range(steps)]
+        return [model(x, t, **context) for x, t in zip(latents(steps), times, strict=True)]
+
+
+def kinds(model) -> list[str]:
+    return [record.kind for record in ras_compile.trace(model)]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    notices.reset()
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+EXACT = {**OPTIONS, "sample_ratio": 1.0, "unsupported": "error"}
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend=ras, options=EXACT)
+    return model
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("compiled_by", [lambda model: torch.compile(model, backend="ras", options=EXACT), in_place])
+def test_a_model_that_reads_values_samples_adaptively(kind, compiled_by):
+    """All rows active: each step is the model's own, for texts of two lengths."""
+    model, compiled = kind(), compiled_by(kind())
+    for length in (4, 2, 4):
+        context = inputs(length, seed=length)
+        for found, wanted in zip(sample(compiled, context), sample(model, context), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert "sparse" in kinds(compiled)
+
+
+def test_a_value_that_changes_in_place_is_noticed():
+    """The very tensors of the call before, with other values in them."""
+    model = Length()
+    compiled = torch.compile(model, backend="ras", options={**OPTIONS, "sample_ratio": 1.0})
+    context = inputs(5)
+    sample(compiled, context)
+    context["mask"][:, 3:] = 0
+    for found, wanted in zip(sample(compiled, context), sample(model, context), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_values_under_inference_mode_are_read_at_each_call():
+    model = Length()
+    compiled = torch.compile(model, backend="ras", options={**OPTIONS, "sample_ratio": 1.0})
+    with torch.inference_mode():
+        context = inputs(5)
+        sample(compiled, context)
+        context["mask"][:, 3:] = 0
+        for found, wanted in zip(sample(compiled, context), sample(model, context), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_steps_compute_the_active_rows():
+    compiled = torch.compile(Length(), backend="ras", options=OPTIONS)
+    sample(compiled, inputs(4))
+    last = ras_compile.trace(compiled)[-1]
+    assert (last.kind, last.active) == ("sparse", 6)
+
+
+def test_two_instances_that_share_dynamos_code():
+    first, second = Length(), Length()
+    with torch.no_grad():
+        second.leave.weight.mul_(-2)
+    for model in (first, second):
+        compiled = torch.compile(model, backend="ras", options=EXACT)
+        for found, wanted in zip(sample(compiled, inputs(4)), sample(model, inputs(4)), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert isinstance(compiled.forward, TracedModel)
+        assert "sparse" in kinds(compiled)
+
+
+def scaled(model):
+    model.scale = 3.0
+
+
+def exchanged(model):
+    model.qkv = nn.Linear(8, 24)
+
+
+def assigned(model):
+    model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()}, assign=True)
+
+
+def read_otherwise(model):
+    model.read = lambda text, mask: text[:, :1]
+
+
+@pytest.mark.parametrize("change", [scaled, exchanged, assigned, read_otherwise])
+def test_a_model_that_changes_between_calls(change):
+    """A graph holds for the Python objects that it was traced from: adapters that are scaled, parts that are exchanged."""
+    model = Length()
+    compiled = torch.compile(model, backend="ras", options={**OPTIONS, "sample_ratio": 1.0})
+    sample(compiled, inputs(4))
+    change(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sample(compiled, inputs(4))
+    for one, wanted in zip(found, sample(model, inputs(4)), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Table(Length):
+    """Keeps a table that is no buffer, made at the first call."""
+
+    table = None
+
+    def read(self, text, mask):
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 8)
+        return super().read(text + self.table, mask)
+
+
+def test_a_table_that_the_first_call_makes():
+    model = Table()
+    compiled = torch.compile(model, backend="ras", options=EXACT)
+    for found, wanted in zip(sample(compiled, inputs(4)), sample(model, inputs(4)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert type(model.table) is Tensor
+    model.table = model.table * 2
+    for found, wanted in zip(sample(compiled, inputs(4)), sample(model, inputs(4)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    model.table.mul_(2)
+    for found, wanted in zip(sample(compiled, inputs(4)), sample(model, inputs(4)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Placed(Reads):
+    """Text and tokens go to the places that index vectors name; Dynamo captures it, but not where the tokens stand."""
+
+    def forward(self, hidden_states, timestep, text, mask, places):
+        x = self.enter(hidden_states.flatten(2).transpose(1, 2)) + self.time(timestep.reshape(-1, 1, 1))
+        joint = torch.zeros(len(x), x.shape[1] + text.shape[1], x.shape[2])
+        others = torch.ones(joint.shape[1], dtype=torch.bool).index_fill(0, places, False).nonzero().flatten()
+        joint = joint.index_copy(1, places, x)
+        joint[:, others] = text
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(joint).chunk(3, -1))
+        joint = joint + nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return self.leave(joint.index_select(1, places)).transpose(1, 2).reshape(hidden_states.shape)
+
+
+class PlacedByIndex(Placed):
+    """The same in other words, and without a reading."""
+
+    def forward(self, hidden_states, timestep, text, mask, places):
+        x = self.enter(hidden_states.flatten(2).transpose(1, 2)) + self.time(timestep.reshape(-1, 1, 1))
+        joint = torch.zeros(len(x), x.shape[1] + 2, x.shape[2])
+        joint = joint.scatter_add(1, torch.arange(2).reshape(1, 2, 1).expand(1, 2, x.shape[2]), text[:, :2])
+        joint[:, places] = x
+        joint = joint.index_add(1, places, x, alpha=2)
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(joint).chunk(3, -1))
+        joint = joint + nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return self.leave(joint[:, places]).transpose(1, 2).reshape(hidden_states.shape)
+
+
+@pytest.mark.parametrize("kind", [Placed, PlacedByIndex])
+def test_places_that_follow_one_another(kind):
+    """Tokens behind or before the text: two specialisations; places out of order run dense, and right."""
+    model = kind()
+    compiled = torch.compile(model, backend="ras", options={**OPTIONS, "sample_ratio": 1.0})
+    for start in (6, 0, 6) if kind is Placed else (2, 0):
+        context = {**inputs(6), "places": torch.arange(start, start + 24)}
+        for found, wanted in zip(sample(compiled, context), sample(model, context), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert "sparse" in kinds(compiled)
+    context["places"] = torch.arange(24).roll(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for found, wanted in zip(sample(compiled, context), sample(model, context), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert any("runs dense" in str(item.message) for item in caught)
+
+
+class FromLatent(Reads):
+    """Skips its attention where the noise is small: what it reads depends on the latent."""
+
+    def forward(self, hidden_states, timestep, text, mask):
+        if hidden_states.abs().mean() < 0.5:
+            return hidden_states * 0
+        return super().forward(hidden_states, timestep, text, mask)
+
+    def read(self, text, mask):
+        return text
+
+
+class Counts(Length):
+    """Counts its calls in an attribute, and lets the count into the result."""
+
+    calls = 0
+
+    def read(self, text, mask):
+        self.calls += 1
+        return super().read(text, mask) * self.calls
+
+
+class FromTime(Length):
+    """Multiplies by the timestep as a number: another one at each step."""
+
+    def forward(self, hidden_states, timestep, text, mask):
+        return super().forward(hidden_states, timestep, text, mask) * (1 + timestep.item())
+
+
+class Phases(Length):
+    """Goes another way in the second half of a run."""
+
+    def forward(self, hidden_states, timestep, text, mask):
+        noise = super().forward(hidden_states, timestep, text, mask)
+        return noise * 2 if timestep[0] > 0.6 else noise
+
+
+def test_a_test_of_the_timestep():
+    model = Phases()
+    compiled = torch.compile(model, backend="ras", options=EXACT)
+    for found, wanted in zip(sample(compiled, inputs(4), 8), sample(model, inputs(4), 8), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert "sparse" in kinds(compiled)
+    (found,) = compiled.forward.found.values()
+    assert len(found) == 2
+
+
+class Number(Length):
+    """Takes the timestep as a Python number."""
+
+    def forward(self, hidden_states, timestep, text, mask):
+        return super().forward(hidden_states, torch.full((len(hidden_states),), timestep), text, mask)
+
+
+def test_a_timestep_that_is_a_number(monkeypatch):
+    """Of a trace it is a constant: each step would be traced and compiled for itself."""
+    notices.reset()
+    model = Number()
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    with torch.no_grad():
+        compiled(latents(1)[0], 1.0, **inputs(4))
+        with pytest.warns(RASWarning, match="the timestep is a Python number.*a tensor is supported"):
+            found = compiled(latents(1)[0], 0.9, **inputs(4))
+        torch.testing.assert_close(found, model(latents(1)[0], 0.9, **inputs(4)), rtol=1e-4, atol=1e-5)
+    assert len(compiled.forward.found) == 2 and sum(map(len, compiled.forward.found.values())) == 1
+
+
+REFUSED = {
+    FromTime: "depends on the timestep's values.*in forward",
+    FromLatent: "depends on the latent's values.*in forward",
+    Counts: "changes itself",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_traced_runs_dense_with_one_warning(kind, monkeypatch):
+    notices.reset()
+    model = kind()
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = sample(compiled, inputs(4))
+    told = [str(item.message) for item in caught if issubclass(item.category, RASWarning)]
+    assert len(told) == 1
+    assert re.search(REFUSED[kind], told[0])
+    if kind is not Counts:
+        for one, wanted in zip(found, sample(model, inputs(4)), strict=True):
+            torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
+    explanation = ras_compile.explain(kind(), hidden_states=latents(1)[0], timestep=torch.ones(1), **inputs(4))
+    assert re.search(REFUSED[kind], explanation.reason)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_traced_is_an_error_on_demand(kind):
+    compiled = torch.compile(kind(), backend="ras", options={**OPTIONS, "unsupported": "error"})
+    with pytest.raises(UnsupportedGraph, match=REFUSED[kind]):
+        sample(compiled, inputs(4), steps=1)
+
+
+def with_a_hook(model):
+    model.leave.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def with_another_forward(model):
+    before = model.leave.forward
+    model.leave.forward = lambda x: before(x) * 2
+
+
+@pytest.mark.parametrize("change", [with_a_hook, with_another_forward])
+def test_hooks_are_not_traced(change):
+    """What a hook does must happen at each call: offloading moves weights, caches count calls."""
+    model = Length()
+    change(model)
+    compiled = torch.compile(model, backend="ras", options={**OPTIONS, "unsupported": "error"})
+    with pytest.raises(UnsupportedGraph, match="'leave' has hooks"):
+        sample(compiled, inputs(4), steps=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    with pytest.warns(RASWarning, match="'leave' has hooks"):
+        found = sample(compiled, inputs(4))
+    for one, wanted in zip(found, sample(model, inputs(4)), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_that_are_taken_away_leave_nothing_behind():
+    """Dynamo stays at its fragments."""
+    model = Length()
+    hook = model.leave.register_forward_hook(lambda module, args, output: output * 2)
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    with pytest.warns(RASWarning, match="Length runs dense: .*'leave' has hooks"):
+        sample(compiled, inputs(4))
+    hook.remove()
+    with ras_compile.generation():
+        sample(compiled, inputs(4))
+    assert kinds(compiled) == ["dense", "dense", "sparse", "sparse"]
+
+
+def test_a_forward_that_is_put_back_is_no_hook():
+    model = Length()
+    before = model.leave.forward
+    with_another_forward(model)
+    assert has_hooks(model.leave)
+    model.leave.forward = before
+    assert not has_hooks(model.leave)
+
+
+def test_the_first_run_is_like_all_others():
+    """Its first call runs in Dynamo's fragments, and counts."""
+    model = Length()
+    for _ in range(2):  # compiled anew, with what Dynamo has made before
+        compiled = torch.compile(model, backend="ras", options=OPTIONS)
+        runs = []
+        for _ in range(2):
+            with ras_compile.generation(num_steps=4):
+                runs.append(sample(compiled, inputs(4)))
+            assert kinds(compiled) == ["dense", "dense", "sparse", "sparse"]
+        for one, other in zip(*runs, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+class Pipe:
+    """A pipeline of two calls a step, with a prompt and without, whose texts differ in length."""
+
+    config: dict = {}
+
+    def __init__(self) -> None:
+        self.transformer, self.scheduler = Length(), FlowMatchEulerDiscreteScheduler()
+
+    def run(self, steps: int) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        x, branches = latents(1)[0], [inputs(5, seed=1), inputs(2, seed=2)]
+        for t in self.scheduler.timesteps:
+            cond, uncond = (self.transformer(hidden_states=x, timestep=t[None] / 1000, **given) for given in branches)
+            x = self.scheduler.step(uncond + 2 * (cond - uncond), t, x, return_dict=False)[0]
+        return x
+
+
+def test_an_attached_pipeline_whose_branches_read_different_values():
+    pipe = Pipe()
+    with torch.no_grad():
+        wanted = pipe.run(5)
+        with ras_compile.attach(pipe, **EXACT) as handle:
+            for _ in range(2):
+                torch.testing.assert_close(pipe.run(5), wanted, rtol=1e-4, atol=1e-5)
+            told = [(record.step, record.kind) for record in ras_compile.trace(handle)]
+    assert told == [(step, "dense" if step < 2 else "sparse") for step in range(5) for _ in range(2)]
+
+
+def test_explain_tells_what_is_traced():
+    explanation = ras_compile.explain(Length(), hidden_states=latents(1)[0], timestep=torch.ones(1), **inputs(4))
+    assert explanation.supported
+    assert explanation.context == (4,)
+    assert explanation.tokens == 24
+
+
+def test_python_state_knows_what_has_changed():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0))
+    model.config = {"width": 2, "names": ["a", "b"]}
+    state = PythonState(model)
+    assert state.holds()
+    model.config = {"width": 2, "names": ["a", "b"]}
+    assert not state.holds()  # another dictionary
+    for change in (
+        lambda: model.config["names"].append("c"),
+        lambda: model.config.update(width=3),
+        lambda: setattr(model[1], "p", 0.5),
+        lambda: model.append(nn.Identity()),
+        lambda: model[0].to(torch.float64),
+        lambda: model[0].register_buffer("extra", torch.ones(1)),
+        lambda: model.eval(),
+    ):
+        state = PythonState(model)
+        assert state.holds()
+        change()
+        assert not state.holds()
+    state = PythonState(model)
+    model[0].weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    assert state.holds()  # weights are looked up at each call

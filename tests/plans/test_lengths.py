@@ -1,0 +1,455 @@
+"""Prompts of other lengths: from the second one on they share one capture and one compilation of each program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+from contract import Subject, error, widen, widest
+from tiny import EAGER, TinyDiT, kinds
+from torch import fx, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils import _pytree as pytree
+from zoo import ZOO, redraw
+
+import ras_compile
+import ras_compile.plans.family
+import ras_compile.plans.plan
+from ras_compile import notices
+from ras_compile.capture.inputs import GraphInput, describe_inputs
+from ras_compile.capture.numbers import capture_numbers
+from ras_compile.config import RASConfig
+from ras_compile.execute.memory import keepers
+from ras_compile.plans.family import KEPT, Family
+from ras_compile.plans.lengths import Lengths
+from ras_compile.plans.plan import Plan
+from ras_compile.plans.symbolic import SymbolicGraph, takes_all
+
+# cross attention with a mask; a joint sequence; a joint sequence with rotary ids; cross attention with a mask, rotary
+MODELS = {"PixArt": 6, "SD3": 5, "Flux": 5, "Lumina-Next": 6}
+TWENTY = [9, 4, 12, 7, 30, 3, 5, 17, 2, 24, 8, 25, 11, 40, 6, 13, 22, 10, 48, 16]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    notices.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiled_programs(monkeypatch) -> Counter:
+    """How often each program was compiled, by its active rows; "captured": how often a graph was."""
+    count: Counter = Counter()
+
+    def counting(module, inputs, config, compile_inner=ras_compile.plans.plan.compile_inner):
+        rows = next((node.meta["val"] for node in module.graph.nodes if node.name == "rows"), None)
+        count["dense" if rows is None else rows.shape[1]] += 1
+        return compile_inner(module, inputs, config)
+
+    def capturing(*args, **options):
+        count["captured"] += 1
+        return capture_numbers(*args, **options)
+
+    monkeypatch.setattr(ras_compile.plans.plan, "compile_inner", counting)
+    monkeypatch.setattr(ras_compile.plans.family, "compile_inner", counting)
+    monkeypatch.setattr(ras_compile.plans.plan, "capture_numbers", capturing)
+    monkeypatch.setattr(ras_compile.plans.symbolic, "capture_numbers", capturing)
+    return count
+
+
+def lengthened(inputs: dict, old: int, new: int, region: str = "hidden_states") -> dict:
+    """Inputs of a model with a context of another length: entries along a dimension of the old length are repeated."""
+
+    def one(value):
+        dims = [dim for dim, size in enumerate(getattr(value, "shape", ())) if size == old]
+        for dim in dims:
+            value = value.index_select(dim, torch.arange(new) % old)
+        return value
+
+    return {key: value if key == region else pytree.tree_map(one, value) for key, value in inputs.items()}
+
+
+def sampled(compiled, inputs: dict, steps: int = 4, region: str = "hidden_states") -> torch.Tensor:
+    """The last output of a generation of one dense step and then sparse ones."""
+    with torch.no_grad(), ras_compile.generation(num_steps=steps) as gen:
+        for step in range(steps):
+            gen.step()
+            output = compiled(**{**inputs, region: inputs[region] * (1 - step / 10)})
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+OPTIONS = {**EAGER, "warmup_steps": 1, "unsupported": "error"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_twenty_lengths_cost_two_compilations_of_each_program(name, compiled_programs):
+    module, given = redraw(ZOO[name].build()).eval(), ZOO[name].inputs()
+    compiled = torch.compile(module, backend="ras", options=OPTIONS)
+    found = [sampled(compiled, lengthened(given, MODELS[name], length)) for length in TWENTY]
+    assert kinds(compiled) == "dsss"
+    assert len(compiled_programs) == 3 and set(compiled_programs.values()) == {2}
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
+    assert torch.equal(sampled(alone, lengthened(given, MODELS[name], TWENTY[13])), found[13])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_twenty_lengths_cost_two_compilations_on_a_gpu_too(name, compiled_programs):
+    """With Inductor, kernels that are chosen by measurement, and CUDA graphs."""
+    module, given = redraw(ZOO[name].build()).eval().cuda(), ZOO[name].inputs()
+    # two compilations round differently: rows must not hang on that
+    options = {"sample_ratio": 0.5, "warmup_steps": 1, "unsupported": "error", "metric": "random"}
+    compiled = torch.compile(module, backend="ras", options=options)
+    on_gpu = [
+        pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, lengthened(given, MODELS[name], length))
+        for length in TWENTY
+    ]
+    found = [sampled(compiled, inputs) for inputs in on_gpu]
+    assert kinds(compiled) == "dsss"
+    assert len(compiled_programs) == 3 and set(compiled_programs.values()) == {2}
+    for at in (3, 13):
+        torch._dynamo.reset()
+        alone = torch.compile(module, backend="ras", dynamic=False, options=options)
+        assert error([sampled(alone, on_gpu[at])], [found[at]]) < 1e-4
+
+
+def test_joined_linears_are_shared_by_all_lengths(compiled_programs, monkeypatch):
+    monkeypatch.setattr(ras_compile.kernels, "many_pays", lambda x, weights, biases: x.ndim == 2)
+    joined = []
+
+    def counting(module, inputs, config, compile_inner=ras_compile.plans.family.compile_inner):
+        op = torch.ops.ras_compile.many_linears.default
+        joined.append([len(n.args[1]) for n in module.graph.find_nodes(op="call_function", target=op)])
+        return compile_inner(module, inputs, config)
+
+    monkeypatch.setattr(ras_compile.plans.family, "compile_inner", counting)
+    module, given = redraw(ZOO["SD3"].build()).eval(), ZOO["SD3"].inputs()
+    compiled = torch.compile(module, backend="ras", options=OPTIONS)
+    found = [sampled(compiled, lengthened(given, 5, length)) for length in TWENTY[:6]]
+    assert set(compiled_programs.values()) == {2} and joined == [[5], [5]]
+    torch._dynamo.reset()
+    monkeypatch.setattr(ras_compile.kernels, "many_pays", lambda *given: False)
+    alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
+    assert torch.equal(sampled(alone, lengthened(given, 5, TWENTY[5])), found[5])
+
+
+def test_a_frozen_context_and_a_new_ratio(compiled_programs):
+    options = {**OPTIONS, "context": "frozen", "ratio_schedule": "linear"}
+    module, given = redraw(ZOO["SD3"].build()).eval(), ZOO["SD3"].inputs()
+    compiled = torch.compile(module, backend="ras", options=options)
+    found = [sampled(compiled, lengthened(given, 5, length)) for length in TWENTY[:6]]
+    assert len(compiled_programs) > 3 and set(compiled_programs.values()) == {2}
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options=options)
+    assert torch.equal(sampled(alone, lengthened(given, 5, TWENTY[5])), found[5])
+
+
+def dynamo_graphs(module: nn.Module, calls: Sequence[dict]) -> list:
+    """The graph of each call, and its inputs."""
+    found = []
+
+    def backend(graph, example_inputs):
+        def run(*values):
+            found.append((graph, values))
+            return graph(*values)
+
+        return run
+
+    compiled = torch.compile(module, backend=backend)
+    with torch.no_grad():
+        for given in calls:
+            compiled(**given)
+    return found
+
+
+@cache
+def in_double(name: str, *lengths: int) -> tuple[fx.GraphModule, SymbolicGraph, list[GraphInput], list[list]]:
+    """A model in double precision, captured once for all lengths, and the graph's inputs for each from the second on."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        module, given = redraw(ZOO[name].build()).eval().double(), ZOO[name].inputs()
+        given = pytree.tree_map(widest, given)
+        graphs = dynamo_graphs(module, [lengthened(given, MODELS[name], length) for length in lengths])[1:]
+        graph, inputs = graphs[0][0], describe_inputs(graphs[0][0].graph)
+        assert all(other is graph for other, _ in graphs)
+        widen(graph)
+        values = [[widest(value) for value in found] for _, found in graphs]
+        found = Lengths.of(graph, inputs, values[0], [])
+        assert found is not None
+        return graph, SymbolicGraph(graph, found, values[0]), inputs, values
+    finally:
+        torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize("context", ["fresh", "frozen"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_contract_holds_at_a_third_length(name, context):
+    """Identity, consistency and semantics of the shared programs, beside an oracle of that length alone."""
+    graph, symbolic, inputs, (second, third) = in_double(name, 9, 4, 13)
+    config = RASConfig.from_options({"inner_backend": "eager", "context": context})
+    alone = Subject(Plan(graph, inputs, third, config), third)
+    plan = Family(symbolic, inputs, second, config).member(third)
+    shared = Subject(plan, alone.values)
+    assert "exact" not in vars(plan)
+    dense, caches = shared.dense(alone.values)
+    assert error(dense, alone.reference(alone.values)) < 1e-9
+    assert sum(cache.numel() * cache.element_size() for cache in caches) == plan.kept._bytes
+    values, rows = alone.with_latent(alone.other_latent()), alone.rows(alone.frame.tokens // 4)
+    same, after = shared.sparse(alone.values, rows, caches)
+    assert error(same, dense) < 1e-9 and error(after, caches) < 1e-9
+    assert error(shared.sparse(values, rows, caches)[0], alone.oracle(values, rows, caches)) < 1e-9
+    everything = torch.arange(alone.frame.tokens).repeat(alone.frame.samples, 1)
+    outputs = shared.sparse(values, everything, caches)[0]
+    assert error(outputs, alone.oracle(values, everything, caches)) < 1e-9
+    if context == "fresh":
+        assert error(outputs, alone.reference(values)) < 1e-9
+    assert str(plan.cost.sparse_flops) == str(alone.plan.cost.sparse_flops)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_captured_once_is_what_each_length_gives(name):
+    graph, symbolic, _, given = in_double(name, 9, 4, 13)
+    for values in given:
+        wanted, found = capture_numbers(graph, values), symbolic.at(symbolic.lengths.at(values))
+        assert spelled(found.graph) == spelled(wanted.graph)
+
+
+def test_the_captured_sizes_decide_and_not_a_few_samples():
+    """A text that is filled up to 2048 tokens looks, at short lengths, as if its length did not matter."""
+    module, given = ZOO["LongCatAudioDiTTransformer"].build().eval(), ZOO["LongCatAudioDiTTransformer"].inputs()
+    old = given["encoder_hidden_states"].shape[1]
+    (graph, values), *_ = dynamo_graphs(module, [lengthened(given, old, length) for length in (old, old + 2)])[1:]
+    lengths = Lengths.of(graph, describe_inputs(graph.graph), values, [])
+    with pytest.raises(ras_compile.UnsupportedGraph, match=r"Max\(2048, s\d+\), no affine function"):
+        SymbolicGraph(graph, lengths, values)
+
+
+def spelled(graph) -> list:
+    """A graph's ops, arguments and sizes, without names."""
+    numbers: dict = {}
+    lines = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if takes_all(node):
+            numbers[node] = numbers[node.args[0]]
+            continue
+        numbers[node] = len(lines)
+        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda operand: f"%{numbers[operand]}")
+        sizes = (tuple(value.shape), value.stride()) if isinstance(value, torch.Tensor) else None
+        lines.append((node.op, str(node.target) if node.op == "call_function" else "", str(args), sizes))
+    return lines
+
+
+LATENT = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+
+
+def text(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, length, 6, generator=torch.Generator().manual_seed(seed + length))
+
+
+def tiny(compiled, *texts: torch.Tensor, steps: int = 4) -> torch.Tensor:
+    with torch.no_grad(), ras_compile.generation(num_steps=steps) as gen:
+        for step in range(steps):
+            gen.step()
+            output = compiled(LATENT * (1 - step / 10), torch.full((2,), 1 - step / 10), *texts)
+    return output
+
+
+def both(module: nn.Module, calls: Sequence[tuple], **options) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What a compiled module samples for each call, and what it does where each length has programs of its own."""
+    results = []
+    for dynamic in (None, False):
+        torch._dynamo.reset()
+        compiled = torch.compile(module, backend="ras", dynamic=dynamic, options={**OPTIONS, **options})
+        results.append([tiny(compiled, *call) for call in calls])
+    return list(zip(*results, strict=True))
+
+
+class PaddedText(TinyDiT):
+    """Pads its text to a multiple of four: sizes are no affine functions of the length."""
+
+    def forward(self, hidden_states, timestep, text):
+        return super().forward(hidden_states, timestep, nn.functional.pad(text, (0, 0, 0, -text.shape[1] % 4)))
+
+
+class AtLeast(TinyDiT):
+    """Fills its text up to twenty tokens: any few short lengths look as if it did not matter."""
+
+    def forward(self, hidden_states, timestep, text):
+        filled = text.new_zeros(text.shape[0], torch.sym_max(text.shape[1], 20), text.shape[2])
+        filled[:, : text.shape[1]] = text
+        return super().forward(hidden_states, timestep, filled)
+
+
+class LongText(TinyDiT):
+    """Goes another way where the text is long."""
+
+    def forward(self, hidden_states, timestep, text):
+        if text.shape[1] > 10:
+            text = text[:, :10] * 0.5
+        return super().forward(hidden_states, timestep, text)
+
+
+class MeanText(TinyDiT):
+    """Divides by the length."""
+
+    def forward(self, hidden_states, timestep, text):
+        return super().forward(hidden_states, timestep, text / text.shape[1])
+
+
+class NearText(TinyDiT):
+    """Lets text tokens see others that are at most eight away: where the text is short the mask hides nothing."""
+
+    def forward(self, hidden_states, timestep, text):
+        place = torch.arange(text.shape[1])
+        near = (place[:, None] - place).abs() <= 8
+        text = nn.functional.scaled_dot_product_attention(text, text, text * 3, attn_mask=near)
+        return super().forward(hidden_states, timestep, text)
+
+
+class NearByBlocks(TinyDiT):
+    """The same as a block mask, which is made inside of the model."""
+
+    def forward(self, hidden_states, timestep, text):
+        length, heads = text.shape[1], text[:, None]
+        near = create_block_mask(lambda b, h, q, k: (q - k).abs() <= 8, None, None, length, length, device="cpu")
+        text = flex_attention(heads, heads, heads * 3, block_mask=near)[:, 0]
+        return super().forward(hidden_states, timestep, text)
+
+
+class TwoTexts(TinyDiT):
+    """Reads two texts, whose lengths have nothing to do with each other."""
+
+    def forward(self, hidden_states, timestep, text, more):
+        return super().forward(hidden_states, timestep, torch.cat([text, more * 2], 1))
+
+
+@pytest.mark.parametrize("kind", [PaddedText, AtLeast, LongText, MeanText, NearText, NearByBlocks])
+def test_a_model_that_reads_the_length_comes_out_right(kind):
+    for found, wanted in both(kind().eval(), [(text(length),) for length in (5, 7, 9, 6, 12, 30, 8)]):
+        assert torch.equal(found, wanted)
+
+
+def test_sizes_that_are_not_affine_have_plans_of_their_own(compiled_programs):
+    compiled = torch.compile(PaddedText().eval(), backend="ras", options=OPTIONS)
+    for length in (5, 7, 9, 6):
+        tiny(compiled, text(length))
+    assert compiled_programs["dense"] == 4
+
+
+def test_two_lengths_that_change_apart(compiled_programs):
+    calls = [(text(a), text(b, 1)) for a, b in ((5, 9), (7, 4), (3, 14), (12, 12), (8, 2), (6, 31))]
+    module = TwoTexts().eval()
+    compiled = torch.compile(module, backend="ras", options=OPTIONS)
+    for call in calls:
+        tiny(compiled, *call)
+    assert set(compiled_programs.values()) == {2}
+    for found, wanted in both(module, calls):
+        assert torch.equal(found, wanted)
+
+
+def test_what_the_inner_compiler_assumes_is_checked(monkeypatch, compiled_programs):
+    """A program that is right for even lengths alone is compiled apart for odd ones, and the picture is right."""
+    counting = ras_compile.plans.family.compile_inner
+
+    def assuming(module, inputs, config):
+        even = bool(inputs[0] % 2 == 0)  # an assumption, written down by PyTorch
+
+        def run(length, *tensors):
+            assert (length % 2 == 0) == even
+            return module(length, *tensors)
+
+        counting(module, inputs, config)
+        return run
+
+    monkeypatch.setattr(ras_compile.plans.family, "compile_inner", assuming)
+    for found, wanted in both(TinyDiT().eval(), [(text(length),) for length in (5, 8, 6, 9, 4, 11)]):
+        assert torch.equal(found, wanted)
+    # with shared programs: the first length, the shared ones, and 9 and 11 apart; then six lengths, each alone
+    assert compiled_programs["dense"] == 4 + 6 and compiled_programs["captured"] == 2 + 6
+
+
+def test_strides_that_are_not_the_expected_ones_are_compiled_apart(monkeypatch):
+    """The caches of the dense program decide; what was expected of them is checked before a program runs."""
+    monkeypatch.setattr(ras_compile.shared.Sized, "fits", lambda self, tensor, point: False)
+    for found, wanted in both(TinyDiT().eval(), [(text(length),) for length in (5, 8, 6)]):
+        assert torch.equal(found, wanted)
+
+
+def test_branches_of_other_lengths_share_a_family(compiled_programs):
+    """Sequential guidance: each branch keeps caches of its own length."""
+
+    def guided(compiled, first, second):
+        latent = LATENT
+        with torch.no_grad(), ras_compile.generation(num_steps=4) as gen:
+            for step in range(4):
+                gen.step()
+                time = torch.full((2,), 1 - step / 10)
+                with gen.branch("cond"):
+                    a = compiled(latent, time, first)
+                with gen.branch("uncond"):
+                    b = compiled(latent, time, second)
+                latent = latent - (2 * a - b) / 4
+        return latent
+
+    pairs = [(text(a), text(b)) for a, b in ((5, 7), (6, 9), (4, 8), (10, 3))]
+    module = TinyDiT().eval()
+    compiled = torch.compile(module, backend="ras", options=OPTIONS)
+    found = [guided(compiled, *pair) for pair in pairs]
+    assert kinds(compiled) == "ddssssss"
+    assert max(compiled_programs.values()) == 2
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
+    for one, pair in list(zip(found, pairs, strict=True))[1:]:
+        assert torch.equal(one, guided(alone, *pair))
+
+
+def test_few_lengths_keep_caches_and_graphs(monkeypatch):
+    """The others give them up, those that were used longest ago first."""
+    released = []
+    monkeypatch.setattr(Plan, "release_graphs", lambda plan: released.append(plan.point[0]))
+    compiled = torch.compile(TinyDiT().eval(), backend="ras", options=OPTIONS)
+    before = {id(keeper) for keeper in keepers}
+    for length in (2, 3, 4, 5, 6, 3, 7, 8):  # the first one has programs and a plan of its own
+        tiny(compiled, text(length))
+    assert KEPT == 4 and released == [4, 5]
+    kept = [keeper for keeper in list(keepers) if id(keeper) not in before and keeper.bytes]
+    assert 0 < len(kept) <= KEPT + 1
+
+
+def test_a_speedup_is_solved_for_at_each_length(compiled_programs):
+    options = {key: value for key, value in OPTIONS.items() if key != "sample_ratio"}
+    compiled = torch.compile(TinyDiT().eval(), backend="ras", options={**options, "speedup": 1.2})
+    alone = torch.compile(TinyDiT().eval(), backend="ras", dynamic=False, options={**options, "speedup": 1.2})
+    for length in (5, 7, 40):
+        tiny(compiled, text(length), steps=6)
+        shared = [record.active for record in ras_compile.trace(compiled)]
+        tiny(alone, text(length), steps=6)
+        assert shared == [record.active for record in ras_compile.trace(alone)]
+
+
+def test_inductor_compiles_once_for_all_lengths(compiled_programs, monkeypatch):
+    """Repeated blocks, too: they are compiled once for all layers and all lengths."""
+    blocks = []
+
+    def counting(module, inputs, config, compile_inner=ras_compile.plans.family.compile_inner):
+        repeated = module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+        blocks.append(len(repeated))
+        return compile_inner(module, inputs, config)
+
+    monkeypatch.setattr(ras_compile.plans.family, "compile_inner", counting)
+    module = TinyDiT(layers=3).eval()
+    options = {**OPTIONS, "inner_backend": "inductor"}
+    compiled = torch.compile(module, backend="ras", options=options)
+    found = {length: tiny(compiled, text(length)) for length in (5, 7, 11, 4)}
+    assert set(compiled_programs.values()) == {2} and len(blocks) == 2 and min(blocks) > 1
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
+    for length, picture in found.items():
+        assert error([picture], [tiny(alone, text(length))]) < 1e-4

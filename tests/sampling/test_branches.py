@@ -1,0 +1,153 @@
+"""Matching a call to its guidance branch by what its context tensors are and do."""
+
+import gc
+
+import pytest
+import torch
+
+from ras_compile.sampling.branches import Branches, equal_prints, fingerprint, same_tensor, tensor_mark
+
+
+def step(branches, *calls, alone=False):
+    """Run one step's calls (each a context) through; returns (label, sure) of each."""
+    used, told = [], []
+    for order, context in enumerate(calls):
+        match = branches.find(context, "graph", None, order, used, alone)
+        branch = match.branch
+        if branch is None:
+            branch = branches.add(context, "graph", None, order, match.prints)
+        else:
+            branches.learn(match, context, order)
+        used.append(branch)
+        told.append((branch.label, match.sure))
+    return told
+
+
+def test_identity_is_enough_and_order_does_not_matter():
+    branches, cond, uncond = Branches(), (torch.zeros(3),), (torch.zeros(3),)
+    assert step(branches, cond, uncond) == [("0", True), ("1", True)]
+    assert step(branches, uncond, cond) == [("1", True), ("0", True)]
+    assert step(branches, uncond) == [("1", True)]
+
+
+def test_identity_never_reads_the_content(monkeypatch):
+    branches, shared = Branches(), torch.zeros(3)
+    cond, uncond = (torch.zeros(3), shared), (torch.ones(3), shared)
+    step(branches, cond, uncond)
+    # residuals move: what they do is learned by reading them in the second step, and never again
+    moving = Branches()
+    for _ in range(2):
+        step(moving, (*cond, torch.randn(2)), (*uncond, torch.randn(2)))
+    monkeypatch.setattr(torch, "equal", None)
+    for _ in range(2):
+        assert step(branches, cond, uncond) == [("0", True), ("1", True)]
+        assert step(moving, (*cond, torch.randn(2)), (*uncond, torch.randn(2))) == [("0", True), ("1", True)]
+
+
+def test_fresh_objects_are_told_by_content():
+    branches, values = Branches(), [torch.randn(3), torch.randn(3)]
+    assert step(branches, *[(value.clone(),) for value in values]) == [("0", True), ("1", True)]
+    assert step(branches, (values[1].clone(),)) == [("1", True)]
+    assert step(branches, *[(value.clone(),) for value in values]) == [("0", True), ("1", True)]
+
+
+def test_moving_content_alone_cannot_tell_two_branches():
+    branches = Branches()
+    step(branches, (torch.randn(3),), (torch.randn(3),))
+    step(branches, (torch.randn(3),), (torch.randn(3),))
+    assert step(branches, (torch.randn(3),))[0][1] is False
+
+
+def test_moving_content_beside_a_held_object():
+    branches, cond, uncond = Branches(), torch.randn(3), torch.randn(3)
+    for _ in range(3):
+        told = step(branches, (cond, torch.randn(2)), (uncond, torch.randn(2)))
+    assert told == [("0", True), ("1", True)]
+    assert step(branches, (uncond, torch.randn(2))) == [("1", True)]
+
+
+def test_the_second_look_is_not_sure_yet():
+    branches, held = Branches(), torch.randn(3)
+    step(branches, (held, torch.randn(2)))
+    assert step(branches, (held, torch.randn(2))) == [("0", False)]
+    assert step(branches, (held, torch.randn(2))) == [("0", True)]
+
+
+def test_a_held_object_that_changes_is_another_branch():
+    branches, shared = Branches(), torch.randn(3)
+    prompt = torch.randn(3)
+    for _ in range(2):
+        step(branches, (prompt, shared))
+    assert step(branches, (torch.randn(3), shared)) == [("1", True)]
+
+
+def test_an_equal_copy_of_a_held_object_only_matters_alone():
+    branches, prompt = Branches(), torch.randn(3)
+    for _ in range(2):
+        step(branches, (prompt,))
+    copy = (prompt.clone(),)
+    assert branches.find(copy, "graph", None, 0, [], alone=False).sure
+    assert branches.find(copy, "graph", None, 0, [], alone=True).branch is None
+
+
+def test_another_graph_is_another_branch():
+    branches, context = Branches(), (torch.randn(3),)
+    step(branches, context)
+    assert branches.find(context, "other graph", None, 0, [], alone=False).branch is None
+
+
+def test_names_rule_and_need_not_be_checked():
+    branches = Branches(check_named=False)
+    branches.add((torch.zeros(3, device="meta"),), "graph", "cond", 0, None)
+    match = branches.find((torch.ones(3, device="meta"),), "graph", "cond", 0, [], alone=False)
+    assert match.branch.label == "cond" and match.sure and not match.changed
+    assert branches.find((), "graph", "uncond", 0, [], alone=False).branch is None
+
+
+def test_named_branches_notice_a_change_when_asked_to():
+    branches, prompt = Branches(), torch.randn(3)
+    match = branches.find((prompt,), "graph", "cond", 0, [], alone=False)
+    branches.add((prompt,), "graph", "cond", 0, match.prints)
+    for value, changed in ((prompt, False), (prompt.clone(), False), (prompt + 1, True)):
+        match = branches.find((value,), "graph", "cond", 0, [], alone=False)
+        assert match.sure and match.changed is changed
+
+
+def test_contexts_are_held_weakly():
+    branches = Branches()
+    step(branches, (torch.randn(3),))
+    step(branches, (torch.randn(3),))
+    gc.collect()
+    position = branches.known[0].positions[0]
+    assert position.mark[0]() is None and all(mark[0]() is None for mark in position.past)
+
+
+def test_a_mark_knows_object_and_version():
+    tensor = torch.zeros(3)
+    mark = tensor_mark(tensor)
+    assert same_tensor(mark, tensor) and not same_tensor(mark, torch.zeros(3))
+    tensor.add_(1)
+    assert not same_tensor(mark, tensor)
+    with torch.inference_mode():
+        free = torch.zeros(3)
+        mark = tensor_mark(free)
+        free.add_(1)
+        assert same_tensor(mark, free)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_fingerprints(dtype):
+    value = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0]).to(dtype)
+    other = value.clone()
+    assert equal_prints(fingerprint(value), fingerprint(other))
+    other[[0, 1]] = other[[1, 0]]  # the same sums, in another place
+    assert not equal_prints(fingerprint(value), fingerprint(other))
+    assert not equal_prints(fingerprint(value), fingerprint(value.reshape(2, 4)))
+
+
+def test_fingerprints_of_nothing_and_of_much():
+    assert equal_prints(fingerprint(torch.zeros(0)), fingerprint(torch.zeros(0)))
+    much = torch.zeros(3_000_000)
+    before = fingerprint(much)
+    much[2_999_999] = 1
+    assert not equal_prints(before, fingerprint(much))

@@ -1,0 +1,113 @@
+"""The schedule: which steps are dense, and how many tokens the others compute."""
+
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ras_compile import RASConfig, notices
+from ras_compile.errors import RASWarning
+from ras_compile.sampling.schedule import Schedule
+
+
+def kinds(steps, **options):
+    schedule = Schedule(RASConfig(**options))
+    return [schedule.kind(step) for step in range(steps)]
+
+
+def dense_steps(steps, **options):
+    return [step for step, kind in enumerate(kinds(steps, **options)) if kind == "dense"]
+
+
+def test_default_on_28_steps():
+    assert dense_steps(28) == [0, 1, 2, 3, 12, 20]
+
+
+def test_explicit_resets_rule_over_the_interval():
+    assert dense_steps(28, reset_steps=[7, 2, 19]) == [0, 1, 2, 3, 7, 19]
+    assert dense_steps(28, reset_steps=[]) == [0, 1, 2, 3]
+
+
+def test_no_resets():
+    assert dense_steps(100, reset_interval=None, warmup_steps=2) == [0, 1]
+
+
+def test_interval_one_leaves_one_sparse_step():
+    assert kinds(8, reset_interval=1).count("sparse") == 1
+
+
+@given(ratio=st.floats(0.001, 1), tokens=st.integers(1, 100_000))
+def test_constant_count_is_close_and_in_range(ratio, tokens):
+    active = Schedule(RASConfig(sample_ratio=ratio)).active(9, tokens)
+    assert 1 <= active <= tokens
+    multiple = 64 if tokens >= 4096 else 32 if tokens >= 2048 else 16 if tokens >= 1024 else 8 if tokens >= 512 else 1
+    assert active == tokens or active % multiple == 0
+    assert abs(active - ratio * tokens) <= multiple / 2 or active == multiple
+
+
+def test_the_fewest_rows_of_a_step():
+    for tokens in (1, 100, 512, 4096):
+        assert Schedule.fewest(tokens) == Schedule(RASConfig(sample_ratio=1e-6)).active(5, tokens)
+
+
+def test_hardware_friendly_counts():
+    schedule = Schedule(RASConfig(sample_ratio=0.3))
+    assert [schedule.active(5, tokens) for tokens in (4096, 1024, 100, 3, 1)] == [1216, 304, 30, 1, 1]
+
+
+@given(tokens=st.integers(1, 10_000), steps=st.integers(5, 60), kind=st.sampled_from(["constant", "linear"]))
+def test_ratio_one_takes_every_token(tokens, steps, kind):
+    schedule = Schedule(RASConfig(sample_ratio=1.0, ratio_schedule=kind))
+    assert schedule.active(4, tokens, steps) == tokens
+
+
+@given(
+    ratio=st.floats(0.05, 1),
+    steps=st.integers(5, 100),
+    tokens=st.integers(16, 8192),
+    interval=st.one_of(st.none(), st.integers(2, 10)),
+)
+def test_linear_falls_in_four_levels_with_the_right_sum(ratio, steps, tokens, interval):
+    schedule = Schedule(RASConfig(sample_ratio=ratio, ratio_schedule="linear", reset_interval=interval))
+    sparse = [step for step in range(steps) if schedule.kind(step) == "sparse"]
+    ratios = [schedule.ratio(step, steps) for step in sparse]
+    assert all(0 < value <= 1 for value in ratios)
+    assert ratios == sorted(ratios, reverse=True)
+    assert sum(ratios) / len(ratios) == pytest.approx(ratio)
+    counts = [schedule.active(step, tokens, steps) for step in sparse]
+    assert len(set(counts)) <= 4 and min(counts) >= 1 and max(counts) <= tokens
+    # the last group's rounding alone is left over: at most half a multiple a step
+    longest = -(-len(sparse) // min(4, len(sparse)))
+    multiple = 64 if tokens >= 4096 else 32 if tokens >= 2048 else 16 if tokens >= 1024 else 8 if tokens >= 512 else 1
+    if min(counts) > multiple and max(counts) < tokens:
+        assert abs(sum(counts) - ratio * tokens * len(sparse)) <= longest * multiple / 2 + 1e-6
+
+
+def test_linear_really_falls():
+    schedule = Schedule(RASConfig(ratio_schedule="linear"))
+    assert schedule.ratio(4, 28) == pytest.approx(0.6931818) and schedule.ratio(27, 28) == pytest.approx(0.3181818)
+
+
+def test_linear_past_its_end_keeps_the_last_level():
+    schedule = Schedule(RASConfig(ratio_schedule="linear"))
+    assert schedule.active(40, 4096, 28) == schedule.active(27, 4096, 28) < schedule.active(5, 4096, 28)
+
+
+def test_linear_without_a_number_of_steps_says_how_to_give_it():
+    schedule = Schedule(RASConfig(ratio_schedule="linear"))
+    for call in (lambda: schedule.active(5, 64), lambda: schedule.ratio(5), lambda: schedule.check(None)):
+        with pytest.raises(ValueError, match=r"generation\(num_steps=") as caught:
+            call()
+        assert "attach" in str(caught.value)
+
+
+def test_no_sparse_step_is_said_once():
+    notices.reset()
+    with pytest.warns(RASWarning, match="none of the 4 steps"):
+        Schedule(RASConfig()).check(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Schedule(RASConfig()).check(4)
+        Schedule(RASConfig()).check(5)
+        Schedule(RASConfig()).check(None)
