@@ -55,7 +55,7 @@ def test_two_calls_a_step(kind, given, branches, monkeypatch):
         draw()
         found = draw()
         calls = itertools.count()  # who counts the calls knows their branches: two a step
-        monkeypatch.setattr(inspect.getmodule(ras_compile.attach), "present_branch", lambda: "ab"[next(calls) % 2])
+        monkeypatch.setattr(attaching, "present_branch", lambda: "ab"[next(calls) % 2])
         assert torch.equal(draw(), found)
         assert [record.branch for record in ras_compile.trace(handle)] == ["a", "b"] * 5
 

@@ -23,6 +23,7 @@ from ras_compile.capture.inputs import GraphInput, describe_inputs
 from ras_compile.capture.numbers import capture_numbers
 from ras_compile.config import RASConfig
 from ras_compile.execute.memory import keepers
+from ras_compile.plans import shared
 from ras_compile.plans.family import KEPT, Family
 from ras_compile.plans.lengths import Lengths
 from ras_compile.plans.plan import Plan
@@ -377,7 +378,7 @@ def test_what_the_inner_compiler_assumes_is_checked(monkeypatch, compiled_progra
 
 def test_strides_that_are_not_the_expected_ones_are_compiled_apart(monkeypatch):
     """The caches of the dense program decide; what was expected of them is checked before a program runs."""
-    monkeypatch.setattr(ras_compile.shared.Sized, "fits", lambda self, tensor, point: False)
+    monkeypatch.setattr(shared.Sized, "fits", lambda self, tensor, point: False)
     for found, wanted in both(TinyDiT().eval(), [(text(length),) for length in (5, 8, 6)]):
         assert torch.equal(found, wanted)
 
