@@ -16,6 +16,7 @@ check: .venv/.installed build/typed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy build/typed/ras_compile
+	cd build/typed && $(CURDIR)/$(BIN)/lint-imports --no-cache $(CURDIR)/pyproject.toml
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
@@ -29,7 +30,7 @@ clean:
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
 	touch $@
 
-# The package as it is installed, as links: mypy cannot see through setuptools' package-dir mapping.
+# The package as it is installed, as links: mypy and import-linter cannot see through setuptools' package-dir mapping.
 .PHONY: build/typed
 build/typed:
 	rm -rf $@ && mkdir -p $@/ras_compile

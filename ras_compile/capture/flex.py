@@ -24,9 +24,9 @@ from torch import Tensor, fx
 from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 
 from ras_compile.capture.inputs import GraphInput, describe_inputs
+from ras_compile.capture.sizes import expressions
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.rules.registry import source_line
-from ras_compile.plans.lengths import expressions
 
 __all__ = ["spell_flex_attention"]
 

@@ -14,19 +14,29 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ras_compile.execute.homes import homes, listed
 
-if TYPE_CHECKING:
-    from ras_compile.plans.plan import Plan
-
-__all__ = ["Keeper", "default_budget", "keepers_of"]
+__all__ = ["GraphOwner", "Keeper", "default_budget", "keepers_of"]
 
 _clock = itertools.count()
 keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+
+
+class GraphOwner(Protocol):
+    """What a keeper has to know of a plan."""
+
+    @property
+    def graph_slots(self) -> int:
+        """How many branches' worth of static caches the CUDA graphs hold."""
+        ...
+
+    def release_graphs(self) -> None:
+        """Drops the CUDA graphs that no running generation holds."""
+        ...
 
 
 class Keeper:
@@ -38,7 +48,7 @@ class Keeper:
         budget: bytes that all plans on the device may keep for later, or None for no limit.
     """
 
-    def __init__(self, plan: Plan, branch_bytes: int, budget: int | None) -> None:
+    def __init__(self, plan: GraphOwner, branch_bytes: int, budget: int | None) -> None:
         self._plan, self._bytes, self._budget = weakref.ref(plan), branch_bytes, budget
         self._kept: dict[int, weakref.ref] = {}
         self._used = next(_clock)

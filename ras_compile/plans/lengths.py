@@ -15,20 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.capture.inputs import GraphInput
+from ras_compile.capture.sizes import expression, expressions
 from ras_compile.passes.lowering.interpolate import Point
 
 MOST = 2  # more lengths that change independently are compiled one by one
-
-
-def expression(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
-
-
-def expressions(example: Any) -> list[sympy.Expr]:
-    """A tensor's sizes, or a number, as Dynamo knows them."""
-    if isinstance(example, Tensor):
-        return [expression(size) for size in example.shape]
-    return [expression(example)] if isinstance(example, (int, torch.SymInt)) else []
 
 
 class Lengths:

@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 
 from ras_compile.capture.flex import is_flex, is_transform
 from ras_compile.capture.numbers import capture_numbers
+from ras_compile.capture.sizes import expression
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.normalize import is_open, normalize
 from ras_compile.passes.lowering.interpolate import Point
 from ras_compile.passes.rules.registry import Call
-from ras_compile.plans.lengths import Lengths, expression
+from ras_compile.plans.lengths import Lengths
 
 Number = (torch.SymInt, torch.SymFloat, torch.SymBool)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 
 import diffusers
@@ -24,6 +23,7 @@ from pipelines import (
 )
 
 import ras_compile
+import ras_compile.pipelines.attach as attaching
 
 
 @pytest.mark.parametrize(
