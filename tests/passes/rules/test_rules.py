@@ -1097,8 +1097,8 @@ def test_every_rule_that_can_refuse_has_a_row_for_it():
     assert {rule.__name__ for rule, says in answers.items() if rule and len(says) == 1 and "rows" in says} <= free
 
 
-def test_the_rule_that_contributing_shows_is_the_one_there_is():
-    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+def test_the_rule_that_the_docs_show_is_the_one_there_is():
+    text = (Path(__file__).parents[3] / "docs" / "adding.md").read_text()
     shown = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert inspect.getsource(RULES[aten.flip.default]).strip() in shown
     rows = re.findall(r"Row\(aten.flip.default, .*\),  #", next(block for block in shown if "Row(" in block))
