@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ras_compile.passes.fusion.scatter import Fusion, _Emitter, worth
+from ras_compile.passes.fusion.scatter import Fusion, worth
+from ras_compile.passes.programs.emit import Emitter
 from ras_compile.passes.rules.registry import Call
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
     zero or less, or where dtypes differ or are not the fused ones.
     """
     answers: dict[object, bool] = {}
-    emit, count = _Emitter(graph), 0
+    emit, count = Emitter.of(graph), 0
     for node in list(graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)):
         given = Call(node, {}, None).args  # type: ignore[arg-type]
         operands = [given[name] for name in ("query", "key", "value")]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ras_compile.passes.programs.equals import word
+
 aten = torch.ops.aten
 ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
 NORMS = (aten.rms_norm.default, aten.layer_norm.default)
@@ -92,7 +94,7 @@ def ropes(leaves: Sequence[fx.Node], tables: list[int], first: int) -> Iterator[
     equal: dict[object, int] = {}  # the same slice of a table may have been taken twice
     for number in tables:
         leaf = leaves[number]
-        equal.setdefault((leaf.target, str(leaf.args)) if leaf.op == "call_function" else leaf, number)
+        equal.setdefault(word(leaf) if leaf.op == "call_function" else leaf, number)
     numbers = list(equal.values())
     pairs = permutations(numbers, 2) if len(numbers) == 2 else [(numbers[0],) * 2] if len(numbers) == 1 else []
     for cos, sin in pairs:

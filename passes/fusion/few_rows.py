@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from ras_compile.passes.fusion.group import movable
+from ras_compile.passes.programs.aliases import movable
+from ras_compile.passes.programs.equals import equals
 
 aten = torch.ops.aten
 own = torch.ops.ras_compile
@@ -51,7 +52,7 @@ def join_linears(graph: fx.Graph, pays: FewRowsChoice | None, dtypes: Sequence[t
     """
     if pays is None:
         return 0
-    first = equals(graph)
+    first = equals(graph, lambda node: few(node.meta.get("val")) and movable(node))
     readers: dict[fx.Node, dict[Parameters, list[fx.Node]]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         if fits(node, dtypes):
@@ -70,17 +71,6 @@ def join_linears(graph: fx.Graph, pays: FewRowsChoice | None, dtypes: Sequence[t
 def few(value: object) -> bool:
     """Whether this is a matrix of at most 16 rows, in any number of dimensions."""
     return isinstance(value, Tensor) and value.ndim > 0 and 0 < value.numel() <= ROWS * value.shape[-1]
-
-
-def equals(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """For each node of few rows the first one that computes the same from the same values, wherever it stands."""
-    first: dict[fx.Node, fx.Node] = {}
-    known: dict[object, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and few(node.meta.get("val")) and movable(node):
-            operands = fx.node.map_arg((node.args, node.kwargs), lambda operand: first.get(operand, operand))
-            first[node] = known.setdefault((node.target, str(operands)), node)
-    return first
 
 
 def fits(linear: fx.Node, dtypes: Sequence[torch.dtype]) -> bool:

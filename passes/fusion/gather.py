@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.passes.fusion.gathered import Gathered
-from ras_compile.passes.fusion.scatter import Fusion, _Emitter, addressed, worth, writable
+from ras_compile.passes.fusion.scatter import Fusion, addressed, worth, writable
 from ras_compile.passes.fusion.sites import Target, digits_of
 from ras_compile.passes.fusion.walks import Walk, chained, contiguous, moves_entries
+from ras_compile.passes.programs.emit import Emitter
+from ras_compile.passes.programs.roles import rows_of
 from ras_compile.passes.rules.convolution import per_dim
 from ras_compile.passes.rules.registry import Call
 
@@ -45,7 +47,7 @@ class Source:
     target: Target
     samples: int
 
-    def view(self, emit: _Emitter, channels: int) -> tuple[fx.Node, int] | None:
+    def view(self, emit: Emitter, channels: int) -> tuple[fx.Node, int] | None:
         """``base`` as [B or 1, *grid, *channels], and how many dims its grid has; None where no view is it."""
         return addressed(emit, self.base, self.target, self.samples if self.target.sample else 1, channels)
 
@@ -75,7 +77,7 @@ def fuse_gather_linear(graph: fx.Graph, fusion: Fusion) -> int:
     It does not fire where what is gathered is computed in the program (the kernel needs it in memory), where a value in
     between has another use, or where dtypes differ (a custom op is not under autocast).
     """
-    finder, emit, count = Finder(graph, fusion.tokens), _Emitter(graph), 0
+    finder, emit, count = Finder(graph, fusion.tokens), Emitter.of(graph), 0
     answers: dict[object, bool] = {}
     for product in list(graph.nodes):
         site = finder.site(product, fusion.dtypes)
@@ -94,7 +96,7 @@ def fuse_gather_linear(graph: fx.Graph, fusion: Fusion) -> int:
     return count
 
 
-def arguments(site: Site, rows: fx.Node, emit: _Emitter) -> tuple | None:
+def arguments(site: Site, rows: fx.Node, emit: Emitter) -> tuple | None:
     """The fused op's arguments, in the order of its schema; None where an input has no such view."""
     _, weight, bias = (*site.product.args, None)[:3]
     outputs, *inner = weight.meta["val"].shape  # type: ignore[union-attr]
@@ -112,7 +114,7 @@ class Finder:
     """Finds sites of one sparse program."""
 
     def __init__(self, graph: fx.Graph, tokens: int) -> None:
-        self.rows = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "rows")
+        self.rows = rows_of(graph)
         self.samples, self.active = self.rows.meta["val"].shape
         self.tokens = tokens
         generator = torch.Generator().manual_seed(0)

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from ras_compile.passes.fusion.sites import ancestors, evaluate
 from ras_compile.passes.fusion.walks import VIEWS, Digits, Walk, chained, contiguous, moves_entries, numbers
-from ras_compile.passes.programs.program import overlaps_itself
+from ras_compile.passes.programs.aliases import overlaps_itself
+from ras_compile.passes.programs.roles import Role, role_of
 
 LARGEST = 1 << 24  # entries of index tensors that are looked at, in all draws together
 
@@ -58,7 +59,9 @@ class Gathered:
             base = moves.pop()
         named = {dim: node for dim, node in enumerate(given) if isinstance(node, fx.Node)}
         behind = ancestors(list(named.values()), rows)
-        if base.name.startswith("cache_") or overlaps_itself(base) or behind is None:  # which is written in between
+        if (
+            role_of(base) is Role.CACHE or overlaps_itself(base.meta["val"]) or behind is None
+        ):  # which is written in between
             return None
         if any(node.meta["val"].dtype is not torch.int64 for node in named.values()):
             return None

@@ -16,12 +16,13 @@ measurement says that it pays.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
+
+from ras_compile.passes.programs.aliases import is_view, movable, root, written
 
 aten = torch.ops.aten
 own = torch.ops.ras_compile
@@ -133,36 +134,6 @@ def source(x: fx.Node) -> fx.Node:
     return x.args[0] if x.target is aten.reshape.default else x  # type: ignore[return-value]
 
 
-def writes(node: fx.Node) -> list[fx.Node]:
-    """The operands that a node writes into."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    found: list[fx.Node] = []
-    for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            fx.node.map_arg(given, found.append)  # type: ignore[arg-type]
-    return found
-
-
-def aliases(node: fx.Node) -> bool:
-    """Whether a node's result shows its first operand's memory."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return any(result.alias_info is not None for result in node.target._schema.returns)
-    return node.target is operator.getitem
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node only shows its operand's memory, and neither reads nor writes it."""
-    return aliases(node) and not writes(node)
-
-
-def root(node: fx.Node) -> fx.Node:
-    """The tensor whose memory a node shows."""
-    while aliases(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
 def place(graph: fx.Graph, group: Group) -> fx.Node | None:
     """The node before which the launch can stand, with what its members read moved there; None where there is none.
 
@@ -202,28 +173,6 @@ def place(graph: fx.Graph, group: Group) -> fx.Node | None:
     for node in late:
         first.prepend(node)
     return first
-
-
-def movable(node: fx.Node) -> bool:
-    """Whether a node gives the same wherever it stands: it writes nothing, draws nothing, and reads nothing that is written."""
-    if node.target is not operator.getitem and not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if writes(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return False
-    return is_view(node) or not any(written(root(operand)) for operand in node.all_input_nodes)
-
-
-def written(node: fx.Node) -> bool:
-    """Whether some node writes into this one or a view of it."""
-    stack = [node]
-    while stack:
-        shown = stack.pop()
-        for user in shown.users:
-            if shown in writes(user):
-                return True
-            if aliases(user):
-                stack.append(user)
-    return False
 
 
 def accepted(group: Group, pays: GroupChoice, answers: dict[object, bool]) -> bool:

@@ -25,6 +25,8 @@ from torch import Tensor, fx
 from ras_compile.passes.fusion.epilogues import Epilogue, table_shape
 from ras_compile.passes.fusion.group import GroupChoice
 from ras_compile.passes.fusion.sites import Site, Target, sites
+from ras_compile.passes.programs.emit import Emitter
+from ras_compile.passes.programs.roles import rows_of
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -73,9 +75,9 @@ def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
     twins = dict(zip(probe.nodes, graph.nodes, strict=True))
     if any(a.target != b.target for a, b in twins.items() if a.op == "call_function"):
         return 0  # no number of active rows gives another program; never seen
-    rows = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "rows")
+    rows = rows_of(graph)
     samples = rows.meta["val"].shape[0]
-    emit = _Emitter(graph)
+    emit = Emitter.of(graph)
     answers: dict[object, bool] = {}
     numbers: dict[object, fx.Node] = {}
     count = 0
@@ -137,27 +139,9 @@ def worth(made: list[tuple[fx.Node, tuple]], pays: Choice | None, answers: dict[
     return answers[key]
 
 
-class _Emitter:
-    """Adds nodes that carry ``meta["val"]``."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-
-    def __call__(self, target: Callable, *args, **kwargs) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        values = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
-        mode = next((v.fake_mode for v in values[0] if hasattr(v, "fake_mode")), None)
-        if mode is None:
-            node.meta["val"] = target(*values[0], **values[1])
-        else:
-            with mode:
-                node.meta["val"] = target(*values[0], **values[1])
-        return node
-
-
 def row_numbers(
     graph: fx.Graph,
-    emit: _Emitter,
+    emit: Emitter,
     target: Target,
     length: int,
     tokens: int,
@@ -181,7 +165,7 @@ def row_numbers(
     return result
 
 
-def more(emit: _Emitter, epilogue: Epilogue, leaves: list[fx.Node], samples: int, length: int, total: int) -> tuple:
+def more(emit: Emitter, epilogue: Epilogue, leaves: list[fx.Node], samples: int, length: int, total: int) -> tuple:
     """The op's arguments for an epilogue, in the order of its schema."""
 
     def vector(number: int | None) -> fx.Node | None:
@@ -217,9 +201,7 @@ def writable(target: Target) -> bool:
     return len(target.rows) <= 3 and len(target.channels) <= 3
 
 
-def addressed(
-    emit: _Emitter, cache: fx.Node, target: Target, samples: int, channels: int
-) -> tuple[fx.Node, int] | None:
+def addressed(emit: Emitter, cache: fx.Node, target: Target, samples: int, channels: int) -> tuple[fx.Node, int] | None:
     """The cache as [B, *grid, *channels], made of slices, views and a permutation; None where no view is it.
 
     Each (size, stride) of the target lies in the dimension of the cache whose stride is next below it; larger ones go on

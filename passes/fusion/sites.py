@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from ras_compile.kernels import epilogue_reference
 from ras_compile.passes.fusion.epilogues import Epilogue, arguments, hypotheses
+from ras_compile.passes.programs.roles import rows_of
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def sites(graph: fx.Graph, tokens: int) -> list[Site]:
         graph: a sparse program of a few active rows: any number of rows has the same sites.
         tokens: how many tokens there are; with less than two, nothing tells them from a context.
     """
-    rows = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "rows")
+    rows = rows_of(graph)
     after: set[fx.Node] = set()  # what depends on a linear
     for node in graph.nodes:
         if node.target is aten.linear.default or after.intersection(node.all_input_nodes):

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 
-from ras_compile.passes.fusion.group import root
+from ras_compile.passes.programs.aliases import root
 
 aten = torch.ops.aten
 

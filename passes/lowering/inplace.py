@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ras_compile.passes.programs.emit import fake_mode
+from ras_compile.passes.programs.emit import Emitter
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ def write_in_place(graph: fx.Graph) -> int:
 
     It does not fire on views other than slices with step one and permutations.
     """
-    count = 0
+    emit, count = Emitter.of(graph), 0
     for target in (aten.index_put_.default, aten.copy_.default):
         for node in list(graph.find_nodes(op="call_function", target=target)):
             part = part_of(node.args[0])
@@ -47,7 +47,7 @@ def write_in_place(graph: fx.Graph) -> int:
             if part is None or not (_indexes_cut(node, part) if puts else part.dim is not None):
                 continue
             with graph.inserting_before(node):
-                indices, values = (_put if puts else _copy)(graph, node, part)
+                indices, values = (_put if puts else _copy)(emit, node, part)
                 put = graph.call_function(aten.index_put_.default, (part.cache, indices, values))
                 put.meta = dict(node.meta)
             graph.erase_node(node)
@@ -78,14 +78,14 @@ def _indexes_cut(put: fx.Node, part: Part) -> bool:
     return part.cache is not put.args[0] and (part.dim is None or part.dim in part.order[: len(put.args[1])])
 
 
-def _put(graph: fx.Graph, node: fx.Node, part: Part) -> tuple[list[Any], Any]:
+def _put(emit: Emitter, node: fx.Node, part: Part) -> tuple[list[Any], Any]:
     """Indices into the cache, and the values as they belong there."""
     _, given, values = node.args
     rank, led = len(part.order), len(given)
     indices: list[Any] = [None] * rank
     for place, index in enumerate(given):
         dim = part.order[place]
-        indices[dim] = _made(graph, aten.add.Tensor, index, part.start) if dim == part.dim and part.start else index
+        indices[dim] = emit(aten.add.Tensor, index, part.start) if dim == part.dim and part.start else index
     addressed = sorted(part.order[:led])
     rest = list(part.order[led:])
     lead = values.meta["val"].ndim - len(rest)  # dimensions of the broadcast indices
@@ -95,27 +95,19 @@ def _put(graph: fx.Graph, node: fx.Node, part: Part) -> tuple[list[Any], Any]:
     behind = [dim for dim in sorted(rest) if dim >= first]
     order = [lead + rest.index(dim) for dim in ahead] + list(range(lead)) + [lead + rest.index(dim) for dim in behind]
     if order != sorted(order):
-        values = _made(graph, aten.permute.default, values, order)
+        values = emit(aten.permute.default, values, order)
     return indices[: addressed[-1] + 1], values
 
 
-def _copy(graph: fx.Graph, node: fx.Node, part: Part) -> tuple[list[Any], Any]:
+def _copy(emit: Emitter, node: fx.Node, part: Part) -> tuple[list[Any], Any]:
     view, values = node.args[:2]
     assert part.dim is not None
     size = view.meta["val"].shape[part.order.index(part.dim)]
     device = part.cache.meta["val"].device
-    index = _made(graph, aten.arange.start, part.start, part.start + size, dtype=torch.int64, device=device)
+    index = emit(aten.arange.start, part.start, part.start + size, dtype=torch.int64, device=device)
     wanted = list(view.meta["val"].shape)
     if list(values.meta["val"].shape) != wanted:
-        values = _made(graph, aten.expand.default, values, wanted)
+        values = emit(aten.expand.default, values, wanted)
     if part.order != tuple(range(len(part.order))):
-        values = _made(graph, aten.permute.default, values, [part.order.index(dim) for dim in range(len(part.order))])
+        values = emit(aten.permute.default, values, [part.order.index(dim) for dim in range(len(part.order))])
     return [*([None] * part.dim), index], values
-
-
-def _made(graph: fx.Graph, target, *args, **kwargs) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    values = fx.node.map_arg(args, lambda operand: operand.meta["val"])
-    with fake_mode(graph), torch.no_grad():
-        node.meta["val"] = target(*values, **kwargs)
-    return node

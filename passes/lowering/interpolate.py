@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ras_compile.passes.programs.roles import Role
+
 Point = tuple[int, ...]  # one value for each length
 
 
@@ -76,7 +78,7 @@ class _Interpolation:
         if any(len(nodes) != len(graphs[0]) for nodes in graphs):
             raise NotAffine(f"programs of {', '.join(str(len(nodes)) for nodes in graphs)} operations")
         for length, now in zip(self.lengths, self.points[0], strict=True):
-            length.meta["val"] = now
+            length.meta["val"], length.meta["role"] = now, Role.LENGTH
         for nodes in zip(*graphs, strict=True):
             self._node(nodes)
         self.graph.lint()

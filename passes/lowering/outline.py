@@ -27,9 +27,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ras_compile.passes.fusion.group import aliases, writes
-from ras_compile.passes.fusion.group import root as memory
 from ras_compile.passes.lowering.share import share_tables
+from ras_compile.passes.programs.aliases import apart, fills, is_view, viewers, writes
+from ras_compile.passes.programs.aliases import root as memory
 
 aten = torch.ops.aten
 
@@ -110,7 +110,7 @@ def find_repeat(body: Sequence[fx.Node], taken: set[fx.Node]) -> tuple[Repeat, l
         best = best_cut(body, start, length + -negative, -negative)
         if best is None or not all(writes_stay(stretch) for stretch in stretches(body, best[0])):
             continue
-        if all(map(owned, *results(body, *best))):
+        if returns_own_memory(body, *best):
             return best
     return None
 
@@ -158,25 +158,8 @@ def stretches(body: Sequence[fx.Node], repeat: Repeat) -> list[Sequence[fx.Node]
 def writes_stay(stretch: Sequence[fx.Node]) -> bool:
     """Whether nothing outside of a stretch uses what the stretch writes into and has not made."""
     inside = set(stretch)
-    left = [memory(operand) for node in stretch for operand in writes(node)]
-    left = [node for node in dict.fromkeys(left) if node not in inside]
-    while left:
-        for user in left.pop().users:
-            if user not in inside:
-                return False
-            if aliases(user):
-                left.append(user)
-    return True
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's value is, or may be, a part of its operand's memory, as its op says."""
-    if node.target is operator.getitem:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable:
-        return False
-    return any(value.alias_info is not None for value in schema.returns)
+    given = {memory(operand) for node in stretch for operand in writes(node)} - inside
+    return all(user in inside for node in given for shown in viewers(node) for user in shown.users)
 
 
 def root(node: fx.Node, stretch: Sequence[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
@@ -191,8 +174,10 @@ def root(node: fx.Node, stretch: Sequence[fx.Node]) -> tuple[fx.Node, list[fx.No
     return node, views
 
 
-def results(body: Sequence[fx.Node], repeat: Repeat, operand_lists: list[list[fx.Node]], outputs: list[int]):
-    """What a block returns on fake operands, each with all other values that could share its memory."""
+def returns_own_memory(
+    body: Sequence[fx.Node], repeat: Repeat, operand_lists: list[list[fx.Node]], outputs: list[int]
+) -> bool:
+    """Whether all that a block returns fills its memory, and shares it with nothing: the block is run to see."""
     stretch, operands = stretches(body, repeat)[0], operand_lists[0]
     block = _subgraph(stretch, operands, outputs)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -205,15 +190,7 @@ def results(body: Sequence[fx.Node], repeat: Repeat, operand_lists: list[list[fx
         ]
         given = [paired(value) for value in given]
         returned = fx.Interpreter(block).run(*given)
-    tensors = [value for value in (*given, *returned) if isinstance(value, torch.Tensor)]
-    return returned, [[other for other in tensors if other is not one] for one in returned]
-
-
-def owned(value: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
-    """Whether a tensor fills its memory, and shares it with none of the others."""
-    memory = value.untyped_storage()
-    fills = memory.nbytes() == value.numel() * value.element_size()
-    return fills and all(other.untyped_storage()._cdata != memory._cdata for other in others)
+    return apart(returned, given) and all(map(fills, returned))
 
 
 def crosses(node: fx.Node, stretch: Sequence[fx.Node]) -> bool:

@@ -11,11 +11,14 @@ samples would make two values one at that length alone.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
-from ras_compile.passes.fusion.group import root, writes
+from ras_compile.passes.programs.aliases import root, writes
+from ras_compile.passes.programs.equals import equals, word
+from ras_compile.passes.programs.roles import Role, role_of
 
 aten = torch.ops.aten
 NUMBERS = (operator.add, operator.mul)  # how `interpolate.py` spells what depends on a length
@@ -24,29 +27,26 @@ NUMBERS = (operator.add, operator.mul)  # how `interpolate.py` spells what depen
 def share_tables(graph: fx.Graph) -> int:
     """Takes equal values before the first linears for one, in place; returns how many nodes went."""
     after = {root(operand) for node in graph.nodes for operand in writes(node)}  # what is written is no table
-    known: dict[object, fx.Node] = {}
-    count = 0
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target in NUMBERS:
-            continue
+
+    def counts(node: fx.Node) -> bool:
+        if node.target in NUMBERS:
+            return False
         if node in after or after.intersection(node.all_input_nodes) or not shareable(node):
             after.add(node)
-            continue
-        key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), spelled)))
-        first = known.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-            count += 1
+            return False
+        return True
+
+    twins = [(node, first) for node, first in equals(graph, counts, spelled).items() if node is not first]
+    for node, first in twins:
+        node.replace_all_uses_with(first)
+        graph.erase_node(node)
     graph.eliminate_dead_code()
-    return count
+    return len(twins)
 
 
-def spelled(operand: fx.Node) -> str:
+def spelled(operand: fx.Node) -> Any:
     """A number by how it is computed: each stands beside its only use, so that repeated blocks stay alike."""
-    if operand.target in NUMBERS:
-        return f"{operand.target}{tuple(map(str, fx.node.map_arg(operand.args, spelled)))}"
-    return operand.name
+    return word(operand, spelled) if operand.target in NUMBERS else operand
 
 
 def shareable(node: fx.Node) -> bool:
@@ -55,7 +55,5 @@ def shareable(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target is aten.linear.default:
         return False
     tags = node.target.tags
-    reads_cache = any(
-        operand.op == "placeholder" and operand.name.startswith("cache_") for operand in node.all_input_nodes
-    )
+    reads_cache = any(role_of(operand) is Role.CACHE for operand in node.all_input_nodes)
     return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags and not reads_cache

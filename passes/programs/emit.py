@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,20 +11,31 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.programs.roles import Role
 from ras_compile.passes.rules.registry import source_line
 
 
 class Emitter:
-    """Appends nodes to a new graph and runs each one on fake tensors, so that it carries ``meta["val"]``."""
+    """Makes nodes, where the graph inserts them, and runs each one on fake tensors, so that it carries ``meta["val"]``.
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.graph, self.mode = fx.Graph(), mode
+    Args:
+        mode: that of the fake tensors; None runs on whatever tensors the operands carry.
+        graph: the graph; without one, a new one.
+    """
+
+    def __init__(self, mode: FakeTensorMode | None, graph: fx.Graph | None = None) -> None:
+        self.graph, self.mode = fx.Graph() if graph is None else graph, mode
         self.origin: fx.Node | None = None
         self._known: dict[tuple[Callable, str], Any] = {}
 
-    def placeholder(self, name: str, value: torch.Tensor) -> fx.Node:
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Emitter:
+        """Adds nodes to a graph whose nodes carry values."""
+        return cls(_mode(graph), graph)
+
+    def placeholder(self, name: str, value: torch.Tensor, role: Role = Role.INPUT) -> fx.Node:
         node = self.graph.placeholder(name)
-        node.meta["val"] = value
+        node.meta["val"], node.meta["role"] = value, role
         return node
 
     def __call__(self, target: Callable, *args, **kwargs) -> fx.Node:
@@ -49,7 +61,7 @@ class Emitter:
         if repeats and key in self._known:
             return self._known[key]
         values = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
-        with self.mode, torch.no_grad():
+        with self.mode or nullcontext(), torch.no_grad():
             result = target(*values[0], **values[1])
         if repeats:
             self._known[key] = result
@@ -64,8 +76,20 @@ def described(value: Any) -> Any:
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode of the fake tensors that a graph's nodes carry.
+
+    Raises:
+        UnsupportedGraph: they carry none.
+    """
+    mode = _mode(graph)
+    if mode is None:
+        raise UnsupportedGraph("a graph without tensors")
+    return mode
+
+
+def _mode(graph: fx.Graph) -> FakeTensorMode | None:
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
             return value.fake_mode
-    raise UnsupportedGraph("a graph without tensors")
+    return None

@@ -19,8 +19,10 @@ from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Layout
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan, joined_dim, plan
+from ras_compile.passes.programs.aliases import is_input, overlaps_itself
 from ras_compile.passes.programs.emit import Emitter, fake_mode
 from ras_compile.passes.programs.positions import PositionBuilder
+from ras_compile.passes.programs.roles import Role, role_of
 from ras_compile.passes.rules.registry import Gather, Step, Use, operands
 
 aten = torch.ops.aten
@@ -55,16 +57,16 @@ class _SparseBuilder:
         nodes = list(analysis.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
         for node in inputs:
-            self.env[node] = emit.placeholder(node.name, node.meta["val"])
+            self.env[node] = emit.placeholder(node.name, node.meta["val"], role_of(node) or Role.INPUT)
         with emit.mode:
             device = analysis.latent.meta["val"].device
             rows_value = torch.empty(frame.samples, self.sizes.active, dtype=torch.int64, device=device)
             values = [torch.empty_like(splice.node.meta["val"]) for splice in self.plan.splices]
             frozen = [torch.empty_like(node.meta["val"]) for node in self.plan.frozen]
-        rows = emit.placeholder("rows", rows_value)
-        self.caches = [emit.placeholder(f"cache_{index}", value) for index, value in enumerate(values)]
+        rows = emit.placeholder("rows", rows_value, Role.ROWS)
+        self.caches = [emit.placeholder(f"cache_{index}", value, Role.CACHE) for index, value in enumerate(values)]
         for index, (node, value) in enumerate(zip(self.plan.frozen, frozen, strict=True)):
-            self.env[node] = emit.placeholder(f"frozen_{index}", value)
+            self.env[node] = emit.placeholder(f"frozen_{index}", value, Role.FROZEN)
         self.positions = PositionBuilder(frame, self.sizes, rows, emit)
         for layout in self._addressed():
             self.positions.of(layout)
@@ -237,35 +239,15 @@ def dense_program(analysis: Analysis, sparse: SparsePlan) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(analysis.graph, env)  # type: ignore[arg-type]
-    emit = Emitter(fake_mode(analysis.graph))
-    emit.graph = graph
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta.setdefault("role", Role.INPUT)
+    emit = Emitter(fake_mode(analysis.graph), graph)
     results = [env[node] for node in analysis.output_nodes]
     for node in [*(splice.node for splice in sparse.splices if not splice.is_output), *sparse.frozen]:
         value = env[node]
-        if aliases_input(node) or overlaps_itself(node):
+        if is_input(node) or overlaps_itself(node.meta["val"]):
             value = emit(aten.clone.default, value, memory_format=torch.contiguous_format)
         results.append(value)
     graph.output(tuple(results))
     owner = analysis.graph.owning_module
     return fx.GraphModule(owner if owner is not None else torch.nn.Module(), graph)
-
-
-def aliases_input(node: fx.Node) -> bool:
-    """Whether a value may be a view of one of the graph's inputs."""
-    while node.op == "call_function":
-        if node.target is operator.getitem:
-            node = node.args[0]  # type: ignore[assignment]
-            continue
-        schema = node.target._schema  # type: ignore[union-attr]
-        if not any(result.alias_info is not None for result in schema.returns) and schema.name not in (
-            "aten::reshape", "aten::contiguous", "aten::to", "aten::dropout", "aten::type_as", "aten::flatten", "aten::einsum",
-        ):  # fmt: skip
-            return False
-        node = operands(node)[0]
-    return True
-
-
-def overlaps_itself(node: fx.Node) -> bool:
-    """Whether entries of a value share memory (an expanded tensor), so that it cannot be written in place."""
-    value = node.meta["val"]
-    return any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))

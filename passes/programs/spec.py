@@ -9,7 +9,7 @@ A violation is a defect of the compiler and not of the user's model; each names 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,11 @@ from ras_compile.errors import SpecViolation
 from ras_compile.passes.algebra.layout import Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan
+from ras_compile.passes.programs.aliases import overlaps_itself, root, roots, shows, writes
 from ras_compile.passes.rules.registry import Gather, Step, Use, operands, source_line
 
 aten = torch.ops.aten
 
-MAY_BE_VIEWS = frozenset(
-    ["aten::reshape", "aten::contiguous", "aten::to", "aten::dropout", "aten::type_as", "aten::flatten", "aten::einsum"]
-)  # ops that return a view or a copy; their schemas do not say which
 AMBIENT = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # regions, not values
 WRITES = (aten.index_put_.default, aten.copy_.default)  # splices; custom ops that declare what they mutate come beside
 
@@ -191,24 +189,10 @@ def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan)
     for cache, node in zip(results[len(wanted) :], kept, strict=True):
         held = cache.args[0] if cache.target is aten.clone.default and cache.name != node.name else cache
         demand(held.name == node.name, cache, f"the cache of `{node.name}` is another value")
-        value, base = cache.meta["val"], memory_of(cache)
-        demand(base.op != "placeholder", cache, f"the cache of `{node.name}` may be the input `{base.name}` itself")
-        apart = not any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
-        demand(apart, cache, "the entries of a cache share memory")
-
-
-def memory_of(node: fx.Node, may: bool = True) -> fx.Node:
-    """The node whose memory a value uses, through views; with ``may`` also through ops that may return a view."""
-    while node.op == "call_function":
-        if node.target is operator.getitem:
-            node = node.args[0]  # type: ignore[assignment]
-            continue
-        schema = node.target._schema  # type: ignore[union-attr]
-        view = any(result.alias_info is not None for result in schema.returns) and not schema.is_mutable
-        if not view and not (may and schema.name in MAY_BE_VIEWS):
-            break
-        node = operands(node)[0]
-    return node
+        for base in roots(cache):
+            reason = f"the cache of `{node.name}` may be the input `{base.name}` itself"
+            demand(base.op == "call_function", cache, reason)
+        demand(not overlaps_itself(cache.meta["val"]), cache, "the entries of a cache share memory")
 
 
 def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan) -> None:
@@ -238,15 +222,7 @@ def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan
     last = next(iter(reversed(graph.nodes)))
     for result in last.args[0]:
         if isinstance(result, fx.Node):
-            demand(memory_of(result) not in caches, last, f"returns `{result.name}`, which may be a cache itself")
-
-
-def written(node: fx.Node) -> Iterator[fx.Node]:
-    """Operands that an op writes into."""
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-                yield value
+            demand(roots(result).isdisjoint(caches), last, f"returns `{result.name}`, which may be a cache itself")
 
 
 def check_caches(graph: fx.Graph, caches: Sequence[fx.Node], whole: bool = True) -> None:
@@ -255,22 +231,23 @@ def check_caches(graph: fx.Graph, caches: Sequence[fx.Node], whole: bool = True)
     Args:
         whole: False where the context is frozen: its segments are not written.
     """
-    writes: dict[fx.Node, list[fx.Node]] = {cache: [] for cache in caches}
+    found: dict[fx.Node, list[fx.Node]] = {cache: [] for cache in caches}
     seen: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        targets = list(written(node))
+        targets = writes(node)
         for target in targets:
             custom = node.target.namespace not in ("aten", "prims")
             demand(node.target in WRITES or custom, node, "writes in place without being a splice")
-            base = memory_of(target, may=False)
-            demand(base in writes, node, f"writes into `{base.name}`, which is no cache")
+            base = root(target)
+            demand(base in found, node, f"writes into `{base.name}`, which is no cache")
             demand(base not in seen, node, f"`{base.name}` is read before it is spliced in full")
-            writes[base].append(target)
-        if isinstance(node.target, torch._ops.OpOverload) and memory_of(node) is node:
-            seen |= {memory_of(operand) for operand in operands(node) if operand not in targets} & writes.keys()
-    for cache, targets in writes.items():
+            found[base].append(target)
+        if targets or not shows(node, may=True):
+            reads = [operand for operand in node.all_input_nodes if operand not in targets]
+            seen |= set().union(*map(roots, reads)) & found.keys()
+    for cache, targets in found.items():
         check_parts(cache, targets, whole)
 
 
@@ -313,7 +290,7 @@ def check_reads_of_latent(latent: fx.Node) -> None:
         for user in views.pop().users:
             if user.target is aten.index.Tensor:
                 continue
-            demand(memory_of(user) is latent, user, "reads the latent other than by its active rows")
+            demand(latent in roots(user), user, "reads the latent other than by its active rows")
             views.append(user)
 
 

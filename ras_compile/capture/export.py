@@ -21,6 +21,7 @@ from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.normalize import normalize
+from ras_compile.passes.programs.roles import Role
 from ras_compile.passes.rules.registry import source_line
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,8 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
     constants = [bound.get_parameter(n) if n in signature.parameters else bound.get_buffer(n) for n in lifted]
     for node in placeholders[: len(lifted)][::-1]:  # constants come last, so that inputs keep their places
         placeholders[-1].append(node) if node is not placeholders[-1] else None
+    for index, node in enumerate(placeholders):
+        node.meta["role"] = Role.CONSTANT if index < len(lifted) else Role.INPUT
     captured.graph.lint()
     captured.meta["constants"] = constants
     return captured

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from ras_compile.passes.programs.aliases import apart, memories
 from ras_compile.passes.programs.emit import described
 
 __all__ = ["Block", "NotRepeated", "block", "forget", "shortened", "written_out"]
@@ -143,7 +143,7 @@ def written_out(captured: fx.GraphModule, blocks: Sequence[Block], capture: Call
             continue
         inner = capture(found.module(), given[0])
         returned, operands = _values(_returned(inner.graph)), _values(inner.graph.find_nodes(op="placeholder"))
-        if not _apart(returned, operands):
+        if not apart(returned, operands):
             raise NotRepeated("a block returns tensors that share memory")
         if described(returned) != described(_results[found.number]):
             raise NotRepeated("a block returns other tensors alone than among the others")
@@ -209,31 +209,20 @@ def _blocks(nodes: Sequence[fx.Node], level: int) -> list[Block]:
 def _returnable(block: Block) -> bool:
     """Whether a call can return what a block does."""
     outputs = [block.stretches[0][place] for place in block.outputs]
-    return all(map(_plain, outputs)) and _apart(_examples(outputs), _examples(block.operands[0]))
+    return all(map(_plain, outputs)) and apart(_examples(outputs), _examples(block.operands[0]))
 
 
 def _ending_in_memory_of_its_own(stretch: list[fx.Node]) -> list[fx.Node]:
     """The stretch up to its last node that is neither a view nor a write."""
     for count in range(len(stretch), 0, -1):
         *before, last = stretch[:count]
-        if _memory(_examples([last])) and _apart(_examples([last]), _examples([*before, *last.all_input_nodes])):
+        if memories(_examples([last])) and apart(_examples([last]), _examples([*before, *last.all_input_nodes])):
             return stretch[:count]
     return []
 
 
 def _examples(nodes: Iterable[fx.Node]) -> list[Any]:
     return [node.meta.get("example_value") for node in nodes]
-
-
-def _apart(returned: Sequence[Any], given: Sequence[Any]) -> bool:
-    """Whether tensors share no memory, neither with each other nor with some others."""
-    memories = _memory(returned)
-    return len(memories) == len({*memories}.difference(_memory(given)))
-
-
-def _memory(values: Any) -> list[int]:
-    """The memory of each tensor among some values."""
-    return [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _entry(node: fx.Node, level: int) -> str | None:

@@ -11,6 +11,7 @@ from ras_compile.passes.fusion.scatter import Fusion, fuse_scatter_linear
 from ras_compile.passes.lowering.interpolate import interpolate, sample_points
 from ras_compile.passes.lowering.share import share_tables
 from ras_compile.passes.programs.program import sparse_program
+from ras_compile.passes.programs.roles import Role
 
 aten = torch.ops.aten
 POINTS = sample_points((4,), [-1], (2,))
@@ -76,7 +77,8 @@ def test_what_is_written_is_not_shared():
 
 def test_what_a_linear_or_a_cache_has_made_is_not_shared():
     graph = fx.Graph()
-    x, weight, cache = (graph.placeholder(name) for name in ("x", "weight", "cache_0"))
+    x, weight, cache = (graph.placeholder(name) for name in ("x", "weight", "kept"))
+    cache.meta["role"] = Role.CACHE  # and not its name
 
     def twice(target, *args):
         return [graph.call_function(target, args) for _ in range(2)]

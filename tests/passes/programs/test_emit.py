@@ -40,3 +40,19 @@ def test_an_op_is_run_once_for_equal_operands_only():
 def _halves(emit: Emitter, node: torch.fx.Node) -> list[torch.fx.Node]:
     parts = emit(aten.split.Tensor, node, 2, 1)
     return [emit(lambda given, index: given[index], parts, index) for index in (0, 1)]
+
+
+def test_it_adds_to_a_graph_where_that_inserts():
+    emit = Emitter(FakeTensorMode())
+    with emit.mode:
+        x = emit.placeholder("x", torch.empty(2, 3))
+    last = emit(aten.neg.default, x)
+    emit.graph.output((last,))
+    again = Emitter.of(emit.graph)
+    with emit.graph.inserting_before(last):
+        made = again(aten.permute.default, x, [1, 0])
+    assert made.next is last and made.meta["val"].shape == (3, 2) and again.mode is emit.mode
+    plain = torch.fx.Graph()  # real tensors have no mode
+    y = plain.placeholder("y")
+    y.meta["val"] = torch.ones(2)
+    assert torch.equal(Emitter.of(plain)(aten.neg.default, y).meta["val"], -torch.ones(2))

@@ -1,0 +1,146 @@
+"""Which values share memory: the one alias analysis, for all passes and for the spec.
+
+A view shows memory of its operand, an op that writes in place returns what it has written into, and a call of a repeated block
+writes into those operands that the block writes into. What an op's schema says is taken as it is. Some ops return a view in
+one call and a copy in the next, and their schemas do not say so: who asks with ``may=True`` takes them for views.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+# Ops that may return views of operands, or an operand itself, though their schemas do not say so.
+MAY_BE_VIEWS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "_unsafe_view", "alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "cartesian_prod",
+        "conj_physical", "contiguous", "dropout", "einsum", "feature_alpha_dropout", "feature_dropout", "flatten", "meshgrid",
+        "reshape", "sum_to_size", "to", "type_as",
+    )
+)  # fmt: skip
+INVOKE = torch.ops.higher_order.invoke_subgraph
+
+
+def subgraph(call: fx.Node) -> fx.GraphModule | None:
+    """The repeated block that a node calls; None for other nodes."""
+    if call.op != "call_function" or call.target is not INVOKE:
+        return None
+    owner, block = call.graph.owning_module, call.args[0]
+    assert owner is not None and isinstance(block, fx.Node)
+    found = operator.attrgetter(str(block.target))(owner)
+    assert isinstance(found, fx.GraphModule)
+    return found
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The operands that a node writes into."""
+    block = subgraph(node)
+    if block is not None:
+        given = zip(block.graph.find_nodes(op="placeholder"), node.args[2:], strict=True)
+        return [operand for inner, operand in given if isinstance(operand, fx.Node) and written(inner)]
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return []
+    found: list[fx.Node] = []
+    for value in _marked(node, writing=True):
+        fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+    return found
+
+
+def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
+    """The operands whose memory a node's result shows: those of a view, and those that an op writes into and returns."""
+    target = node.target
+    if target is operator.getitem:
+        return node.all_input_nodes[:1]
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return []
+    found: list[fx.Node] = []
+    if any(result.alias_info is not None for result in target._schema.returns):
+        for value in _marked(node):
+            fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+    elif may and target._schema.name in MAY_BE_VIEWS:
+        operands = node.all_input_nodes
+        found = [] if target is torch.ops.aten.einsum.default and len(operands) > 1 else operands  # products are new
+    return found
+
+
+def _marked(node: fx.Node, *, writing: bool = False) -> Iterator[Any]:
+    """What a node is given for the arguments that its op's schema marks as shown, or as written into."""
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.alias_info is not None and (argument.alias_info.is_write or not writing):
+            yield node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only shows its operand's memory, and neither reads nor writes it."""
+    return bool(shows(node)) and not writes(node)
+
+
+def root(node: fx.Node, *, may: bool = False) -> fx.Node:
+    """The value that owns the memory which a node shows; of one that shows several, that of the first."""
+    while shown := shows(node, may=may):
+        node = shown[0]
+    return node
+
+
+def roots(node: fx.Node, *, may: bool = True) -> set[fx.Node]:
+    """All values whose memory a node may show, itself if it has memory of its own."""
+    shown = shows(node, may=may)
+    return set().union(*(roots(operand, may=may) for operand in shown)) if shown else {node}
+
+
+def viewers(node: fx.Node, *, may: bool = False) -> Iterator[fx.Node]:
+    """A value and all that shows its memory."""
+    stack, seen = [node], {node}
+    while stack:
+        shown = stack.pop()
+        yield shown
+        found = [user for user in shown.users if user not in seen and shown in shows(user, may=may)]
+        seen.update(found)
+        stack += found
+
+
+def written(node: fx.Node) -> bool:
+    """Whether some node writes into this one or a view of it."""
+    return any(shown in writes(user) for shown in viewers(node) for user in shown.users)
+
+
+def movable(node: fx.Node) -> bool:
+    """Whether a node gives the same wherever it stands: it writes nothing, draws nothing, and reads nothing that is written."""
+    if node.target is not operator.getitem and not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if writes(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    return is_view(node) or not any(written(root(operand)) for operand in node.all_input_nodes)
+
+
+def is_input(node: fx.Node) -> bool:
+    """Whether a value may be an input of the graph, or a view of one."""
+    return any(memory.op != "call_function" for memory in roots(node))
+
+
+def overlaps_itself(value: Tensor) -> bool:
+    """Whether entries of a value share memory (an expanded tensor), so that it cannot be written in place."""
+    return any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+
+
+def memories(values: Any) -> list[int]:
+    """The memory of each tensor among some values, as a number: what is seen where a graph has been run."""
+    return [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def apart(returned: Iterable[Any], given: Iterable[Any]) -> bool:
+    """Whether tensors share no memory, neither with each other nor with some others."""
+    found = memories(list(returned))
+    return len(found) == len({*found}.difference(memories(list(given))))
+
+
+def fills(value: Tensor) -> bool:
+    """Whether a tensor is all that its memory holds."""
+    return value.untyped_storage().nbytes() == value.numel() * value.element_size()
