@@ -16,6 +16,7 @@ from ras_compile.capture.unusable import told_plainly
 from ras_compile.config import RASConfig, is_whole
 from ras_compile.dispatch.traced import places_given, specialise
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph, UnusableInput
+from ras_compile.execute.compiling import compiling
 from ras_compile.passes.algebra.layout import Concat, Layout
 from ras_compile.passes.analysis.cost import Cost, cost
 from ras_compile.passes.analysis.splices import Splice
@@ -53,10 +54,9 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
         return leave
 
     module = getattr(transformer, "_orig_mod", transformer)
-    attached, module._compiled_call_impl = module._compiled_call_impl, None
 
     def call(**kwargs: Any) -> Any:
-        return module(**kwargs)
+        return module._call_impl(**kwargs)  # with its hooks, past what it was compiled to, which other threads may call now
 
     # Dynamo keeps what it compiled with the code object: one of our own leaves the module's alone, and never fills up
     fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
@@ -65,8 +65,6 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
             torch.compile(fresh, backend=record, dynamic=False)(**inputs)
     except _Recorded:
         pass
-    finally:
-        module._compiled_call_impl = attached
     if not graphs:
         raise UnsupportedGraph("Dynamo finds nothing to compile in this call")
     if parts[0] is not None:
@@ -216,7 +214,8 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
     except (UnsupportedGraph, SpecViolation, UnusableInput) as error:
         return Explanation(False, str(error), config=config)
     analysis = plan.analysis
-    program = plan.build(max(1, analysis.frame.tokens // 4), outline_blocks=False)
+    with compiling():
+        program = plan.build(max(1, analysis.frame.tokens // 4), outline_blocks=False)
     paths = [given.path for given, value in zip(described, values, strict=True) if isinstance(value, torch.Tensor)]
     names = dict(zip(analysis.graph.find_nodes(op="placeholder"), paths, strict=False))
     return Explanation(
@@ -243,12 +242,14 @@ def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -
     try:
         graph, values = record_call(transformer, inputs)
         described = describe_inputs(graph.graph)
-        return Plan(graph, described, values, config), described, values
+        with compiling():
+            return Plan(graph, described, values, config), described, values
     except UnsupportedGraph as error:
         leaves = pytree.tree_leaves(((), inputs))
         if not isinstance(error, GraphBreak) and not places_given(leaves):
             raise
-    made = specialise(getattr(transformer, "_orig_mod", transformer), (), inputs, config)
+    with compiling(told=False):  # the model's own code runs
+        made = specialise(getattr(transformer, "_orig_mod", transformer), (), inputs, config)
     return made.plan, made.inputs, made.values(leaves)
 
 

@@ -193,9 +193,12 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
     assert isinstance(captured, fx.GraphModule)
     if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
         called = dict(zip(map(str, signature.user_inputs), names, strict=False))
-        written = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
+        written = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}  # by what is written, a node's name
+        lines = [source_line(node) for node in captured.graph.nodes if node.name in written]
         raise UnsupportedGraph(
-            f"the model writes into its inputs or buffers ({', '.join(called.get(str(name), str(name)) for name in written)})"
+            "the model writes into its inputs or buffers "
+            f"({', '.join(called.get(str(name), str(name)) for name in written.values())})",
+            source=next((line for line in lines if line), None),
         )
     drop_tokens(captured.graph, signature.input_tokens)
     lifted = [*signature.parameters, *signature.buffers]

@@ -47,6 +47,7 @@ def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
     """Describes every placeholder of a Dynamo graph."""
     forward = _forward(graph)
     names, extra = (argument_names(forward), keywords(forward)) if forward is not None else ([], "kwargs")
+    module = f"L[{own_name(forward)!r}]"
     found = []
     for node in graph.find_nodes(op="placeholder"):
         value, name = node.meta.get("example_value"), source_name(node)
@@ -57,7 +58,7 @@ def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
             isinstance(value, nn.Parameter)
             or "_parameters" in name
             or "_buffers" in name
-            or name.startswith("L['self']")
+            or name.startswith(module)
         ):
             found.append(GraphInput(None, _weight(name), weight=True))
         else:
@@ -92,10 +93,18 @@ def _forward(graph: fx.Graph) -> Callable[..., Any] | None:
 
 
 def argument_names(forward: Callable[..., Any]) -> list[str]:
-    """Names of the arguments of a module class's forward, without ``self``, ``*args`` and ``**kwargs``."""
+    """Names of the arguments of a module class's forward, without ``*args``, ``**kwargs`` and the module itself."""
     parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
     several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    return [parameter.name for parameter in parameters if parameter.name != "self" and parameter.kind not in several]
+    own = own_name(forward)
+    return [parameter.name for parameter in parameters if parameter.name != own and parameter.kind not in several]
+
+
+def own_name(forward: Callable[..., Any] | None) -> str:
+    """What a module class's forward calls the module: its first parameter, unless that holds all positional arguments."""
+    first = next(iter(inspect.signature(inspect.unwrap(forward)).parameters.values()), None) if forward else None
+    plain = first is not None and first.kind not in (first.VAR_POSITIONAL, first.VAR_KEYWORD)
+    return first.name if first is not None and plain else "self"
 
 
 def keywords(forward: Callable[..., Any]) -> str:

@@ -142,6 +142,7 @@ class Branch:
         graph: identity of the compiled plan.
         order: place among the calls of the last step that had this branch.
         last_step: last step in which the branch was run to its end.
+        kept: whether that call left its caches and its noise, without which the next one cannot be sparse.
     """
 
     label: str
@@ -150,6 +151,7 @@ class Branch:
     positions: list[_Position]
     order: int
     last_step: int | None = None
+    kept: bool = False
     slots: dict = field(default_factory=Slots)
     spare: dict | None = None
     given: list[weakref.ref | None] = field(default_factory=list)  # the last context, where it is not compared

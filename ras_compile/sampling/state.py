@@ -188,7 +188,7 @@ class TransformerState:
         """
         run = decision.run
         run.pending = None
-        decision.of.last_step = run.step
+        decision.of.last_step, decision.of.kept = run.step, noise is not None
         decision.of.spare = None
         needed = run.config.sample_ratio < 1 and run.schedule.kind(run.step - run.base + 1) == "sparse"
         if noise is not None and needed:
@@ -394,6 +394,8 @@ class TransformerState:
             return "first call of its branch"
         if branch.last_step < run.step - 1:
             return "its branch was not called in the step before"
+        if not branch.kept:
+            return "the last call of its branch kept nothing"
         if not match.sure:
             return "its context cannot be told from another branch's"
         if match.changed and run.config.context == "frozen":

@@ -518,3 +518,14 @@ def test_python_state_knows_what_has_changed():
     state = PythonState(model)
     model[0].weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
     assert state.holds()  # weights are looked up at each call
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.98, 1.0])
+def test_a_step_behind_the_call_that_captured_has_no_caches(ratio):
+    """That call runs as it is and keeps nothing: whatever the next one would compute, it runs dense."""
+    compiled = torch.compile(Length(), backend="ras", options={**OPTIONS, "sample_ratio": ratio, "warmup_steps": 1})
+    with ras_compile.generation(num_steps=4) as gen, torch.no_grad():
+        for step, latent in enumerate(latents(4)):
+            gen.step()
+            compiled(latent, torch.tensor([1 - step / 4]), **inputs(4))
+    assert kinds(compiled) == ["dense", "dense", "sparse", "sparse"]

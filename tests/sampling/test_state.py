@@ -374,7 +374,7 @@ def test_without_noise_the_next_step_is_dense():
             decision = model.state.decide(call)
             model.state.record(call, decision, None, None)
             assert decision.kind == "dense"
-    assert decision.reason == "no noise of the step before to select from"
+    assert decision.reason == "the last call of its branch kept nothing"
 
 
 def test_a_trace_reads_the_time_late():

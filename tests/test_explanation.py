@@ -1,0 +1,67 @@
+"""`explain` looks at a model that others may be calling: it changes nothing that they see."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from tiny import EAGER, LATENT, TEXT, model, run
+
+import ras_compile
+from ras_compile import explanation
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def test_a_model_that_is_explained_stays_compiled(monkeypatch):
+    """Another thread may call it at any moment of the explanation."""
+    plain = model()
+    plain.compile(backend="ras", options={**EAGER, "unsupported": "error"})
+    seen = []
+    real = explanation.describe_inputs
+
+    def watching(graph):
+        seen.append(plain._compiled_call_impl)
+        return real(graph)
+
+    monkeypatch.setattr(explanation, "describe_inputs", watching)
+    told = ras_compile.explain(plain, hidden_states=LATENT, timestep=torch.ones(2), text=TEXT)
+    assert told.supported and seen and all(found is plain._compiled_call_impl for found in seen)
+
+
+def test_a_model_is_sampled_and_explained_at_the_same_time():
+    plain = model()
+    wanted = run(torch.compile(plain, backend="ras", options=EAGER), LATENT, TEXT)
+    torch._dynamo.reset()
+    plain.compile(backend="ras", options=EAGER)
+    found, told = [], []
+
+    def explaining():
+        for _ in range(3):
+            told.append(ras_compile.explain(plain, hidden_states=LATENT, timestep=torch.ones(2), text=TEXT).supported)
+
+    threads = [
+        threading.Thread(target=explaining),
+        threading.Thread(target=lambda: found.extend(run(plain, LATENT, TEXT) for _ in range(6))),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == [True] * 3 and len(found) == 6
+    assert all(torch.equal(picture, wanted) for picture in found)
+
+
+def test_an_argument_that_is_written_is_told_with_its_line():
+    class Writes(type(model())):
+        def forward(self, hidden_states, timestep, text):
+            text[:, -1:] = text[:, -1:] * 0
+            return super().forward(hidden_states, timestep, text)
+
+    told = ras_compile.explain(Writes().eval(), hidden_states=LATENT, timestep=torch.ones(2), text=TEXT.clone())
+    assert "writes into its inputs or buffers (text)" in told.reason
+    assert "test_explanation.py" in told.reason and "text[:, -1:] = text[:, -1:] * 0" in told.reason
