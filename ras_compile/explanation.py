@@ -56,7 +56,9 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
     module = getattr(transformer, "_orig_mod", transformer)
 
     def call(**kwargs: Any) -> Any:
-        return module._call_impl(**kwargs)  # with its hooks, past what it was compiled to, which other threads may call now
+        return module._call_impl(
+            **kwargs
+        )  # with its hooks, past what it was compiled to, which other threads may call now
 
     # Dynamo keeps what it compiled with the code object: one of our own leaves the module's alone, and never fills up
     fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)

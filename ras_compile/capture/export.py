@@ -193,7 +193,10 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
     assert isinstance(captured, fx.GraphModule)
     if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
         called = dict(zip(map(str, signature.user_inputs), names, strict=False))
-        written = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}  # by what is written, a node's name
+        written = {
+            **signature.user_inputs_to_mutate,
+            **signature.buffers_to_mutate,
+        }  # by what is written, a node's name
         lines = [source_line(node) for node in captured.graph.nodes if node.name in written]
         raise UnsupportedGraph(
             "the model writes into its inputs or buffers "

@@ -54,12 +54,7 @@ def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int)):
             plain = _user_input(name, names, extra) if name.startswith("L[") and "(" not in name else None
             found.append(GraphInput(plain.argument if plain else None, plain.path if plain else name, size=True))
-        elif (
-            isinstance(value, nn.Parameter)
-            or "_parameters" in name
-            or "_buffers" in name
-            or name.startswith(module)
-        ):
+        elif isinstance(value, nn.Parameter) or "_parameters" in name or "_buffers" in name or name.startswith(module):
             found.append(GraphInput(None, _weight(name), weight=True))
         else:
             found.append(_user_input(name, names, extra))

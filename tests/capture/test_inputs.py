@@ -9,7 +9,7 @@ from ras_compile.capture.inputs import argument_names
 
 
 class Short(nn.Module):
-    def forward(s, hidden_states, timestep, *others, text=None, **more):  # noqa: N805  # what is tested
+    def forward(s, hidden_states, timestep, *others, text=None, **more):  # what is tested
         pass
 
 
