@@ -54,7 +54,7 @@ class Subject:
         other = copy.copy(self.plan)
         other.sparse, other._programs = plan_of(other.analysis, frozen=True), {}
         other.__dict__.pop("_cached_outputs", None)  # which belong to the splices of the other plan
-        other._prove()
+        other.prove()
         return Subject(other, self.values)
 
     def program(self, active: int) -> fx.GraphModule:
