@@ -20,7 +20,7 @@ from .grouped import GroupedLaunch
 from .launch import Launch, runs_kernel
 from .many_linears import ManyLaunch, many_linears_reference, runs_many
 from .reference import epilogue_reference
-from .tiles import Postponed, milliseconds, timings
+from .tiles import Answer, Postponed, milliseconds, timings
 
 MEASURED_BYTES = 2**28  # of weights that are read in turn: many times what the cache of a device holds
 Arguments = Sequence[Any]  # of `scatter_linear`; of the tensors only sizes, strides, dtypes and devices count
@@ -65,11 +65,11 @@ def pays_grouped(sites: Sequence[Sequence[Arguments]], linears: Sequence[Argumen
             return False
         alone += min(times)
     for args in linears:
-        time = measured("linear", [args], _linear)
+        time = measured("linear", [args], _linear, 1)
         if time is None:
             return False
         alone += time[0]
-    together = measured("grouped", members, _grouped)
+    together = measured("grouped", members, _grouped, 1)
     return together is not None and together[0] <= alone
 
 
@@ -158,38 +158,45 @@ def many_pays(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 
 
 def measured(
-    what: str, ops: Sequence[Arguments], measure: Callable[[list[list[Any]]], tuple[float, ...]]
+    what: str, ops: Sequence[Arguments], measure: Callable[[list[list[Any]]], tuple[float, ...]], count: int = 2
 ) -> tuple[float, ...] | None:
     """Milliseconds of launches of these `scatter_linear` ops, infinite where no tile runs; None: they cannot be had now."""
     ops = [filled(args) for args in ops]
     key = f"{what} {[[_words(value) for value in args] for args in ops]}"
-    return remembered(key, ops[0][1].device, lambda: measure(real_arguments(ops)))
+    return remembered(key, ops[0][1].device, lambda: measure(real_arguments(ops)), count)
 
 
-def remembered(key: str, device: torch.device, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...] | None:
-    """What ``measure`` gives, or gave on this device before; None where it cannot be had now, zeros where it is `postponed`."""
-    store = timings(device)
-    with store.lock:
-        known = store.known.get(key)
-        if isinstance(known, list):
-            return tuple(math.inf if time is None else time for time in known)
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        try:
-            # What is drawn for a timing must not move the caller's random numbers: a cold start would give another picture.
-            with (
-                torch.random.fork_rng([device] if device.type == "cuda" else []),
-                torch.cuda.device(device),
-                torch.no_grad(),
-                torch.inference_mode(False),
-            ):
-                times = measure()
-        except torch.OutOfMemoryError:
-            return None
-        except Postponed:
-            return 0.0, 0.0
-        store.add(key, [time if math.isfinite(time) else None for time in times])
-        return times
+def remembered(
+    key: str, device: torch.device, measure: Callable[[], tuple[float, ...]], count: int = 2
+) -> tuple[float, ...] | None:
+    """The times that ``measure`` gives, or gave on this device before.
+
+    None where they cannot be had now, zeros where measuring is `postponed`.
+
+    Args:
+        count: how many times there are.
+    """
+
+    def measured() -> list[float | None]:
+        # What is drawn for a timing must not move the caller's random numbers: a cold start would give another picture.
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.cuda.device(device),
+            torch.no_grad(),
+            torch.inference_mode(False),
+        ):
+            return [time if math.isfinite(time) else None for time in measure()]
+
+    def fits(found: Answer) -> bool:
+        return isinstance(found, list) and len(found) == count
+
+    try:
+        times = timings(device).recall(key, fits, measured)
+    except torch.OutOfMemoryError:
+        return None
+    except Postponed:
+        return (0.0,) * count
+    return None if times is None else tuple(math.inf if time is None else time for time in times)  # type: ignore[misc]
 
 
 def _words(value: Any) -> object:

@@ -1,7 +1,8 @@
-"""Measured choices: the fastest tile of a kernel, and whether a kernel pays at all, timed once and kept on disk.
+"""The memory of what was measured on a device: the fastest way to cut a kernel into tiles, and whether a kernel pays at all.
 
-The file is JSON, one per device and version of everything that a timing depends on. It is written by `os.replace`, so
-that processes may share it; a file that cannot be read counts as empty, one that cannot be written is left.
+Each question is timed once and its answer kept on disk. The file is JSON, one per device and version of everything that a
+timing depends on. Processes may share it: each one adds its answers under a lock and puts a whole new file in place of the old
+one. A file that holds anything else than answers is ignored and replaced; where none can be written, each process measures anew.
 """
 
 import contextlib
@@ -12,13 +13,20 @@ import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import IO
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # a module, or nothing
 
 try:
     import triton
@@ -47,40 +55,116 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
+Answer = str | list[float | None] | None  # the name of the fastest variant, or milliseconds; None: nothing that runs here
+
+
+def is_answer(value: object) -> bool:
+    """Whether a file may hold this for an answer."""
+    times = value if isinstance(value, list) else []
+    return value is None or isinstance(value, str) or (bool(times) and all(map(is_time, times)))
+
+
+def is_time(value: object) -> bool:
+    """Whether this may be a time: milliseconds, or None where nothing runs. A boolean counts as a number in Python."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0)
+
+
 class Timings:
-    """What was measured on one device: `{key: value}` in memory, and in one file."""
+    """What was measured on one device: `{question: answer}` in memory, and in one file.
+
+    A question is a kernel with the sizes that its time depends on.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.lock = threading.RLock()
-        self.known: dict[str, object] = self.read()
+        self.known: dict[str, Answer] = self.read()
 
     @property
     def path(self) -> Path:
         text = repr((self.device, torch.__version__, getattr(triton, "__version__", None), sources()))
         return folder() / f"timings-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
-    def read(self) -> dict[str, object]:
+    def read(self) -> dict[str, Answer]:
+        """What the file says; nothing where there is none, or where it is not as it was written."""
         try:
-            known = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+            found = json.loads(self.path.read_text())
+        except OSError:
             return {}
-        return known if isinstance(known, dict) else {}
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict) and all(map(is_answer, found.values())):
+            return found
+        log.info("%s does not hold timings of kernels: it is ignored, and replaced at the next timing", self.path)
+        return {}
 
-    def add(self, key: str, value: object) -> None:
-        """Remembers, here and on disk; what other processes have written meanwhile is kept."""
+    def add(self, question: str, answer: Answer) -> None:
+        """Remembers an answer, here and on disk; what other processes have written meanwhile is kept."""
         with self.lock:
-            self.known[key] = value
-            self.known = {**self.read(), **self.known}
+            self.known[question] = answer
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
-                try:
-                    with os.fdopen(handle, "w") as file:
-                        json.dump(self.known, file, indent=0, sort_keys=True)
-                    os.replace(name, self.path)
-                except OSError:
-                    os.unlink(name)
+                with locked(self.path.with_suffix(".lock")):
+                    self.known = {**self.read(), **self.known}
+                    self._write()
+
+    def recall(self, question: str, fits: Callable[[Answer], bool], measure: Callable[[], Answer]) -> Answer:
+        """The answer to a question, measured the first time. While a CUDA graph is captured nothing can be: None, then.
+
+        Args:
+            fits: whether a known answer can be one to this question; if not, it is measured anew.
+        """
+        with self.lock:
+            if question in self.known and fits(self.known[question]):
+                return self.known[question]
+            if self.device != "cpu" and torch.cuda.is_current_stream_capturing():
+                return None
+            self.add(question, answer := measure())
+            return answer
+
+    def _write(self) -> None:
+        """Puts a whole new file in the old one's place, so that no process ever reads a part of one."""
+        handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(self.known, file, indent=0, sort_keys=True)
+            os.replace(name, self.path)
+        except OSError:
+            os.unlink(name)
+
+
+LONGEST_WAIT = 5.0  # seconds; writing takes milliseconds, and a process that stopped with the lock must not stop the others
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock that all processes which write the timings share.
+
+    It goes on without the lock where the system has none, or where another process keeps it too long: an answer may then
+    be lost, and is timed again.
+    """
+    with open(path, "a") as file:
+        held = acquired(file)
+        try:
+            yield
+        finally:
+            if held:  # closing is not enough, since a process that was forked meanwhile has the file open as well
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def acquired(file: IO[str]) -> bool:
+    """Waits for the lock of a file, and says whether it is held."""
+    end = time.monotonic() + LONGEST_WAIT
+    while fcntl is not None and time.monotonic() < end:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.005)
+        except OSError:  # a file system without locks
+            break
+        else:
+            return True
+    return False
 
 
 @cache
@@ -95,24 +179,20 @@ def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callab
     the capture of a CUDA graph (where waiting for the device is an error), keeps the launch's arguments on itself
     (threads), and forgets at the end of the process.
     """
-    store = timings(device)
-    with store.lock:
-        found = store.known.get(key, False)
-        if not (found is None or found in names):
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return None
-            variants = Variants(device, names, launch)
-            if _thread.noted is not None:
-                _thread.noted.setdefault((device, key), variants)
-                raise Postponed
-            if len(names) > 1:
-                build({key: variants})
-            times = {name: milliseconds(partial(launch, name)) for name in names}
-            log.debug("%s: %s", key, times)
-            best = min(names, key=times.__getitem__, default=None)
-            found = None if best is None or math.isinf(times[best]) else best
-            store.add(key, found)
-        return found  # type: ignore[return-value]
+
+    def measure() -> str | None:
+        variants = Variants(device, names, launch)
+        if _thread.noted is not None:
+            _thread.noted.setdefault((device, key), variants)
+            raise Postponed
+        if len(names) > 1:
+            build({key: variants})
+        times = {name: milliseconds(partial(launch, name)) for name in names}
+        log.debug("%s: %s", key, times)
+        best = min(names, key=times.__getitem__, default=None)
+        return None if best is None or math.isinf(times[best]) else best
+
+    return timings(device).recall(key, lambda found: found is None or found in names, measure)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

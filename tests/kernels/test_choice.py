@@ -48,7 +48,7 @@ def test_ops_of_one_site_are_weighed_together(monkeypatch):
     times = {"text": (3.0, 2.0), "picture": (5.0, 7.0)}
     ops = {name: (name, Operand(), None, None, None) for name in times}
     monkeypatch.setattr(choice, "runs_kernel", lambda *given: True)
-    monkeypatch.setattr(choice, "measured", lambda what, args, measure: times[args[0][0]])
+    monkeypatch.setattr(choice, "measured", lambda what, args, measure, count=2: times[args[0][0]])
     assert pays([ops["text"], ops["picture"]]) and pays([ops["picture"]]) and not pays([ops["text"]])
     times["picture"] = None  # it cannot be measured now
     assert not pays([ops["text"], ops["picture"]])
@@ -63,7 +63,7 @@ def test_a_group_is_weighed_against_the_best_form_of_each_member(monkeypatch):
     }
     keys, values, queries = ((name, Operand(), None, None, None) for name in ("keys", "values", "queries"))
     monkeypatch.setattr(choice, "runs_kernel", lambda *given: True)
-    monkeypatch.setattr(choice, "measured", lambda what, args, measure: times[what, args[0][0]])
+    monkeypatch.setattr(choice, "measured", lambda what, args, measure, count=2: times[what, args[0][0]])
     assert pays_grouped([[keys], [values]], [queries])  # 7.9 against 2 + 5 + 1
     times["grouped", "keys"] = (8.1,)
     assert not pays_grouped([[keys], [values]], [queries])

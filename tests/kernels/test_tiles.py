@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -50,7 +52,7 @@ def test_another_process_times_nothing(timed, empty):
     tiles.fastest(CPU, "key", NAMES, ran.append)
     tiles.timings.cache_clear()  # as a new process
     assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle" and len(ran) == 3
-    assert [path.suffix for path in empty.iterdir()] == [".json"]
+    assert sorted(path.suffix for path in empty.iterdir()) == [".json", ".lock"]
 
 
 def test_none_fits(timed):
@@ -67,22 +69,93 @@ def test_a_name_that_is_no_longer_offered_is_timed_anew(timed):
     assert tiles.fastest(CPU, "key", ["large", "small"], ran.append) == "small"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00"])
-def test_a_damaged_file_counts_as_empty(timed, text):
+DAMAGED = [
+    "", "{", "[]", "[1, 2]", "\x00", "null", '"middle"', '{"key": {}}', '{"key": [[1.0]]}', '{"key": []}', '{"key": true}',
+    '{"key": [true, false]}', '{"key": [-1.0, 2.0]}', '{"key": [NaN, 2.0]}', '{"key": "middle", "another": 3}',
+    "[" * 100_000, '{"key": ' * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_file_that_is_not_as_it_was_written_is_ignored_and_replaced(timed, text, caplog):
     ran, _ = timed
     tiles.fastest(CPU, "key", NAMES, ran.append)
     tiles.timings(CPU).path.write_text(text)
     tiles.timings.cache_clear()
-    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle" and len(ran) == 6
+    with caplog.at_level("INFO", logger=tiles.__name__):
+        assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle" and len(ran) == 6
+    assert "ignored" in caplog.text and str(tiles.timings(CPU).path) in caplog.text
+    caplog.clear()
+    assert tiles.timings(CPU).read() == {"key": "middle"} and not caplog.text
+
+
+def test_bytes_that_are_no_text_are_ignored(timed):
+    tiles.timings(CPU).add("key", "middle")
+    tiles.timings(CPU).path.write_bytes(b"\xff\xfe")
+    assert tiles.timings(CPU).read() == {}
+
+
+@pytest.mark.parametrize("answer", [[1.0], "large", None, [1.0, 2.0, 3.0]], ids=str)
+def test_an_answer_to_another_question_is_measured_anew(answer):
+    """Two times are asked for: a file in which the key stands for something else must not be believed."""
+    tiles.timings(CPU).add("key", answer)
+
+    def fits(found):
+        return isinstance(found, list) and len(found) == 2
+
+    assert tiles.timings(CPU).recall("key", fits, lambda: [4.0, 5.0]) == [4.0, 5.0]
+    assert tiles.Timings("cpu").known == {"key": [4.0, 5.0]}
+
+
+WRITER = """
+import sys
+from ras_compile.kernels.tiles import Timings
+mine, name = Timings("cpu"), sys.argv[1]
+print("ready", flush=True)
+sys.stdin.readline()
+for index in range(60):
+    mine.add(f"{name} {index}", [float(index), None])
+"""
+
+
+def test_two_processes_that_write_lose_nothing(empty):
+    start = [sys.executable, "-c", WRITER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": empty.parent}
+    writers = [subprocess.Popen([*start, name], **pipes) for name in "ab"]
+    for writer in writers:
+        assert writer.stdout.readline() == b"ready\n"
+    for writer in writers:
+        writer.stdin.write(b"go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    assert tiles.Timings("cpu").known == {f"{name} {index}": [index, None] for name in "ab" for index in range(60)}
+    assert sorted(path.suffix for path in empty.iterdir()) == [".json", ".lock"]
+
+
+def test_a_process_that_keeps_the_lock_stops_nobody(timed, empty, monkeypatch):
+    ran, _ = timed
+    monkeypatch.setattr(tiles, "LONGEST_WAIT", 0.05)
+    empty.mkdir()
+    with tiles.locked(tiles.timings(CPU).path.with_suffix(".lock")):
+        assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle"
+    assert tiles.timings(CPU).read() == {"key": "middle"}
+
+
+def test_a_system_without_locks_keeps_its_timings(timed, monkeypatch):
+    ran, _ = timed
+    monkeypatch.setattr(tiles, "fcntl", None)
+    assert tiles.fastest(CPU, "key", NAMES, ran.append) == "middle"
     assert tiles.timings(CPU).read() == {"key": "middle"}
 
 
 def test_what_others_wrote_meanwhile_is_kept(timed):
     ran, _ = timed
     mine, other = tiles.Timings("cpu"), tiles.Timings("cpu")
-    mine.add("a", 1)
-    other.add("b", 2)
-    assert tiles.Timings("cpu").known == {"a": 1, "b": 2}
+    mine.add("a", "large")
+    other.add("b", [1.5, None])
+    assert tiles.Timings("cpu").known == {"a": "large", "b": [1.5, None]}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
