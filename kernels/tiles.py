@@ -55,7 +55,9 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-Answer = str | list[float | None] | None  # the name of the fastest variant, or milliseconds; None: nothing that runs here
+Answer = (
+    str | list[float | None] | None
+)  # the name of the fastest variant, or milliseconds; None: nothing that runs here
 
 
 def is_answer(value: object) -> bool:
@@ -133,7 +135,9 @@ class Timings:
             os.unlink(name)
 
 
-LONGEST_WAIT = 5.0  # seconds; writing takes milliseconds, and a process that stopped with the lock must not stop the others
+LONGEST_WAIT = (
+    5.0  # seconds; writing takes milliseconds, and a process that stopped with the lock must not stop the others
+)
 
 
 @contextlib.contextmanager
