@@ -69,7 +69,7 @@ def pays_grouped(sites: Sequence[Sequence[Arguments]], linears: Sequence[Argumen
         if time is None:
             return False
         alone += time[0]
-    together = measured("grouped", members, _grouped, 1)
+    together = measured("grouped", members, measure_grouped, 1)
     return together is not None and together[0] <= alone
 
 
@@ -294,7 +294,8 @@ def _linear(ops: list[list[Any]]) -> tuple[float]:
     return (milliseconds(lambda: F.linear(x, weight, bias)),)
 
 
-def _grouped(ops: list[list[Any]]) -> tuple[float]:
+def measure_grouped(ops: list[list[Any]]) -> tuple[float]:
+    """Of one launch of all these; infinite where they do not fit into one."""
     launch = GroupedLaunch(ops)
     tile = launch.fastest() if launch.fits else None
     return (math.inf if tile is None else milliseconds(lambda: launch(tile)),)

@@ -186,9 +186,7 @@ def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callab
 
     def measure() -> str | None:
         variants = Variants(device, names, launch)
-        if _thread.noted is not None:
-            _thread.noted.setdefault((device, key), variants)
-            raise Postponed
+        postpone((device, key), variants)
         if len(names) > 1:
             build({key: variants})
         times = {name: milliseconds(partial(launch, name)) for name in names}
@@ -234,6 +232,13 @@ def postponed() -> Iterator[Noted]:
         _thread.noted = before
 
 
+def postpone(key: object, variants: Variants | None = None) -> None:
+    """Called before something is timed: notes it and raises `Postponed` inside of `postponed`, does nothing elsewhere."""
+    if _thread.noted is not None:
+        _thread.noted.setdefault(key, variants)
+        raise Postponed
+
+
 def build(noted: Noted) -> None:
     """Launches every variant once, in threads: Triton compiles them side by side, outside of Python's lock."""
     jobs = [(variants, name) for variants in noted.values() if variants for name in variants.names]
@@ -262,9 +267,7 @@ REPEATS = 20  # launches in one timing: enough to hide that of the graph
 
 def milliseconds(run: Callable[[], object]) -> float:
     """Median time of a call on the device; infinite where it does not fit or cannot be compiled there."""
-    if _thread.noted is not None:
-        _thread.noted[None] = None
-        raise Postponed
+    postpone(None)
     try:
         return replayed(run)
     except (triton.OutOfResources, torch.OutOfMemoryError):  # a tile too large

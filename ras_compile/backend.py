@@ -188,29 +188,33 @@ class CompiledGraph:
 
     def _make(self, key: tuple, values: Sequence[Any]) -> None:
         """Makes the plan for ``key``; if integers were taken for numbers and are sizes, only says so: call again."""
+        if self.broken is not None:
+            # it is kept, and so never raised: its traceback would keep the frames of the call, and with them the model
+            self._without_plan(key, values, self.broken)
+            return
         try:
-            if self.broken is not None:
-                raise self.broken
             plan = self._plan(values, self.config)
             self._timesteps[key] = find_timestep(self.inputs, values, self.config.timestep)
             self.plans[key] = plan  # last: other threads look there
         except (UnsupportedGraph, SpecViolation, TypeError) as error:
-            if self.numbers:
-                self.numbers = []
-            elif (
-                isinstance(error, UnsupportedGraph) and not (self.broken or key in self.placed) and places_given(values)
-            ):
-                self.placed.add(key)
-            elif isinstance(error, (UnsupportedGraph, SpecViolation)):
-                if not self.told:
-                    self._refuse(error)
-                self.plans[key] = self._dense(values)
-            else:
-                raise
+            self._without_plan(key, values, error)
+
+    def _without_plan(self, key: tuple, values: Sequence[Any], error: Exception) -> None:
+        """What becomes of a call that has no plan: another try, or the dense graph."""
+        if self.numbers:
+            self.numbers = []
+        elif isinstance(error, UnsupportedGraph) and not (self.broken or key in self.placed) and places_given(values):
+            self.placed.add(key)
+        elif isinstance(error, (UnsupportedGraph, SpecViolation)):
+            if not self.told:
+                self._refuse(error)
+            self.plans[key] = self._dense(values)
+        else:
+            raise error
 
     def _refuse(self, error: UnsupportedGraph | SpecViolation) -> None:
         if self.config.unsupported == "error":
-            raise error
+            raise error.again() if isinstance(error, GraphBreak) else error
         found = compiled_call()
         name = "this model" if found is None else type(found[0]).__name__
         if isinstance(error, GraphBreak):
@@ -278,3 +282,8 @@ class GraphBreak(UnsupportedGraph):
     def __init__(self, reason: str, source: str, where: tuple[str, int | None]) -> None:
         super().__init__(reason, source=source)
         self.where = where
+
+    def again(self) -> GraphBreak:
+        """The same error without the traceback of where it was raised before."""
+        assert self.source is not None
+        return GraphBreak(self.reason, self.source, self.where)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -195,6 +198,24 @@ def test_what_cannot_be_proved_is_refused_or_runs_dense(name):
             dense(*given)
         torch.manual_seed(1)
         assert torch.allclose(found, module(*given))
+
+
+@pytest.mark.parametrize("name", ["prior", "graph break", "latent read", "training mode"])
+@pytest.mark.parametrize("unsupported", ["dense", "error"])
+def test_a_refused_model_is_not_kept_alive(name, unsupported):
+    """Dynamo's code belongs to the model's class and outlives it; no error that is kept there holds the caller's frames."""
+
+    def called() -> weakref.ref:
+        _, module, given, _ = next(case for case in cases() if case[0] == name)
+        compiled = torch.compile(module, backend="ras", options={**EAGER, "unsupported": unsupported})
+        for _ in range(2):
+            with torch.no_grad(), suppress(ras_compile.UnsupportedGraph):
+                compiled(*given)
+        return weakref.ref(module)
+
+    alive = called()
+    gc.collect()
+    assert alive() is None
 
 
 def test_gradients_are_refused():

@@ -150,7 +150,7 @@ class Bench:
     @cached_property
     def dense_flops(self) -> int | None:
         """FLOPs of a dense step, counted in an eager one; None on a CPU, where the counter misses attention."""
-        return self._counted(Setup(self.work.scheduler()), 2) // 2 if self.device.type == "cuda" else None
+        return self.counted_flops(Setup(self.work.scheduler()), 2) // 2 if self.device.type == "cuda" else None
 
     @cached_property
     def null_ms(self) -> float:
@@ -272,12 +272,12 @@ class Bench:
             )
             row |= dict(cache_gb=cost.cache_bytes * work.branches / 1e9, resets=list(work.resets), warmup=WARMUP)
         elif setup.exclusive:
-            ratio = self._counted(setup, work.steps) / (flops * work.steps) if flops else None
+            ratio = self.counted_flops(setup, work.steps) / (flops * work.steps) if flops else None
         row |= dict(flop_ratio=ratio, dense_tflop=flops / 1e12 if flops else None)
         if flops and ratio is not None:
             row["floor_share"] = flops * work.steps * ratio / (FLOOR_TFLOPS * 1e12) / seconds
 
-    def _counted(self, setup: Setup, steps: int) -> int:
+    def counted_flops(self, setup: Setup, steps: int) -> int:
         """FLOPs of a run, counted while it runs eagerly."""
         compiled, setup.compiled = setup.compiled, None
         try:
@@ -348,12 +348,13 @@ def _starts(args: argparse.Namespace, until: float):
                 if time.perf_counter() > until:
                     print("the budget is spent: the rest is left out", flush=True)
                     return
-                found.append(_start_process(args, way, caches))
+                found.append(start_process(args, way, caches))
         row = new_row(args.model, way.method, way.sample_ratio, way.context, starts_only=True)
         yield row | dict(cold_s=found[0], warm_s=found[1])
 
 
-def _start_process(args: argparse.Namespace, way: Way, caches: str) -> float | None:
+def start_process(args: argparse.Namespace, way: Way, caches: str) -> float | None:
+    """Seconds that a process of its own takes to start, with the compilers' caches in a folder; None where it fails."""
     start_of = json.dumps([way.method, way.sample_ratio, way.context])
     command = [
         sys.executable, __file__, "--model", args.model, "--size", args.size, "--device", args.device, "--out",

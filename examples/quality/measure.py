@@ -219,10 +219,10 @@ class Distance:
             return [float("nan"), float("nan")]
         features = features * self.scale
         left = [self.of(*moments(features[which != group])) for group in range(GROUPS)]
-        return _jackknifed(torch.stack(left), value)
+        return jackknifed(torch.stack(left), value)
 
 
-def _jackknifed(left: Tensor, value: float) -> list[float]:
+def jackknifed(left: Tensor, value: float) -> list[float]:
     """Interval of `value` from the values with one group left out each [GROUPS]."""
     error = ((GROUPS - 1) / GROUPS * (left - left.mean()).square().sum()).sqrt().item()
     return [value - STUDENT * error, value + STUDENT * error]

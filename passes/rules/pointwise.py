@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, opaque, paired
+from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, dim_size, opaque
 from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, rule_for
 
 aten = torch.ops.aten
@@ -39,10 +39,13 @@ def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Lay
         raw = raw and layout.raw
         offset = len(shape) - len(layout.dims)
         for index, dim in enumerate(layout.dims, start=offset):
-            both = paired(dims[index], dim)
-            if both is None:
+            if dim_size(dim) == 1 or dim == dims[index]:
+                continue
+            mine, theirs = set(atoms_of(dim)), set(atoms_of(dims[index]))
+            if mine and theirs:
                 return None
-            dims[index] = both
+            if mine:
+                dims[index] = dim
     found = [atom for dim in dims for atom in atoms_of(dim)]
     if len(found) != len(set(found)):  # an operation between all pairs of tokens
         return None

@@ -49,7 +49,7 @@ class Keeper:
     """
 
     def __init__(self, plan: GraphOwner, branch_bytes: int, budget: int | None) -> None:
-        self._plan, self._bytes, self._budget = weakref.ref(plan), branch_bytes, budget
+        self._plan, self.branch_bytes, self._budget = weakref.ref(plan), branch_bytes, budget
         self._kept: dict[int, weakref.ref] = {}
         self._used = next(_clock)
         keepers.add(self)
@@ -76,7 +76,13 @@ class Keeper:
         """Bytes of caches that are kept, in use or not."""
         plan = self._plan()
         graphs = plan.graph_slots if plan is not None else 0
-        return self._bytes * max(graphs, len([ref for ref in list(self._kept.values()) if ref()]))
+        return self.branch_bytes * max(graphs, sum(bool(slots) for slots in self.held))
+
+    @property
+    def held(self) -> list[Any]:
+        """The slots of the branches that are alive; empty ones where they were released."""
+        found = [ref() for ref in list(self._kept.values())]
+        return [slots for slots in found if slots is not None]
 
     def _trim(self, budget: int) -> None:
         others = sorted((keeper for keeper in listed(keepers) if keeper is not self), key=lambda keeper: keeper._used)

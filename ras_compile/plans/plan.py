@@ -246,7 +246,7 @@ class Plan:
             spare: what a finished generation kept; its memory may be taken over.
         """
         self.kept.use(slots)
-        results = list(self._run("dense", values, [], slots, spare))
+        results = list(self.run("dense", values, [], slots, spare))
         count = len(self.analysis.output_nodes)
         outputs, left = results[:count], iter(results[count:])
         slots["caches"] = [
@@ -259,7 +259,7 @@ class Plan:
     def run_sparse(self, values: Sequence[Any], rows: Tensor, slots: dict) -> list[Any]:
         """Runs the sparse program on ``rows`` (int64 [B, A]); the caches in ``slots`` are updated in place."""
         caches = slots["caches"]
-        others = iter(self._run(rows.shape[1], values, [rows, *caches], slots))
+        others = iter(self.run(rows.shape[1], values, [rows, *caches], slots))
         outputs: list[Any] = []
         for cache in self._cached_outputs:
             output = next(others) if cache is None else caches[cache]
@@ -286,9 +286,21 @@ class Plan:
         nodes = enumerate(self.analysis.output_nodes)
         return [self.sparse.splice(node) if index in self.analysis.outputs else None for index, node in nodes]
 
-    def _run(
+    def run(
         self, active: int | str, values: Sequence[Any], state: list[Tensor], slots: dict, spare: dict | None = None
     ) -> Sequence[Any]:
+        """Runs one program, as a CUDA graph where there are any.
+
+        Args:
+            active: ``"dense"``, or the number of active rows per sample.
+            values: inputs of the Dynamo graph.
+            state: what the sparse program takes besides: rows, then caches.
+            slots: what this branch keeps.
+            spare: what a finished generation kept; its memory may be taken over.
+
+        Returns:
+            what the program returns.
+        """
         inputs = [*self.tensors(values), *state]
         program = self.program(active, inputs)
         return program(*inputs) if self._graphs is None else self._graphs.run(active, program, inputs, slots, spare)

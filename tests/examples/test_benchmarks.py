@@ -153,7 +153,7 @@ def test_merge_refuses_another_machine():
 
 def test_starts_are_taken_in_processes_of_their_own(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "_start_process", lambda args, way, caches: asked.append((way, caches)) or len(asked))
+    monkeypatch.setattr(run, "start_process", lambda args, way, caches: asked.append((way, caches)) or len(asked))
     content = bench(tmp_path, "--measure", "starts", "--methods", "eager,compile,ras", "--ratios", "0.5",
                     "--contexts", "fresh")  # fmt: skip
     assert [(row["method"], row["cold_s"], row["warm_s"]) for row in content["rows"]] == [
@@ -192,8 +192,8 @@ def test_what_is_looked_at_apart(tmp_path):
     assert made.null_ms > 0
     clock = made.host(setup)
     assert len(clock.milliseconds) == len(clock.launching) == 2 * made.work.steps == 40
-    counted = made._counted(setup, 4)
-    assert counted == 2 * made._counted(setup, 2) > 0 and setup.compiled is not None
+    counted = made.counted_flops(setup, 4)
+    assert counted == 2 * made.counted_flops(setup, 2) > 0 and setup.compiled is not None
 
 
 def test_launches_of_graphs_are_told_apart(monkeypatch):

@@ -38,7 +38,7 @@ def test_distance_is_that_of_the_formula():
 def test_jackknife_of_a_mean_is_its_standard_error():
     values = torch.randn(measure.GROUPS, 7)
     left = torch.stack([values[torch.arange(measure.GROUPS) != group].mean() for group in range(measure.GROUPS)])
-    low, high = measure._jackknifed(left, values.mean().item())
+    low, high = measure.jackknifed(left, values.mean().item())
     error = values.mean(1).std().item() / measure.GROUPS**0.5
     assert (high - low) / 2 == pytest.approx(measure.STUDENT * error, rel=1e-4)
     assert (high + low) / 2 == pytest.approx(values.mean().item(), abs=1e-6)

@@ -15,7 +15,6 @@ from tiny import TinyDiT, run
 import ras_compile
 from ras_compile import notices
 from ras_compile.execute import cudagraphs, replay
-from ras_compile.sampling import rows
 from ras_compile.sampling.registry import states_of
 
 pytestmark = pytest.mark.filterwarnings("error::ras_compile.notices.RASWarning")
@@ -397,8 +396,8 @@ def test_the_shipped_pipeline(device, captured, monkeypatch, dtype, inner):
             cudagraphs.ProgramGraphs, "run", lambda self, active, compiled, inputs, *_: compiled(*inputs)
         )
         for state in states_of(pipe.transformer.parameters()):
-            state._selection = rows.selection()
-        monkeypatch.setattr(replay, "_captured", lambda *given: False)
+            state.reset()  # its selection loses its graphs, too
+        monkeypatch.setattr(replay, "Graph", Recorded)  # and gets none that is CUDA's
         plain = [draw(*call) for call in calls]
     assert len(captured) == (4 if inner == "eager" else 2)
     scale = max(picture.abs().max().item() for picture in plain)

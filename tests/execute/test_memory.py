@@ -39,8 +39,8 @@ def compiled_model(**options):
 def kept() -> list[weakref.ref]:
     """The cache tensors that are kept at present."""
     gc.collect()
-    slots = [ref() for keeper in list(memory.keepers) for ref in list(keeper._kept.values())]
-    return [weakref.ref(cache) for found in slots if found for cache in found["caches"]]
+    slots = [slots for keeper in list(memory.keepers) for slots in keeper.held if slots]
+    return [weakref.ref(cache) for found in slots for cache in found["caches"]]
 
 
 def alive(refs) -> int:
@@ -111,7 +111,7 @@ def test_graphs_go_at_release(captured):
 def test_release_while_a_call_runs(monkeypatch):
     """The call is finished, and the next one begins anew."""
     _, compiled = compiled_model()
-    wanted, real, calls = run(compiled, LATENT, TEXT), Plan._run, []
+    wanted, real, calls = run(compiled, LATENT, TEXT), Plan.run, []
 
     def released(*given):
         results = real(*given)
@@ -122,7 +122,7 @@ def test_release_while_a_call_runs(monkeypatch):
             other.join()
         return results
 
-    monkeypatch.setattr(Plan, "_run", released)
+    monkeypatch.setattr(Plan, "run", released)
     run(compiled, LATENT, TEXT)
     assert [call == "dense" for call in calls] == [True, True, False, False, True, True]
     assert torch.equal(run(compiled, LATENT, TEXT), wanted)

@@ -14,9 +14,8 @@ from ras_compile import RASConfig, notices
 from ras_compile.execute import replay
 from ras_compile.execute.replay import Replayed
 from ras_compile.passes.algebra.tokens import TokenView
-from ras_compile.sampling import rows
 from ras_compile.sampling.rows import RowChooser
-from ras_compile.sampling.selection import SelectionInfo
+from ras_compile.sampling.selection import SelectionInfo, choose
 
 pytestmark = pytest.mark.filterwarnings("error::ras_compile.notices.RASWarning")
 
@@ -68,13 +67,17 @@ def test_what_is_kept_is_copied_where_it_is_another_object():
 def test_a_function_is_fused_once_for_all_threads_and_any_strides(monkeypatch):
     compiled, inner = [], replay.compile_inner
     monkeypatch.setattr(replay, "compile_inner", lambda *given: compiled.append(given) or inner(*given))
-    function = Replayed(lambda a, b: (a.sin() + b.cumsum(0), a.amax(0)))
+
+    def plain(a, b):
+        return a.sin() + b.cumsum(0), a.amax(0)
+
+    function = Replayed(plain)
 
     def calls():
         for _ in range(3):
             a, b = torch.randn(6, 4), torch.randn(4, 6)
             for given in ([a, b.t()], [a.flip(0), b.t().contiguous()], [a.t().contiguous().t(), b.t()]):
-                for found, wanted in zip(function(given, fuse=True), function._function(*given), strict=True):
+                for found, wanted in zip(function(given, fuse=True), plain(*given), strict=True):
                     torch.testing.assert_close(found, wanted)
 
     with ThreadPoolExecutor(2) as pool:
@@ -100,13 +103,14 @@ def test_a_function_that_cannot_be_fused_runs_as_it_is(monkeypatch):
 @pytest.mark.parametrize("known", [False, True])
 def test_rows_are_those_of_the_plain_selection(known: bool, options: dict, monkeypatch):
     """Fused by Inductor and replayed, the choice is that of the functions as they are written: ties included."""
-    monkeypatch.setattr(rows, "_choose", Replayed(rows.choose))
+    compiled, inner, selection = [], replay.compile_inner, Replayed(choose)
+    monkeypatch.setattr(replay, "compile_inner", lambda *given: compiled.append(given) or inner(*given))
     chosen, view = [], TokenView((), frozenset({1}), (2, 24, 4), (0, 1, 2), (2, 24, 1), None)
     mask = torch.zeros(2, 24, dtype=torch.bool)
     mask[:, :6] = True
     for cuda_graphs in (True, False):
         torch.manual_seed(0)
-        chooser, picks = RowChooser(RASConfig(cuda_graphs=cuda_graphs, **options)), []
+        chooser, picks = RowChooser(RASConfig(cuda_graphs=cuda_graphs, **options), selection), []
         for step in range(8):
             chooser.advance(dense=False)
             latent = torch.randn(1, 4, 4, 6).repeat(2, 1, 1, 1)
@@ -119,6 +123,6 @@ def test_rows_are_those_of_the_plain_selection(known: bool, options: dict, monke
                 chooser.observe(noise, info, replace(view, cuts=((1, behind, 24),)))
         chosen.append(picks)
     assert all(torch.equal(a, b) for a, b in zip(*chosen, strict=True))
-    assert len(rows._choose._compiled) == 1
+    assert len(compiled) == 1
     if known:
         assert all(pick.min() >= 6 for pick in chosen[0])

@@ -152,8 +152,8 @@ class TestOnCUDA:
 
     def test_a_group_is_measured_once(self, monkeypatch):
         ran = []
-        real = choice._grouped
-        monkeypatch.setattr(choice, "_grouped", lambda ops: ran.append(ops) or real(ops))
+        real = choice.measure_grouped
+        monkeypatch.setattr(choice, "measure_grouped", lambda ops: ran.append(ops) or real(ops))
         keys, text, linear = site("cuda"), site("cuda", A=40), site("cuda")[:6]
         answer = pays_grouped([[keys], [text]], [linear])
         timings.cache_clear()  # as a new process

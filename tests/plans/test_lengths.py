@@ -200,7 +200,7 @@ def test_the_contract_holds_at_a_third_length(name, context):
     assert "exact" not in vars(plan)
     dense, caches = shared.dense(alone.values)
     assert error(dense, alone.reference(alone.values)) < 1e-9
-    assert sum(cache.numel() * cache.element_size() for cache in caches) == plan.kept._bytes
+    assert sum(cache.numel() * cache.element_size() for cache in caches) == plan.kept.branch_bytes
     values, rows = alone.with_latent(alone.other_latent()), alone.rows(alone.frame.tokens // 4)
     same, after = shared.sparse(alone.values, rows, caches)
     assert error(same, dense) < 1e-9 and error(after, caches) < 1e-9

@@ -286,19 +286,26 @@ def test_rows_do_not_depend_on_autocast():
 
 def test_callables_are_looked_at_at_every_step():
     """What they return may go wrong late: it is refused all the same."""
-    good = RASConfig(metric=lambda noise, info: noise.abs().sum(-1), selector=lambda m, d, k, i: m.topk(k)[1])
-    chooser = RowChooser(good)
+    wrong: set[str] = set()
+
+    def metric(noise, info):
+        return noise.sum(-1) * math.nan if "metric" in wrong else noise.abs().sum(-1)
+
+    def selector(m, d, k, info):
+        return torch.zeros(1, k, dtype=torch.int64) if "selector" in wrong else m.topk(k)[1]
+
+    chooser = RowChooser(RASConfig(metric=metric, selector=selector))
     for _step in range(3):
         chooser.observe(torch.randn(1, 6, 1, 4), INFO)
         chooser.advance(dense=False)
         assert chooser.rows(torch.randn(1, 6, 4), 1, 6, 2, INFO).shape == (1, 2)
-    chooser._config = RASConfig(metric=lambda noise, info: noise.sum(-1) * math.nan)
+    wrong.add("metric")
     with pytest.raises(ValueError, match="option metric"):
         chooser.observe(torch.randn(1, 6, 1, 4), INFO)
-    chooser._config = good
+    wrong.clear()
     chooser.observe(torch.randn(1, 6, 1, 4), INFO)
     chooser.advance(dense=False)
-    chooser._config = RASConfig(selector=lambda m, d, k, i: torch.zeros(1, k, dtype=torch.int64))
+    wrong.add("selector")
     with pytest.raises(ValueError, match="option selector.*twice"):
         chooser.rows(torch.randn(1, 6, 4), 1, 6, 2, INFO)
 

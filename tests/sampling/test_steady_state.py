@@ -15,8 +15,6 @@ import ras_compile
 from ras_compile import backend
 from ras_compile.backend import CompiledGraph
 from ras_compile.execute import cudagraphs, replay
-from ras_compile.execute.replay import Replayed
-from ras_compile.sampling import rows
 
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "reset_interval": None}
 
@@ -73,7 +71,6 @@ def instructions(layers: int, monkeypatch) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(CompiledGraph, "__call__", counted)
-        patch.setattr(rows, "_choose", Replayed(rows._choose._function))
         list(sparse_calls(layers))
     return min(counts[-3:])
 

@@ -50,7 +50,7 @@ def test_first_calls_in_two_threads(one_model, round):
 def test_calls_of_one_generation_at_the_same_time_are_refused(monkeypatch):
     torch._dynamo.reset()
     compiled = torch.compile(TinyDiT().eval(), backend="ras", options=OPTIONS)
-    given, told, real = (torch.randn(2, 4, 8, 12), torch.rand(2), torch.randn(2, 3, 6)), [], Plan._run
+    given, told, real = (torch.randn(2, 4, 8, 12), torch.rand(2), torch.randn(2, 3, 6)), [], Plan.run
 
     def call() -> None:
         try:
@@ -60,24 +60,24 @@ def test_calls_of_one_generation_at_the_same_time_are_refused(monkeypatch):
             told.append(str(error))
 
     def run(*args):
-        monkeypatch.setattr(Plan, "_run", real)
+        monkeypatch.setattr(Plan, "run", real)
         other = threading.Thread(target=contextvars.copy_context().run, args=(call,))
         other.start()
         other.join()
         return real(*args)
 
     def fail(*args):
-        monkeypatch.setattr(Plan, "_run", real)
+        monkeypatch.setattr(Plan, "run", real)
         raise RuntimeError("the device is lost")
 
     with torch.no_grad(), ras_compile.generation() as gen:
         gen.step()
         wanted = compiled(*given)
         gen.step()
-        monkeypatch.setattr(Plan, "_run", run)
+        monkeypatch.setattr(Plan, "run", run)
         torch.testing.assert_close(compiled(*given), wanted)
         assert len(told) == 1 and "let them take turns" in told[0]
-        monkeypatch.setattr(Plan, "_run", fail)
+        monkeypatch.setattr(Plan, "run", fail)
         with pytest.raises(RuntimeError, match="lost"):
             compiled(*given)
         gen.step()

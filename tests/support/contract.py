@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,7 +19,6 @@ from ras_compile.dispatch.traced import places_given, specialise
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.explanation import record_call
 from ras_compile.passes.algebra.layout import Concat, Frame, Layout
-from ras_compile.passes.analysis.splices import plan as plan_of
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.branches import Slots
 
@@ -51,11 +49,10 @@ class Subject:
     @cached_property
     def frozen(self) -> Subject:
         """The same model with a frozen context."""
-        other = copy.copy(self.plan)
-        other.sparse, other._programs = plan_of(other.analysis, frozen=True), {}
-        other.__dict__.pop("_cached_outputs", None)  # which belong to the splices of the other plan
-        other.prove()
-        return Subject(other, self.values)
+        plan = self.plan
+        frozen = Plan(plan.captured, plan.inputs, self.values, replace(plan.config, context="frozen"))
+        assert frozen.sparse.live is not None, "its context can be frozen"
+        return Subject(frozen, self.values)
 
     def program(self, active: int) -> fx.GraphModule:
         """The sparse program for ``active`` rows, as the eager inner backend runs it. Not to be changed."""
