@@ -33,8 +33,6 @@ try:
 except ImportError:  # nothing is ever timed
     triton = None
 
-from ._torch import cache_folder
-
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +41,9 @@ def folder() -> Path:
     named = os.environ.get("RAS_COMPILE_CACHE_DIR")
     if named:
         return Path(named)
-    return cache_folder() / "ras_compile"
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "ras_compile"
 
 
 @cache

@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
-from ras_compile._torch import RESUME_PREFIX, why_graph_ends
-from ras_compile.canaries import check as check_pytorch
-from ras_compile.capture.inputs import describe_inputs, find_timestep
+from ras_compile.capture.inputs import describe_inputs, find_timestep, key_of
 from ras_compile.capture.numbers import as_tensors, number_positions
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.callers import LIBRARIES, compiled_call, holder, is_call, receiver
 from ras_compile.dispatch.traced import falling_back, places_given, take_over
-from ras_compile.errors import RASError, SpecViolation, UnsupportedGraph
+from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_inner, start_workers
-from ras_compile.notices import warn_once
+from ras_compile.notices import first_time, warn_once
 from ras_compile.plans.family import Families
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.blocks import feeds_a_block, why_block
@@ -31,8 +30,6 @@ from ras_compile.sampling.state import reached
 from ras_compile.sampling.steps import run_step
 
 log = logging.getLogger(__name__)
-# breaks that were told, by class, file and line: the parts behind one say no more
-_breaks: set[tuple[str, tuple[str, int | None]]] = set()
 
 
 def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode=None):
@@ -45,19 +42,17 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
         mode: torch.compile's mode, handed on to the inner backend.
 
     Raises:
-        RASError: an unknown option, a bad value, or a PyTorch on which nothing can be compiled; at the first call, since
-            Dynamo would wrap it in an error of its own.
+        ConfigError: an unknown option or a bad value; at the first call, since Dynamo would wrap it in an error of its own.
     """
     try:
         config = RASConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
-        check_pytorch()
-    except RASError as error:
+    except ConfigError as error:
         return _raising(error)
     start_workers(example_inputs, config)
     return CompiledGraph(graph, config)
 
 
-def _raising(error: RASError) -> Callable[..., Any]:
+def _raising(error: ConfigError) -> Callable[..., Any]:
     def fail(*values: Any) -> Any:
         raise error
 
@@ -181,8 +176,7 @@ class CompiledGraph:
 
     def _key(self, values: Sequence[Any]) -> tuple:
         """What a plan is specialised on: sizes, strides and types of the user's inputs, and numbers themselves."""
-        given = [values[index] for index in self.users]
-        return tuple([(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in given])
+        return key_of([values[index] for index in self.users])
 
     def _plan(self, values: Sequence[Any], config: RASConfig) -> Plan:
         """The plan for a call, one that it shares with other lengths of the context if it can."""
@@ -220,10 +214,8 @@ class CompiledGraph:
             raise error.again() if isinstance(error, GraphBreak) else error
         found = compiled_call()
         name = "this model" if found is None else type(found[0]).__name__
-        if isinstance(error, GraphBreak):
-            if (name, error.where) in _breaks:
-                return
-            _breaks.add((name, error.where))
+        if isinstance(error, GraphBreak) and not first_time((name, error.where)):
+            return  # the parts behind a break that was told say no more
         warn_once(f"ras_compile: {name} runs dense: {error}")
 
     def _dense(self, values: Sequence[Any]) -> Compiled:
@@ -235,7 +227,7 @@ class CompiledGraph:
 
 def graph_break(graph: fx.GraphModule) -> GraphBreak | None:
     """The error of a graph that is only a part of the model's forward, because Dynamo broke it; None for a whole one."""
-    reason = why_graph_ends(graph)
+    reason = getattr(graph, "compile_subgraph_reason", None)
     frames = list(reason.user_stack) if reason is not None else []
     if reason is None or not frames:
         return None
@@ -244,7 +236,7 @@ def graph_break(graph: fx.GraphModule) -> GraphBreak | None:
     if reason.graph_break:
         text = str(reason.reason).strip().splitlines()[0]
         return GraphBreak(f"Dynamo broke the model's graph ({text}); a model must be one graph", source, where)
-    resumed = next((f for f in frames if f.name.startswith(RESUME_PREFIX)), None)
+    resumed = next((f for f in frames if f.name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)), None)
     if resumed is not None:
         line = int(resumed.name.rpartition("_")[2])
         text = f"the graph is the rest of a model behind a graph break in line {line}; a model must be one graph"

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Hashable
 
 from ras_compile.errors import RASWarning
 
-__all__ = ["reset", "warn_once"]
+__all__ = ["first_time", "reset", "warn_once"]
 
-_said: set[str] = set()
+_said: set[Hashable] = set()
 _lock = threading.Lock()
 
 
 def warn_once(message: str, *, stacklevel: int = 3) -> None:
     """Warn with `message` unless this process has already done so."""
+    if first_time(message):
+        warnings.warn(message, RASWarning, stacklevel=stacklevel)
+
+
+def first_time(what: Hashable) -> bool:
+    """Whether this process is about to say something for the first time; from now on it counts as said."""
     with _lock:
-        if message in _said:
-            return
-        _said.add(message)
-    warnings.warn(message, RASWarning, stacklevel=stacklevel)
+        known = what in _said
+        _said.add(what)
+        return not known
 
 
 def reset() -> None:

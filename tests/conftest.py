@@ -3,11 +3,15 @@
 import gc
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
+
+from ras_compile import notices
 
 pytest.register_assert_rewrite("properties")
 
@@ -30,7 +34,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    torch.manual_seed(0)  # a test draws the same numbers alone, in any order and in any process
+    """A test finds the same alone, in any order and in any process: random numbers, compiled code, what was said once."""
+    torch._dynamo.reset()
+    notices.reset()
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

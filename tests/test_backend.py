@@ -15,15 +15,7 @@ from torch import nn
 
 import ras_compile
 import ras_compile.plans.plan
-from ras_compile import notices
 from ras_compile.errors import UnsupportedGraph
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    notices.reset()
-    torch.manual_seed(0)
 
 
 def test_by_its_name_alone():

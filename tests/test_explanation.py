@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import threading
 
-import pytest
 import torch
 from tiny import EAGER, LATENT, TEXT, model, run
 
 import ras_compile
 from ras_compile import explanation
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
 
 
 def test_a_model_that_is_explained_stays_compiled(monkeypatch):

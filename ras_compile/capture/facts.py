@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-
-from ras_compile._torch import fx_graph_cse
+from torch._functorch.compile_utils import fx_graph_cse
 
 
 @dataclass

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile._torch import source_of
 from ras_compile.errors import ConfigError
 
 _STEP = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]|\.([A-Za-z_]\w*)")
@@ -36,7 +35,12 @@ class GraphInput:
 
 def source_name(node: fx.Node) -> str:
     """Dynamo's source expression of a placeholder, such as ``L['kwargs']['timestep']``."""
-    return source_of(node) or str(node.target)
+    source = getattr(node, "_dynamo_source", None)
+    if source is None and (held := node.meta.get("grapharg")) is not None:
+        source = held.source
+    name = getattr(source, "name", None)
+    name = name() if callable(name) else name
+    return name if isinstance(name, str) else str(node.target)
 
 
 def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
@@ -122,6 +126,13 @@ def check_timestep(name: str | None, kind: type[nn.Module]) -> None:
         raise ConfigError(
             f"option timestep={name!r} names no argument of {kind.__name__}.forward; there are {', '.join(map(repr, known))}."
         )
+
+
+def key_of(values: Iterable[Any]) -> tuple:
+    """What programs are made for: sizes, strides, types and devices of tensors; other arguments by their type and text."""
+    return tuple(
+        [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else (type(v), str(v)) for v in values]
+    )
 
 
 def latent_candidates(inputs: Sequence[GraphInput], values: Sequence[Any], name: str | None) -> list[int]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ras_compile._torch import OptimizedModule, compiled_call, raise_recompile_limit, set_compiled_call
 from ras_compile.backend import ras
 from ras_compile.capture.inputs import check_timestep
 from ras_compile.capture.unusable import told_plainly
@@ -42,9 +41,9 @@ class Handle:
         self._attached = transformers
         for name, module in transformers.items():
             module.compile(backend=ras, options=options, **_limits())
-            compiled = compiled_call(module)
+            compiled = module._compiled_call_impl
             assert compiled is not None
-            set_compiled_call(module, _Followed(compiled, self.follower, name, type(module).__name__))
+            module._compiled_call_impl = _Followed(compiled, self.follower, name, type(module).__name__)
             follow_branches(module)
 
     @property
@@ -78,7 +77,7 @@ class Handle:
         """Restore the pipeline as it was: uncompiled transformers, a scheduler of its own class, no caches. May be repeated."""
         release(self)  # Dynamo keeps what it compiled for as long as the module lives
         for module in self._attached.values():
-            set_compiled_call(module, None)
+            module._compiled_call_impl = None
             unfollow_branches(module)
         self.follower.stop()
         self._attached = {}
@@ -120,7 +119,7 @@ def attach(pipe: Any, **options: Any) -> Handle:
             "denoiser, with ras_compile.generation() to tell the steps."
         )
     for name, module in found.items():
-        if isinstance(module, OptimizedModule) or compiled_call(module) is not None:
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ConfigError(
                 f"{type(pipe).__name__}.{name} is compiled or attached already; attach to the plain module, or call "
                 "detach() on its handle first."
@@ -146,7 +145,8 @@ def _limits() -> dict[str, Any]:
     """A recompile limit for our compilation alone; older versions of torch only have one for the process."""
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return {"recompile_limit": _RECOMPILE_LIMIT}
-    raise_recompile_limit(_RECOMPILE_LIMIT)
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
     return {}
 
 

@@ -48,12 +48,6 @@ class OneRegion(Plain):
         return super().layer(x, layer)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("kind", [InInferenceMode, Checkpointed, OneRegion])
 def test_what_changes_no_value_is_left_out(kind):
     x = torch.randn(2, 12, 8, dtype=torch.float64)

@@ -59,12 +59,6 @@ POSITIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("name", POSITIONS)
 def test_a_mask_of_positions(name: str):
     model = Flexible(POSITIONS[name]).eval()

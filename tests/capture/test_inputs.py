@@ -1,32 +1,43 @@
-"""What the inputs of a graph are called."""
+"""What tells two calls of one graph apart: each part of the key, alone."""
 
 from __future__ import annotations
 
 import pytest
-from torch import nn
+import torch
 
-from ras_compile.capture.inputs import argument_names
-
-
-class Short(nn.Module):
-    def forward(s, hidden_states, timestep, *others, text=None, **more):  # what is tested
-        pass
+from ras_compile.capture.inputs import key_of
 
 
-class Usual(nn.Module):
-    def forward(self, hidden_states, timestep, *others, text=None, **more):
-        pass
+def values():
+    return [torch.ones(2, 4), 3, 0.5, None, "text", (8, 12)]
 
 
-class Gathered(nn.Module):
-    def forward(*args, text=None):
-        pass
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [
+        (0, torch.ones(2, 5)),
+        (0, torch.ones(4, 2)),
+        (0, torch.ones(4, 2).t()),  # strides alone: what Inductor compiles assumes them
+        (0, torch.ones(2, 4, dtype=torch.float64)),
+        (0, torch.ones(2, 4, dtype=torch.bfloat16)),
+        (0, torch.ones(2, 4, device="meta")),
+        (0, None),
+        (1, 4),
+        (1, 3.0),  # equal, and of another type: the code may ask
+        (1, True),
+        (2, 0.25),
+        (2, float("nan")),
+        (3, 0),
+        (4, "another"),
+        (5, (12, 8)),
+    ],
+)
+def test_calls_that_differ_in_one_thing_have_other_keys(place, other):
+    assert key_of([other if index == place else value for index, value in enumerate(values())]) != key_of(values())
 
 
-@pytest.mark.parametrize("kind", [Short, Usual])
-def test_the_module_is_no_argument_whatever_it_is_called(kind):
-    assert argument_names(kind.forward) == ["hidden_states", "timestep", "text"]
-
-
-def test_a_forward_may_hold_the_module_among_all_positional_arguments():
-    assert argument_names(Gathered.forward) == ["text"]
+def test_calls_that_are_alike_have_one_key():
+    """Values of tensors count for nothing, and each part can be looked up."""
+    again = [torch.zeros(2, 4), *values()[1:]]
+    assert key_of(again) == key_of(values()) and hash(key_of(again)) == hash(key_of(values()))
+    assert key_of([float("nan")]) == key_of([float("nan")])

@@ -284,12 +284,6 @@ class InMode(Model):
             return super().forward(x, time).to(x.dtype)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def dynamo(model: nn.Module) -> tuple[fx.GraphModule, list]:
     """Dynamo's graph of a model, and what it is called with."""
     found: list = []

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import ras_compile
-from ras_compile import notices
 
 EAGER = {"inner_backend": "eager", "warmup_steps": 1, "reset_interval": None}
 
@@ -126,14 +125,6 @@ class Pipe:
 def call(height=8, width=12):
     generator = torch.Generator().manual_seed(3)
     return dict(hidden_states=torch.randn(1, 4, height, width, generator=generator), timestep=torch.ones(1))
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    notices.reset()
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 CASES = {

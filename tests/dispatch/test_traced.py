@@ -130,14 +130,6 @@ def kinds(model) -> list[str]:
     return [record.kind for record in ras_compile.trace(model)]
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    notices.reset()
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 EXACT = {**OPTIONS, "sample_ratio": 1.0, "unsupported": "error"}
 
 

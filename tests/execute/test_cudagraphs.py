@@ -13,7 +13,6 @@ from recorded import Recorded
 from tiny import TinyDiT, run
 
 import ras_compile
-from ras_compile import notices
 from ras_compile.execute import cudagraphs, replay
 from ras_compile.sampling.registry import states_of
 
@@ -32,9 +31,6 @@ def device(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def captured(device, monkeypatch):
     """The programs captured so far."""
-    torch._dynamo.reset()
-    notices.reset()
-    torch.manual_seed(0)
     made: list[object] = []
     graph = cudagraphs.Graph
 

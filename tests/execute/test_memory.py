@@ -13,19 +13,18 @@ from recorded import Recorded
 from tiny import EAGER, LATENT, TEXT, kinds, model, run
 
 import ras_compile
-from ras_compile import notices
 from ras_compile.execute import cudagraphs, memory, replay
 from ras_compile.execute.homes import listed
 from ras_compile.plans.plan import Plan
 
 WIDE = torch.randn(2, 4, 8, 16)
+OTHERS: weakref.WeakSet[memory.Keeper] = weakref.WeakSet()  # of models that tests before have left
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch._dynamo.reset()
-    notices.reset()
     gc.collect()
+    OTHERS.update(memory.keepers)
     gc.freeze()  # what is here already need not be looked through at each of the many collections
     yield
     gc.unfreeze()
@@ -36,10 +35,14 @@ def compiled_model(**options):
     return plain, torch.compile(plain, backend="ras", options={**EAGER, **options})
 
 
+def keepers() -> list[memory.Keeper]:
+    return [keeper for keeper in listed(memory.keepers) if keeper not in OTHERS]
+
+
 def kept() -> list[weakref.ref]:
     """The cache tensors that are kept at present."""
     gc.collect()
-    slots = [slots for keeper in list(memory.keepers) for slots in keeper.held if slots]
+    slots = [slots for keeper in keepers() for slots in keeper.held if slots]
     return [weakref.ref(cache) for found in slots for cache in found["caches"]]
 
 
@@ -51,7 +54,7 @@ def alive(refs) -> int:
 def test_caches_stay_for_the_next_generation():
     _, compiled = compiled_model()
     run(compiled, LATENT, TEXT)
-    assert alive(kept()) == 5 and sum(keeper.bytes for keeper in memory.keepers) > 0
+    assert alive(kept()) == 5 and sum(keeper.bytes for keeper in keepers()) > 0
     run(compiled, LATENT, TEXT)
     assert alive(kept()) == 5
 
@@ -95,7 +98,7 @@ def test_all_goes_with_the_model_itself(captured):
     assert refs and alive(captured) == 3, "the dense program, the sparse one, the selection"
     del plain, compiled
     assert alive(refs) == alive(captured) == 0
-    assert not any(keeper.bytes for keeper in memory.keepers)
+    assert not any(keeper.bytes for keeper in keepers())
 
 
 def test_graphs_go_at_release(captured):

@@ -10,7 +10,7 @@ import torch
 from recorded import Recorded
 
 import ras_compile
-from ras_compile import RASConfig, notices
+from ras_compile import RASConfig
 from ras_compile.execute import replay
 from ras_compile.execute.replay import Replayed
 from ras_compile.passes.algebra.tokens import TokenView
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.filterwarnings("error::ras_compile.notices.RASWarning")
 def stand_in(monkeypatch):
     monkeypatch.setattr(replay, "DEVICE", "cpu")
     monkeypatch.setattr(replay, "Graph", Recorded)
-    notices.reset()
 
 
 def test_it_is_recorded_once_for_each_shape_and_setting():

@@ -37,7 +37,6 @@ def one_launch(request, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "many_linears_reference", None)
     monkeypatch.setenv("RAS_COMPILE_CACHE_DIR", str(tmp_path))
     timings.cache_clear()
-    torch.manual_seed(0)
     if parameters.get("device") == "cuda":  # many sizes: only the tests that are CUDA's own time the tiles
         monkeypatch.setattr(module.ManyLaunch, "fastest", lambda launch: list(launch.tiles().values())[-1])
 

@@ -15,11 +15,6 @@ ALL = {**EAGER, "sample_ratio": 1.0}
 SPARSE_FROM_2 = "ddsss"
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-
-
 def lora(seed: int, rank: int = 2) -> dict[str, torch.Tensor]:
     """Weights of a LoRA for the attention of `pipelines.sd3`, as `load_lora_weights` takes them."""
     weights = {}

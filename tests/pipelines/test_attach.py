@@ -12,7 +12,6 @@ from spy import spy
 
 import ras_compile
 from ras_compile import attach as attach_function
-from ras_compile import notices
 from ras_compile.config import RUNTIME_OPTIONS
 from ras_compile.errors import RASWarning
 from ras_compile.sampling.state import TransformerState
@@ -22,8 +21,6 @@ DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps
 
 @pytest.fixture(autouse=True)
 def spied(monkeypatch):
-    torch._dynamo.reset()
-    notices.reset()
     monkeypatch.setattr(inspect.getmodule(attach_function), "ras", spy)
 
 

@@ -101,12 +101,6 @@ PRESERVING = [
 ADDS_NOISE = "adds noise at each step"
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    notices.reset()
-
-
 def told(run) -> list[str]:
     """The warnings of ours that `run` gives."""
     with warnings.catch_warnings(record=True) as caught:

@@ -24,7 +24,6 @@ from pipelines import (
 )
 
 import ras_compile
-from ras_compile import notices
 
 TRUE = {
     "true_cfg_scale": 2.0,
@@ -32,12 +31,6 @@ TRUE = {
     "negative_pooled_prompt_embeds": normal(1, 8, seed=4),
 }
 SKIP = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.9}
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    notices.reset()
 
 
 @pytest.mark.parametrize(

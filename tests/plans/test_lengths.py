@@ -18,7 +18,6 @@ from zoo import ZOO, redraw
 import ras_compile
 import ras_compile.plans.family
 import ras_compile.plans.plan
-from ras_compile import notices
 from ras_compile.capture.inputs import GraphInput, describe_inputs
 from ras_compile.capture.numbers import capture_numbers
 from ras_compile.config import RASConfig
@@ -32,13 +31,6 @@ from ras_compile.plans.symbolic import SymbolicGraph, takes_all
 # cross attention with a mask; a joint sequence; a joint sequence with rotary ids; cross attention with a mask, rotary
 MODELS = {"PixArt": 6, "SD3": 5, "Flux": 5, "Lumina-Next": 6}
 TWENTY = [9, 4, 12, 7, 30, 3, 5, 17, 2, 24, 8, 25, 11, 40, 6, 13, 22, 10, 48, 16]
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    notices.reset()
-    torch.manual_seed(0)
 
 
 @pytest.fixture

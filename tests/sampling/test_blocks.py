@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from zoo import ZOO, redraw
 
 import ras_compile
-from ras_compile import notices
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.traced import TracedModel, falling_back
 from ras_compile.errors import RASWarning, UnsupportedGraph
@@ -116,12 +115,6 @@ def compiled_blocks(names: list[str], **more: object) -> Model:
         for block in found if isinstance(found, nn.ModuleList) else [found]:
             block.compile(backend="ras", options=OPTIONS | more)
     return model
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    notices.reset()
 
 
 @pytest.mark.parametrize("names", [["doubles"], ["singles"], ["alone"], ["doubles", "singles", "alone"]], ids=str)

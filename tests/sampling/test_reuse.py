@@ -14,12 +14,6 @@ from ras_compile.pipelines.samplers import SCHEDULERS, check_clean, clean_coeffi
 from ras_compile.sampling.reuse import CleanSample, Extrapolation, active_tokens
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def test_a_line_is_continued_exactly():
     """Noise that is linear in time comes back exactly, whenever a token was computed twice and however times are spaced."""
     base, slope = torch.randn(2, 5, 1, 3), torch.randn(2, 5, 1, 3)

@@ -1,5 +1,6 @@
 """A hand-written loop that says its steps: generations, branches, rows, counts, and what ends them."""
 
+import contextvars
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ import ras_compile
 from ras_compile import RASConfig
 from ras_compile.sampling.rows import RowChooser
 from ras_compile.sampling.selection import SelectionInfo
-from ras_compile.sampling.state import CallInfo
+from ras_compile.sampling.state import CallInfo, Decision
 
 DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps: dense at 0..3, 12 and 20
 
@@ -226,6 +227,23 @@ def test_a_call_that_fails_ends_what_was_cached():
             gen.step()
             model(latent + step, None, *contexts["cond"], truth=(number, "cond", step), graph="x")
     assert model.kinds() == "ddddss" + "ddddss"
+
+
+def test_a_call_that_fails_is_no_longer_under_way():
+    """Who catches the error may go on in another thread; the caches that the call left half written serve nobody."""
+    model = FakeTransformer()
+    contexts = prompts("cond")
+    with ras_compile.generation() as gen:
+        number, latent = denoise(model, falling(6), contexts, gen=gen)
+        gen.step()
+        call = CallInfo(("x", latent.shape), latent, contexts["cond"], None, 1, TOKENS)
+        model.state.fail(model.state.decide(call))
+        decisions: list[Decision] = []
+        here = contextvars.copy_context()
+        other = threading.Thread(target=here.run, args=(lambda: decisions.append(model.state.decide(call)),))
+        other.start()
+        other.join()
+    assert [(decision.kind, decision.slots) for decision in decisions] == [("dense", {})]
 
 
 @pytest.mark.parametrize("how", ["abort", "reset"])

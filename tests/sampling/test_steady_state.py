@@ -28,8 +28,6 @@ class Silent(Recorded):
 
 @pytest.fixture(autouse=True)
 def silent(monkeypatch):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
     monkeypatch.setattr(cudagraphs, "DEVICE", "cpu")
     monkeypatch.setattr(cudagraphs, "Graph", Silent)
     monkeypatch.setattr(replay, "DEVICE", "cpu")

@@ -882,6 +882,14 @@ def resampling() -> list[Row]:
         Row(aten.upsample_trilinear3d.vec, lambda s: s(deep(s), [3, 6, 8], False, None), "whole"),
         Row(aten.upsample_nearest1d.vec, lambda s: s(s.columns, None, [2.0])),
         Row(aten.upsample_nearest1d.vec, lambda s: s(s.columns, [18], None), "whole"),
+        Row(aten.upsample_nearest1d.vec, lambda s: s(s.columns, None, [8.0])),  # the largest factor
+        Row(aten.upsample_nearest1d.vec, lambda s: s(s.columns, None, [9.0]), "whole"),
+        Row(aten.upsample_nearest2d.vec, lambda s: s(s.image, None, [8.0, 8.0])),
+        *[
+            Row(aten.upsample_nearest2d.vec, lambda s, factors=factors: s(s.image, None, factors), "whole")
+            for factors in ([9.0, 1.0], [1.0, 16.0])
+        ],
+        Row(aten.upsample_nearest3d.vec, lambda s: s(deep(s), None, [2.0, 9.0, 1.0]), "whole"),
         Row(aten.upsample_nearest2d.vec, lambda s: s(s.image, None, [2.0, 3.0])),
         Row(aten.upsample_nearest2d.vec, lambda s: s(s.image, [4, 6], None), "whole"),
         Row(aten.upsample_nearest3d.vec, lambda s: s(deep(s), [6, 6, 8], None)),
