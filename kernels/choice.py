@@ -12,18 +12,21 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .arguments import ScatterArguments
 from .attention import Launch as AttentionLaunch
 from .attention import attention_reference
 from .attention import runs_kernel as runs_attention
 from .gather_linear import Launch as GatherLaunch
 from .grouped import GroupedLaunch
-from .launch import Launch, runs_kernel
+from .launch import Launch, runs_kernel, runs_triton
 from .many_linears import ManyLaunch, many_linears_reference, runs_many
 from .reference import epilogue_reference
 from .tiles import Answer, Postponed, milliseconds, timings
 
 MEASURED_BYTES = 2**28  # of weights that are read in turn: many times what the cache of a device holds
-Arguments = Sequence[Any]  # of `scatter_linear`; of the tensors only sizes, strides, dtypes and devices count
+Arguments = Sequence[
+    Any
+]  # of an op, in the order of its schema; of tensors only sizes, strides, dtypes and devices count
 
 
 def pays(ops: Sequence[Arguments]) -> bool:
@@ -36,11 +39,12 @@ def pays(ops: Sequence[Arguments]) -> bool:
     Args:
         ops: arguments of each op, as it takes them.
     """
-    if not supported(ops):
+    members = packed(ops)
+    if not all(map(runs_kernel, members)):
         return False
-    if not ops[0][1].is_cuda:  # the interpreter: nothing to measure
+    if not members[0].x.is_cuda:  # the interpreter: nothing to measure
         return True
-    times = weighed(ops)
+    times = weighed(members)
     return times is not None and times[0] <= times[1]
 
 
@@ -53,19 +57,20 @@ def pays_grouped(sites: Sequence[Sequence[Arguments]], linears: Sequence[Argumen
         sites: for each site, the arguments of its `scatter_linear` ops.
         linears: those of plain linears, as members of the launch: with the compact cache that each would write.
     """
-    members = [args for ops in sites for args in ops] + list(linears)
-    if not supported(members):
+    scatters, products = [packed(ops) for ops in sites], packed(linears)
+    members = [member for ops in scatters for member in ops] + products
+    if not all(map(runs_kernel, members)):
         return False
-    if not members[0][1].is_cuda:
+    if not members[0].x.is_cuda:
         return True
     alone = 0.0
-    for ops in sites:
+    for ops in scatters:
         times = weighed(ops)
         if times is None:
             return False
         alone += min(times)
-    for args in linears:
-        time = measured("linear", [args], _linear, 1)
+    for product in products:
+        time = measured("linear", [product], _linear, 1)
         if time is None:
             return False
         alone += time[0]
@@ -73,7 +78,12 @@ def pays_grouped(sites: Sequence[Sequence[Arguments]], linears: Sequence[Argumen
     return together is not None and together[0] <= alone
 
 
-def weighed(ops: Sequence[Arguments]) -> tuple[float, float] | None:
+def packed(ops: Sequence[Arguments]) -> list[ScatterArguments[Tensor]]:
+    """The arguments of `scatter_linear` ops, by name, with the defaults of what is not given."""
+    return [ScatterArguments(*args) for args in ops]
+
+
+def weighed(ops: Sequence[ScatterArguments[Tensor]]) -> tuple[float, float] | None:
     """Milliseconds of a site's ops fused, and as linears with one pass over their results; None where they cannot be had now."""
     fused = plain = 0.0
     for args in ops:
@@ -84,22 +94,7 @@ def weighed(ops: Sequence[Arguments]) -> tuple[float, float] | None:
     return fused, plain
 
 
-def supported(ops: Sequence[Arguments]) -> bool:
-    return all(
-        runs_kernel(args[1], *(filled(args)[index] for index in (6, 7, 11))) for args in ops
-    )  # head_dim, norm, rope
-
-
-def filled(args: Arguments) -> tuple[Any, ...]:
-    """With the defaults of what is not given."""
-    return (*args, *_DEFAULTS[len(args) - 5 :])
-
-
-# Of the arguments behind the rows.
-_DEFAULTS = (1, 0, "none", None, None, 0.0, "none", None, None)
-
-
-def gather_pays(ops: Sequence[Sequence[Any]]) -> bool:
+def gather_pays(ops: Sequence[Arguments]) -> bool:
     """Whether these `gather_linear` ops together are faster than a copy of the active rows and a linear (cuBLAS).
 
     No gather that Inductor writes is faster than a copy of rows that lie side by side, no convolution over patches faster
@@ -108,10 +103,10 @@ def gather_pays(ops: Sequence[Sequence[Any]]) -> bool:
     Args:
         ops: arguments of each op, as it takes them; of the tensors only sizes, strides, dtypes and devices count.
     """
-    return _together("gather", ops, runs_kernel, _measure_gather)
+    return _together("gather", ops, runs_triton, _measure_gather)
 
 
-def attention_pays(ops: Sequence[Sequence[Any]]) -> bool:
+def attention_pays(ops: Sequence[Arguments]) -> bool:
     """Whether these `attention` ops together are faster than `scaled_dot_product_attention`.
 
     Args:
@@ -122,9 +117,9 @@ def attention_pays(ops: Sequence[Sequence[Any]]) -> bool:
 
 def _together(
     what: str,
-    ops: Sequence[Sequence[Any]],
+    ops: Sequence[Arguments],
     runs: Callable[[Tensor], bool],
-    measure: Callable[[Sequence[Any]], tuple[float, float]],
+    measure: Callable[[Arguments], tuple[float, float]],
 ) -> bool:
     """Whether ops are faster fused than plain, by the sums of what ``measure`` gives for each: (fused, plain)."""
     fused = plain = 0.0
@@ -158,12 +153,14 @@ def many_pays(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 
 
 def measured(
-    what: str, ops: Sequence[Arguments], measure: Callable[[list[list[Any]]], tuple[float, ...]], count: int = 2
+    what: str,
+    ops: Sequence[ScatterArguments[Tensor]],
+    measure: Callable[[list[ScatterArguments[Tensor]]], tuple[float, ...]],
+    count: int = 2,
 ) -> tuple[float, ...] | None:
     """Milliseconds of launches of these `scatter_linear` ops, infinite where no tile runs; None: they cannot be had now."""
-    ops = [filled(args) for args in ops]
     key = f"{what} {[[_words(value) for value in args] for args in ops]}"
-    return remembered(key, ops[0][1].device, lambda: measure(real_arguments(ops)), count)
+    return remembered(key, ops[0].x.device, lambda: measure(real_arguments(ops)), count)
 
 
 def remembered(
@@ -203,32 +200,31 @@ def _words(value: Any) -> object:
     return (str(value.dtype), tuple(value.shape), value.stride()) if isinstance(value, Tensor) else value
 
 
-def fused_and_plain(ops: list[list[Any]]) -> tuple[float, float]:
+def fused_and_plain(ops: list[ScatterArguments[Tensor]]) -> tuple[float, float]:
     """Of the op, and of what it replaces."""
-    (_, x, weight, bias, *_), *_ = ops
-    launch = Launch(*ops[0])
+    (given,) = ops
+    x, weight, bias, launch = given.x, given.weight, given.bias, Launch(given)
     tile = launch.fastest()
     result = F.linear(x, weight, bias)
     copy = torch.empty_like(result)
     fused = math.inf if tile is None else milliseconds(lambda: launch(tile))
     plain = milliseconds(lambda: torch.neg(F.linear(x, weight, bias), out=copy))
     if launch.D and plain < fused < math.inf:
-        made = milliseconds(_by_inductor(ops[0]))
+        made = milliseconds(_by_inductor(given))
         plain = made if math.isfinite(made) else plain
     return fused, plain
 
 
-def _by_inductor(args: Sequence[Any]) -> Callable[[], Any]:
+def _by_inductor(given: ScatterArguments[Tensor]) -> Callable[[], Any]:
     """Linear, norm and rotary embedding as Inductor makes them, with a compact result; compiled at the first call."""
-    _, x, weight, bias, _, _, head_dim, norm, norm_weight, norm_bias, eps, rope, cos, sin = args
-    optional = dict(bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, cos=cos, sin=sin)
+    optional = {name: getattr(given, name) for name in ("bias", "norm_weight", "norm_bias", "cos", "sin")}
     names = [name for name, tensor in optional.items() if tensor is not None]
-    tensors = [x, weight, *(optional[name] for name in names)]
+    tensors = [given.x, given.weight, *(optional[name] for name in names)]
 
     def site(x: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
-        given = dict(zip(names, others, strict=True))
-        y = F.linear(x, weight, given.pop("bias", None))
-        return epilogue_reference(y, head_dim, norm, eps=eps, rope=rope, **given)
+        more = dict(zip(names, others, strict=True))
+        y = F.linear(x, weight, more.pop("bias", None))
+        return epilogue_reference(y, given.head_dim, given.norm, eps=given.eps, rope=given.rope, **more)
 
     compiled: list[Any] = []
 
@@ -240,11 +236,10 @@ def _by_inductor(args: Sequence[Any]) -> Callable[[], Any]:
     return run
 
 
-def _measure_gather(args: Sequence[Any]) -> tuple[float, float]:
+def _measure_gather(args: Arguments) -> tuple[float, float]:
+    rest: list[Any]
     x, weight, bias, rows, *rest = (_real(value) if isinstance(value, Tensor) else value for value in args)
-    places = math.prod(x.shape[1 : 1 + (rest or [1])[0]])
-    for row in rows:
-        row.copy_(torch.randperm(places, device=rows.device)[: rows.shape[1]])
+    _number(rows, x, *rest[:1])
     launch = GatherLaunch(x, weight, bias, rows, *rest)
     tile = launch.fastest()
     if tile is None:
@@ -257,7 +252,7 @@ def _measure_gather(args: Sequence[Any]) -> tuple[float, float]:
     )
 
 
-def _measure_attention(args: Sequence[Any]) -> tuple[float, float]:
+def _measure_attention(args: Arguments) -> tuple[float, float]:
     q, k, v = map(_real, args[:3])
     launch = AttentionLaunch(q, k, v, args[3])
     cut = launch.fastest() if launch.fits else None
@@ -289,33 +284,37 @@ def _real(value: Tensor) -> Tensor:
     return made.normal_() if made.is_floating_point() else made.zero_()
 
 
-def _linear(ops: list[list[Any]]) -> tuple[float]:
-    (_, x, weight, bias, *_), *_ = ops
-    return (milliseconds(lambda: F.linear(x, weight, bias)),)
+def _linear(ops: list[ScatterArguments[Tensor]]) -> tuple[float]:
+    (given,) = ops
+    return (milliseconds(lambda: F.linear(given.x, given.weight, given.bias)),)
 
 
-def measure_grouped(ops: list[list[Any]]) -> tuple[float]:
+def measure_grouped(ops: list[ScatterArguments[Tensor]]) -> tuple[float]:
     """Of one launch of all these; infinite where they do not fit into one."""
     launch = GroupedLaunch(ops)
     tile = launch.fastest() if launch.fits else None
     return (math.inf if tile is None else milliseconds(lambda: launch(tile)),)
 
 
-def real_arguments(ops: Sequence[Arguments]) -> list[list[Any]]:
+def real_arguments(ops: Sequence[ScatterArguments[Tensor]]) -> list[ScatterArguments[Tensor]]:
     """Tensors as :func:`_real` makes them, one for all that were one, and rows that are unique."""
-    known: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}
 
     def real(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if id(value) not in known:
-            known[id(value)] = _real(value)
-        return known[id(value)]
+        if id(value) not in made:
+            made[id(value)] = _real(value)
+        return made[id(value)]
 
-    result = [[real(value) for value in args] for args in ops]
-    for args in result:
-        cache, rows, grid_dims = args[0], args[4], args[5]
-        places = math.prod(cache.shape[1 : 1 + grid_dims])
-        for row in rows:
-            row.copy_(torch.randperm(places, device=rows.device)[: rows.shape[1]])
+    result = [ScatterArguments(*map(real, given)) for given in ops]
+    for given in result:
+        _number(given.rows, given.cache, given.grid_dims)
     return result
+
+
+def _number(rows: Tensor, grid: Tensor, grid_dims: int = 1) -> None:
+    """Fills rows with numbers of a tensor [B, *grid, ...] that are unique within a sample."""
+    places = math.prod(grid.shape[1 : 1 + grid_dims])
+    for row in rows:
+        row.copy_(torch.randperm(places, device=rows.device)[: rows.shape[1]])

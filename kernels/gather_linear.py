@@ -21,17 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .arguments import DTYPES, MOST_RUNS, runs, three_runs
 from .gemm import INTERPRETED, triton
-from .launch import INTERPRETER_TILE, KERNEL_DTYPES, Tile, runs_kernel, strided_runs
+from .launch import INTERPRETER_TILE, Tile, runs_triton
 from .tiles import fastest
 
 if triton is not None:
     import triton.language as tl
 
     from .gemm import address
-
-DTYPES = (*KERNEL_DTYPES, torch.float64)  # float64 always runs the eager twin
-MOST_RUNS = 3  # strides that the kernel has for a grid, and for channels
 
 
 def gather_linear_reference(
@@ -111,17 +109,6 @@ if triton is not None:
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
 
 
-def runs(tensor: Tensor, first: int, last: int) -> list[tuple[int, int]]:
-    """Dims [first, last) as (size, stride), outermost first; neighbours that are one run in memory are merged."""
-    return strided_runs(tuple(tensor.shape[first:last]), tensor.stride()[first:last])
-
-
-def _three(tensor: Tensor, first: int, last: int) -> list[tuple[int, int]]:
-    """The runs innermost first, as many as the kernel has."""
-    found = runs(tensor, first, last)[::-1]
-    return found + [(1, 0)] * (MOST_RUNS - len(found))
-
-
 class Launch:
     """The Triton kernel on checked, non-empty arguments; `launch(tile)` gives the result."""
 
@@ -129,8 +116,8 @@ class Launch:
         (N, K), A = weight.shape, rows.shape[1]
         B, S = max(x.shape[0], rows.shape[0]), math.prod(x.shape[1 : 1 + grid_dims])
         self.x, self.lead, self.sizes = x, (B, A), (B * A, N, K)
-        grid, channels = _three(x, 1, 1 + grid_dims), _three(x, 1 + grid_dims, x.ndim)
-        places = [(1, 0)] * MOST_RUNS if table is None else _three(table, 1, 1 + table_dims)
+        grid, channels = three_runs(x, 1, 1 + grid_dims), three_runs(x, 1 + grid_dims)
+        places = [(1, 0)] * MOST_RUNS if table is None else three_runs(table, 1, 1 + table_dims)
 
         def sample(given: Tensor | None) -> int:
             return 0 if given is None or given.shape[0] == 1 else given.stride(0)
@@ -217,7 +204,7 @@ def _check(
     kinds = {tensor.dtype for tensor in (x, weight, bias, table) if tensor is not None}
     require(len(kinds) == 1 and kinds <= set(DTYPES), f"x, weight, bias and table must share one dtype of {DTYPES}")
     require(len({tensor.device for tensor in tensors.values()}) == 1, "all tensors must be on one device")
-    most = max(len(runs(x, 1, 1 + grid_dims)), len(runs(x, 1 + grid_dims, x.ndim)))
+    most = max(len(runs(x, 1, 1 + grid_dims)), len(runs(x, 1 + grid_dims)))
     require(most <= MOST_RUNS, "the grid and the channels of x must each be viewable as three dims")
 
 
@@ -261,7 +248,7 @@ def gather_linear(
     if rows.device.type == "cpu" and rows.numel() and not (rows.min() >= 0 and rows.max() < places):
         raise IndexError(f"gather_linear: rows must be in [0, {places}), given {rows.min()} to {rows.max()}")
     empty = 0 in (x.shape[0], rows.numel(), weight.numel())
-    if empty or not runs_kernel(x):
+    if empty or not runs_triton(x):
         return gather_linear_reference(*given)
     # A launch goes to the current device, which need not be the tensors'.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .arguments import ScatterArguments, check, writes
 from .gemm import INTERPRETED, tl, triton
 from .launch import GROUP, TILES_HOPPER_GROUPED, Launch, Tile, interpreted_tile, processors, runs_kernel, tiles_for
-from .scatter_linear import check, splice, writes
+from .scatter_linear import splice
 from .tiles import fastest
 
 MOST = 8  # members of one launch: each has arguments of its own
@@ -39,6 +40,14 @@ if triton is not None:
         picked = values[0]
         for g in tl.static_range(1, len(values)):
             picked = tl.where(i_g == g, values[g], picked)
+        return picked
+
+    @triton.jit
+    def pick_each(columns, i_g):
+        """What member i_g has of each column."""
+        picked = ()
+        for c in tl.static_range(len(columns)):
+            picked += (pick(columns[c], i_g),)  # type: ignore[assignment]  # Triton's tuples are of any length
         return picked
 
     @triton.jit
@@ -56,7 +65,11 @@ if triton is not None:
         for g in tl.static_range(1, len(firsts)):
             if i_g == g:
                 x, weight = xs[g], weights[g]
-        M, N, A = pick(numbers[0], i_g), pick(numbers[1], i_g), pick(numbers[3], i_g)
+        (
+            M, N, _, A, S, G0, G1, C0, C1, eps, s_cb, s_g0, s_g1, s_g2, s_c0, s_c1, s_c2, s_xb, s_xa, s_xk, s_wn, s_wk,
+            s_bn, s_rb, s_ra, s_nw, s_nb, s_cosb, s_cosa, s_cosk, s_sinb, s_sina, s_sink,
+        ) = numbers  # fmt: skip
+        M, N, A = pick(M, i_g), pick(N, i_g), pick(A, i_g)
 
         i_m, i_n = place(i_p - pick(firsts, i_g), M, N, BM, BN, 0, 1, GROUP)
         o_m = i_m * BM + tl.arange(0, BM)  # [BM]
@@ -65,26 +78,19 @@ if triton is not None:
         o_b = (o_mc // A).to(tl.int64)  # [BM]
         o_a = (o_mc % A).to(tl.int64)  # [BM]
         b_y = product(
-            i_m, i_n, o_b, o_a, o_n, x, weight, N, K,
-            pick(numbers[17], i_g), pick(numbers[18], i_g), pick(numbers[19], i_g),
-            pick(numbers[20], i_g), pick(numbers[21], i_g),
+            i_m, i_n, o_b, o_a, o_n, x, weight, N, K, *pick_each((s_xb, s_xa, s_xk, s_wn, s_wk), i_g),
             EVEN_K, WIDEN, TMA, BM, BN, BK,
+        )  # fmt: skip
+        places = (
+            S, G0, G1, C0, C1, eps, s_cb, s_g0, s_g1, s_g2, s_c0, s_c1, s_c2,
+            s_bn, s_rb, s_ra, s_nw, s_nb, s_cosb, s_cosa, s_cosk, s_sinb, s_sina, s_sink,
         )  # fmt: skip
         i_e = pick(KINDS, i_g)
         for e in tl.static_range(len(EPILOGUES)):  # members of one kind share its code
             if i_e == e:
                 finish(
-                    b_y, o_m, o_b, o_a, o_n, m_n,
-                    pick(pointers[0], i_g), pick(pointers[1], i_g), pick(pointers[2], i_g), pick(pointers[3], i_g),
-                    pick(pointers[4], i_g), pick(pointers[5], i_g), pick(pointers[6], i_g),
-                    M, N, pick(numbers[4], i_g), pick(numbers[5], i_g), pick(numbers[6], i_g), pick(numbers[7], i_g),
-                    pick(numbers[8], i_g), pick(numbers[9], i_g), pick(numbers[10], i_g), pick(numbers[11], i_g),
-                    pick(numbers[12], i_g), pick(numbers[13], i_g), pick(numbers[14], i_g), pick(numbers[15], i_g),
-                    pick(numbers[16], i_g), pick(numbers[22], i_g), pick(numbers[23], i_g), pick(numbers[24], i_g),
-                    pick(numbers[25], i_g), pick(numbers[26], i_g), pick(numbers[27], i_g), pick(numbers[28], i_g),
-                    pick(numbers[29], i_g), pick(numbers[30], i_g), pick(numbers[31], i_g), pick(numbers[32], i_g),
-                    EPILOGUES[e][0], EPILOGUES[e][1], EPILOGUES[e][2], EPILOGUES[e][3], EPILOGUES[e][4],
-                    EPILOGUES[e][5], EPILOGUES[e][6], EPILOGUES[e][7], EPILOGUES[e][8], BM, BN,
+                    b_y, o_m, o_b, o_a, o_n, m_n, *pick_each(pointers, i_g), M, N, *pick_each(places, i_g),
+                    *EPILOGUES[e], BM, BN,
                 )  # fmt: skip
 
     @triton.jit
@@ -123,8 +129,8 @@ SWITCHES = ("HAS_BIAS", "NORM", "NORM_WEIGHT", "NORM_BIAS", "ROPE", "FULL_COS", 
 class GroupedLaunch:
     """The Triton kernel on the checked, non-empty arguments of several `scatter_linear`s; `launch(tile)` writes the caches."""
 
-    def __init__(self, members: Sequence[Sequence[Any]]) -> None:
-        self.members = [Launch(*member) for member in members]
+    def __init__(self, members: Sequence[ScatterArguments[Tensor]]) -> None:
+        self.members = [Launch(member) for member in members]
         self.x = self.members[0].x
         self.tma = all(member.tma for member in self.members)
         weights = [member.weight for member in self.members]
@@ -231,12 +237,10 @@ def grouped_scatter_linear(
     """
     lists = (caches, xs, weights, biases, rows, grid_dims, head_dims, norms, norm_weights, norm_biases, eps, ropes,
              cos, sin)  # fmt: skip
-    members = [member for member in checked(lists) if writes(member[0], member[4], member[5])]
+    members = [member for member in checked(lists) if writes(member)]
     if not members:
         return
-    if not all(
-        runs_kernel(x, head_dim, norm, rope) for _, x, _, _, _, _, head_dim, norm, _, _, _, rope, _, _ in members
-    ):
+    if not all(map(runs_kernel, members)):
         one_by_one(members)
         return
     with torch.cuda.device(xs[0].device) if xs[0].is_cuda else nullcontext():
@@ -250,26 +254,25 @@ def grouped_scatter_linear(
             launch(tile)
 
 
-def one_by_one(members: Sequence[Sequence[Any]]) -> None:
+def one_by_one(members: Sequence[ScatterArguments[Tensor]]) -> None:
     for member in members:
-        splice(*member)
+        splice(member)
 
 
-def checked(lists: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """The members' arguments. Raises ValueError where `grouped_scatter_linear` says so."""
+def checked(lists: Sequence[Sequence[Any]]) -> list[ScatterArguments[Tensor]]:
+    """The members' arguments, out of one list for each argument. Raises ValueError where `grouped_scatter_linear` says so."""
     lengths = [len(entries) for entries in lists]
     if len(set(lengths)) != 1 or not 1 <= lengths[0] <= MOST:
         raise ValueError(
             f"grouped_scatter_linear: every list must have one entry per member, 1 to {MOST}; given lengths {lengths}"
         )
-    members = list(zip(*lists, strict=True))
+    members = [ScatterArguments(*member) for member in zip(*lists, strict=True)]
     for member in members:
-        check(*member)
-    first = members[0][1]
-    for _, x, *_ in members[1:]:
-        if x.shape[2] != first.shape[2] or x.dtype != first.dtype or x.device != first.device:
-            given = [f"x {x.dtype} {list(x.shape)} on {x.device}" for _, x, *_ in members]
-            raise ValueError(f"grouped_scatter_linear: members must share K, dtype and device; given {given}")
+        check(member)
+    first, *others = xs = [member.x for member in members]
+    if any(x.shape[2] != first.shape[2] or x.dtype != first.dtype or x.device != first.device for x in others):
+        given = [f"x {x.dtype} {list(x.shape)} on {x.device}" for x in xs]
+        raise ValueError(f"grouped_scatter_linear: members must share K, dtype and device; given {given}")
     return members
 
 

@@ -1,26 +1,24 @@
-"""A scatter-GEMM before its launch: how it may be cut into tiles, and what the kernel takes for given tensors."""
+"""Launching a scatter-GEMM: the tiles into which it may be cut, and the numbers that the kernel takes for given tensors."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import gemm
+from .arguments import KERNEL_DTYPES, NORMS, ROPES, ScatterArguments, three_runs
 from .gemm import INTERPRETED, triton
 from .tiles import fastest
-
-# float64 is for proofs, not for speed: it always runs the eager twin.
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Tile:
     """One way to cut the product: tiles of BM x BN, BK channels at a time; `tma`: Hopper's bulk loads; `persistent`:
-    one program per processor walks over the tiles, and a tile's stores overlap the next one's loads; `apart`: cuBLAS
-    computes the product, and a second launch finishes it, in such tiles."""
+    one program per processor walks over the tiles, and a tile's stores overlap the next one's loads; `two_launches`:
+    cuBLAS computes the product, and a second launch finishes it, in such tiles."""
 
     BM: int
     BN: int
@@ -29,17 +27,17 @@ class Tile:
     stages: int
     tma: bool = False
     persistent: bool = False
-    apart: bool = False
+    two_launches: bool = False
 
     @property
     def name(self) -> str:
-        flags = "-tma" * self.tma + "-persistent" * self.persistent + "-apart" * self.apart
+        flags = "-tma" * self.tma + "-persistent" * self.persistent + "-two-launches" * self.two_launches
         return f"{self.BM}x{self.BN}x{self.BK}-w{self.warps}-s{self.stages}{flags}"
 
 
 # Tensor-core tiles for Ampere and Hopper, large to small; those that need more shared memory than the device has drop
 # out when they are timed. All have at least the 64 rows of Hopper's instruction and add up K in one order, so that a
-# result does not depend on which one was fastest (beyond a rounding of the product, where it is computed apart).
+# result does not depend on which one was fastest (beyond a rounding of the product, where it is computed in a launch of its own).
 TILES_16_BIT = (
     Tile(128, 256, 64, 8, 4),
     Tile(128, 256, 64, 8, 3),
@@ -71,10 +69,10 @@ TILES_HOPPER_GROUPED = (Tile(128, 128, 64, 4, 3, tma=True),)
 # Where there is a norm or a rotary embedding, cuBLAS and one pass over its result may be faster than one launch: no power of
 # two cuts every product into as many tiles as there are processors. FLUX's key of 1024 rows takes 34 us so on an H200, 45 us
 # in one launch, and 43 us as Inductor makes it (torch 2.11, Triton 3.6).
-TILES_APART = (
-    Tile(16, 256, 0, 4, 1, apart=True),
-    Tile(32, 128, 0, 4, 1, apart=True),
-    Tile(8, 256, 0, 4, 1, apart=True),
+TILES_TWO_LAUNCHES = (
+    Tile(16, 256, 0, 4, 1, two_launches=True),
+    Tile(32, 128, 0, 4, 1, two_launches=True),
+    Tile(8, 256, 0, 4, 1, two_launches=True),
 )
 # IEEE fp32 runs on the ordinary cores, whose operands live in registers: small tiles.
 TILES_32_BIT = (
@@ -88,8 +86,6 @@ TILES_32_BIT = (
 INTERPRETER_TILE = Tile(16, 32, 16, 4, 1)
 GROUP = 8  # tile rows whose tiles are neighbours in time
 WIDEST = 256  # columns of a tile, and so the largest head that has an epilogue in the kernel
-NORMS = ("none", "rms", "layer")
-ROPES = ("none", "interleaved", "half")
 
 
 def tiles_for(
@@ -118,26 +114,6 @@ def tiles_for(
     return [tile for tile in tiles if high >= tile.BM and wide >= tile.BN and tile.BN % padded == 0]
 
 
-def strided_runs(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Dims as (size, stride) pairs, outermost first, neighbours that form one run merged."""
-    runs: list[tuple[int, int]] = []
-    for size, stride in zip(sizes, strides, strict=True):
-        if runs and runs[-1][1] == size * stride:
-            runs[-1] = (runs[-1][0] * size, stride)
-        elif size != 1:
-            runs.append((size, stride))
-    return runs
-
-
-def cache_runs(cache: Tensor, grid_dims: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The runs of the cache's grid and of its channels."""
-    middle = 1 + grid_dims
-    return (
-        strided_runs(tuple(cache.shape[1:middle]), cache.stride()[1:middle]),
-        strided_runs(tuple(cache.shape[middle:]), cache.stride()[middle:]),
-    )
-
-
 def padded_head(head_dim: int, rope: str) -> int:
     """The columns that a head takes in a tile."""
     if head_dim == 0:
@@ -160,44 +136,91 @@ def can_tma(x: Tensor, weight: Tensor) -> bool:
     return one_matrix and dense and aligned
 
 
+class Numbers(NamedTuple):
+    """The numbers that `scatter_linear_kernel` takes behind its tensors, under the names and in the order of its parameters."""
+
+    M: int  # rows of the product, B * A
+    N: int  # output channels
+    K: int  # input channels
+    A: int  # active rows of a sample
+    S: int  # rows of the cache for each sample
+    G0: int  # sizes of the last two dims of the cache's grid, innermost first
+    G1: int
+    C0: int  # sizes of the last two dims of the cache's channels, innermost first
+    C1: int
+    eps: float
+    s_cb: int  # strides of the cache: samples, its grid and its channels, innermost first
+    s_g0: int
+    s_g1: int
+    s_g2: int
+    s_c0: int
+    s_c1: int
+    s_c2: int
+    s_xb: int  # strides of x, weight, bias, rows, the norm's vectors, and the rotary embedding's tables; 0: shared or absent
+    s_xa: int
+    s_xk: int
+    s_wn: int
+    s_wk: int
+    s_bn: int
+    s_rb: int
+    s_ra: int
+    s_nw: int
+    s_nb: int
+    s_cosb: int
+    s_cosa: int
+    s_cosk: int
+    s_sinb: int
+    s_sina: int
+    s_sink: int
+
+    @staticmethod
+    def of(given: ScatterArguments[Tensor]) -> "Numbers":
+        """The numbers of checked arguments."""
+        cache, x, weight, rows, middle = given.cache, given.x, given.weight, given.rows, 1 + given.grid_dims
+        (B, A, K), N = x.shape, weight.shape[0]
+        grid, channels = three_runs(cache, 1, middle), three_runs(cache, middle)
+
+        def sample(tensor: Tensor) -> int:
+            return 0 if tensor.shape[0] == 1 else tensor.stride(0)
+
+        def vector(tensor: Tensor | None) -> int:
+            return 0 if tensor is None else tensor.stride(0)
+
+        def table(tensor: Tensor | None) -> tuple[int, int, int]:
+            return (0, 0, 0) if tensor is None else (sample(tensor), tensor.stride(1), tensor.stride(2))
+
+        return Numbers._make([
+            B * A, N, K, A, math.prod(cache.shape[1:middle]),
+            grid[0][0], grid[1][0], channels[0][0], channels[1][0], given.eps,
+            cache.stride(0), *(stride for _, stride in grid), *(stride for _, stride in channels),
+            *x.stride(), *weight.stride(), vector(given.bias), sample(rows), rows.stride(1),
+            vector(given.norm_weight), vector(given.norm_bias), *table(given.cos), *table(given.sin),
+        ])  # fmt: skip
+
+
+# What `splice_kernel` does without: it is given the product, row by row.
+OF_THE_PRODUCT = {"K", "s_xb", "s_xa", "s_xk", "s_wn", "s_wk", "s_bn"}
+OF_THE_SPLICE = [name for name in Numbers._fields if name not in OF_THE_PRODUCT]
+
+
 class Launch:
     """The Triton kernel on checked, non-empty arguments; `launch(tile)` writes the cache."""
 
-    def __init__(
-        self, cache, x, weight, bias, rows, grid_dims, head_dim, norm, norm_weight, norm_bias, eps, rope, cos, sin
-    ) -> None:
-        (B, A, K), N = x.shape, weight.shape[0]
-        self.x, self.weight, self.sizes = x, weight, (B * A, N, K)
-        plain = norm == rope == "none"
-        self.D = 0 if plain else head_dim
-        self.DP = padded_head(self.D, rope)
-        self.tma = self.D in (0, self.DP) and can_tma(x, weight)
-        grid, channels = ([(1, 0)] * (3 - len(runs)) + runs for runs in cache_runs(cache, grid_dims))
-
-        def table(given: Tensor | None) -> tuple[int, int, int]:
-            if given is None:
-                return 0, 0, 0
-            return 0 if given.shape[0] == 1 else given.stride(0), given.stride(1), given.stride(2)
-
-        def vector(given: Tensor | None) -> int:
-            return 0 if given is None else given.stride(0)
-
-        self.cache, self.pointers = cache, (bias, rows, norm_weight, norm_bias, cos, sin)
-        self.numbers = (
-            B * A, N, K, A, math.prod(cache.shape[1 : 1 + grid_dims]),
-            grid[2][0], grid[1][0], channels[2][0], channels[1][0], eps,
-            cache.stride(0), grid[2][1], grid[1][1], grid[0][1], channels[2][1], channels[1][1], channels[0][1],
-            *x.stride(), *weight.stride(), vector(bias), 0 if rows.shape[0] == 1 else rows.stride(0), rows.stride(1),
-            vector(norm_weight), vector(norm_bias), *table(cos), *table(sin),
-        )  # fmt: skip
+    def __init__(self, given: ScatterArguments[Tensor]) -> None:
+        self.cache, self.x, self.weight, self.numbers = given.cache, given.x, given.weight, Numbers.of(given)
+        self.sizes = self.numbers.M, self.numbers.N, self.numbers.K
+        self.D = 0 if given.norm == given.rope == "none" else given.head_dim
+        self.DP = padded_head(self.D, given.rope)
+        self.tma = self.D in (0, self.DP) and can_tma(given.x, given.weight)
+        self.pointers = (given.bias, given.rows, given.norm_weight, given.norm_bias, given.cos, given.sin)
         self.switches = dict(
-            HAS_BIAS=bias is not None,
-            NORM=NORMS.index(norm),
-            NORM_WEIGHT=norm_weight is not None,
-            NORM_BIAS=norm_bias is not None,
-            ROPE=ROPES.index(rope),
-            FULL_COS=cos is not None and cos.shape[-1] == head_dim,
-            FULL_SIN=sin is not None and sin.shape[-1] == head_dim,
+            HAS_BIAS=given.bias is not None,
+            NORM=NORMS.index(given.norm),
+            NORM_WEIGHT=given.norm_weight is not None,
+            NORM_BIAS=given.norm_bias is not None,
+            ROPE=ROPES.index(given.rope),
+            FULL_COS=given.cos is not None and given.cos.shape[-1] == given.head_dim,
+            FULL_SIN=given.sin is not None and given.sin.shape[-1] == given.head_dim,
             D=self.D,
             DP=self.DP,
             WIDEN=INTERPRETED,  # whose dot takes the bits of bf16 for integers
@@ -226,7 +249,7 @@ class Launch:
             enough = [tile for tile in offered if self.count(tile) == most]
         enough = [tile for tile in enough if not tile.persistent or self.count(tile) > 2 * fewest]
         if self.D and self.x.element_size() == 2:
-            enough += [tile for tile in TILES_APART if tile.BN % self.DP == 0]
+            enough += [tile for tile in TILES_TWO_LAUNCHES if tile.BN % self.DP == 0]
         return {tile.name: tile for tile in enough}
 
     def fastest(self) -> Tile | None:
@@ -251,8 +274,8 @@ class Launch:
         return x, weight
 
     def __call__(self, tile: Tile) -> None:
-        if tile.apart:
-            self._apart(tile)
+        if tile.two_launches:
+            self._two_launches(tile)
             return
         count = self.count(tile)
         programs = min(count, processors(self.x.device)) if tile.persistent else count
@@ -264,16 +287,15 @@ class Launch:
             BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def _apart(self, tile: Tile) -> None:
+    def _two_launches(self, tile: Tile) -> None:
         """The product by cuBLAS, then one pass over it."""
         bias, *others = self.pointers
         y = F.linear(self.x, self.weight, bias).contiguous()
         pointers = [y if pointer is None else pointer for pointer in others]
-        # the numbers of `scatter_linear_kernel` without K and the strides of x, weight and bias
-        M, N, _, *sizes_and_places = self.numbers[:17]
+        numbers = [getattr(self.numbers, name) for name in OF_THE_SPLICE]
         switches = {name: value for name, value in self.switches.items() if name not in ("HAS_BIAS", "WIDEN", "GROUP")}
         gemm.splice_kernel[(self.count(tile),)](
-            self.cache, y, *pointers, M, N, *sizes_and_places, *self.numbers[23:],
+            self.cache, y, *pointers, *numbers,
             **switches, BM=tile.BM, BN=tile.BN, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -282,10 +304,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def runs_kernel(x: Tensor, head_dim: int = 0, norm: str = "none", rope: str = "none") -> bool:
-    """Whether the Triton kernel computes this; otherwise the eager twin does."""
-    fits = norm == rope == "none" or (rope == "none" or head_dim >= 2) and padded_head(head_dim, rope) <= WIDEST
-    return triton is not None and x.dtype in KERNEL_DTYPES and fits and (x.is_cuda or INTERPRETED)
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton kernels of this package run on such a tensor; otherwise the eager twin of an op does."""
+    return triton is not None and x.dtype in KERNEL_DTYPES and (x.is_cuda or INTERPRETED)
+
+
+def runs_kernel(given: ScatterArguments[Tensor]) -> bool:
+    """Whether the scatter-GEMM's kernel computes this: its tiles hold whole heads."""
+    D, rope = given.head_dim, given.rope
+    fits = given.norm == rope == "none" or (rope == "none" or D >= 2) and padded_head(D, rope) <= WIDEST
+    return fits and runs_triton(given.x)
 
 
 def interpreted_tile(padded: int) -> Tile:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .gemm import INTERPRETED, tl, triton
-from .launch import INTERPRETER_TILE, Tile, runs_kernel
+from .launch import INTERPRETER_TILE, Tile, runs_triton
 from .tiles import fastest
 
 ROWS = 16  # rows of x, at most: those of the smallest matrix that tensor cores multiply
@@ -160,7 +160,7 @@ def runs_many(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
     """Whether the Triton kernel computes this; otherwise the eager twin does."""
     operands = [*weights, *(bias for bias in biases if bias is not None)]
     contiguous = all(operand.is_contiguous() and operand.numel() > 0 for operand in operands)
-    return runs_kernel(x) and bool(weights) and contiguous and 0 < x.numel() <= ROWS * x.shape[-1]
+    return runs_triton(x) and bool(weights) and contiguous and 0 < x.numel() <= ROWS * x.shape[-1]
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

@@ -1,8 +1,12 @@
 """The eager twins of the scatter-GEMM and of its epilogue: the definition, in plain PyTorch."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .arguments import ScatterArguments
 
 
 def epilogue_reference(
@@ -49,28 +53,17 @@ def _pair(table: Tensor, head_dim: int, pairs: tuple[int, int], dim: int) -> tup
     return first, second
 
 
-def scatter_linear_reference(
-    cache: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    grid_dims: int = 1,
-    head_dim: int = 0,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 0.0,
-    rope: str = "none",
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> None:
+def scatter_linear_reference(*arguments: Any) -> None:
     """The eager twin: `cache[b, rows[b, i]] = epilogue(x[b, i] @ weight.T + bias)`, everything else in `cache` stays.
 
-    Shapes and dtypes as for `scatter_linear`.
+    Arguments are those of `scatter_linear`, in its order.
     """
-    y = epilogue_reference(F.linear(x, weight, bias), head_dim, norm, norm_weight, norm_bias, eps, rope, cos, sin)
+    given: ScatterArguments[Tensor] = ScatterArguments(*arguments)
+    y = epilogue_reference(
+        F.linear(given.x, given.weight, given.bias), given.head_dim, given.norm, given.norm_weight, given.norm_bias,
+        given.eps, given.rope, given.cos, given.sin,
+    )  # fmt: skip
+    cache, rows, channels = given.cache, given.rows.long(), 1 + given.grid_dims
     batch = torch.arange(cache.shape[0], device=cache.device)[:, None]  # [B, 1]
-    grid = cache.shape[1 : 1 + grid_dims]
-    places = [rows.long()] if grid_dims == 1 else list(torch.unravel_index(rows.long(), grid))
-    cache.index_put_((batch, *places), y.reshape(*y.shape[:2], *cache.shape[1 + grid_dims :]))
+    places = torch.unravel_index(rows, cache.shape[1:channels])
+    cache.index_put_((batch, *places), y.reshape(*y.shape[:2], *cache.shape[channels:]))

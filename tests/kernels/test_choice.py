@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ras_compile.kernels import epilogue_reference, grouped_scatter_linear, pays, pays_grouped, scatter_linear
+from ras_compile.kernels.arguments import ScatterArguments
 from ras_compile.kernels.tiles import timings
 
 choice = importlib.import_module("ras_compile.kernels.choice")
@@ -82,7 +83,7 @@ def test_a_group_is_weighed_against_the_best_form_of_each_member(monkeypatch):
 @pytest.mark.parametrize("inside", [True, False], ids=["norm and rotary embedding", "plain"])
 def test_what_a_pass_beats_is_weighed_against_inductor(monkeypatch, inside):
     """Where there is a norm or a rotary embedding: no pass does without what they cost. The answer is right, too."""
-    args = choice.real_arguments([site("cpu") if inside else choice.filled(site("cpu")[:6])])
+    args = choice.real_arguments([ScatterArguments(*(site("cpu") if inside else site("cpu")[:6]))])
     ran, answers = [], []
 
     def milliseconds(run):
@@ -135,7 +136,7 @@ class TestOnCUDA:
         args = site("cuda")
         pays([args])
         monkeypatch.setattr(importlib.import_module("ras_compile.kernels.tiles"), "milliseconds", None)
-        (real,) = choice.real_arguments([args])
+        (real,) = choice.real_arguments([ScatterArguments(*args)])
         scatter_linear(*real)
 
     def test_kernels_of_several_choices_are_built_before_one_is_timed(self):
@@ -159,7 +160,7 @@ class TestOnCUDA:
         timings.cache_clear()  # as a new process
         assert pays_grouped([[keys], [text]], [linear]) is answer and len(ran) == 1
         monkeypatch.setattr(importlib.import_module("ras_compile.kernels.tiles"), "milliseconds", None)
-        members = choice.real_arguments([keys, text, choice.filled(linear)])
+        members = choice.real_arguments([ScatterArguments(*member) for member in (keys, text, linear)])
         grouped_scatter_linear(*map(list, zip(*members, strict=True)))
 
     def test_measuring_leaves_the_random_numbers_alone(self):

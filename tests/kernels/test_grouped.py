@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ras_compile.kernels import grouped_scatter_linear, scatter_linear, scatter_linear_reference
+from ras_compile.kernels.arguments import ScatterArguments
 from ras_compile.kernels.tiles import timings
 
 module = importlib.import_module("ras_compile.kernels.grouped")
@@ -83,7 +84,10 @@ class Attention:
             angles = torch.randn(1 if shared else B, x.shape[1], D // 2, device=device)
             cos, sin = angles.cos().to(table), angles.sin().to(table)
         head = 0 if norm == rope == "none" else D
-        return (cache, x, *self.weights(N, bias), rows, 1, head, norm, weight, vector, 1e-5, rope, cos, sin)
+        parameters = self.weights(N, bias)
+        return ScatterArguments(
+            cache, x, *parameters, rows, 1, head, norm, weight, vector, 1e-5, rope, cos, sin
+        )  # fmt: skip
 
 
 GROUPS = {

@@ -218,13 +218,13 @@ EPILOGUES = {
 @DTYPES
 @pytest.mark.parametrize("D", [6, 16, 96])
 @pytest.mark.parametrize("name", EPILOGUES)
-@pytest.mark.parametrize("apart", [False, True], ids=["one launch", "cuBLAS and a pass"])
-def test_norm_and_rotary_embedding_before_the_splice(device, dtype, D, name, apart, monkeypatch):
+@pytest.mark.parametrize("two_launches", [False, True], ids=["one launch", "cuBLAS and a pass"])
+def test_norm_and_rotary_embedding_before_the_splice(device, dtype, D, name, two_launches, monkeypatch):
     """Into the keys of a joint cache [B, H, text + S, D], by the definition of each step."""
-    if apart:
+    if two_launches:
         if not INTERPRETED and device == "cpu":
             pytest.skip("the twin has no launches")
-        tile = launches.Tile(16, 128, 0, 4, 1, apart=True)
+        tile = launches.Tile(16, 128, 0, 4, 1, two_launches=True)
         monkeypatch.setattr(module, "interpreted_tile", lambda padded: tile)
         monkeypatch.setattr(module.Launch, "fastest", lambda launch: tile)
     B, A, S, K, H = 2, 19, 24, 20, 3
@@ -499,15 +499,15 @@ def test_every_tile_gives_the_same_bits_on_cuda(dtype, inside, monkeypatch):
         names.append(name)
         caches.append(cache)
     assert len(caches) > 1 and caches[0].any()
-    for cache, apart in zip(caches[1:], ["apart" in name for name in names[1:]], strict=True):
-        if inside:  # computed apart, a product is rounded before pairs of its entries are added up
-            atol = torch.finfo(dtype).eps * caches[0].abs().max().item() if apart else 1e-5
+    for cache, two_launches in zip(caches[1:], ["two-launches" in name for name in names[1:]], strict=True):
+        if inside:  # computed in a launch of its own, a product is rounded before pairs of its entries are added up
+            atol = torch.finfo(dtype).eps * caches[0].abs().max().item() if two_launches else 1e-5
             torch.testing.assert_close(cache, caches[0], rtol=2 * torch.finfo(dtype).eps, atol=atol)
         else:
             assert torch.equal(cache, caches[0])
     if dtype is not torch.float32 and torch.cuda.get_device_capability() >= (9, 0):
         assert any("tma" in name for name in names) and any(
-            ("apart" if inside else "persistent") in name for name in names
+            ("two-launches" if inside else "persistent") in name for name in names
         )
 
 

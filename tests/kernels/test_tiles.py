@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ras_compile.kernels import launch, tiles
+from ras_compile.kernels.arguments import ScatterArguments
 from ras_compile.kernels.launch import tiles_for
 
 CPU = torch.device("cpu")
@@ -264,7 +265,7 @@ def test_only_tiles_that_may_be_fastest_are_built(monkeypatch):
     monkeypatch.setattr(launch, "tiles_for", lambda *given, **options: launch.TILES_HOPPER)
     cache, x, weight = torch.empty(2, 1024, 512), torch.empty(2, 512, 64), torch.empty(512, 64)
     rows = torch.zeros(2, 512, dtype=torch.int64)
-    kernel = launch.Launch(cache, x, weight, None, rows, 1, 0, "none", None, None, 0.0, "none", None, None)
+    kernel = launch.Launch(ScatterArguments(cache, x, weight, None, rows))
     plain = {tile.name for tile in launch.TILES_HOPPER if not tile.persistent}  # 128x256: 16 tiles, 64x64: 128
 
     def offered(processors: int) -> set[str]:
