@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ._torch import inductor
 from .arguments import ScatterArguments
 from .attention import Launch as AttentionLaunch
 from .attention import attention_reference
@@ -230,7 +230,7 @@ def _by_inductor(given: ScatterArguments[Tensor]) -> Callable[[], Any]:
 
     def run() -> Any:
         if not compiled:
-            compiled.append(compile_fx(make_fx(site)(*tensors), tensors))
+            compiled.append(inductor(make_fx(site)(*tensors), tensors))
         return compiled[0](*tensors)
 
     return run

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ._torch import linear_gelu_tanh
+
 # cuBLASLt's epilogue; in float32 the product would be another one than the separate linear's (TF32 rules differ).
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -44,7 +46,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not x.is_cuda or torch.version.cuda is None or x.dtype not in FUSED_DTYPES or x.numel() == 0:
         return linear_gelu_reference(x, weight, bias).contiguous()
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
-    fused = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # [M, N]
+    fused = linear_gelu_tanh(rows, weight, bias)  # [M, N]
     return fused.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -33,6 +33,8 @@ try:
 except ImportError:  # nothing is ever timed
     triton = None
 
+from ._torch import cache_folder
+
 log = logging.getLogger(__name__)
 
 
@@ -41,9 +43,7 @@ def folder() -> Path:
     named = os.environ.get("RAS_COMPILE_CACHE_DIR")
     if named:
         return Path(named)
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "ras_compile"
+    return cache_folder() / "ras_compile"
 
 
 @cache

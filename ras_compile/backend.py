@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
+from ras_compile._torch import RESUME_PREFIX, why_graph_ends
+from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.inputs import describe_inputs, find_timestep, key_of
 from ras_compile.capture.numbers import as_tensors, number_positions
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.callers import LIBRARIES, compiled_call, holder, is_call, receiver
 from ras_compile.dispatch.traced import falling_back, places_given, take_over
-from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
+from ras_compile.errors import RASError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_inner, start_workers
 from ras_compile.notices import first_time, warn_once
@@ -42,17 +43,19 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
         mode: torch.compile's mode, handed on to the inner backend.
 
     Raises:
-        ConfigError: an unknown option or a bad value; at the first call, since Dynamo would wrap it in an error of its own.
+        RASError: an unknown option, a bad value, or a PyTorch on which nothing can be compiled; at the first call, since
+            Dynamo would wrap it in an error of its own.
     """
     try:
         config = RASConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
-    except ConfigError as error:
+        check_pytorch()
+    except RASError as error:
         return _raising(error)
     start_workers(example_inputs, config)
     return CompiledGraph(graph, config)
 
 
-def _raising(error: ConfigError) -> Callable[..., Any]:
+def _raising(error: RASError) -> Callable[..., Any]:
     def fail(*values: Any) -> Any:
         raise error
 
@@ -227,7 +230,7 @@ class CompiledGraph:
 
 def graph_break(graph: fx.GraphModule) -> GraphBreak | None:
     """The error of a graph that is only a part of the model's forward, because Dynamo broke it; None for a whole one."""
-    reason = getattr(graph, "compile_subgraph_reason", None)
+    reason = why_graph_ends(graph)
     frames = list(reason.user_stack) if reason is not None else []
     if reason is None or not frames:
         return None
@@ -236,7 +239,7 @@ def graph_break(graph: fx.GraphModule) -> GraphBreak | None:
     if reason.graph_break:
         text = str(reason.reason).strip().splitlines()[0]
         return GraphBreak(f"Dynamo broke the model's graph ({text}); a model must be one graph", source, where)
-    resumed = next((f for f in frames if f.name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)), None)
+    resumed = next((f for f in frames if f.name.startswith(RESUME_PREFIX)), None)
     if resumed is not None:
         line = int(resumed.name.rpartition("_")[2])
         text = f"the graph is the rest of a model behind a graph break in line {line}; a model must be one graph"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
+from ras_compile._torch import call_uncompiled, original, pytree
 from ras_compile.backend import GraphBreak, fragment, graph_break
 from ras_compile.capture.inputs import check_timestep, describe_inputs
 from ras_compile.capture.unusable import told_plainly
@@ -53,12 +53,11 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
 
         return leave
 
-    module = getattr(transformer, "_orig_mod", transformer)
+    module = original(transformer)
 
     def call(**kwargs: Any) -> Any:
-        return module._call_impl(
-            **kwargs
-        )  # with its hooks, past what it was compiled to, which other threads may call now
+        # with its hooks, past what it was compiled to, which other threads may call now
+        return call_uncompiled(module, **kwargs)
 
     # Dynamo keeps what it compiled with the code object: one of our own leaves the module's alone, and never fills up
     fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
@@ -209,7 +208,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
     if not isinstance(transformer, nn.Module):
         what = f"{type(transformer).__name__}{'; give its .transformer' if hasattr(transformer, 'transformer') else ''}"
         raise TypeError(f"explain takes a transformer and the arguments of one call of it, not {what}.")
-    module: nn.Module = getattr(transformer, "_orig_mod", transformer)
+    module: nn.Module = original(transformer)
     check_timestep(config.timestep, type(module))
     try:
         plan, described, values = plan_of(transformer, inputs, config)
@@ -251,7 +250,7 @@ def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -
         if not isinstance(error, GraphBreak) and not places_given(leaves):
             raise
     with compiling(told=False):  # the model's own code runs
-        made = specialise(getattr(transformer, "_orig_mod", transformer), (), inputs, config)
+        made = specialise(original(transformer), (), inputs, config)
     return made.plan, made.inputs, made.values(leaves)
 
 

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from ras_compile._torch import OpOverload, schema_of
 from ras_compile.passes.algebra.layout import Layout, Sizes
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan
@@ -71,7 +72,7 @@ def flops_of(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> Any:
         shapes: shapes of its tensor operands, in order; entries may be sympy expressions.
         out: shape of its result.
     """
-    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    name = schema_of(node.target).name if isinstance(node.target, OpOverload) else ""
     match name:
         case "aten::linear":
             return _linear(*shapes)

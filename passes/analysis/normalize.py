@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ras_compile._torch import OpOverload, is_composite, no_modes, schema_of
 from ras_compile.passes import rules  # noqa: F401  (fills the registry)
 from ras_compile.passes.analysis.layers import LAYERS
 from ras_compile.passes.rules.pointwise import is_pointwise
@@ -39,9 +39,9 @@ def normalize(graph: fx.Graph) -> None:
 def is_assertion(node: fx.Node) -> bool:
     """Whether one of PyTorch's ops only looks at values, and raises: it returns nothing, and writes nothing."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if node.op != "call_function" or not isinstance(target, OpOverload) or target.namespace != "aten":
         return False
-    return not target._schema.returns and not target._schema.is_mutable
+    return not schema_of(target).returns and not schema_of(target).is_mutable
 
 
 def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
@@ -50,10 +50,10 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
     `tensordot(x, w)  ->  reshape, mm, reshape`
     """
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target in RULES or is_pointwise(target):
+    if not isinstance(target, OpOverload) or target in RULES or is_pointwise(target):
         return False
     layer = LAYERS.get(target)
-    if layer is None and not target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+    if layer is None and not is_composite(target):
         return False
     given = operands(node)
     if not given or not all(isinstance(operand.meta.get("val"), torch.Tensor) for operand in given):
@@ -70,7 +70,7 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
         parts = make_fx(run, pre_dispatch=layer is not None)(*apart).graph
     calls = [part for part in parts.nodes if part.op == "call_function"]
     if any(part.op == "get_attr" for part in parts.nodes) or any(
-        not isinstance(part.target, torch._ops.OpOverload) or part.target is target or part.target._schema.is_mutable
+        not isinstance(part.target, OpOverload) or part.target is target or schema_of(part.target).is_mutable
         for part in calls
         if part.target is not operator.getitem
     ):
@@ -143,9 +143,9 @@ def constant(node: fx.Node) -> torch.Tensor | None:
         if one in found:
             continue
         target = one.target
-        if one.op != "call_function" or not (isinstance(target, torch._ops.OpOverload) or target is operator.getitem):
+        if one.op != "call_function" or not (isinstance(target, OpOverload) or target is operator.getitem):
             return None
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        if isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
             return None
         value = one.meta.get("val")
         if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > LARGEST_CONSTANT:
@@ -153,7 +153,7 @@ def constant(node: fx.Node) -> torch.Tensor | None:
         found[one] = None
         left += one.all_input_nodes
     known: dict[fx.Node, Any] = {}
-    with _disable_current_modes(), torch.no_grad():
+    with no_modes(), torch.no_grad():
         for one in node.graph.nodes:
             if one in found:
                 args, kwargs = fx.node.map_arg((one.args, one.kwargs), known.__getitem__)

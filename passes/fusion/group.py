@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from ras_compile._torch import pytree
 from ras_compile.passes.programs.aliases import is_view, movable, root, written
 
 aten = torch.ops.aten
@@ -179,9 +180,7 @@ def accepted(group: Group, pays: GroupChoice, answers: dict[object, bool]) -> bo
     """Whether a group pays; those of other layers are of the same sizes, and asked about once."""
     scatters = [[values(node.args) for node in site] for site in group.sites]
     linears = [values(member(linear, x)) for linear, x in group.linears]
-    key = str(
-        torch.utils._pytree.tree_map_only(Tensor, lambda t: (t.dtype, tuple(t.shape), t.stride()), (scatters, linears))
-    )
+    key = str(pytree.tree_map_only(Tensor, lambda t: (t.dtype, tuple(t.shape), t.stride()), (scatters, linears)))
     if key not in answers:
         answers[key] = pays(scatters, linears)
     return answers[key]

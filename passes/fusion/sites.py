@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
+from ras_compile._torch import pytree
 from ras_compile.kernels import epilogue_reference
 from ras_compile.passes.fusion.epilogues import Epilogue, arguments, hypotheses
 from ras_compile.passes.programs.roles import rows_of
@@ -147,7 +147,9 @@ def structure(site: Site) -> object:
     names |= {node: f"leaf {i}" for i, node in enumerate(site.leaves)}
 
     def words(given: object) -> str:
-        return str(tree_map(lambda entry: names.get(entry, entry) if isinstance(entry, fx.Node) else entry, given))
+        return str(
+            pytree.tree_map(lambda entry: names.get(entry, entry) if isinstance(entry, fx.Node) else entry, given)
+        )
 
     values = [node.meta["val"] for node in (*site.leaves, *site.products, site.put.args[0])]
     metas = [(str(value.dtype), tuple(value.shape), value.stride()) for value in values]
@@ -173,7 +175,7 @@ def evaluate(nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:
         if node not in known:
             run: Any = node.target
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: known[operand])
-            known[node] = run(*tree_map(real, args), **tree_map(real, kwargs))
+            known[node] = run(*pytree.tree_map(real, args), **pytree.tree_map(real, kwargs))
 
 
 class Experiment:

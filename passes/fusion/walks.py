@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ras_compile._torch import memory_key
+
 aten = torch.ops.aten
 
 Digits = tuple[tuple[int, int], ...]  # (size, stride) of a mixed radix, outermost first
@@ -115,7 +117,7 @@ def walk_of(node: fx.Node) -> Walk | None:
         return Walk.of(given)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: given)
     view = node.target(*args, **kwargs)  # type: ignore[operator]
-    same = view.untyped_storage()._cdata == given.untyped_storage()._cdata
+    same = memory_key(view) == memory_key(given)
     return Walk.of(view) if same else None
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 
+from ras_compile._torch import OpOverload, auto_functionalized_v2, schema_of
 from ras_compile.passes.programs.aliases import root
 
 aten = torch.ops.aten
@@ -47,14 +47,14 @@ def spell_writes(graph: fx.Graph) -> int:
 def writes_by_itself(node: fx.Node) -> bool:
     """Whether a node is a custom op that writes into operands and returns nothing."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace == "aten":
+    if node.op != "call_function" or not isinstance(target, OpOverload) or target.namespace == "aten":
         return False
-    return target._schema.is_mutable and not target._schema.returns
+    return schema_of(target).is_mutable and not schema_of(target).returns
 
 
 def arguments(node: fx.Node) -> tuple[dict[str, Any], list[fx.Node]]:
     """The arguments of such an op by name, what it writes into as views of tensors that fill their memory; and those."""
-    schema = node.target._schema
+    schema = schema_of(node.target)
     defaults = {argument.name: argument.default_value for argument in schema.arguments}
     names = [argument.name for argument in schema.arguments]
     given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ras_compile._torch import FakeTensorMode
 from ras_compile.passes.lowering.share import share_tables
 from ras_compile.passes.programs.aliases import apart, fills, is_view, viewers, writes
 from ras_compile.passes.programs.aliases import root as memory

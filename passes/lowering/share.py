@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ras_compile._torch import OpOverload, schema_of
 from ras_compile.passes.programs.aliases import root, writes
 from ras_compile.passes.programs.equals import equals, word
 from ras_compile.passes.programs.roles import Role, role_of
@@ -52,8 +53,8 @@ def spelled(operand: fx.Node) -> Any:
 def shareable(node: fx.Node) -> bool:
     """Whether two such nodes with equal operands are one: no linear, and an op that writes nothing, draws nothing and reads
     no cache."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target is aten.linear.default:
+    if not isinstance(node.target, OpOverload) or node.target is aten.linear.default:
         return False
     tags = node.target.tags
     reads_cache = any(role_of(operand) is Role.CACHE for operand in node.all_input_nodes)
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags and not reads_cache
+    return not schema_of(node.target).is_mutable and torch.Tag.nondeterministic_seeded not in tags and not reads_cache

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+
+from ras_compile._torch import OpOverload, memory_key, pytree, schema_of
 
 # Ops that may return views of operands, or an operand itself, though their schemas do not say so.
 MAY_BE_VIEWS = frozenset(
@@ -45,7 +46,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
         given = zip(block.graph.find_nodes(op="placeholder"), node.args[2:], strict=True)
         return [operand for inner, operand in given if isinstance(operand, fx.Node) and written(inner)]
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    if node.op != "call_function" or not isinstance(target, OpOverload) or not schema_of(target).is_mutable:
         return []
     found: list[fx.Node] = []
     for value in _marked(node, writing=True):
@@ -58,13 +59,13 @@ def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
     target = node.target
     if target is operator.getitem:
         return node.all_input_nodes[:1]
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(target, OpOverload):
         return []
     found: list[fx.Node] = []
-    if any(result.alias_info is not None for result in target._schema.returns):
+    if any(result.alias_info is not None for result in schema_of(target).returns):
         for value in _marked(node):
             fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
-    elif may and target._schema.name in MAY_BE_VIEWS:
+    elif may and schema_of(target).name in MAY_BE_VIEWS:
         operands = node.all_input_nodes
         found = [] if target is torch.ops.aten.einsum.default and len(operands) > 1 else operands  # products are new
     return found
@@ -72,7 +73,7 @@ def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
 
 def _marked(node: fx.Node, *, writing: bool = False) -> Iterator[Any]:
     """What a node is given for the arguments that its op's schema marks as shown, or as written into."""
-    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for index, argument in enumerate(schema_of(node.target).arguments):
         if argument.alias_info is not None and (argument.alias_info.is_write or not writing):
             yield node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
 
@@ -113,7 +114,7 @@ def written(node: fx.Node) -> bool:
 
 def movable(node: fx.Node) -> bool:
     """Whether a node gives the same wherever it stands: it writes nothing, draws nothing, and reads nothing that is written."""
-    if node.target is not operator.getitem and not isinstance(node.target, torch._ops.OpOverload):
+    if node.target is not operator.getitem and not isinstance(node.target, OpOverload):
         return False
     if writes(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
@@ -132,7 +133,7 @@ def overlaps_itself(value: Tensor) -> bool:
 
 def memories(values: Any) -> list[int]:
     """The memory of each tensor among some values, as a number: what is seen where a graph has been run."""
-    return [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [memory_key(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def apart(returned: Iterable[Any], given: Iterable[Any]) -> bool:

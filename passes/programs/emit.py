@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ras_compile._torch import FakeTensorMode, OpOverload, schema_of
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.programs.roles import Role
 from ras_compile.passes.rules.registry import source_line
@@ -56,7 +56,7 @@ class Emitter:
     def _value(self, target: Callable, args: tuple, kwargs: dict) -> Any:
         """The op's fake result. Layers repeat: what an op that writes nowhere gave on such operands, it gives again."""
         fake = isinstance(self.mode, FakeTensorMode)  # the values of real tensors differ
-        repeats = fake and isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+        repeats = fake and isinstance(target, OpOverload) and not schema_of(target).is_mutable
         key = target, repr(fx.node.map_arg((args, kwargs), lambda operand: described(operand.meta["val"])))
         if repeats and key in self._known:
             return self._known[key]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ras_compile._torch import OpOverload, enter_autocast, exit_autocast, schema_of
 from ras_compile.errors import SpecViolation
 from ras_compile.passes.algebra.layout import Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of
 from ras_compile.passes.analysis.propagate import Analysis
@@ -24,7 +25,7 @@ from ras_compile.passes.rules.registry import Gather, Step, Use, operands, sourc
 
 aten = torch.ops.aten
 
-AMBIENT = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # regions, not values
+AMBIENT = (enter_autocast, exit_autocast)  # regions, not values
 WRITES = (aten.index_put_.default, aten.copy_.default)  # splices; custom ops that declare what they mutate come beside
 
 
@@ -62,8 +63,8 @@ def check_functional(node: fx.Node) -> None:
     """A call is an ATen overload (or an item of a result, or a border of an autocast region) that writes nowhere."""
     if node.target is operator.getitem or node.target in AMBIENT:
         return
-    demand(isinstance(node.target, torch._ops.OpOverload), node, "not an overload of an op")
-    demand(not node.target._schema.is_mutable, node, "an op that writes into its arguments")  # type: ignore[union-attr]
+    demand(isinstance(node.target, OpOverload), node, "not an overload of an op")
+    demand(not schema_of(node.target).is_mutable, node, "an op that writes into its arguments")
 
 
 def check_value(node: fx.Node) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from ras_compile._torch import OpOverload
 from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, dim_size, opaque
 from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, rule_for
 
@@ -102,4 +103,4 @@ def new_constant(call: Call) -> Step:
 
 def is_pointwise(target: object) -> bool:
     """Whether PyTorch itself tags an op as pointwise and no rule speaks for it."""
-    return isinstance(target, torch._ops.OpOverload) and target not in RULES and torch.Tag.pointwise in target.tags
+    return isinstance(target, OpOverload) and target not in RULES and torch.Tag.pointwise in target.tags

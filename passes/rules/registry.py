@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ras_compile._torch import OpOverload, OpOverloadPacket, schema_of
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Frame, Layout, Sizes
 
@@ -104,7 +105,7 @@ class Call:
     def args(self) -> dict[str, Any]:
         """Arguments by the schema's names, defaults filled in."""
         if self._bound is None:
-            schema = self.node.target._schema.arguments  # type: ignore[union-attr]
+            schema = schema_of(self.node.target).arguments
             bound = {argument.name: argument.default_value for argument in schema}
             bound.update(zip((argument.name for argument in schema), self.node.args, strict=False))
             bound.update(self.node.kwargs)
@@ -144,13 +145,13 @@ class Call:
 
     def with_args(self, **changes: Any) -> tuple[Callable, tuple, dict]:
         """``(target, args, kwargs)`` with some arguments replaced."""
-        schema = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        schema = [argument.name for argument in schema_of(self.node.target).arguments]
         args, kwargs = list(self.node.args), dict(self.node.kwargs)
         for name, value in changes.items():
             index = schema.index(name)
             if index < len(args):
                 args[index] = value
-            elif not self.node.target._schema.arguments[index].kwarg_only and index == len(args):  # type: ignore[union-attr]
+            elif not schema_of(self.node.target).arguments[index].kwarg_only and index == len(args):
                 args.append(value)
             else:
                 kwargs[name] = value
@@ -167,20 +168,20 @@ class Call:
 
 Rule = Callable[[Call], Step]
 
-RULES: dict[torch._ops.OpOverload, Rule] = {}
+RULES: dict[OpOverload, Rule] = {}
 
 
-def overloads(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Iterator[torch._ops.OpOverload]:
-    if isinstance(target, torch._ops.OpOverload):
+def overloads(target: OpOverload | OpOverloadPacket) -> Iterator[OpOverload]:
+    if isinstance(target, OpOverload):
         yield target
-    elif isinstance(target, torch._ops.OpOverloadPacket):
+    elif isinstance(target, OpOverloadPacket):
         for name in target.overloads():
             yield getattr(target, name)
     else:
         raise TypeError(f"a rule is registered for an ATen op, not for {target!r}")
 
 
-def register(rule: Rule, targets: Iterable[torch._ops.OpOverload | torch._ops.OpOverloadPacket]) -> None:
+def register(rule: Rule, targets: Iterable[OpOverload | OpOverloadPacket]) -> None:
     """Registers ``rule`` for every overload of ``targets``; an op has one rule."""
     for target in targets:
         for overload in overloads(target):
@@ -189,7 +190,7 @@ def register(rule: Rule, targets: Iterable[torch._ops.OpOverload | torch._ops.Op
             RULES[overload] = rule
 
 
-def rule_for(*targets: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> Callable[[Rule], Rule]:
+def rule_for(*targets: OpOverload | OpOverloadPacket) -> Callable[[Rule], Rule]:
     """Decorator form of :func:`register`."""
 
     def decorate(rule: Rule) -> Rule:

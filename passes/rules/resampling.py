@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from ras_compile._torch import schema_of
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Axis, Dim, Exclude, Layout, ViewError, dim_size, opaque
 from ras_compile.passes.rules.contraction import counts_samples, grid_atoms, region_atoms
@@ -124,7 +125,7 @@ def col2im(call: Call) -> Step:
 
 def spatial(call: Call) -> int:
     """How many dimensions the op works on: the number in its name."""
-    return int(re.findall(r"(\d)d", call.node.target._schema.name)[-1])  # type: ignore[union-attr]
+    return int(re.findall(r"(\d)d", schema_of(call.node.target).name)[-1])
 
 
 @rule_for(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ras_compile._torch import schema_of
 from ras_compile.passes.algebra.layout import Axis, Layout, Sizes, ViewError, atoms_of, opaque
 from ras_compile.passes.rules.contraction import grid_atoms
 from ras_compile.passes.rules.registry import Call, Step, Use, rule_for
@@ -73,7 +74,7 @@ def squeeze(call: Call) -> Step:
 def permute(call: Call) -> Step:
     """`a b c -> a c b`"""
     layout = only_layout(call)
-    rank, args, name = len(layout.dims), call.args, call.node.target._schema.name  # type: ignore[union-attr]
+    rank, args, name = len(layout.dims), call.args, schema_of(call.node.target).name
     order = list(range(rank))
     if "dims" in args:
         order = [dim % rank for dim in args["dims"]]

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_export_module
-from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx.traceback import preserve_node_meta
 from torch.nn import functional as F
 
+from ras_compile._torch import aot_export_module, enter_inference_mode, exit_inference_mode
 from ras_compile.capture.flex import is_transform, spell_flex_attention
 from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
@@ -56,7 +55,7 @@ class _Interpreter(fx.Interpreter):
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in (_enter_inference_mode, _exit_inference_mode):
+        if target in (enter_inference_mode, exit_inference_mode):
             return None
         if target in _PARTS:
             return _Interpreter(args[0]).run(*args[_PARTS[target] :])

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
+
+from ras_compile._torch import fx_graph_cse
 
 
 @dataclass

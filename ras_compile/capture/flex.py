@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 
+from ras_compile import _torch
+from ras_compile._torch import close_vmap, open_vmap
 from ras_compile.capture.inputs import GraphInput, describe_inputs
 from ras_compile.capture.sizes import expressions
 from ras_compile.errors import UnsupportedGraph
@@ -73,13 +74,12 @@ def is_flex(node: fx.Node) -> bool:
 
 def is_transform(node: fx.Node) -> bool:
     """Whether a node belongs to a `torch.func` transform, such as the vmap over a mask's positions."""
-    module = getattr(node.target, "__module__", None) or ""
-    return node.op == "call_function" and module.startswith(("torch._functorch", "torch._dynamo._trace_wrapped"))
+    return node.op == "call_function" and _torch.is_transform(node.target)
 
 
 def opens(node: fx.Node) -> bool:
     """Whether a node begins a vmap; its operand is a size."""
-    return node.target is _vmap_increment_nesting
+    return node.target is open_vmap
 
 
 def nodes_in(argument: Any) -> list[fx.Node]:
@@ -168,10 +168,10 @@ class Constants:
                         self._known[node] = self._given[node]
                     elif border or (node in needed and node not in self._known):
                         self._known[node] = interpreter.run_node(node)
-                    opened += (node.target is _vmap_increment_nesting) - (node.target is _vmap_decrement_nesting)
+                    opened += (node.target is open_vmap) - (node.target is close_vmap)
         finally:
             for _ in range(opened):
-                _vmap_decrement_nesting()
+                close_vmap()
 
 
 def replace(module: fx.GraphModule, node: fx.Node, constants: Constants, name: str) -> None:

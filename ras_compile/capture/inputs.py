@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ras_compile._torch import source_of
 from ras_compile.errors import ConfigError
 
 _STEP = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]|\.([A-Za-z_]\w*)")
@@ -35,12 +36,7 @@ class GraphInput:
 
 def source_name(node: fx.Node) -> str:
     """Dynamo's source expression of a placeholder, such as ``L['kwargs']['timestep']``."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None and (held := node.meta.get("grapharg")) is not None:
-        source = held.source
-    name = getattr(source, "name", None)
-    name = name() if callable(name) else name
-    return name if isinstance(name, str) else str(node.target)
+    return source_of(node) or str(node.target)
 
 
 def describe_inputs(graph: fx.Graph) -> list[GraphInput]:

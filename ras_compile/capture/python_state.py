@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ras_compile._torch import COMPILED_CALL, tables_of
+
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _BY_IDENTITY = (
     Tensor, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, weakref.ref,
 )  # fmt: skip
-_HELD_BY_COMPILERS = "_compiled_call_impl"
 
 
 class PythonState:
@@ -44,8 +45,8 @@ class PythonState:
             if isinstance(item, nn.Module):
                 held = {k: v for k, v in vars(item).items() if k not in ("_parameters", "_buffers")}
                 self.containers.append((vars(item), tuple(vars(item)), tuple(vars(item).values())))
-                pending.extend(value for key, value in held.items() if key != _HELD_BY_COMPILERS)
-                for owner in (item._parameters, item._buffers):
+                pending.extend(value for key, value in held.items() if key != COMPILED_CALL)
+                for owner in tables_of(item):
                     self._weights(owner)
                 continue
             if isinstance(item, (dict, list, tuple, set, frozenset)):

@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ras_compile._torch import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FunctionalTensor,
+    GuardOnDataDependentSymNode,
+    pytree,
+)
 from ras_compile.capture.facts import Fact
 from ras_compile.errors import UnsupportedGraph
 

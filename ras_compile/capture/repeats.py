@@ -55,6 +55,9 @@ def _like(value: Tensor) -> Tensor:
     return memory.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
+_CALL = torch.ops.ras_compile.repeated_block.default
+
+
 @dataclass
 class Block:
     """Stretches of a Dynamo graph that differ in their operands alone.
@@ -107,7 +110,7 @@ def shortened(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Block]]:
     for node in nodes:
         if node in starts:
             found, at = starts[node]
-            call = short.call_function(block._opoverload, ([env[v] for v in found.operands[at]], found.number))
+            call = short.call_function(_CALL, ([env[v] for v in found.operands[at]], found.number))
             call.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
             for index, place in enumerate(found.outputs):
                 env[found.stretches[at][place]] = short.call_function(_item, (call, index))
@@ -132,7 +135,7 @@ def written_out(captured: fx.GraphModule, blocks: Sequence[Block], capture: Call
         NotRepeated: a block has constants, or returns other tensors than its stretches do.
     """
     calls: dict[Any, list[fx.Node]] = {}
-    for call in captured.graph.find_nodes(op="call_function", target=block._opoverload):
+    for call in captured.graph.find_nodes(op="call_function", target=_CALL):
         calls.setdefault(call.args[1], []).append(call)
     for found in blocks:
         same = calls.get(found.number, [])

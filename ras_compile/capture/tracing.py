@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from ras_compile._torch import call_uncompiled, pytree, tables_of
 from ras_compile.capture.export import export
 from ras_compile.capture.facts import Fact, Guard
 from ras_compile.capture.python_state import PythonState
@@ -60,13 +60,13 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     with torch.no_grad():
         try:
-            root._call_impl(*args, **kwargs)
+            call_uncompiled(root, *args, **kwargs)
         except Exception as error:
             raise unusable(first_line(error), args, kwargs) from error
         state = PythonState(root)
         try:
             with Noted(given, weights_of(root), runs) as noted:
-                root._call_impl(*args, **kwargs)
+                call_uncompiled(root, *args, **kwargs)
         except Exception as error:  # it has just run: what fails now is watching it
             raise cannot_be_traced(error) from error
     if not state.holds():
@@ -74,7 +74,7 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
     bound = _Bound(root, leaves, spec, noted)
     closed = [*noted.closed.values(), *map(Closed, bound.constants)]
     state = PythonState(root)
-    owners: list[Any] = [owner for module in root.modules() for owner in (module._parameters, module._buffers)]
+    owners: list[Any] = [owner for module in root.modules() for owner in tables_of(module)]
     weights = [(owner, dict(owner)) for owner in owners]
     try:
         tensors = [*given, *(entry.tensor for entry in closed)]
@@ -102,7 +102,7 @@ def weights_of(root: nn.Module) -> dict[int, Closed]:
     return {
         id(tensor): Closed(tensor, owner, name)
         for module in root.modules()
-        for owner in (module._parameters, module._buffers)
+        for owner in tables_of(module)
         for name, tensor in owner.items()
         if tensor is not None
     }
@@ -123,7 +123,7 @@ class _Bound(nn.Module):
 
     def __init__(self, root: nn.Module, leaves: list, spec: pytree.TreeSpec, noted: Noted) -> None:
         super().__init__()
-        self.call = lambda args, kwargs: root._call_impl(*args, **kwargs)
+        self.call = lambda args, kwargs: call_uncompiled(root, *args, **kwargs)
         self.leaves, self.spec, self.noted = leaves, spec, noted
         self.constants = [v for r in noted.readings for v in pytree.tree_leaves(r.result) if isinstance(v, Tensor)]
         self.facts: list[Fact] = []

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
-from torch._dynamo.exc import TorchRuntimeError
-from torch.utils import _pytree as pytree
 
+from ras_compile._torch import TorchRuntimeError, pytree
 from ras_compile.errors import UnusableInput
 
 __all__ = ["told_plainly", "unusable"]

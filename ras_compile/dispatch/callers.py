@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import eval_frame
-from torch._dynamo.eval_frame import OptimizedModule
+
+from ras_compile import _torch
 
 __all__ = ["LIBRARIES", "compiled_call", "holder", "is_call", "receiver"]
 
@@ -32,7 +32,7 @@ def compiled_call() -> tuple[nn.Module, tuple, dict] | None:
 def holder() -> tuple[nn.Module, nn.Module] | None:
     """The module whose running code calls the compiled one and holds more weights than that; and the compiled one."""
     owner, frame = _owner_of(_call_frame())
-    root = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
+    root = _torch.original(owner)
     if root is None:
         return None
     held = sum(1 for _ in root.parameters())
@@ -72,7 +72,7 @@ def _call_frame() -> Any:
 
 def is_call(code: CodeType) -> bool:
     """Whether in it Dynamo calls what it has compiled."""
-    return code.co_qualname.startswith(eval_frame._TorchDynamoContext.__name__ + ".")
+    return code.co_qualname.startswith(_torch.DynamoContext.__name__ + ".")
 
 
 def _owner_of(frame: Any) -> tuple[nn.Module | None, Any]:
@@ -80,8 +80,8 @@ def _owner_of(frame: Any) -> tuple[nn.Module | None, Any]:
     frame = frame and frame.f_back
     while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):
         owner = frame.f_locals.get("self")
-        if isinstance(owner, OptimizedModule) or (
-            isinstance(owner, nn.Module) and owner._compiled_call_impl is not None
+        if isinstance(owner, _torch.OptimizedModule) or (
+            isinstance(owner, nn.Module) and _torch.compiled_call(owner) is not None
         ):
             return owner, frame.f_back
         frame = frame.f_back

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.utils import _pytree as pytree
 
+from ras_compile import _torch
+from ras_compile._torch import OptimizedModule, pytree, version_of
 from ras_compile.capture.inputs import GraphInput, argument_names, find_timestep, key_of
 from ras_compile.capture.python_state import PythonState
 from ras_compile.capture.tracing import Trace, trace
@@ -86,7 +86,7 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
     """How often each tensor was written to; None where that is not counted (tensors made under inference_mode)."""
     if any(value.is_inference() for value in tensors):
         return None
-    return [value._version for value in tensors]
+    return [version_of(value) for value in tensors]
 
 
 _fragments = threading.local()
@@ -124,7 +124,7 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says: what that is must happen at each call, and not be traced."""
     forward = vars(module).get("forward")  # hooks that have been taken away may leave the class's own there
     own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
-    return bool(module._forward_hooks or module._forward_pre_hooks) or (forward is not None and not own)
+    return _torch.has_forward_hooks(module) or (forward is not None and not own)
 
 
 class Hooked(UnsupportedGraph):
@@ -347,14 +347,14 @@ def take_over(config: RASConfig) -> bool | None:
     present = callee(owner)
     if isinstance(present, TracedModel):
         return not falling_back()
-    root = owner._orig_mod if isinstance(owner, OptimizedModule) else owner
+    root = _torch.original(owner)
     model = TracedModel(root, present, config)
     if isinstance(owner, OptimizedModule):
         owner.forward = model
-    elif isinstance(owner._compiled_call_impl, Exchangeable):
-        owner._compiled_call_impl.compiled = model
+    elif isinstance(held := _torch.compiled_call(owner), Exchangeable):
+        held.compiled = model
     else:
-        owner._compiled_call_impl = model
+        _torch.set_compiled_call(owner, model)
     return model.prepare(args, kwargs)
 
 
@@ -368,6 +368,6 @@ def callee(owner: nn.Module) -> Callable[..., Any]:
     """What is called when the user calls a compiled module."""
     if isinstance(owner, OptimizedModule):
         return owner.forward
-    held = owner._compiled_call_impl
+    held = _torch.compiled_call(owner)
     assert held is not None
     return held.compiled if isinstance(held, Exchangeable) else held

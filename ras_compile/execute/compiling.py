@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import torch
-from torch._dynamo.convert_frame import compile_lock
+from ras_compile._torch import compile_lock, compile_session
 
 __all__ = ["compiling"]
-
-# Says that PyTorch compiles, as Dynamo does since 2.13: while FX traces, other threads could call no compiled function else.
-_session = getattr(torch.compiler, "_compile_session_context", nullcontext)
 
 
 @contextmanager
@@ -21,5 +17,5 @@ def compiling(told: bool = True) -> Iterator[None]:
     Args:
         told: `torch.compiler.is_compiling()` says so; not to be where code of the model runs.
     """
-    with compile_lock, _session() if told else nullcontext():
+    with compile_lock, compile_session() if told else nullcontext():
         yield

@@ -24,8 +24,16 @@ from itertools import compress
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ras_compile._torch import (
+    OpOverload,
+    addresses_equal,
+    clear_cublas_workspaces,
+    copy_tensors,
+    current_raw_stream,
+    is_traceable_wrapper_subclass,
+    schema_of,
+)
 from ras_compile.execute.inner import Compiled
 from ras_compile.notices import warn_once
 
@@ -40,10 +48,6 @@ _TRANSFERS = {"aten::to", "aten::_to_copy", "aten::copy", "aten::copy_", "prims:
 
 # One capture at a time: streams come from a small pool, and two threads may be given the same one.
 _capturing = threading.Lock()
-
-# Compares the addresses of some tensors of a list with known ones, which CUDA builds have: 0.26 ms for 682 weights on the
-# host of an H200, 0.16 ms less than to ask for each.
-_at_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
 class Graph:
@@ -62,7 +66,7 @@ class Graph:
         # a capture that fails leaves its stream behind as the current one: the outer context puts ours back
         with _capturing, torch.cuda.stream(torch.cuda.current_stream()):
             # cuBLAS keeps a workspace per stream: each graph gets its own, in its own memory
-            torch._C._cuda_clearCublasWorkspaces()
+            clear_cublas_workspaces()
             try:
                 with torch.cuda.graph(self._graph, shared, self._stream, capture_error_mode="thread_local"):
                     self.results = list(compiled(*inputs))
@@ -70,7 +74,7 @@ class Graph:
                 _recover()
                 raise
             finally:
-                torch._C._cuda_clearCublasWorkspaces()
+                clear_cublas_workspaces()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -119,7 +123,7 @@ class Slot:
             if len(buffers) == 1:
                 buffers[0].copy_(given[places[0]])
             else:
-                torch._foreach_copy_(buffers, [given[place] for place in places])
+                copy_tensors(buffers, [given[place] for place in places])
 
     def fill_rows(self, rows: Tensor, active: int | str) -> Tensor:
         """Copies the rows of a call in; returns their buffer."""
@@ -132,7 +136,7 @@ class Slot:
         if device.type == "cuda":
             last = self._stream
             # by number: to make an object of the current stream costs the host 20 us
-            if last is None or last.cuda_stream != torch._C._cuda_getCurrentRawStream(device.index):
+            if last is None or last.cuda_stream != current_raw_stream(device.index):
                 self._stream = torch.cuda.current_stream(device)
                 if last is not None:
                     self._stream.wait_stream(last)
@@ -235,7 +239,7 @@ class ProgramGraphs:
         """Where the weights are; the same object for as long as none of them moves. Nothing else tells that one has moved:
         `weight.data = other` changes neither the object nor its version."""
         last = self._last
-        if last is not None and _at_addresses is not None and _at_addresses(inputs, last[0], self._weights):
+        if last is not None and addresses_equal is not None and addresses_equal(inputs, last[0], self._weights):
             return last[1]
         found = tuple(map(Tensor.data_ptr, compress(inputs, self._is_weight)))
         if last is None or found != last[1]:
@@ -377,7 +381,7 @@ def uncapturable(
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.device != device and node.op == "call_function":
-            users = [user.target._schema.name for user in node.users if hasattr(user.target, "_schema")]
+            users = [schema_of(user.target).name for user in node.users if isinstance(user.target, OpOverload)]
             if value.ndim or _TRANSFERS.intersection(users):
                 return f"{node.target} computes on {value.device}"
     return None

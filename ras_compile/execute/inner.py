@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.exc import InvalidBackend
-from torch._guards import TracingContext, tracing
-from torch._inductor import config as inductor
-from torch._inductor import list_mode_options
-from torch._inductor.async_compile import maybe_warm_pool
-from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ras_compile._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    InvalidBackend,
+    ShapeEnv,
+    TracingContext,
+    compile_fx,
+    inductor_config,
+    list_mode_options,
+    lookup_backend,
+    maybe_warm_pool,
+    tracing,
+)
 from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError
 from ras_compile.kernels.tiles import sources
@@ -52,7 +57,7 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         mode = options.pop("mode", None)
         if mode is not None:
             options = {**list_mode_options(mode), **options}
-        known = inductor.get_config_copy()
+        known = inductor_config.get_config_copy()
         for name in options:
             if name not in known:
                 near = ", ".join(map(repr, difflib.get_close_matches(name, known))) or "those of torch._inductor.config"
@@ -71,11 +76,11 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         with tracing(TracingContext(fake)), caches.patch(cache_key_tag=tag):
             compiled = compile_fx(module, examples, config_patches=options)
         return compiled
-    from torch._dynamo.backends.registry import list_backends, lookup_backend
-
     try:
         backend = lookup_backend(config.inner_backend)
     except InvalidBackend:
-        names = ", ".join(map(repr, ["eager", "aot_eager", *(name for name in list_backends() if name != "ras")]))
+        names = ", ".join(
+            map(repr, ["eager", "aot_eager", *(name for name in torch.compiler.list_backends() if name != "ras")])
+        )
         raise ConfigError(f"option inner_backend={config.inner_backend!r} is no backend; it takes {names}.") from None
     return backend(module, list(inputs), **config.inner_options)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ras_compile._torch import OptimizedModule, compiled_call, raise_recompile_limit, set_compiled_call
 from ras_compile.backend import ras
 from ras_compile.capture.inputs import check_timestep
 from ras_compile.capture.unusable import told_plainly
@@ -41,9 +42,9 @@ class Handle:
         self._attached = transformers
         for name, module in transformers.items():
             module.compile(backend=ras, options=options, **_limits())
-            compiled = module._compiled_call_impl
+            compiled = compiled_call(module)
             assert compiled is not None
-            module._compiled_call_impl = _Followed(compiled, self.follower, name, type(module).__name__)
+            set_compiled_call(module, _Followed(compiled, self.follower, name, type(module).__name__))
             follow_branches(module)
 
     @property
@@ -77,7 +78,7 @@ class Handle:
         """Restore the pipeline as it was: uncompiled transformers, a scheduler of its own class, no caches. May be repeated."""
         release(self)  # Dynamo keeps what it compiled for as long as the module lives
         for module in self._attached.values():
-            module._compiled_call_impl = None
+            set_compiled_call(module, None)
             unfollow_branches(module)
         self.follower.stop()
         self._attached = {}
@@ -119,7 +120,7 @@ def attach(pipe: Any, **options: Any) -> Handle:
             "denoiser, with ras_compile.generation() to tell the steps."
         )
     for name, module in found.items():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if isinstance(module, OptimizedModule) or compiled_call(module) is not None:
             raise ConfigError(
                 f"{type(pipe).__name__}.{name} is compiled or attached already; attach to the plain module, or call "
                 "detach() on its handle first."
@@ -145,8 +146,7 @@ def _limits() -> dict[str, Any]:
     """A recompile limit for our compilation alone; older versions of torch only have one for the process."""
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return {"recompile_limit": _RECOMPILE_LIMIT}
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
+    raise_recompile_limit(_RECOMPILE_LIMIT)
     return {}
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ras_compile._torch import TorchDispatchMode
 from ras_compile.errors import ConfigError
 from ras_compile.notices import warn_once
 from ras_compile.pipelines.sample import sample_map

@@ -8,11 +8,8 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils import _pytree as pytree
 
+from ras_compile._torch import ConstantSource, DimDynamic, FakeTensorMode, ShapeEnv, pytree
 from ras_compile.capture.flex import is_flex, is_transform
 from ras_compile.capture.numbers import capture_numbers
 from ras_compile.capture.sizes import expression

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ras_compile._torch import version_of
+
 __all__ = ["Branch", "Branches", "Match", "equal_prints", "fingerprint", "intact", "same_tensor", "tensor_mark"]
 
 # Fingerprints weigh at most about so many elements of a tensor by their position; plain sums take all of them.
@@ -31,12 +33,12 @@ def tensor_mark(tensor: Tensor) -> tuple[weakref.ref, int | None]:
 
     Inference tensors have no version: a write into one of them goes unseen.
     """
-    return weakref.ref(tensor), None if tensor.is_inference() else tensor._version
+    return weakref.ref(tensor), None if tensor.is_inference() else version_of(tensor)
 
 
 def same_tensor(mark: tuple[weakref.ref, int | None], tensor: Tensor) -> bool:
     """Whether `tensor` is the very object of `mark` and has not been written since, as far as that can be known."""
-    return mark[0]() is tensor and mark[1] == (None if tensor.is_inference() else tensor._version)
+    return mark[0]() is tensor and mark[1] == (None if tensor.is_inference() else version_of(tensor))
 
 
 def intact(mark: tuple[weakref.ref, int | None]) -> bool:

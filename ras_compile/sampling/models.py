@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ras_compile._torch import original
 from ras_compile.execute.homes import homes
 from ras_compile.execute.memory import keepers_of
 from ras_compile.sampling.registry import states_of
@@ -20,7 +21,7 @@ def modules_of(compiled: Any) -> list[nn.Module]:
         TypeError: it is neither of them.
     """
     modules = compiled.transformers if hasattr(compiled, "transformers") else [compiled]
-    found = [getattr(module, "_orig_mod", module) for module in modules]
+    found = [original(module) for module in modules]
     for module in found:
         if not isinstance(module, nn.Module):
             raise TypeError(

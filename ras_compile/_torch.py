@@ -1,0 +1,270 @@
+"""All of PyTorch that is used here and that PyTorch does not promise to keep: one name for each thing, in this file alone.
+
+Each line says what a name is for, and what breaks without it. ``canaries.py`` looks at all of them on a PyTorch that has
+not been tested; ``tests/test_torch_canaries.py`` holds each of them to what is relied on. What the kernels need stands in
+``kernels/_torch.py``, as they import nothing else of this package.
+"""
+
+# ruff: noqa: I001  (the imports stand by what they are for)
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ras_compile.versions import cannot_run
+
+__all__ = [
+    "COMPILED_CALL",
+    "MISSING",
+    "RESUME_PREFIX",
+    "ConstantSource",
+    "DataDependentOutputException",
+    "DimDynamic",
+    "DynamicOutputShapeException",
+    "DynamoContext",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensor",
+    "GuardOnDataDependentSymNode",
+    "InvalidBackend",
+    "OpOverload",
+    "OpOverloadPacket",
+    "OptimizedModule",
+    "ShapeEnv",
+    "TorchDispatchMode",
+    "TorchRuntimeError",
+    "TracingContext",
+    "addresses_equal",
+    "aot_export_module",
+    "auto_functionalized_v2",
+    "call_uncompiled",
+    "clear_cublas_workspaces",
+    "close_vmap",
+    "compile_fx",
+    "compile_lock",
+    "compile_session",
+    "compiled_call",
+    "copy_tensors",
+    "current_raw_stream",
+    "enter_autocast",
+    "enter_inference_mode",
+    "exit_autocast",
+    "exit_inference_mode",
+    "fx_graph_cse",
+    "has_forward_hooks",
+    "inductor_config",
+    "is_composite",
+    "is_traceable_wrapper_subclass",
+    "is_transform",
+    "list_mode_options",
+    "lookup_backend",
+    "maybe_warm_pool",
+    "memory_key",
+    "no_modes",
+    "open_vmap",
+    "original",
+    "pytree",
+    "raise_recompile_limit",
+    "schema_of",
+    "set_compiled_call",
+    "source_of",
+    "tables_of",
+    "tracing",
+    "version_of",
+    "why_graph_ends",
+]
+
+try:
+    # What ops are. Without: no rule finds its op.
+    from torch._ops import OpOverload  # one overload of an op: the target of every node of a captured graph
+    from torch._ops import OpOverloadPacket  # all overloads of an op: rules are written for one or the other
+
+    # Dynamo. Without: a graph's inputs, its breaks and its caller are not known.
+    from torch._dynamo.backends.registry import lookup_backend  # the option `inner_backend` by name
+    from torch._dynamo.convert_frame import compile_lock  # held by who compiles; without it two threads mix their modes
+    from torch._dynamo.eval_frame import OptimizedModule  # what `torch.compile(module)` returns
+    from torch._dynamo.eval_frame import _TorchDynamoContext as DynamoContext  # its methods call what was compiled
+    from torch._dynamo.exc import InvalidBackend  # an unknown name of a backend; without it the error is Dynamo's own
+    from torch._dynamo.exc import TorchRuntimeError  # a model that fails while it is traced; as above
+    from torch._dynamo.resume_execution import (
+        TORCH_DYNAMO_RESUME_IN_PREFIX as RESUME_PREFIX,
+    )  # names what is behind a break
+    from torch._dynamo.source import (
+        ConstantSource,
+    )  # names a symbol of ours; without it lengths of prompts are compiled one by one
+
+    # Capture. Without: no graph is captured.
+    from torch._functorch.aot_autograd import aot_export_module  # from a module to functional ATen before dispatch
+    from torch._functorch.compile_utils import fx_graph_cse  # equal nodes become one: facts are computed once
+    from torch._functorch.predispatch import (
+        _vmap_decrement_nesting as close_vmap,
+    )  # ends a vmap, as flex_attention's masks have
+    from torch._functorch.predispatch import _vmap_increment_nesting as open_vmap  # begins it
+    from torch._higher_order_ops.auto_functionalize import (
+        auto_functionalized_v2,
+    )  # an op that writes, as Inductor reads it
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+    )  # a value is needed; the model is refused by line
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException  # a size depends on values; as above
+    from torch._subclasses.fake_tensor import FakeTensor  # a tensor with sizes and without values
+    from torch._subclasses.fake_tensor import FakeTensorMode  # makes them; all shapes of nodes come from it
+    from torch._subclasses.functional_tensor import (
+        FunctionalTensor,
+    )  # answers `tolist` itself: readings are not noted without
+    from torch.amp.autocast_mode import _enter_autocast as enter_autocast  # begins an autocast region in a graph
+    from torch.amp.autocast_mode import _exit_autocast as exit_autocast  # ends it
+    from torch.autograd.grad_mode import (
+        _enter_inference_mode as enter_inference_mode,
+    )  # in a graph; left out of captures
+    from torch.autograd.grad_mode import _exit_inference_mode as exit_inference_mode  # as above
+    from torch.fx.experimental.symbolic_shapes import DimDynamic  # says that a length varies
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # as DataDependentOutputException
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # symbols of lengths, and what was assumed of them
+    from torch.utils import _pytree as pytree  # arguments as lists of leaves
+    from torch.utils._python_dispatch import TorchDispatchMode  # sees ops run: whether a scheduler draws random numbers
+    from torch.utils._python_dispatch import (
+        _disable_current_modes as no_modes,
+    )  # real tensors while something is traced
+    from torch.utils._python_dispatch import (
+        is_traceable_wrapper_subclass,
+    )  # a tensor made of others, such as quantised weights
+
+    # Inductor. Without: programs are not compiled (`inner_backend="eager"` runs them).
+    from torch._guards import (
+        TracingContext,
+        tracing,
+    )  # a context for PyTorch's caches on disk, which are passed over without
+    from torch._inductor import config as inductor_config  # its options, to name one that is misspelled
+    from torch._inductor import list_mode_options  # what torch.compile's `mode` stands for
+    from torch._inductor.async_compile import maybe_warm_pool  # starts the processes that compile kernels early
+    from torch._inductor.compile_fx import compile_fx  # compiles one program
+except ImportError as error:
+    raise cannot_run(str(error).split(" (")[0]) from error  # without the file
+
+
+# What PyTorch has in some builds or versions only, and what is done where it is missing.
+
+
+def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+# Compares the addresses of some tensors of a list with known ones, in CUDA builds: 0.26 ms for 682 weights on the host of an
+# H200, 0.16 ms less than to ask for each.
+addresses_equal: Callable[..., bool] | None = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+# The number of a device's current stream, in CUDA builds: to make an object of the stream costs the host 20 us.
+current_raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+# Copies a list of tensors in one launch; one by one without.
+copy_tensors: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = getattr(torch, "_foreach_copy_", _copy_each)
+# Says that PyTorch compiles, since 2.13: while FX traces, other threads could call no compiled function without.
+compile_session: Callable[[], AbstractContextManager] = getattr(torch.compiler, "_compile_session_context", nullcontext)
+
+
+def clear_cublas_workspaces() -> None:
+    """Drops cuBLAS's workspaces, so that each CUDA graph gets its own; without it programs run without CUDA graphs."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+# Those of them that this PyTorch lacks, though it could have them.
+MISSING: list[str] = [
+    name
+    for home, name, wanted in (
+        (torch._C, "_tensors_data_ptrs_at_indices_equal", torch.version.cuda),
+        (torch._C, "_cuda_getCurrentRawStream", torch.version.cuda),
+        (torch._C, "_cuda_clearCublasWorkspaces", torch.version.cuda),
+        (torch, "_foreach_copy_", True),
+        (torch.compiler, "_compile_session_context", True),
+    )
+    if wanted and not hasattr(home, name)
+]
+
+
+# What is looked up on PyTorch's objects.
+
+COMPILED_CALL = (
+    "_compiled_call_impl"  # the attribute of a module that `module.compile()` sets; `attach` works through it
+)
+version_of = attrgetter(
+    "_version"
+)  # how often a tensor was written; without it a latent that was written passes for the old
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What a module calls in place of its forward since `module.compile()`; without it `attach` finds nothing to follow."""
+    return getattr(module, COMPILED_CALL)
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Lets a module call something else in place of its forward; None: what its class says."""
+    setattr(module, COMPILED_CALL, call)
+
+
+def call_uncompiled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module with its hooks and without what it was compiled to; a traced model would call itself without."""
+    return module._call_impl(*args, **kwargs)
+
+
+def original(module: Any) -> Any:
+    """The user's module behind what `torch.compile` returned; anything else itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after a module's forward; without it tracing would leave them out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def tables_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dictionaries of a module's own parameters and buffers; without it weights that are exchanged go unseen."""
+    return module._parameters, module._buffers
+
+
+def memory_key(tensor: Tensor) -> int:
+    """Equal for tensors that share memory, fake ones too, while both live; without it writes through views go unseen."""
+    return tensor.untyped_storage()._cdata
+
+
+def schema_of(op: Any) -> Any:
+    """Names, defaults and aliases of an overload's arguments and results; no rule reads its arguments without."""
+    return op._schema
+
+
+def is_composite(op: OpOverload) -> bool:
+    """Whether PyTorch puts an op together from others; without it ops that have no rule are not spelled out."""
+    return op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def source_of(placeholder: fx.Node) -> str | None:
+    """Dynamo's expression of what a placeholder stands for, such as ``L['kwargs']['timestep']``; all inputs are named by it."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None and (held := placeholder.meta.get("grapharg")) is not None:
+        source = held.source
+    name = getattr(source, "name", None)
+    name = name() if callable(name) else name
+    return name if isinstance(name, str) else None
+
+
+def why_graph_ends(graph: fx.GraphModule) -> Any:
+    """Dynamo's reason (``reason``, ``user_stack``, ``graph_break``) for a graph's end; without it parts pass for models."""
+    return getattr(graph, "compile_subgraph_reason", None)
+
+
+def is_transform(target: Any) -> bool:
+    """Whether a node's target belongs to a `torch.func` transform; tracing one a second time leaves its stack open."""
+    return (getattr(target, "__module__", None) or "").startswith(("torch._functorch", "torch._dynamo._trace_wrapped"))
+
+
+def raise_recompile_limit(count: int) -> None:
+    """At least so many compilations of one function in this process; without it transformers after the eighth run uncompiled."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, count)

@@ -1,0 +1,490 @@
+"""Every private thing of PyTorch that is used, held to what is relied on: on a version that changed it, its name fails here."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import threading
+from contextlib import nullcontext
+
+import pytest
+import sympy
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ras_compile import _torch, canaries
+from ras_compile.kernels import _torch as for_kernels
+
+CANARIES = {}
+aten = torch.ops.aten
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def canary(*names):
+    """Marks a test as that of some names of `_torch.py` (or `kernels._torch`)."""
+
+    def mark(test):
+        for name in names:
+            assert name not in CANARIES
+            CANARIES[name] = test
+        return pytest.mark.parametrize("name", names)(test)
+
+    return mark
+
+
+def test_every_name_has_a_canary():
+    assert set(CANARIES) == {*_torch.__all__, *(f"kernels.{name}" for name in for_kernels.__all__)}
+
+
+def test_nothing_is_reported_as_changed():
+    assert canaries.changed() == {}
+
+
+def dynamo_graphs(function, *args, run=None):
+    """The graphs that Dynamo makes of a call, and what it returns."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return run or graph.forward
+
+    torch._dynamo.reset()
+    result = torch.compile(function, backend=backend)(*args)
+    return graphs, result
+
+
+def targets(graph):
+    return [node.target for node in graph.nodes]
+
+
+# Ops
+
+
+@canary("OpOverload", "OpOverloadPacket")
+def test_ops_are_overloads_of_packets(name):
+    assert isinstance(aten.add.Tensor, _torch.OpOverload) and isinstance(aten.add, _torch.OpOverloadPacket)
+    assert aten.add.Tensor.overloadpacket is aten.add and "Tensor" in aten.add.overloads()
+    assert aten.add.Tensor.namespace == "aten" and torch.Tag.pointwise in aten.add.Tensor.tags
+    graph = make_fx(lambda x: x + x)(torch.ones(2)).graph
+    assert aten.add.Tensor in targets(graph)
+
+
+@canary("schema_of")
+def test_a_schema_tells_arguments_and_aliases(name):
+    schema = _torch.schema_of(aten.add_.Tensor)
+    assert schema.name == "aten::add_" and schema.is_mutable
+    assert [(a.name, a.default_value, a.kwarg_only) for a in schema.arguments] == [
+        ("self", None, False), ("other", None, False), ("alpha", 1, True)
+    ]  # fmt: skip
+    assert schema.arguments[0].alias_info.is_write and schema.arguments[1].alias_info is None
+    assert _torch.schema_of(aten.view.default).returns[0].alias_info is not None
+    assert not _torch.schema_of(aten.mm.default).is_mutable
+
+
+@canary("is_composite")
+def test_composite_ops_are_known(name):
+    assert _torch.is_composite(aten.tensordot.default) and not _torch.is_composite(aten.mm.default)
+
+
+# Dynamo
+
+
+@canary("lookup_backend", "InvalidBackend")
+def test_backends_are_found_by_name(name):
+    graph = fx.symbolic_trace(nn.Identity())
+    assert torch.equal(_torch.lookup_backend("eager")(graph, [torch.ones(1)])(torch.ones(1)), torch.ones(1))
+    with pytest.raises(_torch.InvalidBackend):
+        _torch.lookup_backend("no such backend")
+
+
+@canary("compile_lock")
+def test_dynamo_holds_the_lock_while_it_compiles(name):
+    free = []
+
+    def backend(graph, inputs):
+        def attempt():
+            free.append(_torch.compile_lock.acquire(blocking=False))
+
+        other = threading.Thread(target=attempt)
+        other.start()
+        other.join()
+        with _torch.compile_lock:  # may be nested
+            return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    assert free == [False]
+
+
+@canary("compile_session")
+def test_a_session_says_that_pytorch_compiles(name):
+    with _torch.compile_session():
+        assert torch.compiler.is_compiling() is (_torch.compile_session is not nullcontext)
+    assert not torch.compiler.is_compiling()
+
+
+@canary("OptimizedModule", "original")
+def test_a_compiled_module_is_an_object_around_the_module(name):
+    plain = nn.Linear(2, 2)
+    compiled = torch.compile(plain, backend="eager")
+    assert isinstance(compiled, _torch.OptimizedModule)
+    assert _torch.original(compiled) is plain and _torch.original(plain) is plain
+    compiled.forward = lambda x: "another"
+    assert compiled(torch.ones(2)) == "another"
+
+
+@canary("COMPILED_CALL", "compiled_call", "set_compiled_call", "call_uncompiled")
+def test_a_module_calls_what_it_was_compiled_to(name):
+    module = nn.Linear(2, 2)
+    seen = []
+    module.register_forward_hook(lambda *given: seen.append(1))
+    assert _torch.compiled_call(module) is None
+    module.compile(backend="eager")
+    assert callable(_torch.compiled_call(module)) and _torch.COMPILED_CALL in vars(module)
+    _torch.set_compiled_call(module, lambda x: "another")
+    x = torch.ones(2)
+    assert module(x) == "another" and not seen
+    assert torch.equal(_torch.call_uncompiled(module, x), module.forward(x)) and seen == [1]
+    _torch.set_compiled_call(module, None)
+    assert torch.equal(module(x), module.forward(x)) and seen == [1, 1]
+
+
+@canary("DynamoContext")
+def test_its_methods_call_what_was_compiled(name):
+    called = []
+
+    def run(*values):
+        frame = sys._getframe()
+        while frame is not None:
+            called.append(frame.f_code.co_qualname)
+            frame = frame.f_back
+        return (values[0] + 1,)
+
+    dynamo_graphs(lambda x: x + 1, torch.ones(1), run=run)
+    assert any(where.startswith(_torch.DynamoContext.__name__ + ".") for where in called)
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+
+@canary("why_graph_ends", "RESUME_PREFIX")
+def test_a_break_tells_its_line_and_what_is_resumed(name):
+    (first, second), _ = dynamo_graphs(Broken(), torch.ones(2))
+    before, after = _torch.why_graph_ends(first), _torch.why_graph_ends(second)
+    line = Broken.forward.__code__.co_firstlineno
+    assert before.graph_break and before.reason and before.user_stack[-1].lineno == line + 2
+    assert before.user_stack[-1].filename == __file__ and before.user_stack[-1].name == "forward"
+    assert not after.graph_break and after.user_stack[-1].name.startswith(_torch.RESUME_PREFIX)
+    assert after.user_stack[-1].name.rpartition("_")[2] == str(line + 2)
+
+
+@canary("TorchRuntimeError")
+def test_a_model_that_fails_while_it_is_traced(name):
+    with pytest.raises(_torch.TorchRuntimeError, match=r"got \w+\("):
+        dynamo_graphs(lambda x: x @ torch.ones(3, 3), torch.ones(2, 2))
+
+
+@canary("source_of")
+def test_placeholders_tell_where_they_come_from(name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x, more=None):
+            return x * self.weight + more["y"]
+
+    (graph,), _ = dynamo_graphs(Model(), torch.ones(2), {"y": torch.ones(2)})
+    found = {_torch.source_of(node) for node in graph.graph.find_nodes(op="placeholder")}
+    assert {"L['x']", "L['more']['y']"} < found
+    assert any("_parameters" in source and "weight" in source for source in found)
+    assert all("example_value" in node.meta for node in graph.graph.find_nodes(op="placeholder"))
+    assert all("stack_trace" in node.meta for node in graph.graph.nodes if node.op == "call_function")
+
+
+@canary("raise_recompile_limit")
+def test_the_recompile_limit_is_raised_and_never_lowered(name):
+    with torch._dynamo.config.patch(recompile_limit=8):
+        _torch.raise_recompile_limit(64)
+        assert torch._dynamo.config.recompile_limit == 64
+        _torch.raise_recompile_limit(9)
+        assert torch._dynamo.config.recompile_limit == 64
+
+
+@canary("ConstantSource", "DimDynamic", "ShapeEnv")
+def test_symbols_of_our_own_and_what_is_assumed_of_them(name):
+    env = _torch.ShapeEnv()
+    source = _torch.ConstantSource("length")
+    symbol = env.create_symbol(7, source, _torch.DimDynamic.DYNAMIC)
+    length = env.create_symintnode(symbol, hint=7, source=source)
+    mode = _torch.FakeTensorMode(shape_env=env, static_shapes=True)
+    with mode:
+        made = torch.empty_strided([length * 2], [1])
+    assert made.shape[0].node.expr == 2 * symbol and made.shape[0].node.expr.xreplace({symbol: 3}) == 6
+    assert bool(length > 4)
+    (guard,) = env.guards
+    assert guard.expr.xreplace({symbol: sympy.Integer(9)}) == sympy.true
+    assert guard.expr.xreplace({symbol: sympy.Integer(3)}) == sympy.false
+    assert 7 in env.var_to_range[symbol] and env.replacements.get(symbol, symbol) == symbol
+
+
+# Capture
+
+
+class Writes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("table", torch.ones(2))
+
+    def forward(self, x, y):
+        y.add_(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = self.layer(x + self.table)
+        return (result.mul_(2),)
+
+
+@canary("aot_export_module", "enter_autocast", "exit_autocast")
+def test_export_is_functional_and_before_dispatch(name):
+    with torch.no_grad():
+        captured, signature = _torch.aot_export_module(
+            Writes(), [torch.ones(2), torch.ones(2)], trace_joint=False, pre_dispatch=True
+        )
+    found = targets(captured.graph)
+    assert aten.linear.default in found and aten.mul.Tensor in found and aten.mul_.Tensor not in found
+    assert _torch.enter_autocast in found and _torch.exit_autocast in found
+    assert sorted(signature.parameters) == ["layer.bias", "layer.weight"] and [*signature.buffers] == ["table"]
+    assert [*signature.user_inputs_to_mutate.values()] == [signature.user_inputs[1]]
+    assert not signature.buffers_to_mutate and not signature.input_tokens
+    placeholders = captured.graph.find_nodes(op="placeholder")
+    assert len(placeholders) == 3 + 2 and [node.name for node in placeholders[3:]] == [*signature.user_inputs]
+    assert all(isinstance(node.meta["val"], _torch.FakeTensor) for node in placeholders)
+
+
+@canary("fx_graph_cse")
+def test_equal_nodes_become_one(name):
+    graph = make_fx(lambda x: x.sin() + x.sin())(torch.ones(2)).graph
+    assert targets(_torch.fx_graph_cse(graph)).count(aten.sin.default) == 1
+
+
+@canary("open_vmap", "close_vmap", "is_transform")
+def test_a_vmap_in_a_graph_has_borders(name):
+    (graph,), _ = dynamo_graphs(torch.vmap(lambda x: x * 2), torch.ones(3, 2))
+    found = targets(graph.graph)
+    assert found.count(_torch.open_vmap) == found.count(_torch.close_vmap) == 1
+    assert _torch.is_transform(_torch.open_vmap) and _torch.is_transform(_torch.close_vmap)
+    assert not any(map(_torch.is_transform, (operator.mul, torch.mul, aten.mul.Tensor, "output")))
+    begins = next(node for node in graph.graph.nodes if node.target is _torch.open_vmap)
+    assert begins.args[0] == 3
+    _torch.open_vmap(*begins.args)
+    _torch.close_vmap()
+
+
+@canary("auto_functionalized_v2")
+def test_an_op_that_writes_is_spelled_without_the_write(name):
+    with torch.library._scoped_library("canary", "DEF") as library:
+        library.define("add_one(Tensor(a!) x) -> ()")
+        library.impl("add_one", lambda x: [x.add_(1)].clear(), "CPU")
+        before = torch.zeros(2)
+        _, written = _torch.auto_functionalized_v2(
+            torch.ops.canary.add_one.default, _x_base_index=0, _all_bases=[before]
+        )
+    assert torch.equal(written, torch.ones(2)) and torch.equal(before, torch.zeros(2))
+
+
+@canary("FakeTensor", "FakeTensorMode")
+def test_fake_tensors_have_sizes_and_no_values(name):
+    mode = _torch.FakeTensorMode(shape_env=_torch.ShapeEnv(), static_shapes=True)
+    fake = mode.from_tensor(torch.ones(2, 3))
+    assert isinstance(fake, _torch.FakeTensor) and fake.fake_mode is mode and fake.shape == (2, 3)
+    assert (fake @ fake.t()).shape == (2, 2)
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(torch.ones(2) + 1, _torch.FakeTensor)
+
+
+@canary("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
+def test_values_of_fake_tensors_are_refused(name):
+    with _torch.FakeTensorMode():
+        with pytest.raises(_torch.DataDependentOutputException):
+            torch.ones(1).item()
+        with pytest.raises(_torch.DynamicOutputShapeException):
+            torch.ones(1).nonzero()
+    with _torch.FakeTensorMode(shape_env=_torch.ShapeEnv()), pytest.raises(_torch.GuardOnDataDependentSymNode):
+        bool(torch.ones(1).long().item() > 3)
+
+
+@canary("FunctionalTensor")
+def test_functional_tensors_answer_for_themselves(name):
+    assert issubclass(_torch.FunctionalTensor, torch.Tensor) and "tolist" in vars(_torch.FunctionalTensor)
+
+
+@canary("enter_inference_mode", "exit_inference_mode")
+def test_inference_mode_in_a_graph(name):
+    def function(x):
+        with torch.inference_mode():
+            return x + 1
+
+    (graph,), _ = dynamo_graphs(function, torch.ones(1))
+    found = targets(graph.graph)
+    assert _torch.enter_inference_mode in found and _torch.exit_inference_mode in found
+
+
+@canary("pytree")
+def test_arguments_are_trees_of_leaves(name):
+    tree = ([1, {"a": torch.ones(1)}], None)
+    leaves, spec = _torch.pytree.tree_flatten(tree)
+    assert leaves[0] == 1 and leaves[2] is None and isinstance(spec, _torch.pytree.TreeSpec)
+    assert _torch.pytree.tree_leaves(tree)[1] is leaves[1]
+    assert _torch.pytree.tree_unflatten(leaves, spec) == tree
+    assert _torch.pytree.tree_map(lambda leaf: leaf, tree) == tree
+    assert _torch.pytree.tree_map_only(int, lambda leaf: leaf + 1, [1, "a"]) == [2, "a"]
+    pairs, _ = _torch.pytree.tree_flatten_with_path(tree)
+    assert [_torch.pytree.keystr(path) for path, _ in pairs] == ["[0][0]", "[0][1]['a']", "[1]"]
+
+
+@canary("TorchDispatchMode")
+def test_a_mode_sees_ops(name):
+    seen = []
+
+    class Sees(_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Sees():
+        torch.randn(1)
+    assert any(torch.Tag.nondeterministic_seeded in func.tags for func in seen)
+
+
+@canary("no_modes")
+def test_modes_can_be_left(name):
+    with _torch.FakeTensorMode():
+        with _torch.no_modes():
+            assert not isinstance(torch.ones(1), _torch.FakeTensor)
+        assert isinstance(torch.ones(1), _torch.FakeTensor)
+
+
+@canary("is_traceable_wrapper_subclass")
+def test_tensors_made_of_tensors_are_known(name):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    one = torch.ones(1)
+    assert _torch.is_traceable_wrapper_subclass(TwoTensor(one, one))
+    assert not _torch.is_traceable_wrapper_subclass(nn.Parameter(one))
+
+
+# What is looked up on objects
+
+
+@canary("has_forward_hooks")
+def test_hooks_are_known(name):
+    module = nn.Linear(2, 2)
+    assert not _torch.has_forward_hooks(module)
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        handle = register(lambda *given: None)
+        assert _torch.has_forward_hooks(module)
+        handle.remove()
+        assert not _torch.has_forward_hooks(module)
+
+
+@canary("tables_of")
+def test_weights_stand_in_two_dictionaries(name):
+    module = nn.BatchNorm1d(2)
+    parameters, buffers = _torch.tables_of(module)
+    assert parameters == dict(module.named_parameters()) and buffers == dict(module.named_buffers())
+    parameters["weight"] = new = nn.Parameter(torch.zeros(2))
+    assert module.weight is new
+
+
+@canary("memory_key")
+def test_views_share_memory(name):
+    with _torch.FakeTensorMode():
+        fake = torch.ones(4)
+        assert _torch.memory_key(fake) == _torch.memory_key(fake[1:].view(1, 3)) != _torch.memory_key(fake.clone())
+    real = torch.ones(4)
+    assert _torch.memory_key(real) == _torch.memory_key(real[2:]) != _torch.memory_key(real.clone())
+
+
+@canary("version_of")
+def test_writes_are_counted(name):
+    tensor = torch.zeros(2)
+    before = _torch.version_of(tensor)
+    tensor[0] = 1
+    assert _torch.version_of(tensor) > before
+
+
+# Inductor, and CUDA
+
+
+@canary("TracingContext", "tracing")
+def test_a_context_is_the_present_one(name):
+    context = _torch.TracingContext(_torch.FakeTensorMode())
+    with _torch.tracing(context):
+        assert _torch.TracingContext.try_get() is context
+    assert _torch.TracingContext.try_get() is None
+
+
+@canary("inductor_config", "list_mode_options", "maybe_warm_pool")
+def test_options_of_inductor(name):
+    known = _torch.inductor_config.get_config_copy()
+    assert "max_autotune" in known and set(_torch.list_mode_options("max-autotune")) <= set(known)
+    assert callable(_torch.maybe_warm_pool)  # starting processes is left to those who need them
+
+
+@canary("compile_fx", "kernels.inductor")
+def test_inductor_compiles_a_graph(name):
+    graph, x = make_fx(lambda x: (x + 1,))(torch.ones(4)), torch.ones(4)
+    compiled = (
+        for_kernels.inductor(graph, [x])
+        if name.startswith("kernels")
+        else _torch.compile_fx(graph, [x], config_patches={"max_autotune": False})
+    )
+    assert torch.equal(compiled(x)[0], x + 1)
+
+
+@canary("copy_tensors")
+def test_lists_of_tensors_are_copied(name):
+    targets = [torch.zeros(2), torch.zeros(3)]
+    _torch.copy_tensors(targets, [torch.ones(2), torch.ones(3)])
+    assert all(bool(target.all()) for target in targets)
+
+
+@canary("MISSING")
+def test_nothing_that_could_be_there_is_missing(name):
+    known = {"_compile_session_context"} if _torch.compile_session is nullcontext else set()
+    assert set(_torch.MISSING) == known
+
+
+@canary("addresses_equal", "current_raw_stream", "clear_cublas_workspaces")
+@needs_cuda
+def test_cuda_builds_look_at_addresses_and_streams(name):
+    one, two = torch.ones(1, device="cuda"), torch.ones(1, device="cuda")
+    assert _torch.addresses_equal([one, two], [0, two.data_ptr()], [1])
+    assert not _torch.addresses_equal([one, two], [0, one.data_ptr()], [1])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert _torch.current_raw_stream(one.device.index) == stream.cuda_stream
+    one.view(1, 1) @ two.view(1, 1)
+    _torch.clear_cublas_workspaces()
+
+
+# The kernels' own
+
+
+@canary("kernels.cache_folder")
+def test_inductor_has_a_folder(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert for_kernels.cache_folder() == tmp_path
+
+
+@canary("kernels.linear_gelu_tanh")
+def test_a_product_and_its_gelu(name):
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    linear = nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(  # CPUs take the exact form: `linear_gelu` runs this on CUDA alone
+        for_kernels.linear_gelu_tanh(x, weight, bias), nn.functional.gelu(linear), rtol=0, atol=2e-3
+    )
