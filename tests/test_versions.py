@@ -98,7 +98,7 @@ try:
 except RuntimeError as error:
     print(type(error).__name__, error)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.startswith("RASError ras_compile cannot run on PyTorch") and "aot_export_module" in found, found
 
 
@@ -108,4 +108,4 @@ import sys, ras_compile
 from ras_compile import RASConfig, RASError, ConfigError, generation
 assert "ras_compile._torch" not in sys.modules and "torch._dynamo" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -36,8 +36,10 @@ _OURS = str(Path(__file__).parent)
 _VALUES = {
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
     Tensor.__index__, Tensor.__complex__, Tensor.__contains__, Tensor.is_nonzero, torch.is_nonzero, Tensor.equal,
-    torch.equal, Tensor.allclose, torch.allclose,
+    torch.equal, Tensor.allclose, torch.allclose, Tensor.__repr__, Tensor.__format__,
 }  # fmt: skip
+# The names of those that a subclass of tensors can answer by methods of its own.
+_ANSWERED = {function.__name__ for function in _VALUES if hasattr(Tensor, function.__name__)}
 # Functions whose result has a size that depends on the values of their first operand.
 _SIZES = {
     torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, Tensor.unique, torch.unique,
@@ -376,9 +378,9 @@ _plain_lock = threading.RLock()
 
 @contextmanager
 def plain_readings() -> Iterator[None]:
-    """Tensors under functionalisation answer `tolist` and `bool` themselves, past function modes; not in here."""
+    """Tensors under functionalisation answer some readings (`tolist`, `repr`) themselves, past function modes; not in here."""
     with _plain_lock:
-        own = {name: vars(FunctionalTensor)[name] for name in ("tolist", "__bool__") if name in vars(FunctionalTensor)}
+        own = {name: vars(FunctionalTensor)[name] for name in _ANSWERED if name in vars(FunctionalTensor)}
         for name in own:
             delattr(FunctionalTensor, name)
         try:

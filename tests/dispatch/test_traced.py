@@ -106,7 +106,21 @@ class Written(Reads):
         return text
 
 
-READERS = [Length, Way, BooleanIndex, Nonzero, MaskedSelect, Repeats, Numpy, Border, Branches, Written]
+class Shown(Reads):
+    """Looks at its mask as text."""
+
+    def read(self, text, mask):
+        shown = str(mask), repr(mask[0]), f"{mask}"
+        return text * (1 + sum(map(len, shown)) % 7) * (2 if "1, 1, 1" in shown[0] else 1)
+
+
+class Formatted(Reads):
+    def read(self, text, mask):
+        torch._dynamo.graph_break()
+        return text * float(f"{mask.sum():.1f}")
+
+
+READERS = [Length, Way, BooleanIndex, Nonzero, MaskedSelect, Repeats, Numpy, Border, Branches, Written, Shown, Formatted]
 
 
 def inputs(length: int, seed: int = 0) -> dict[str, Tensor]:
