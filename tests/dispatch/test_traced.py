@@ -120,7 +120,20 @@ class Formatted(Reads):
         return text * float(f"{mask.sum():.1f}")
 
 
-READERS = [Length, Way, BooleanIndex, Nonzero, MaskedSelect, Repeats, Numpy, Border, Branches, Written, Shown, Formatted]
+READERS = [
+    Length,
+    Way,
+    BooleanIndex,
+    Nonzero,
+    MaskedSelect,
+    Repeats,
+    Numpy,
+    Border,
+    Branches,
+    Written,
+    Shown,
+    Formatted,
+]
 
 
 def inputs(length: int, seed: int = 0) -> dict[str, Tensor]:
