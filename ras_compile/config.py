@@ -33,8 +33,9 @@ RUNTIME_OPTIONS = (
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-# This very object says that nobody gave a ratio: any other 0.5 is a choice, which a target speed-up contradicts.
-_RATIO = float("0.5")
+# What is taken where nobody gives it.
+_RATIO = 0.5
+_STARVATION = 2.0  # of any metric but "drift", which has a factor of age in it
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,27 @@ class RASConfig:
     """Every option of region-adaptive sampling (RAS, arXiv 2502.10389). Compared and hashed by value.
 
     Args:
-        sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1].
+        sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1]; 0.5 where nothing is
+            given. None with `speedup`, which is solved for it.
         speedup: instead of `sample_ratio`: the speed-up over dense steps that a whole run is to have, at least 1. The
             cost model solves for the ratio, so this counts FLOPs and is no promise about time; needs the number of steps.
         warmup_steps: dense steps at the start of a generation, at least 1.
         reset_interval: a dense step every so many steps after the warm-up (section 3.3), or None.
         reset_steps: exactly these steps are dense error resets; rules over `reset_interval` when given.
         ratio_schedule: "constant", or "linear": the ratio falls over the run with the same average (section 3.3).
-        metric: "std", "l2norm", "random", or a callable ``(noise [B, N, C], info) -> [B, N]``, non-negative.
+        metric: what tells which tokens need computing: "drift" (how far the noise that a token holds should be off by
+            now, from how much it last changed: see `ras_compile.sampling.drift`), "std" (the paper's: how its noise
+            spreads over channels), "l2norm", "random", or a callable ``(noise [B, N, P * C], info) -> [B, N]``,
+            non-negative. With guidance, a metric sees the noise of each branch before guidance joins them, and the mean
+            over the branches counts (where the branches are samples of one batch, the callable sees them in that
+            batch). A callable is called once for each model call whose next step is sparse, and may keep a state: an
+            object with ``__call__``, which begins anew where ``info.step`` falls or the shapes change. It is given what
+            each token last computed, so that a token whose noise has not changed was not computed.
         focus: which end of the metric is computed: "low", "high", or the share of the dropped tokens that is taken
             from the high end, in [0, 1] ("low" is 1.0, "high" is 0.0).
-        starvation_scale: k of eq. 1, at least 0: how strongly a drop count raises a token's priority. 0.1 in
-            the authors' code; the default measured best on the trained model (examples/quality).
+        starvation_scale: k of eq. 1, at least 0: how strongly a drop count raises a token's priority. None: what fits
+            the metric, 0 with "drift", which has a factor of its own that grows with each drop, and 2 with all others,
+            where that measured best on the trained model (examples/quality). 0.1 in the authors' code.
         max_absence: D_max: a token that was left out of so many sparse steps goes first; at least 1.
         selector: None, or a callable ``(metric [B, N], drops [B, N], k, info) -> rows [B, k]`` for research.
         region: None (inferred), or the slice of the latent's tokens that is the picture; a pair (start, stop) will do.
@@ -74,14 +84,14 @@ class RASConfig:
         ConfigError: a bad value; the text names the option and what it takes.
     """
 
-    sample_ratio: float = _RATIO
+    sample_ratio: float | None = None
     warmup_steps: int = 4
     reset_interval: int | None = 8
     reset_steps: tuple[int, ...] | None = None
     ratio_schedule: str = "constant"
     metric: str | Callable[..., Any] = "std"
     focus: str | float = "high"
-    starvation_scale: float = 2.0
+    starvation_scale: float | None = None
     max_absence: int = 8
     selector: Callable[..., Any] | None = None
     region: slice | None = field(default=None, hash=False)  # a slice has no hash before Python 3.12
@@ -99,11 +109,15 @@ class RASConfig:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "sample_ratio", _number(self, "sample_ratio", low=0.0, high=1.0, open_low=True))
-        put(self, "starvation_scale", _number(self, "starvation_scale", low=0.0))
+        if self.sample_ratio is None and self.speedup is None:
+            put(self, "sample_ratio", _RATIO)
+        if self.sample_ratio is not None:
+            put(self, "sample_ratio", _number(self, "sample_ratio", low=0.0, high=1.0, open_low=True))
+        if self.starvation_scale is not None:
+            put(self, "starvation_scale", _number(self, "starvation_scale", low=0.0))
         if self.speedup is not None:
             put(self, "speedup", _number(self, "speedup", low=1.0))
-            if self.sample_ratio is not _RATIO:
+            if self.sample_ratio is not None:
                 raise ConfigError(
                     f"options sample_ratio={self.sample_ratio:g} and speedup={self.speedup:g} exclude each other: a "
                     "speed-up is reached by choosing the ratio."
@@ -117,7 +131,7 @@ class RASConfig:
         _one_of(self, "noise_reuse", ("hold", "linear", "x0"))
         _one_of(self, "unsupported", ("dense", "error"))
         if not callable(self.metric):
-            _one_of(self, "metric", ("std", "l2norm", "random"), "a callable (noise [B, N, C], info) -> [B, N]")
+            _one_of(self, "metric", ("drift", "std", "l2norm", "random"), "a callable (noise [B, N, C], info) -> [B, N]")
         if isinstance(self.focus, str):
             _one_of(self, "focus", ("low", "high"), "a number in [0, 1]")
         else:
@@ -177,7 +191,7 @@ class RASConfig:
                 f"generations: {', '.join(RUNTIME_OPTIONS)}."
             )
         if options.get("speedup") is not None:
-            options.setdefault("sample_ratio", _RATIO)
+            options.setdefault("sample_ratio", None)
         elif "sample_ratio" in options:
             options["speedup"] = None
         return replace(self, **options)
@@ -185,6 +199,18 @@ class RASConfig:
     def at_ratio(self, ratio: float) -> RASConfig:
         """This config with the ratio that its `speedup` was solved for."""
         return replace(self, sample_ratio=ratio, speedup=None)
+
+    @property
+    def ratio(self) -> float:
+        """`sample_ratio` as a number, also before a `speedup` has been solved for it."""
+        return _RATIO if self.sample_ratio is None else self.sample_ratio
+
+    @property
+    def starvation(self) -> float:
+        """`starvation_scale`, or what fits the metric."""
+        if self.starvation_scale is not None:
+            return self.starvation_scale
+        return 0.0 if self.metric == "drift" else _STARVATION
 
     @property
     def high_share(self) -> float:

@@ -151,7 +151,7 @@ class Explanation:
         if sample_ratio is not None:
             self.config.with_runtime(sample_ratio=sample_ratio)
         _check_steps(num_steps)
-        ratio = self.config.sample_ratio if sample_ratio is None else sample_ratio
+        ratio = self.config.ratio if sample_ratio is None else sample_ratio
         if sample_ratio is None and self.config.speedup is not None:
             ratio = self.ratio_for(self.config.speedup, num_steps)
         return self.cost.speedup(ratio, num_steps, self.dense_steps(num_steps))

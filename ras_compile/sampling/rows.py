@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,30 +12,43 @@ from torch import Tensor
 from ras_compile.config import RASConfig
 from ras_compile.execute.replay import Replayed
 from ras_compile.passes.algebra.tokens import TokenView
+from ras_compile.sampling.drift import Drift
+from ras_compile.sampling.reuse import active_tokens
 from ras_compile.sampling.selection import (
     Measure,
     SelectionInfo,
     choose,
+    going_on,
     mean_metric,
-    measured,
+    rated,
     sample_groups,
     select_rows,
+    settle,
     token_metric,
     update_counts,
 )
 
-__all__ = ["RowChooser", "selection"]
+__all__ = ["RowChooser", "Selection", "selection"]
 
-_REPLAYED_METRICS = ("std", "l2norm")  # a callable may do anything, and "random" draws numbers
-_choose = Replayed(choose)
-_OBSERVED = "observed noise"  # its place among what a branch keeps
+_REPLAYED_METRICS = ("drift", "std", "l2norm")  # a callable may do anything, and "random" draws numbers
+_choose, _settle = Replayed(choose), Replayed(settle)
+# their places among what a branch keeps
+_OBSERVED, _DRIFT = "observed noise", "drift"
 
 _Key = tuple[int, int]  # batch and tokens of a call
 
 
-def selection() -> Replayed:
-    """The selection, with CUDA graphs that go when it goes."""
-    return _choose.apart()
+@dataclass(frozen=True)
+class Selection:
+    """The functions of the selection, with CUDA graphs that go when it goes."""
+
+    choose: Replayed
+    settle: Replayed
+
+
+def selection() -> Selection:
+    """A selection of its own for each transformer."""
+    return Selection(_choose.apart(), _settle.apart())
 
 
 class RowChooser:
@@ -46,8 +60,10 @@ class RowChooser:
         selection: what :func:`selection` gave, for all choosers of a transformer.
     """
 
-    def __init__(self, config: RASConfig, selection: Replayed | None = None) -> None:
-        self._config, self._choose = config, selection or _choose
+    def __init__(self, config: RASConfig, selection: Selection | None = None) -> None:
+        self._config, self._selection = config, selection or Selection(_choose, _settle)
+        self._step = 0
+        self._loose: dict[tuple, dict] = {}  # what branches keep that say no place for it
         self._seen: dict[_Key, list[tuple[dict, Measure]]] = {}
         self._before: dict[_Key, list[tuple[dict, Measure]]] = {}
         self._counts: dict[int, Tensor] = {}  # by tokens [2, B, N]: drop counts, absences
@@ -62,6 +78,7 @@ class RowChooser:
             if dense or tokens in ran_dense:
                 self._all_computed(tokens)
         self._before, self._seen, self._chosen = self._seen, {}, {}
+        self._step += 1
 
     def _all_computed(self, tokens: int) -> None:
         if tokens in self._counts:
@@ -84,9 +101,50 @@ class RowChooser:
             measure = (self._config.metric, view)
         else:
             noise = token_metric((view(noise) if view else noise).detach(), self._config.metric, info)
-        slots = {} if slots is None else slots
-        slots[_OBSERVED] = noise.detach() if noise.requires_grad else noise
-        self._seen.setdefault((batch, tokens), []).append((slots, measure))
+        key = batch, tokens
+        if slots is None:
+            slots = self._loose.setdefault((key, len(self._seen.get(key, ()))), {})
+        noise = noise.detach() if noise.requires_grad else noise
+        if self._config.metric == "drift":
+            drift = slots.get(_DRIFT)
+            if drift is None:
+                slots[_DRIFT] = Drift.begun(noise, view, batch, tokens, self._step)
+            else:
+                if drift.step != self._step:  # nobody said what this step computes: everything
+                    self.computing(slots, None)
+                drift.pending = True
+        slots[_OBSERVED] = noise
+        self._seen.setdefault(key, []).append((slots, measure))
+
+    def computing(self, slots: dict, rows: Tensor | None) -> None:
+        """A branch is about to compute `rows` [B, A], or all of its tokens (None), and to write over its noise.
+
+        With `metric="drift"` what it remembers is brought up to this step, unless the choice of rows has done so.
+        """
+        drift: Drift | None = slots.get(_DRIFT)
+        if drift is None or (drift.step == self._step and rows is not None):
+            return
+        if drift.step == self._step:  # rows were chosen, and it runs dense nevertheless
+            drift.state = torch.stack([drift.state[0], drift.state[1].abs()])
+            return
+        if drift.pending:
+            noise, view = slots[_OBSERVED], drift.view
+            with _exact(noise.device):
+                if self._config.cuda_graphs:
+                    tensors, fuse = [noise, drift.last, drift.state], self._config.inner_backend == "inductor"
+                    drift.last, drift.state = self._selection.settle(tensors, view, fuse=fuse)
+                else:
+                    drift.last, drift.state = settle(noise, drift.last, drift.state, view)
+            passed = self._step - drift.step - 1
+        else:  # it was not called in the step that its gaps lead up to
+            passed = self._step - drift.step
+            drift.state = torch.stack([drift.state[0], drift.state[1].abs()])
+        rates, gaps = drift.state
+        gaps = gaps + passed if passed else gaps
+        if rows is not None and rows.shape[1] < gaps.shape[1]:
+            gaps = torch.where(active_tokens(rows, gaps.shape[1]), gaps, -gaps)
+        drift.state = torch.stack([rates, gaps])
+        drift.step, drift.pending = self._step, False
 
     def rows(
         self,
@@ -111,9 +169,7 @@ class RowChooser:
             self._all_computed(tokens)
         elif first := next((entry for (_, count), entry in self._chosen.items() if count == tokens), None):
             rows = first[0][_same_sample(latent, first[1], batch, len(first[0]))]
-        elif seen := [
-            (slots[_OBSERVED], measure) for slots, measure in self._before.get(key, ()) if _OBSERVED in slots
-        ]:
+        elif seen := [entry for entry in self._before.get(key, ()) if _OBSERVED in entry[0]]:
             with _exact(latent.device):
                 rows = self._choice(latent, key, seen, active, info, known())
         else:
@@ -125,12 +181,19 @@ class RowChooser:
         self,
         latent: Tensor,
         key: _Key,
-        seen: Sequence[tuple[Tensor, Measure]],
+        seen: Sequence[tuple[dict, Measure]],
         active: int,
         info: SelectionInfo,
         known: Tensor | None,
     ) -> Tensor:
-        config, (noises, measures) = self._config, zip(*seen, strict=True)
+        config, tensors, drifts, measures = self._config, [], [], []
+        for slots, measure in seen:
+            tensors.append(slots[_OBSERVED])
+            measures.append(measure)
+            if measure is not None and measure[0] == "drift":
+                drift = slots[_DRIFT]
+                drifts.append(drift)
+                tensors += [drift.last, drift.state]
         counts = self._counts_of(key, latent.device)
         groups = self._grouping(key, latent)
         if config.selector is None:
@@ -138,17 +201,22 @@ class RowChooser:
                 if self._nothing is None:
                     self._nothing = groups.new_empty(0, dtype=torch.bool)
                 known = self._nothing
-            settings = measures, active, config.high_share, config.starvation_scale, config.max_absence
+            settings = tuple(measures), active, config.high_share, config.starvation, config.max_absence
             if config.cuda_graphs:
                 fuse = config.inner_backend == "inductor"
-                rows, self._counts[key[1]] = self._choose([*noises, counts], *settings, kept=(groups, known), fuse=fuse)
+                results = self._selection.choose([*tensors, counts], *settings, kept=(groups, known), fuse=fuse)
             else:
-                rows, self._counts[key[1]] = choose(*noises, counts, groups, known, *settings)
-            return rows
-        metric = mean_metric(list(map(measured, noises, measures)), groups)
-        drops, absence = counts
-        rows = select_rows(metric, drops, absence, active, config, info)
-        self._counts[key[1]] = torch.stack(update_counts(drops, absence, rows))
+                results = choose(*tensors, counts, groups, known, *settings)
+            rows, self._counts[key[1]], *kept = results
+        else:
+            metrics, remembered = rated(tensors, measures)
+            drops, absence = counts
+            rows = select_rows(mean_metric(metrics, groups), drops, absence, active, config, info)
+            self._counts[key[1]] = counts = torch.stack(update_counts(drops, absence, rows))
+            kept = going_on(remembered, counts[1] == 0)
+        for place, drift in enumerate(drifts):
+            drift.last, drift.state = kept[2 * place : 2 * place + 2]
+            drift.step, drift.pending = self._step, False
         return rows
 
     def _grouping(self, key: _Key, latent: Tensor) -> Tensor:

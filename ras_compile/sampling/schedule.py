@@ -49,7 +49,7 @@ class Schedule:
         Raises:
             ConfigError: "linear" without a known number of steps.
         """
-        mean = self.config.sample_ratio
+        mean = self.config.ratio
         if self.config.ratio_schedule == "constant":
             return mean
         groups = self._groups(num_steps)
@@ -70,10 +70,10 @@ class Schedule:
         Raises:
             ConfigError: "linear" without a known number of steps.
         """
-        if self.config.sample_ratio == 1.0:
+        if self.config.ratio == 1.0:
             return tokens
         if self.config.ratio_schedule == "constant":
-            return _rounded(self.config.sample_ratio * tokens, tokens)
+            return _rounded(self.config.ratio * tokens, tokens)
         groups = self._groups(num_steps)
         counts = self._counts(tokens, num_steps)
         return next((count for group, count in zip(groups, counts, strict=True) if step <= group[-1]), counts[-1])

@@ -15,15 +15,17 @@ from torch import Tensor
 from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError
 from ras_compile.passes.algebra.tokens import TokenView
+from ras_compile.sampling.drift import expected, learned, spread
 
 __all__ = [
     "Measure",
     "SelectionInfo",
     "choose",
     "mean_metric",
-    "measured",
+    "rated",
     "sample_groups",
     "select_rows",
+    "settle",
     "token_metric",
     "update_counts",
 ]
@@ -35,7 +37,7 @@ _KNOWN = 3e5  # takes any score below those of what is not known
 _RANDOM_SEED = 0x5A5
 _MIXER = 0x1E3779B97F4A7C15  # an odd number of mixed bits
 _NEVER = torch.iinfo(torch.int64).min
-# How a branch's metric is made of what it returned: see `measured`.
+# How a branch's metric is made of what it returned: see `rated`.
 Measure = tuple[str, TokenView | None] | None
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
@@ -80,8 +82,7 @@ def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionI
             what = "a value that is not a number" if bool(metric.isnan().any()) else "a negative value"
             raise ConfigError(f"option metric: the callable returned {what}; it takes numbers of at least 0.")
     elif kind == "std":
-        spread = noise.float() if channels > 1 else noise.float().reshape(batch, tokens, 1, pixels)
-        metric = spread.std(dim=-1, correction=0).mean(dim=-1)
+        metric = spread(noise)
     elif kind == "l2norm":
         metric = noise.float().flatten(2).norm(dim=-1)
     else:
@@ -108,34 +109,68 @@ def sample_groups(latent: Tensor) -> Tensor:
     return same / same.sum(dim=1, keepdim=True)
 
 
-def choose(*given: Any) -> tuple[Tensor, Tensor]:
-    """``(rows, counts)`` of a sparse step: all of the built-in selection, on the device.
+def choose(*given: Any) -> tuple[Tensor, ...]:
+    """``(rows, counts, *remembered)`` of a sparse step: all of the built-in selection, on the device.
 
     Args:
-        given: what the branches of the step before returned; the counts [2, B, N] (drop counts, then absences), the
+        given: what `rated` takes of each branch of the step before; the counts [2, B, N] (drop counts, then absences), the
             batch's `sample_groups` (or an empty tensor), and which tokens are known, bool [B, N] (or none at all: empty);
-            then for each branch how its metric [B, N] is made of what it returned, ``(kind, view)`` as `measured` takes
-            them; k; and `focus`, `starvation_scale` and `max_absence` as in `select_rows`.
+            then for each branch how its metric is made, as `rated` takes it; k; and `focus`, `starvation_scale` and
+            `max_absence` as in `select_rows`.
+
+    Returns:
+        The rows [B, k], the counts after this step, and of each branch that measures drift its noise and its state
+        [2, B, N] (see `drift.py`), up to the step that computes those rows.
     """
     *tensors, measures, k, high_share, scale, max_absence = given
-    *noises, counts, groups, known = tensors
+    *seen, counts, groups, known = tensors
     drops, absence = counts
-    metric = mean_metric(list(map(measured, noises, measures)), groups)
+    metrics, remembered = rated(seen, measures)
+    metric = mean_metric(metrics, groups)
     rows = ranked(metric, drops, absence, k, high_share, scale, max_absence, known if known.numel() else None)
-    return rows, torch.stack(update_counts(drops, absence, rows))
+    counts = torch.stack(update_counts(drops, absence, rows))
+    return rows, counts, *going_on(remembered, counts[1] == 0)
 
 
-def measured(noise: Tensor, measure: Measure) -> Tensor:
-    """The metric [B, N] of a branch.
+def settle(noise: Tensor, last: Tensor, state: Tensor, view: TokenView | None) -> tuple[Tensor, Tensor]:
+    """What a branch that measures drift remembers up to a step that computes all of its tokens: see `learned`."""
+    last, rates, ages = learned(noise, last, state, view)
+    return last, torch.stack([rates, ages + 1])
+
+
+# Of a branch that measures drift: its noise, rates [B, N] and ages [B, N].
+_Remembered = tuple[Tensor, Tensor, Tensor]
+
+
+def rated(seen: Sequence[Tensor], measures: Sequence[Measure]) -> tuple[list[Tensor], list[_Remembered]]:
+    """The metric [B, N] of each branch; and what those that measure drift remember.
 
     Args:
-        noise: what it returned; the metric itself where ``measure`` is None.
-        measure: "std" or "l2norm", and the view that makes ``noise`` [B, N, P, C], if it is not yet.
+        seen: of each branch what it returned, the metric itself where its measure is None; where it measures drift,
+            then the noise before and the state.
+        measures: of each branch None, or "std", "l2norm" or "drift", and the view that makes what it returned
+            [B, N, P, C], if it is not yet.
     """
-    if measure is None:
-        return noise
-    kind, view = measure
-    return token_metric(view(noise) if view else noise, kind, SelectionInfo())
+    left, metrics, remembered = iter(seen), [], []
+    for measure in measures:
+        noise = next(left)
+        kind, view = measure or (None, None)
+        if kind == "drift":
+            remembered.append(learned(noise, next(left), next(left), view))
+            metrics.append(expected(*remembered[-1][1:]))
+        elif kind is None:
+            metrics.append(noise)
+        else:
+            metrics.append(token_metric(view(noise) if view else noise, kind, SelectionInfo()))
+    return metrics, remembered
+
+
+def going_on(remembered: Sequence[_Remembered], computed: Tensor) -> list[Tensor]:
+    """Noise and state of each branch up to the step that computes the tokens ``computed``, bool [B, N]."""
+    kept = []
+    for last, rates, ages in remembered:
+        kept += [last, torch.stack([rates, torch.where(computed, ages + 1, -ages - 1)])]
+    return kept
 
 
 def mean_metric(metrics: Sequence[Tensor], groups: Tensor) -> Tensor:
@@ -176,7 +211,7 @@ def select_rows(
         return _checked(config.selector(metric, drops, k, info), metric, k)
     if k >= tokens:
         return torch.arange(tokens, device=metric.device).expand(batch, tokens)
-    return ranked(metric, drops, absence, k, config.high_share, config.starvation_scale, config.max_absence)
+    return ranked(metric, drops, absence, k, config.high_share, config.starvation, config.max_absence)
 
 
 def ranked(

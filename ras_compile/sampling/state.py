@@ -190,8 +190,10 @@ class TransformerState:
         run.pending = None
         decision.of.last_step, decision.of.kept = run.step, noise is not None
         decision.of.spare = None
-        needed = run.config.sample_ratio < 1 and run.schedule.kind(run.step - run.base + 1) == "sparse"
-        if noise is not None and needed:
+        # drift is measured between calls: that of the step before the one that is needed has to be known, too
+        ahead = (1, 2) if run.config.metric == "drift" else (1,)
+        needed = any(run.schedule.kind(run.step - run.base + steps) == "sparse" for steps in ahead)
+        if noise is not None and needed and run.config.ratio < 1:
             run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view, decision.slots)
         run.records.append(
             Record(
@@ -341,6 +343,7 @@ class TransformerState:
             known = partial(self._known, call)
             rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info, known)
             reason = "" if rows is not None else "no noise of the step before to select from"
+        run.chooser.computing(branch.slots, rows)
         return Decision(
             kind="dense" if rows is None else "sparse",
             step=run.step,
