@@ -11,7 +11,7 @@ from typing import Any
 
 from ras_compile.errors import ConfigError
 
-__all__ = ["MODES", "RUNTIME_OPTIONS", "RASConfig", "is_whole"]
+__all__ = ["MODES", "PRESETS", "RUNTIME_OPTIONS", "RASConfig", "is_whole"]
 
 # Options that no compiled program depends on: each generation may have others, see `RASConfig.with_runtime`.
 RUNTIME_OPTIONS = (
@@ -33,6 +33,22 @@ RUNTIME_OPTIONS = (
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
+# What `preset=` stands for. Each sets all runtime options: those that it does not name have their defaults.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # RAS as published: arXiv 2502.10389, eq. 1 and section 3.3; its dense steps are the 12th and the 20th of 28
+    "paper": dict(
+        sample_ratio=0.5, warmup_steps=4, reset_interval=8, metric="std", focus="high", starvation_scale=0.1,
+        max_absence=1_000_000,
+    ),
+    "fast": dict(sample_ratio=0.125, reset_interval=4, metric="drift"),
+    "balanced": dict(
+        sample_ratio=0.22, ratio_schedule="ends", reset_interval=3, metric="drift", noise_reuse="forecast"
+    ),
+    "quality": dict(
+        sample_ratio=0.22, ratio_schedule="ends", reset_interval=2, metric="drift", noise_reuse="forecast"
+    ),
+}  # fmt: skip
+
 # What is taken where nobody gives it.
 _RATIO = 0.5
 _STARVATION = 2.0  # of any metric but "drift", which has a factor of age in it
@@ -42,6 +58,11 @@ _STARVATION = 2.0  # of any metric but "drift", which has a factor of age in it
 class RASConfig:
     """Every option of region-adaptive sampling (RAS, arXiv 2502.10389). Compared and hashed by value.
 
+    `preset=` is an option of :meth:`from_options`, and so of `ras_compile.attach`, of its handle's `configure` and of
+    `torch.compile`: a name for a set of runtime options that was measured (examples/quality), over which options that are
+    given beside it rule. "fast", "balanced" and "quality" take more time for pictures nearer to the exact ones; "paper" is
+    the published method.
+
     Args:
         sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1]; 0.5 where nothing is
             given. None with `speedup`, which is solved for it.
@@ -50,7 +71,9 @@ class RASConfig:
         warmup_steps: dense steps at the start of a generation, at least 1.
         reset_interval: a dense step every so many steps after the warm-up (section 3.3), or None.
         reset_steps: exactly these steps are dense error resets; rules over `reset_interval` when given.
-        ratio_schedule: "constant", or "linear": the ratio falls over the run with the same average (section 3.3).
+        ratio_schedule: how the ratio runs over the steps, with the same average: "constant", "ends" (more tokens at the
+            beginning and at the end of a run, few between; constant where nobody says the number of steps), or "linear"
+            (falls over the run, section 3.3).
         metric: what tells which tokens need computing: "drift" (how far the noise that a token holds should be off by
             now, from how much it last changed: see `ras_compile.sampling.drift`), "std" (the paper's: how its noise
             spreads over channels), "l2norm", "random", or a callable ``(noise [B, N, P * C], info) -> [B, N]``,
@@ -68,8 +91,10 @@ class RASConfig:
         selector: None, or a callable ``(metric [B, N], drops [B, N], k, info) -> rows [B, k]`` for research.
         region: None (inferred), or the slice of the latent's tokens that is the picture; a pair (start, stop) will do.
         context: "fresh", or "frozen": text and reference tokens are computed in dense steps only.
-        noise_reuse: what an inactive token returns: "hold", "linear" or "x0". Under `ras_compile.attach`, a scheduler
-            that adds noise at each step makes it "x0", with a warning.
+        noise_reuse: what an inactive token returns: "hold" (the noise last computed for it), "linear" (its last two
+            computed noises continued in time), "forecast" (that line, as far as it has come true so far: see
+            `ras_compile.sampling.reuse`) or "x0" (the noise that implies the clean sample it had). Under
+            `ras_compile.attach`, a scheduler that adds noise at each step makes it "x0", with a warning.
         kv_cache: False lets active tokens attend among themselves only (ablation).
         inner_backend: "inductor", "eager" or "aot_eager", or any other backend's name.
         inner_options: options of the inner backend; the key "mode" holds torch.compile's mode, if one was given.
@@ -126,12 +151,14 @@ class RASConfig:
             if getattr(self, name) is not None or name in ("warmup_steps", "max_absence"):
                 put(self, name, _integer(self, name, low))
         put(self, "reset_steps", _steps(self.reset_steps))
-        _one_of(self, "ratio_schedule", ("constant", "linear"))
+        _one_of(self, "ratio_schedule", ("constant", "ends", "linear"))
         _one_of(self, "context", ("fresh", "frozen"))
-        _one_of(self, "noise_reuse", ("hold", "linear", "x0"))
+        _one_of(self, "noise_reuse", ("hold", "linear", "forecast", "x0"))
         _one_of(self, "unsupported", ("dense", "error"))
         if not callable(self.metric):
-            _one_of(self, "metric", ("drift", "std", "l2norm", "random"), "a callable (noise [B, N, C], info) -> [B, N]")
+            _one_of(
+                self, "metric", ("drift", "std", "l2norm", "random"), "a callable (noise [B, N, C], info) -> [B, N]"
+            )
         if isinstance(self.focus, str):
             _one_of(self, "focus", ("low", "high"), "a number in [0, 1]")
         else:
@@ -171,6 +198,7 @@ class RASConfig:
             raise ConfigError(f"options takes a dictionary, not {type(options).__name__}.")
         options = dict(options or {})
         mode = options.pop("mode", None)
+        options = _preset(options)
         _known(options)
         if mode is not None:
             inner = options.get("inner_options", {})
@@ -183,6 +211,9 @@ class RASConfig:
         Raises:
             ConfigError: an option that compiled programs depend on, an unknown one, or a bad value.
         """
+        if "preset" in options:
+            plain = {option.name: option.default for option in fields(self) if option.name in RUNTIME_OPTIONS}
+            options = {**plain, **_preset(options)}
         _known(options)
         fixed = [name for name in options if name not in RUNTIME_OPTIONS]
         if fixed:
@@ -218,8 +249,22 @@ class RASConfig:
         return {"low": 1.0, "high": 0.0}[self.focus] if isinstance(self.focus, str) else float(self.focus)
 
 
+def _preset(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with those that their preset stands for; what is given beside it rules."""
+    given = dict(options)
+    name = given.pop("preset", None)
+    if name is None:
+        return given
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"option preset={name!r} is not allowed; it takes {' or '.join(map(repr, PRESETS))}.")
+    preset = dict(PRESETS[name])
+    if given.get("speedup") is not None:  # it is reached by choosing the ratio
+        del preset["sample_ratio"]
+    return {**preset, **given}
+
+
 def _known(options: Mapping[str, Any]) -> None:
-    known = [option.name for option in fields(RASConfig)]
+    known = ["preset", *(option.name for option in fields(RASConfig))]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)

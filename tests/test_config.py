@@ -1,11 +1,13 @@
 """Options: what is allowed, what is refused, and that the refusal says what to do."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
 
 from ras_compile import RASConfig, RASError
+from ras_compile.config import PRESETS, RUNTIME_OPTIONS
 from ras_compile.sampling.clock import Generation
 
 
@@ -18,7 +20,7 @@ def test_defaults_are_the_documented_ones():
         "ratio_schedule": "constant",
         "metric": "std",
         "focus": "high",
-        "starvation_scale": 2.0,
+        "starvation_scale": None,
         "max_absence": 8,
         "selector": None,
         "region": None,
@@ -37,14 +39,14 @@ def test_defaults_are_the_documented_ones():
 
 
 BAD = {
-    "sample_ratio": [0, 0.0, -0.5, 1.01, float("nan"), "0.5", True, None],
+    "sample_ratio": [0, 0.0, -0.5, 1.01, float("nan"), "0.5", True],
     "warmup_steps": [0, -1, 1.5, True, "4", None],
     "reset_interval": [0, -1, 2.0, "8", False],
     "reset_steps": [3, "34", [1.5], [-1], [True]],
     "ratio_schedule": ["cosine", None, 1],
     "metric": ["var", None, 3],
     "focus": ["middle", -0.1, 1.1, None, True],
-    "starvation_scale": [-0.1, float("inf"), "0.1", None],
+    "starvation_scale": [-0.1, float("inf"), "0.1"],
     "max_absence": [0, 1.5, None],
     "selector": ["top", 3],
     "region": [5, "0:3", slice(0, 10, 2), (1, 2, 3), slice(0.0, 1.0)],
@@ -80,7 +82,7 @@ def test_an_unknown_option_lists_all_and_suggests_the_nearest():
 
 
 def test_a_choice_lists_what_is_allowed():
-    with pytest.raises(ValueError, match="'constant' or 'linear'"):
+    with pytest.raises(ValueError, match="'constant' or 'ends' or 'linear'"):
         RASConfig(ratio_schedule="cosine")
 
 
@@ -118,6 +120,40 @@ def test_a_ratio_or_a_speedup():
     assert config.speedup == 1.5 and config.with_runtime(warmup_steps=2).speedup == 1.5
     assert config.with_runtime(sample_ratio=0.5) == RASConfig(sample_ratio=0.5)
     assert config.at_ratio(0.3) == RASConfig(sample_ratio=0.3)
+
+
+def test_a_speedup_outlives_a_copy():
+    config = RASConfig(speedup=2, warmup_steps=3)
+    for other in (pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert other == config and other.with_runtime(warmup_steps=2) == RASConfig(speedup=2, warmup_steps=2)
+        assert other.with_runtime(speedup=None) == RASConfig(warmup_steps=3)
+    assert config.sample_ratio is None and config.ratio == 0.5
+
+
+def test_a_starvation_scale_fits_the_metric():
+    assert [RASConfig(metric=metric).starvation for metric in ("std", "l2norm", len, "drift")] == [2.0, 2.0, 2.0, 0.0]
+    assert RASConfig(metric="drift", starvation_scale=0.3).starvation == 0.3
+    assert RASConfig(metric="drift").with_runtime(metric="std").starvation == 2.0
+
+
+def test_presets_are_options_and_what_is_given_rules():
+    assert RASConfig.from_options({"preset": None}) == RASConfig()
+    for name, preset in PRESETS.items():
+        assert RASConfig.from_options({"preset": name}) == RASConfig(**preset)
+        assert set(preset) <= set(RUNTIME_OPTIONS)
+        found = RASConfig.from_options({"preset": name, "sample_ratio": 0.3, "metric": "l2norm", "context": "frozen"})
+        assert found == RASConfig(**{**preset, "sample_ratio": 0.3, "metric": "l2norm", "context": "frozen"})
+        # a runtime option too: nothing of the options before is left, but those that programs depend on
+        before = RASConfig(speedup=3, metric="std", reset_steps=[5], focus="low", kv_cache=False)
+        assert before.with_runtime(preset=name) == RASConfig(**preset, kv_cache=False)
+        with_speedup = before.with_runtime(preset=name, speedup=2)
+        assert with_speedup.speedup == 2 and with_speedup.metric == preset["metric"]
+        assert RASConfig.from_options({"preset": name, "speedup": 2}).speedup == 2
+    for bad in ("best", 3):
+        with pytest.raises(ValueError, match="option preset.*'paper'.*'fast'.*'quality'"):
+            RASConfig.from_options({"preset": bad})
+    with pytest.raises(ValueError, match="Did you mean 'preset'"):
+        RASConfig.from_options({"presets": "fast"})
 
 
 def test_numbers_of_numpy_are_numbers():

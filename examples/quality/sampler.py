@@ -127,16 +127,13 @@ class Sampler:
 
     def attached(self, options: dict[str, Any]) -> ras_compile.Handle:
         """The pipeline, attached with `options`; compiled programs stay as long as only runtime options change."""
-        fixed = {name: value for name, value in options.items() if name not in RUNTIME_OPTIONS}
+        wanted = ras_compile.RASConfig.from_options(options)
+        fixed = {name: value for name, value in options.items() if name not in (*RUNTIME_OPTIONS, "preset")}
         if self._handle is None or fixed != self._fixed:
             self.detach()
-            self._handle = ras_compile.attach(
-                self.pipe, inner_backend=self.inner_backend, unsupported="error", **options
-            )
+            self._handle = ras_compile.attach(self.pipe, inner_backend=self.inner_backend, unsupported="error", **fixed)
             self._fixed = fixed
-        else:
-            plain = ras_compile.RASConfig()
-            self._handle.configure(**{name: options.get(name, getattr(plain, name)) for name in RUNTIME_OPTIONS})
+        self._handle.configure(**{name: getattr(wanted, name) for name in RUNTIME_OPTIONS})
         return self._handle
 
     def detach(self) -> None:
@@ -149,12 +146,24 @@ class Sampler:
         self, count: int, steps: int, options: dict[str, Any], sampler: str = "euler", bar: Callable[[int], Any] = int
     ) -> Drawn:
         """The first `count` pictures, region-adaptively with the options of `ras_compile.attach`."""
-        # the handle follows the scheduler that the pipeline has
-        self.pipe.scheduler = scheduler_of(sampler, self.shift)
-        handle = self.attached(options)
-        drawn = self.draw(self.pipe.transformer, self.pipe.scheduler, count, steps, bar=bar)
-        drawn.kinds = [(record.kind, record.active) for record in ras_compile.trace(handle)]
+        model, scheduler = self.ready(options, sampler)
+        drawn = self.draw(model, scheduler, count, steps, bar=bar)
+        drawn.kinds = self.kinds()
         return drawn
+
+    def ready(self, options: dict[str, Any] | None, sampler: str) -> tuple[nn.Module, Any]:
+        """The model and the scheduler to draw with: attached with `options`, or the dense ones (None)."""
+        scheduler = scheduler_of(sampler, self.shift)
+        if options is None:
+            return self.plain, scheduler
+        self.pipe.scheduler = scheduler  # the handle follows the scheduler that the pipeline has
+        self.attached(options)
+        return self.pipe.transformer, scheduler
+
+    def kinds(self) -> list[tuple[str, int]]:
+        """Per step (kind, active tokens) of the last batch that was drawn region-adaptively."""
+        assert self._handle is not None
+        return [(record.kind, record.active) for record in ras_compile.trace(self._handle)]
 
     def dense(
         self, count: int, steps: int, sampler: str = "euler", on_step: OnStep | None = None,
@@ -185,14 +194,9 @@ class Sampler:
         starts = list(range(0, count, self.batch))
         # one batch more where there is but one, so that what is timed compiles nothing
         for at in starts if len(starts) > 1 else starts * 2:
-            rows = torch.arange(at, at + self.batch, device=self.device) % len(self.noise)
-            begin = self._now()
-            with around():
-                latents = self._sampled(model, scheduler, rows, steps, on_step if at == 0 else None)
-            middle = self._now()
-            pictures = self._decoded(latents)
-            decode.append(self._now() - middle)
-            seconds.append(middle - begin)
+            pictures, took, decoding = self.one_batch(model, scheduler, at, steps, on_step if at == 0 else None, around)
+            decode.append(decoding)
+            seconds.append(took)
             parts.append(pictures)
             bar(min(self.batch, count - at))
         return Drawn(
@@ -201,6 +205,20 @@ class Sampler:
             median(decode[1:]) / self.batch,
             seconds[0],
         )
+
+    @torch.no_grad()
+    def one_batch(
+        self, model: nn.Module, scheduler: Any, at: int, steps: int, on_step: OnStep | None = None,
+        around: Callable[[], Any] = nullcontext,
+    ) -> tuple[Tensor, float, float]:  # fmt: skip
+        """The pictures from number `at` on, uint8 [b, 3, h, w], and the seconds of sampling and of decoding them."""
+        rows = torch.arange(at, at + self.batch, device=self.device) % len(self.noise)
+        begin = self._now()
+        with around():
+            latents = self._sampled(model, scheduler, rows, steps, on_step)
+        middle = self._now()
+        pictures = self._decoded(latents)
+        return pictures, middle - begin, self._now() - middle
 
     def _sampled(self, model: nn.Module, scheduler: Any, rows: Tensor, steps: int, on_step: OnStep | None) -> Tensor:
         """Latents [b, c, h, w] of pictures `rows` [b]."""

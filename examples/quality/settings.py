@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ras_compile.config import RASConfig
+from ras_compile.sampling.schedule import Schedule
 from ras_compile.sampling.selection import SelectionInfo
 
 STEPS = (3, 4, 5, 7, 10, 14, 20, 28)  # of the dense baselines
@@ -41,7 +42,7 @@ class Setting:
     @property
     def ratio(self) -> float:
         """Share of the tokens in a sparse step."""
-        return self.options.get("sample_ratio", 1.0)
+        return RASConfig.from_options(self.options).ratio if self.method == "RAS" else 1.0
 
     @property
     def key(self) -> str:
@@ -141,6 +142,54 @@ def table_c() -> list[Setting]:
         )
     ]
     return [default, *tried, *faster, *programs, *layers]
+
+
+def frontier() -> list[Setting]:
+    """What a picture costs and how near it comes to the exact one: dense steps of three solvers, the paper's choice of
+    tokens, drift, drift with its budget at the ends of the run, forecasts and frequent dense steps; and the presets.
+    """
+    dense = [Setting("dense", steps, sampler) for sampler, counts in (
+        ("euler", (28,)), ("even", (7, 10, 14, 20)), ("dpm++", (8, 10, 14, 20, 28, 40)),
+    ) for steps in counts]  # fmt: skip
+    shares = ((28, 0.125), (28, 0.25), (28, 0.5), (20, 0.25), (14, 0.25))
+    chosen = [
+        ras(steps, ratio, metric, metric=metric, noise_reuse="hold", ratio_schedule="constant", reset_interval=8)
+        for steps, ratio in shares
+        for metric in ("std", "drift")
+    ]
+    cheap = dict(metric="drift", noise_reuse="hold", ratio_schedule="constant")
+    few = [
+        replace(ras(steps, ratio, f"drift, dense every {every}", reset_interval=every, **cheap), sampler=sampler)
+        for steps, ratio, every, sampler in (
+            (14, 0.125, 4, "euler"), (14, 0.25, 3, "dpm++"), (20, 0.125, 3, "dpm++"),
+        )
+    ]  # fmt: skip
+    rich = dict(metric="drift", ratio_schedule="ends")
+    ends = [
+        replace(
+            ras(steps, at_ends(steps, every), f"drift, ends, {reuse}, dense every {every}", noise_reuse=reuse,
+                reset_interval=every, **rich),
+            sampler="dpm++",
+        )
+        for steps in (14, 20, 28, 34, 40)
+        for every in (2, 3, 4)
+        for reuse in (("forecast", "hold") if (steps, every) in ((20, 3), (28, 2), (28, 3)) else ("forecast",))
+    ]  # fmt: skip
+    named = [
+        Setting("RAS", steps, sampler, dict(preset=name), f"preset {name}")
+        for name, steps, sampler in (
+            ("paper", 28, "euler"), ("fast", 14, "euler"), ("fast", 28, "euler"), ("balanced", 20, "dpm++"),
+            ("balanced", 28, "euler"), ("quality", 20, "dpm++"), ("quality", 28, "dpm++"),
+        )
+    ]  # fmt: skip
+    return [*dense, *chosen, *few, *ends, *named]
+
+
+def at_ends(steps: int, every: int) -> float:
+    """The ratio with which `ratio_schedule="ends"` computes half of the tokens at the ends of such a run."""
+    half = Schedule(RASConfig(sample_ratio=0.01, ratio_schedule="ends", reset_interval=every))
+    sparse = [half.ratio(step, steps) for step in range(steps) if half.kind(step) == "sparse"]
+    return sum(sparse) / len(sparse) * 0.5 / max(sparse)
 
 
 def _spread(noise: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ class Replayed:
                     del self._compiled[next(iter(self._compiled))]
                 try:
                     with plain_mode(tensors[0].device):
-                        given = [tensor.contiguous() for tensor in tensors]
+                        # one tensor in two places would be traced as one input
+                        given = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
                         graph = make_fx(self._plain(settings), tracing_mode="fake")(*given)
                         compiled = compile_inner(graph, given, RASConfig())
                     self._compiled[key] = lambda *tensors: compiled(*[tensor.contiguous() for tensor in tensors])

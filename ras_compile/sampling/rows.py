@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ras_compile.config import RASConfig
 from ras_compile.execute.replay import Replayed
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.drift import Drift
-from ras_compile.sampling.reuse import active_tokens
+from ras_compile.sampling.reuse import active_tokens, continued
 from ras_compile.sampling.selection import (
     Measure,
     SelectionInfo,
@@ -28,27 +28,39 @@ from ras_compile.sampling.selection import (
     update_counts,
 )
 
-__all__ = ["RowChooser", "Selection", "selection"]
+__all__ = ["RowChooser", "Selection"]
 
 _REPLAYED_METRICS = ("drift", "std", "l2norm")  # a callable may do anything, and "random" draws numbers
-_choose, _settle = Replayed(choose), Replayed(settle)
+_choose, _settle, _continued = Replayed(choose), Replayed(settle), Replayed(continued)
 # their places among what a branch keeps
 _OBSERVED, _DRIFT = "observed noise", "drift"
 
 _Key = tuple[int, int]  # batch and tokens of a call
 
 
-@dataclass(frozen=True)
 class Selection:
-    """The functions of the selection, with CUDA graphs that go when it goes."""
+    """What a step computes beside the model, each a launch: compiled where the model is, and replayed from CUDA graphs."""
 
-    choose: Replayed
-    settle: Replayed
+    def __init__(self) -> None:
+        self._choose, self._settle, self._continued = (f.apart() for f in (_choose, _settle, _continued))
+
+    def choose(self, config: RASConfig, changing: Sequence[Tensor], kept: tuple[Tensor, ...], *settings: Hashable):
+        """:func:`choose` of ``(*changing, *kept, *settings)``."""
+        if not config.cuda_graphs:
+            return choose(*changing, *kept, *settings)
+        return self._choose(changing, *settings, kept=kept, fuse=_fuses(config))
+
+    def settle(self, config: RASConfig, tensors: Sequence[Tensor], view: TokenView | None) -> Sequence[Tensor]:
+        """:func:`settle` of these."""
+        return self._settle(tensors, view, fuse=_fuses(config)) if config.cuda_graphs else settle(*tensors, view)
+
+    def extrapolation(self, config: RASConfig) -> Callable[[Sequence[Tensor], bool], Sequence[Tensor]] | None:
+        """What runs :func:`continued` for an `Extrapolation`; None: as it is."""
+        return partial(self._continued, fuse=_fuses(config)) if config.cuda_graphs else None
 
 
-def selection() -> Selection:
-    """A selection of its own for each transformer."""
-    return Selection(_choose.apart(), _settle.apart())
+def _fuses(config: RASConfig) -> bool:
+    return config.inner_backend == "inductor"
 
 
 class RowChooser:
@@ -57,11 +69,11 @@ class RowChooser:
 
     Args:
         config: the options.
-        selection: what :func:`selection` gave, for all choosers of a transformer.
+        selection: one for all choosers of a transformer.
     """
 
     def __init__(self, config: RASConfig, selection: Selection | None = None) -> None:
-        self._config, self._selection = config, selection or Selection(_choose, _settle)
+        self._config, self._selection = config, selection or Selection()
         self._step = 0
         self._loose: dict[tuple, dict] = {}  # what branches keep that say no place for it
         self._seen: dict[_Key, list[tuple[dict, Measure]]] = {}
@@ -130,11 +142,8 @@ class RowChooser:
         if drift.pending:
             noise, view = slots[_OBSERVED], drift.view
             with _exact(noise.device):
-                if self._config.cuda_graphs:
-                    tensors, fuse = [noise, drift.last, drift.state], self._config.inner_backend == "inductor"
-                    drift.last, drift.state = self._selection.settle(tensors, view, fuse=fuse)
-                else:
-                    drift.last, drift.state = settle(noise, drift.last, drift.state, view)
+                tensors = [noise, drift.last, drift.state]
+                drift.last, drift.state = self._selection.settle(self._config, tensors, view)
             passed = self._step - drift.step - 1
         else:  # it was not called in the step that its gaps lead up to
             passed = self._step - drift.step
@@ -202,11 +211,7 @@ class RowChooser:
                     self._nothing = groups.new_empty(0, dtype=torch.bool)
                 known = self._nothing
             settings = tuple(measures), active, config.high_share, config.starvation, config.max_absence
-            if config.cuda_graphs:
-                fuse = config.inner_backend == "inductor"
-                results = self._selection.choose([*tensors, counts], *settings, kept=(groups, known), fuse=fuse)
-            else:
-                results = choose(*tensors, counts, groups, known, *settings)
+            results = self._selection.choose(config, [*tensors, counts], (groups, known), *settings)
             rows, self._counts[key[1]], *kept = results
         else:
             metrics, remembered = rated(tensors, measures)

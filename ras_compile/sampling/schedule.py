@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 from ras_compile.config import RASConfig
@@ -15,6 +16,10 @@ Kind = Literal["dense", "sparse"]
 
 # Each distinct count of active tokens is a compiled program of its own.
 LEVELS = 4
+# Of "ends": the shares of the run at which its middle begins and ends, and how many times as many tokens are computed
+# outside of it. Measured on the trained model; within them, the expected change of the noise in a step is a U.
+EARLY, LATE = 0.3, 0.9
+END_SHARE = 8
 
 
 class Schedule:
@@ -43,26 +48,22 @@ class Schedule:
     def ratio(self, step: int, num_steps: int | None = None) -> float:
         """Share of tokens that sparse step `step` of `num_steps` should compute, in (0, 1].
 
-        "linear" falls from `sample_ratio` + d to `sample_ratio` - d in at most four levels, with the same mean over
-        the run's sparse steps; d = min(1 - ratio, ratio / 2) keeps every level in (0, 1].
+        The mean over the run's sparse steps is `sample_ratio`, whatever the schedule:
+
+        - "constant": in each step.
+        - "linear": falls from `sample_ratio` + d to `sample_ratio` - d in at most four levels (RAS, section 3.3); d =
+          min(1 - ratio, ratio / 2) keeps every level in (0, 1].
+        - "ends": in the first 30 % and the last 10 % of the run eight times as many as between, or all of them: there the
+          noise changes most from step to step, times the step in noise level (measured on the trained model). Without a
+          known number of steps it is "constant".
 
         Raises:
             ConfigError: "linear" without a known number of steps.
         """
-        mean = self.config.ratio
-        if self.config.ratio_schedule == "constant":
-            return mean
-        groups = self._groups(num_steps)
-        reach = min(1 - mean, mean / 2)
-        total = sum(len(group) for group in groups)
-        # the mean of the line's values over a group is the line's value at the group's middle
-        done = 0
-        for group in groups:
-            if step <= group[-1] or group is groups[-1]:
-                middle = (done + len(group) / 2) / total
-                return mean + reach * (1 - 2 * middle)
-            done += len(group)
-        return mean
+        if self._flat(num_steps):
+            return self.config.ratio
+        levels = self._levels(num_steps)
+        return next((ratio for ratio, steps in levels if step in steps), levels[-1][0])
 
     def active(self, step: int, tokens: int, num_steps: int | None = None) -> int:
         """Active rows of sparse step `step`, in 1..`tokens`: a multiple that suits the hardware when there are many.
@@ -72,11 +73,15 @@ class Schedule:
         """
         if self.config.ratio == 1.0:
             return tokens
-        if self.config.ratio_schedule == "constant":
+        if self._flat(num_steps):
             return _rounded(self.config.ratio * tokens, tokens)
-        groups = self._groups(num_steps)
         counts = self._counts(tokens, num_steps)
-        return next((count for group, count in zip(groups, counts, strict=True) if step <= group[-1]), counts[-1])
+        return counts.get(step, counts[max(counts)])
+
+    def _flat(self, num_steps: int | None) -> bool:
+        """Whether every sparse step computes as many tokens as any other."""
+        kind = self.config.ratio_schedule
+        return kind == "constant" or (kind == "ends" and num_steps is None)
 
     @staticmethod
     def fewest(tokens: int) -> int:
@@ -109,32 +114,49 @@ class Schedule:
             )
         if num_steps is None:
             if self.config.ratio_schedule == "linear":
-                self._groups(None)
+                self._levels(None)
         elif not any(self.kind(step) == "sparse" for step in range(num_steps)):
             warn_once(
                 f"ras_compile: none of the {num_steps} steps can be sparse with warmup_steps="
                 f"{self.config.warmup_steps}; every step runs dense. Lower warmup_steps or take more steps."
             )
 
-    def _groups(self, num_steps: int | None) -> list[list[int]]:
-        """The run's sparse steps in at most four runs of nearly equal length."""
+    def _levels(self, num_steps: int | None) -> list[tuple[float, list[int]]]:
+        """The run's sparse steps by the share of tokens that they compute: at most four shares, with their steps."""
         if num_steps is None:
             raise ConfigError(
                 "option ratio_schedule='linear' needs the number of steps: use ras_compile.attach(pipe, ...) or "
                 "ras_compile.generation(num_steps=...)."
             )
         sparse = [step for step in range(num_steps) if self.kind(step) == "sparse"] or [num_steps]
-        groups = min(LEVELS, len(sparse))
-        edges = [len(sparse) * group // groups for group in range(groups + 1)]
-        return [sparse[low:high] for low, high in zip(edges, edges[1:], strict=False)]
+        return self._ends(sparse, num_steps) if self.config.ratio_schedule == "ends" else self._line(sparse)
 
-    def _plan(self, tokens: int, num_steps: int | None) -> list[int]:
-        """One count per group; what rounding takes from one group the next gets back, so that the sum stays right."""
-        counts, owed = [], 0.0
-        for group in self._groups(num_steps):
-            wanted = self.ratio(group[0], num_steps) * tokens * len(group) + owed
-            counts.append(_rounded(wanted / len(group), tokens))
-            owed = wanted - counts[-1] * len(group)
+    def _line(self, sparse: list[int]) -> list[tuple[float, list[int]]]:
+        """Up to four groups of nearly equal length along a falling line."""
+        mean, count = self.config.ratio, min(LEVELS, len(sparse))
+        reach = min(1 - mean, mean / 2)
+        edges = [len(sparse) * group // count for group in range(count + 1)]
+        # the mean of the line's values over a group is the line's value at the group's middle
+        return [(mean + reach * (1 - (low + high) / len(sparse)), sparse[low:high]) for low, high in pairwise(edges)]
+
+    def _ends(self, sparse: list[int], num_steps: int) -> list[tuple[float, list[int]]]:
+        """Few tokens between the ends of the run, `END_SHARE` times as many at its ends."""
+        mean, last = self.config.ratio, max(num_steps - 1, 1)
+        middle = [step for step in sparse if EARLY <= step / last <= LATE]
+        ends = [step for step in sparse if step not in middle]
+        most = min(mean * len(sparse) * END_SHARE / (len(ends) * END_SHARE + len(middle)), 1.0)
+        least = (mean * len(sparse) - most * len(ends)) / max(len(middle), 1)
+        # of levels that are rounded to whole tokens, the last one makes up for the others
+        return [(share, steps) for share, steps in ((most, ends), (least, middle)) if steps]
+
+    def _plan(self, tokens: int, num_steps: int | None) -> dict[int, int]:
+        """Rows of each sparse step; what rounding takes from one level the next gets back, so that the sum stays right."""
+        counts, owed = {}, 0.0
+        for share, steps in self._levels(num_steps):
+            wanted = share * tokens * len(steps) + owed
+            count = _rounded(wanted / len(steps), tokens)
+            counts.update(dict.fromkeys(steps, count))
+            owed = wanted - count * len(steps)
         return counts
 
 

@@ -132,9 +132,9 @@ def choose(*given: Any) -> tuple[Tensor, ...]:
     return rows, counts, *going_on(remembered, counts[1] == 0)
 
 
-def settle(noise: Tensor, last: Tensor, state: Tensor, view: TokenView | None) -> tuple[Tensor, Tensor]:
-    """What a branch that measures drift remembers up to a step that computes all of its tokens: see `learned`."""
-    last, rates, ages = learned(noise, last, state, view)
+def settle(*given: Any) -> tuple[Tensor, Tensor]:
+    """What a branch that measures drift remembers up to a step that computes all of its tokens; arguments of `learned`."""
+    last, rates, ages = learned(*given)
     return last, torch.stack([rates, ages + 1])
 
 

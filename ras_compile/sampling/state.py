@@ -30,12 +30,14 @@ from ras_compile.sampling.clock import Evaluation, Follower, Generation, Tick, g
 from ras_compile.sampling.inference import TimeLine, read_time
 from ras_compile.sampling.records import Record
 from ras_compile.sampling.reuse import Extrapolation
-from ras_compile.sampling.rows import RowChooser, selection
+from ras_compile.sampling.rows import RowChooser, Selection
 from ras_compile.sampling.schedule import Kind, Schedule
 from ras_compile.sampling.selection import SelectionInfo
 
 __all__ = ["CallInfo", "Decision", "Generation", "TransformerState", "generation", "reached"]
 
+# Ways to reuse noise that go on along a line in time.
+_LINES = ("linear", "forecast")
 # More calls than this within one step: whoever counts the steps does not see this loop.
 _CALLS_PER_STEP = 16
 # So many generations of a single evaluation in a row: the timestep is no time, or the loop never gets anywhere.
@@ -98,7 +100,7 @@ class Decision:
     run: _Run = field(repr=False)
     of: Branch = field(repr=False)
     transformer: str = "transformer"
-    time: Any = None  # of this call, for "linear" reuse
+    time: Any = None  # of this call, for lines through noises
 
 
 @dataclass(eq=False)
@@ -132,7 +134,7 @@ class TransformerState:
     def __init__(self, config: RASConfig) -> None:
         self.config = config
         self.records: list[Record] = []
-        self._selection = selection()
+        self._selection = Selection()
         self._epoch = 0
         self._lone = 0
 
@@ -218,16 +220,20 @@ class TransformerState:
         decision.run.pending, decision.run.epoch = None, self._epoch - 1
 
     def extrapolate(self, decision: Decision, noise: Tensor, view: TokenView) -> None:
-        """With `noise_reuse="linear"`: writes what the tokens of a recorded call are to return.
+        """With a `noise_reuse` that goes on along a line: writes what the tokens of a recorded call are to return.
 
         Args:
             decision: as returned by `decide`.
             noise: what the caller gets; its inactive tokens as last computed.
             view: its view [B, N, P, C].
         """
-        if decision.run.config.noise_reuse != "linear":
+        config = decision.run.config
+        if config.noise_reuse not in _LINES:
             return
-        line = decision.slots.setdefault("line", Extrapolation())
+        line = decision.slots.get("line")
+        if line is None:
+            run = self._selection.extrapolation(config)
+            line = decision.slots["line"] = Extrapolation(config.noise_reuse == "forecast", run)
         ahead = line(view(noise), decision.rows, decision.time)
         if decision.rows is not None:
             view.write(noise, ahead)
@@ -239,7 +245,7 @@ class TransformerState:
     def reset(self) -> None:
         """Forget every generation, in all threads."""
         self._epoch += 1
-        self.records, self._selection = [], selection()
+        self.records, self._selection = [], Selection()
 
     def retire(self, home: Home) -> None:
         """End the run that `home` keeps; its caches become spares for the next one."""
@@ -357,7 +363,7 @@ class TransformerState:
             run=run,
             of=branch,
             transformer=tick.transformer,
-            time=self._time(run, call) if run.config.noise_reuse == "linear" else None,
+            time=self._time(run, call) if run.config.noise_reuse in _LINES else None,
         )
 
     def _known(self, call: CallInfo) -> Tensor | None:

@@ -85,6 +85,14 @@ def test_a_function_is_fused_once_for_all_threads_and_any_strides(monkeypatch):
     assert len(compiled) == 1
 
 
+def test_one_tensor_in_two_places_is_two_inputs():
+    """What is compiled at a call that happens to be given the same tensor twice is right for those that follow."""
+    function = Replayed(lambda a, b: (a - b,))
+    first, second = torch.randn(4), torch.randn(4)
+    for given in ([first, first], [first, second], [second, first]):
+        assert torch.equal(function(given, fuse=True)[0], given[0] - given[1])
+
+
 def test_a_function_that_cannot_be_fused_runs_as_it_is(monkeypatch):
     def refuse(*given):
         raise RuntimeError("no compiler today")
@@ -98,7 +106,9 @@ def test_a_function_that_cannot_be_fused_runs_as_it_is(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"focus": 0.4}, {"focus": "high", "metric": "l2norm"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"metric": "drift"}, {"focus": 0.4}, {"focus": "high", "metric": "l2norm"}], ids=str
+)
 @pytest.mark.parametrize("known", [False, True])
 def test_rows_are_those_of_the_plain_selection(known: bool, options: dict, monkeypatch):
     """Fused by Inductor and replayed, the choice is that of the functions as they are written: ties included."""
