@@ -31,7 +31,8 @@ from ras_compile.sampling.selection import (
 __all__ = ["RowChooser", "Selection"]
 
 _REPLAYED_METRICS = ("drift", "std", "l2norm")  # a callable may do anything, and "random" draws numbers
-_choose, _settle, _continued = Replayed(choose), Replayed(settle), Replayed(continued)
+# of all transformers: what is compiled for one serves the others
+_FUNCTIONS = Replayed(choose), Replayed(settle), Replayed(continued)
 # their places among what a branch keeps
 _OBSERVED, _DRIFT = "observed noise", "drift"
 
@@ -39,10 +40,16 @@ _Key = tuple[int, int]  # batch and tokens of a call
 
 
 class Selection:
-    """What a step computes beside the model, each a launch: compiled where the model is, and replayed from CUDA graphs."""
+    """What a step computes beside the model, each a launch: compiled where the model is, and replayed from CUDA graphs.
 
-    def __init__(self) -> None:
-        self._choose, self._settle, self._continued = (f.apart() for f in (_choose, _settle, _continued))
+    The graphs go when it goes.
+
+    Args:
+        functions: :func:`choose`, :func:`settle` and :func:`continued`, to share what is compiled of them.
+    """
+
+    def __init__(self, functions: tuple[Replayed, Replayed, Replayed] = _FUNCTIONS) -> None:
+        self._choose, self._settle, self._continued = (function.apart() for function in functions)
 
     def choose(self, config: RASConfig, changing: Sequence[Tensor], kept: tuple[Tensor, ...], *settings: Hashable):
         """:func:`choose` of ``(*changing, *kept, *settings)``."""

@@ -112,8 +112,6 @@ def test_rows_are_those_of_the_formula(kinds, branches, group):
 def recorded(monkeypatch):
     monkeypatch.setattr(replay, "DEVICE", "cpu")
     monkeypatch.setattr(replay, "Graph", Recorded)
-    monkeypatch.setattr(rows_module, "_choose", Replayed(rows_module._choose._function))
-    monkeypatch.setattr(rows_module, "_settle", Replayed(rows_module._settle._function))
 
 
 @pytest.mark.parametrize("inner_backend", ["eager", "inductor"])
