@@ -11,8 +11,6 @@ from recorded import Recorded
 
 from ras_compile import RASConfig
 from ras_compile.execute import replay
-from ras_compile.execute.replay import Replayed
-from ras_compile.sampling import rows as rows_module
 from ras_compile.sampling.drift import FLOOR
 from ras_compile.sampling.rows import RowChooser
 from ras_compile.sampling.selection import SelectionInfo
