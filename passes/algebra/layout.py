@@ -134,6 +134,20 @@ def normal(factors: Iterable[Factor]) -> Dim:
     return tuple(result)
 
 
+def paired(first: Dim, second: Dim) -> Dim | None:
+    """The dimension that two dimensions make whose entries meet one by one; None where they hold the grid differently.
+
+    The order of the factors decides, not only which atoms there are: entry 1 of ``(2 n)`` is another token than entry 1 of
+    ``(n 2)``, and meets it only where all tokens are there. One of a single entry is broadcast; one without atoms has the
+    other's entries, and the caller gathers their rows.
+    """
+    if first == second or dim_size(second) == 1:
+        return first
+    if dim_size(first) == 1 or not any(atoms_of(first)):
+        return second
+    return None if any(atoms_of(second)) else first
+
+
 def concat(segments: Iterable[Dim]) -> Dim:
     """Segments behind one another; neighbouring segments without an atom become one, nested ones are flattened."""
     flat: list[Dim] = []

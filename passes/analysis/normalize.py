@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def normalize(graph: fx.Graph) -> None:
-    """Drops assertions and dead code, spells out ops that have no rule, and causal attention as a mask.
+    """Drops assertions, empty segments and dead code, spells out ops that have no rule, and causal attention as a mask.
 
     (In the sparse world the queries are not all there.) A mask that hides nothing goes: with one, attention takes a slower
     kernel.
@@ -33,6 +33,8 @@ def normalize(graph: fx.Graph) -> None:
         elif node.target is aten.scaled_dot_product_attention.default:
             spell_causal_mask(graph, node)
             drop_open_mask(node)
+        elif node.target in CONCATENATIONS:
+            drop_empty_segments(node)
     graph.eliminate_dead_code()
 
 
@@ -93,6 +95,18 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
         node.replace_all_uses_with(env[result])  # type: ignore[index]
     graph.erase_node(node)
     return True
+
+
+CONCATENATIONS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+
+
+def drop_empty_segments(node: fx.Node) -> None:
+    """`cat([x[:, :n], x[:, n:]])  ->  cat([x[:, :n]])`, where x has n entries: what is padded on may be nothing."""
+    value, (tensors, *rest) = node.meta["val"], node.args
+    dim = Call(node, {}, None).args["dim"]  # type: ignore[arg-type]
+    kept = [tensor for tensor in tensors if tensor.meta["val"].shape[dim]]  # type: ignore[union-attr, index]
+    if any(tensor.meta["val"].dtype == value.dtype for tensor in kept):
+        node.args = (kept, *rest)
 
 
 def spell_causal_mask(graph: fx.Graph, node: fx.Node) -> None:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
-from ras_compile.passes.algebra.layout import Atom, Dim, Exclude, Layout, Unbatch, atoms_of, opaque
+from ras_compile.passes.algebra.layout import (
+    Axis,
+    Dim,
+    Exclude,
+    Layout,
+    Unbatch,
+    atoms_of,
+    normal,
+    opaque,
+    paired,
+)  # fmt: skip
 from ras_compile.passes.rules.contraction import counts_samples, region_atoms, smaller
 from ras_compile.passes.rules.pointwise import dense_use
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
@@ -19,10 +31,10 @@ def attention(call: Call) -> Step:
     query, key, value, mask = (call.args[name] for name in ("query", "key", "value", "attn_mask"))
     if call.args["dropout_p"]:
         raise call.unsupported("dropout in training mode: region-adaptive sampling runs a model in eval mode")
-    lead = split_region(call, [query, key, value])
-    if lead is None:
+    split = split_region(call, [query, key, value])
+    if split is None:
         return call.whole()
-    in_batch, layout = lead
+    in_batch, layout = split
     if call.args["is_causal"] and not in_batch:
         raise call.unsupported("causal attention among tokens: spell it as a mask")
     dims = [dim if any(atoms_of(dim)) else opaque(size) for dim, size in zip(layout.dims, call.shape, strict=True)]
@@ -37,8 +49,11 @@ def attention(call: Call) -> Step:
         elif call.layout(node) is not None:
             uses.append(mixed if index else Use.ROWS)
         elif in_batch:
+            lead = ungrouped(out.dims[-3], grouped(call, node))
+            if lead is None:
+                return call.whole()
             rest = [opaque(size) for size in call.shape_of(node)[-2:]]
-            uses.append(dense_use(call, Layout((*out.dims[:-2], *rest)), call.shape_of(node)))
+            uses.append(dense_use(call, Layout((*out.dims[:-3], lead, *rest)), call.shape_of(node)))
         else:
             uses.append(Use.SAME)
     return Step(out, tuple(uses))
@@ -56,11 +71,7 @@ def mask_use(call: Call, out: Layout, mask: fx.Node) -> Use | Gather:
     return dense_use(call, Layout((*out.dims[:-1], opaque(shape[-1]))), shape)
 
 
-def atoms(dim: Dim) -> tuple[Atom, ...]:
-    return tuple(atoms_of(dim))
-
-
-def split_region(call: Call, nodes: list) -> tuple[bool, Layout] | None:
+def split_region(call: Call, nodes: Sequence[fx.Node]) -> tuple[bool, Layout] | None:
     """Where the tokens stand: ``(in_batch, layout)``, or None where no query row can stay sparse.
 
     Raises:
@@ -77,10 +88,49 @@ def split_region(call: Call, nodes: list) -> tuple[bool, Layout] | None:
             raise Exclude(smaller(call, batch, sequence))
         if region_atoms(call, layout.dims[-1:]):
             return None
-        if batch and any([*map(atoms, layout.dims[:-2])] != [*map(atoms, other.dims[:-2])] for other in carriers):
-            return None
         if batch:
-            return True, layout
+            lead = paired_batch(call, nodes)
+            if lead is None or any(region_atoms(call, other.dims[-2:]) for other in carriers):
+                return None
+            return True, Layout.of([*lead, opaque(call.shape[-2]), opaque(call.shape[-1])])
     if query is None or not region_atoms(call, query.dims[-2:-1]):
         return None
     return False, query
+
+
+def paired_batch(call: Call, nodes: Sequence[fx.Node]) -> list[Dim] | None:
+    """The batch dimensions of the result, as queries, keys and values are paired in them; None where they differ.
+
+    Where heads are grouped, each head of the keys meets so many heads of the queries, one after another: `h` is `(h g)`.
+    """
+    dims = [opaque(size) for size in call.shape[:-2]]
+    for node in nodes:
+        layout = call.layout(node)
+        if layout is None:
+            continue
+        lead = list(layout.dims[:-2])
+        if lead and grouped(call, node) > 1:
+            lead[-1] = normal((*lead[-1], Axis(grouped(call, node))))
+        for index, dim in enumerate(lead, start=len(dims) - len(lead)):
+            both = paired(dims[index], dim)
+            if both is None:
+                return None
+            dims[index] = both
+    found = [atom for dim in dims for atom in atoms_of(dim)]
+    return dims if len(found) == len(set(found)) else None
+
+
+def grouped(call: Call, node: fx.Node) -> int:
+    """How many heads of the queries share one head of an operand (`enable_gqa`)."""
+    shape = call.shape_of(node)
+    return call.shape[-3] // shape[-3] if call.args["enable_gqa"] and len(shape) > 2 else 1
+
+
+def ungrouped(dim: Dim, count: int) -> Dim | None:
+    """`(h g) -> h`, or None where the last ``count`` entries are no factor of their own."""
+    if count == 1:
+        return dim
+    last = dim[-1] if dim else None
+    if not isinstance(last, Axis) or last.atom is not None or last.size % count:
+        return None
+    return normal([*dim[:-1], Axis(last.size // count)])

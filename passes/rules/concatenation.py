@@ -113,7 +113,7 @@ def cut(call: Call, dim: Dim, start: int, stop: int) -> Dim | None:
     """
     if start == 0 and stop == dim_size(dim):
         return dim
-    if not grid_atoms(call, [dim]):
+    if start == stop or not grid_atoms(call, [dim]):
         return opaque(stop - start)
     if len(dim) != 1 or not isinstance(dim[0], Concat):
         return cut_outermost(call, dim, start, stop)
@@ -182,7 +182,9 @@ def piece(call: Call, layout: Layout, dim: int, start: int, stop: int) -> tuple[
     if part is None:
         return False, None
     out = layout.replace(dim, part)
-    return True, out if call.frame.carries(out) else None
+    if not call.frame.carries(out):
+        return True, None
+    return (False, None) if start == stop and region_atoms(call, [layout.dims[dim]]) else (True, out)
 
 
 @rule_for(aten.slice.Tensor)

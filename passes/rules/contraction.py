@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ras_compile.passes.algebra.layout import Atom, Axis, Dim, Exclude, Layout, Unbatch, atoms_of, dim_size, opaque
+from ras_compile.passes.algebra.layout import Atom, Axis, Dim, Exclude, Layout, Unbatch, atoms_of, opaque, paired
 from ras_compile.passes.rules.pointwise import dense_use
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
 
@@ -73,13 +73,14 @@ def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) 
         layout = call.layout(term.node) if term not in whole else None
         for index, label in enumerate(term.labels):
             dim = layout.dims[index] if layout is not None else opaque(shape[index])
-            known = dims.get(label, ())
-            if any(atoms_of(dim)) and any(atoms_of(known)) and dim != known:
-                return call.whole()  # paired in different orders
-            if label not in dims or dim_size(known) == 1 or (any(atoms_of(dim)) and not any(atoms_of(known))):
-                dims[label] = dim
+            both = paired(dims.get(label, ()), dim)
+            if both is None:
+                return call.whole()
+            dims[label] = both
     carriers = [term for term in carriers if term not in whole]
-    result = Layout.of([dims[label] for label in out]) if carriers else None
+    # nothing is contracted: what is spelled as a contraction is a permutation, or a product entry by entry
+    raw = all(call.layout(term.node).raw for term in carriers) and all({*term.labels} <= {*out} for term in terms)  # type: ignore[union-attr]
+    result = Layout.of([dims[label] for label in out], raw) if carriers else None
     if result is not None and not one_grid(call, result, [dims[label] for term in whole for label in term.labels]):
         return call.whole()
     for index, term in enumerate(terms):

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ras_compile._torch import OpOverload
-from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, dim_size, opaque
+from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, opaque, paired
 from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, rule_for
 
 aten = torch.ops.aten
@@ -40,13 +40,10 @@ def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Lay
         raw = raw and layout.raw
         offset = len(shape) - len(layout.dims)
         for index, dim in enumerate(layout.dims, start=offset):
-            if dim_size(dim) == 1 or dim == dims[index]:
-                continue
-            mine, theirs = set(atoms_of(dim)), set(atoms_of(dims[index]))
-            if mine and theirs:
+            both = paired(dims[index], dim)
+            if both is None:
                 return None
-            if mine:
-                dims[index] = dim
+            dims[index] = both
     found = [atom for dim in dims for atom in atoms_of(dim)]
     if len(found) != len(set(found)):  # an operation between all pairs of tokens
         return None

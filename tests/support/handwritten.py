@@ -1550,3 +1550,47 @@ class PaddedSequence(DiT):
             both = both + merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None, None]))
             both = both + block.mlp(both, grid)
         return both[:, text.shape[1] : length]
+
+
+@variant("two variants of every token, one first, one last", idle=1)
+class Variants(Block):
+    """Queries `(b 2 n) h d` and keys `(b n 2) h d`, paired by their places in the batch: across tokens."""
+
+    def attend(self, x, grid):
+        b, n, c = x.shape
+        q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in self.qkv(x).chunk(3, -1))
+        first = torch.cat([q, q.sin()], 1).flatten(0, 1)
+        last = [torch.stack([part, part.cos()], 2).flatten(0, 2) for part in (k, v)]
+        return self.mix(first, *last).reshape(b, 2, n, c).sum(1)
+
+
+@variant("heads and tokens in one dimension of grouped attention", idle=1)
+class GroupedTokens(Block):
+    """`b (n g) l d` beside `b n l d`: each token attends among its own channels, and beside those of others."""
+
+    def attend(self, x, grid):
+        b, n, c = x.shape
+        q, k, v = (part.reshape(b, n, 4, 4) for part in self.qkv(x).chunk(3, -1))
+        own = F.scaled_dot_product_attention(q.repeat_interleave(2, 1), k, v, enable_gqa=True)
+        others = F.scaled_dot_product_attention(q.repeat(1, 2, 1, 1), k, v, enable_gqa=True)
+        return own.reshape(b, n, 2, c).sum(2) + others.reshape(b, 2, n, c).sum(1)
+
+
+@model("a video with nothing to pad", latent=(2, 4, 3, 4, 8), tokens=24)
+class NothingPadded(Video):
+    """What is behind the last token is cut off and joined again, and is nothing."""
+
+    def run(self, x, emb, text, grid):
+        n = math.prod(grid)
+        x = torch.cat([x[:, :n], x[:, n:]], 1)
+        return torch.cat([super().run(x, emb, text, grid), x[:, n:]], 1)
+
+
+@model("patches by einsum", latent=(2, 16, 4, 6), channels=16, tokens=6)
+class EinsumPatches(DiT):
+    """More channels in a patch than there are tokens."""
+
+    def patchify(self, latent):
+        b, c, height, width = latent.shape
+        x = torch.einsum("nchpwq->nhwpqc", latent.view(b, c, height // 2, 2, width // 2, 2))
+        return self.embed(x.reshape(b, -1, 4 * c)), (height // 2, width // 2)

@@ -143,3 +143,11 @@ def test_a_mask_on_the_meta_device_is_kept():
     captured = export(module, (torch.randn(2, 5, 16, device="meta"), WEIGHT.to("meta")))
     (node,) = captured.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     assert any(operand.meta["val"].dtype is torch.bool for operand in node.all_input_nodes)
+
+
+def test_a_segment_of_nothing_is_no_segment():
+    given = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)), WEIGHT
+    module = Calls(lambda x, w: torch.cat([x[:, :5], x[:, 5:].exp()], 1))
+    captured = export(module, given)
+    assert not [node for node in captured.graph.nodes if node.target is aten.exp.default]
+    torch.testing.assert_close(captured(*given)[0], module(*given)[0])

@@ -381,6 +381,8 @@ def concatenation() -> list[Row]:
         Row(aten.slice.Tensor, lambda s: s(s.joint, 1, None, -n - 1), "apart"),
         Row(aten.slice.Tensor, lambda s: s(s.joint, 1, 1, 1), "apart"),
         Row(aten.slice.Tensor, lambda s: s(s.joint, 1, 2, 1), "apart"),
+        Row(aten.slice.Tensor, lambda s: s(s.tokens, 1, n), "apart"),
+        Row(aten.slice.Tensor, lambda s: s(s.x, 1, HEIGHT), "whole"),
         Row(aten.slice.Tensor, lambda s: s(s.joint, 1, 0, TEXT + 2), "whole"),
         Row(aten.slice.Tensor, lambda s: s(s.tokens, 1, 1), "whole"),
         Row(aten.slice.Tensor, lambda s: s(s.tokens, 1, 0, n, 2), "whole"),
@@ -395,10 +397,12 @@ def concatenation() -> list[Row]:
         Row(aten.narrow.default, lambda s: s(s.joint, -2, 2, n + 1)),
         Row(aten.narrow.default, lambda s: s(s.joint, 1, 0, TEXT), "apart"),
         Row(aten.narrow.default, lambda s: s(s.joint, 1, 1, TEXT), "whole"),
+        Row(aten.narrow.default, lambda s: s(s.tokens, 1, 0, 0), "apart"),
         Row(aten.narrow.default, lambda s: s(s.tokens, -1, 1, 2)),
         Row(aten.split.Tensor, lambda s: s.pieces(s.joint, 3, 1), "whole"),
         Row(aten.split.Tensor, lambda s: s.pieces(s.tokens, 4, -1)),
         Row(aten.split.Tensor, lambda s: s.pieces(s.tokens, 1)),
+        Row(aten.split_with_sizes.default, lambda s: s.pieces(s.tokens, [n, 0], 1)),
         *[
             row
             for target in (aten.split_with_sizes.default, aten.split.sizes)
@@ -616,6 +620,25 @@ def attention() -> list[Row]:
     def four(s: Stage) -> fx.Node:
         return s.also(aten.repeat.default, s.heads, [1, 2, 1, 1])
 
+    def first(s: Stage) -> fx.Node:
+        """`b (2 n) 3 2`: two variants of every token, the variant first."""
+        pairs = s.also(aten.reshape.default, s.tokens, [s.batch, n, 3, 2])
+        return s.also(aten.repeat.default, pairs, [1, 2, 1, 1])
+
+    def last(s: Stage) -> fx.Node:
+        """`b (n 2) 3 2`: the variant last."""
+        pairs = s.also(aten.reshape.default, s.tokens, [s.batch, n, 3, 2])
+        return s.also(aten.repeat_interleave.self_int, pairs, 2, 1)
+
+    def stacked(s: Stage) -> fx.Node:
+        """`b (n 2) 3 2`, by a stack."""
+        pairs = s.also(aten.reshape.default, s.tokens, [s.batch, n, 3, 2])
+        both = s.also(aten.stack.default, [pairs, s.also(aten.neg.default, pairs)], 2)
+        return s.also(aten.reshape.default, both, [s.batch, 2 * n, 3, 2])
+
+    def one(s: Stage) -> fx.Node:
+        return s.also(aten.reshape.default, s.tokens, [s.batch, n, 3, 2])
+
     masks = [(n, n), (n, 1), (1, n), (1, n, n), (2, 1, n), (1, 1, n, n), (0, 1, n, n), (0, 1, 1, n), (0, 2, n, n)]
     return [
         Row(sdpa, lambda s: s(s.heads, s.heads, s.heads)),
@@ -645,6 +668,16 @@ def attention() -> list[Row]:
         Row(sdpa, lambda s: s(folded(s), folded(s), folded(s), s.given(s.batch * n, 1, 3, 3))),
         Row(sdpa, lambda s: s(folded(s), folded(s), folded(s), s.given(3, 3))),
         Row(sdpa, lambda s: s(rows(s), rows(s), rows(s)), grid=(4,)),
+        # two variants of each token, in one order or the other: entries meet by their places
+        Row(sdpa, lambda s: s(first(s), first(s), first(s))),
+        Row(sdpa, lambda s: s(last(s), stacked(s), last(s))),
+        Row(sdpa, lambda s: s(first(s), last(s), last(s)), "whole"),
+        Row(sdpa, lambda s: s(first(s), first(s), stacked(s)), "whole"),
+        Row(sdpa, lambda s: s(last(s), one(s), one(s), enable_gqa=True)),
+        Row(sdpa, lambda s: s(first(s), one(s), one(s), enable_gqa=True), "whole"),
+        Row(sdpa, lambda s: s(last(s), s.given(s.batch, n, 5, 2), s.given(s.batch, n, 5, 4), enable_gqa=True)),
+        Row(sdpa, lambda s: s(first(s), s.given(s.batch, n, 5, 2), s.given(s.batch, n, 5, 4), enable_gqa=True), "whole"),
+        Row(sdpa, lambda s: s(s.given(s.batch, 2 * n, 5, 2), one(s), one(s), enable_gqa=True)),
         Row(sdpa, lambda s: s(folded(s), s.also(aten.reshape.default, s.flat, [1, 1, -1, 2]),
                               s.also(aten.reshape.default, s.flat, [1, 1, -1, 2])), "whole"),
         Row(sdpa, lambda s: s(s.also(aten.reshape.default, s.flat, [1, 1, -1, 2]), folded(s), folded(s)), "whole", pooled=True),
