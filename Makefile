@@ -4,13 +4,19 @@ BIN := .venv/bin
 # Tests are split over this many processes, each with one thread: on two cores that beats one process with two threads.
 JOBS ?= 2
 
-.PHONY: demo test check format clean
+.PHONY: demo test fuzz check format clean
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 $(ARGS)
+
+# Random models beyond the seeds that `make test` runs: make fuzz GRAPHS=5000 SEED=1000
+GRAPHS ?= 1000
+SEED ?= 1000
+fuzz: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(GRAPHS) --seed $(SEED)
 
 check: .venv/.installed build/typed
 	$(BIN)/ruff format --check .

@@ -1,8 +1,9 @@
-"""PyTorch's fused layers, written with the ops that they stand for; its modules call them where no gradients are recorded."""
+"""Ops written with others that mean the same: PyTorch's fused layers, which its modules call where no gradients are recorded,
+and views by strides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,4 +49,35 @@ def encoder_layer(
     return second(src + feed(src))
 
 
-LAYERS: dict[Any, Callable[..., Any]] = {aten._transformer_encoder_layer_fwd.default: encoder_layer}
+def strided(self: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
+    """`as_strided` of a value whose entries fill its memory, where the strides walk it without overlapping: views and slices.
+
+    Raises:
+        NotImplementedError: they overlap, or reach beyond the value.
+    """
+    order = sorted(range(self.ndim), key=self.stride, reverse=True)
+    packed = self.permute(order)
+    offset = (self.storage_offset() if storage_offset is None else storage_offset) - self.storage_offset()
+    walked = sorted((dim for dim in range(len(size)) if size[dim] > 1 and stride[dim]), key=lambda dim: -stride[dim])
+    if not packed.is_contiguous() or offset < 0 or not self.numel() or 0 in size:
+        raise NotImplementedError("the value leaves out a part of its memory")
+    steps = [stride[dim] for dim in walked]
+    pairs = [*zip([self.numel(), *steps], [*steps, 1], strict=True)]
+    if any(above % below for above, below in pairs) or offset >= self.numel():
+        raise NotImplementedError("strides that do not divide each other")
+    radices = [above // below for above, below in pairs]
+    result = packed.reshape(radices)
+    for place, (dim, step) in enumerate(zip([*walked, None], [*steps, 1], strict=True)):
+        start, length = offset // step % radices[place], 1 if dim is None else size[dim]
+        if start + length > radices[place]:
+            raise NotImplementedError("rows of strides that overlap")
+        result = result.narrow(place, start, length)
+    result = result.squeeze(-1).permute([walked.index(dim) for dim in sorted(walked)])
+    shape = [length if stride[dim] else 1 for dim, length in enumerate(size)]
+    return result.reshape(shape).expand(list(size))
+
+
+LAYERS: dict[Any, Callable[..., Any]] = {
+    aten._transformer_encoder_layer_fwd.default: encoder_layer,
+    aten.as_strided.default: strided,
+}

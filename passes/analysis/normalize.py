@@ -66,10 +66,13 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: next(left))
         return (layer or target)(*args, **kwargs)
 
-    with torch.no_grad(), given[0].meta["val"].fake_mode:
-        # tracing tells its inputs apart by the object, and equal nodes may share a fake tensor
-        apart = [operand.meta["val"].detach() for operand in given]
-        parts = make_fx(run, pre_dispatch=layer is not None)(*apart).graph
+    try:
+        with torch.no_grad(), given[0].meta["val"].fake_mode:
+            # tracing tells its inputs apart by the object, and equal nodes may share a fake tensor
+            apart = [operand.meta["val"].detach() for operand in given]
+            parts = make_fx(run, pre_dispatch=layer is not None)(*apart).graph
+    except NotImplementedError:
+        return False
     calls = [part for part in parts.nodes if part.op == "call_function"]
     if any(part.op == "get_attr" for part in parts.nodes) or any(
         not isinstance(part.target, OpOverload) or part.target is target or schema_of(part.target).is_mutable

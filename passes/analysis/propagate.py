@@ -10,13 +10,14 @@ from torch import fx
 
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes import rules
-from ras_compile.passes.algebra.layout import Coarsen, Frame, Layout, Refine, Restart
-from ras_compile.passes.rules.pointwise import is_pointwise, pointwise
-from ras_compile.passes.rules.registry import RULES, Call, Result, Rule, Step, Use, operands, source_line
+from ras_compile.passes.algebra.layout import Coarsen, Exclude, Frame, Layout, Refine, Restart
+from ras_compile.passes.analysis.pieces import CUTS, join_parts
+from ras_compile.passes.rules.pointwise import find_rule
+from ras_compile.passes.rules.registry import Call, Result, Step, Use, operands, source_line
 
 aten = torch.ops.aten
 
-__all__ = ["Analysis", "propagate", "rules"]
+__all__ = ["Analysis", "find_rule", "propagate", "rules"]
 
 ROUNDS = 200
 CONVOLUTIONS = (
@@ -47,24 +48,6 @@ class Analysis:
     @property
     def output_nodes(self) -> list[fx.Node]:
         return list(next(iter(reversed(self.graph.nodes))).args[0])  # type: ignore[arg-type]
-
-
-def find_rule(node: fx.Node) -> Rule:
-    """The rule of a node's op.
-
-    Raises:
-        UnsupportedGraph: the op has none.
-    """
-    rule = RULES.get(node.target)  # type: ignore[arg-type]
-    if rule is None and is_pointwise(node.target):
-        rule = pointwise
-    if rule is None:
-        raise UnsupportedGraph(
-            f"no rule says how {node.target} treats the tokens of the picture; add one to the registry",
-            op=str(node.target),
-            source=source_line(node),
-        )
-    return rule
 
 
 def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool = True) -> Analysis:
@@ -99,7 +82,9 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
     layouts: dict[fx.Node, Result] = {latent: frame.layout()}
     steps: dict[fx.Node, Step] = {}
     mixed: set[fx.Node] = set()
-    for node in graph.nodes:
+    following = next(iter(graph.nodes))
+    while following.op != "root":
+        node, following = following, following.next
         if any(operand in mixed for operand in node.all_input_nodes[node.target is aten.copy.default :]):
             mixed.add(node)
         if node.op != "call_function" or not any(layouts.get(operand) is not None for operand in operands(node)):
@@ -110,7 +95,14 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
             steps[node] = Step(result, (Use.ROWS,))
         else:
             call = Call(node, layouts, frame, kv_cache=kv_cache, mixed=mixed)
-            step = find_rule(node)(call)
+            source, one = operands(node)[0], one_step(graph, call)
+            if one is None:  # the graph is another from where the parts were cut
+                for known in (layouts, steps):
+                    for gone in [erased for erased in known if erased._erased]:
+                        del known[gone]  # type: ignore[attr-defined]
+                following = source.next
+                continue
+            step = one
             check(node, step)
             steps[node], result = step, step.out
         if result is not None and not (isinstance(result, tuple) and not any(result)):
@@ -138,6 +130,20 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
             source=source_line(lost) if lost is not None else None,
         )
     return Analysis(graph, latent, frame, layouts, steps, found)
+
+
+def one_step(graph: fx.Graph, call: Call) -> Step | None:
+    """What becomes of a node; None where parts of the tokens, cut there, are worked together instead."""
+    node = call.node
+    if node.target not in CUTS:
+        return find_rule(node)(call)
+    try:
+        step = find_rule(node)(call)
+    except Exclude:
+        if join_parts(graph, node):
+            return None
+        raise
+    return None if step.whole and join_parts(graph, node) else step
 
 
 def _name(latent: fx.Node) -> str:

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from ras_compile._torch import OpOverload
+from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, opaque, paired
-from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, rule_for
+from ras_compile.passes.rules.registry import RULES, Call, Gather, Rule, Step, Use, rule_for, source_line
 
 aten = torch.ops.aten
 
@@ -70,7 +71,7 @@ def rows_or_gather(call: Call, out: Layout) -> tuple[Use | Gather, ...]:
 @rule_for(aten._to_copy.default, aten.copy.default, aten.alias.default, aten.detach.default, aten.dropout.default)
 @rule_for(aten.clone.default, aten.contiguous.default, aten.lift_fresh.default)
 @rule_for(aten.log_sigmoid.default, aten.hardswish.default, aten.polar.default, aten.floor_divide.default)
-@rule_for(aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor)
+@rule_for(aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten._prelu_kernel.default)
 @rule_for(aten.real.default, aten.imag.default, aten.conj.default, aten.resolve_conj.default, aten.complex.default)
 def copies(call: Call) -> Step:
     """`... -> ...`: pointwise ops that carry no such tag."""
@@ -101,3 +102,21 @@ def new_constant(call: Call) -> Step:
 def is_pointwise(target: object) -> bool:
     """Whether PyTorch itself tags an op as pointwise and no rule speaks for it."""
     return isinstance(target, OpOverload) and target not in RULES and torch.Tag.pointwise in target.tags
+
+
+def find_rule(node: fx.Node) -> Rule:
+    """The rule of a node's op.
+
+    Raises:
+        UnsupportedGraph: the op has none.
+    """
+    rule = RULES.get(node.target)  # type: ignore[arg-type]
+    if rule is None and is_pointwise(node.target):
+        rule = pointwise
+    if rule is None:
+        raise UnsupportedGraph(
+            f"no rule says how {node.target} treats the tokens of the picture; add one to the registry",
+            op=str(node.target),
+            source=source_line(node),
+        )
+    return rule

@@ -1594,3 +1594,66 @@ class EinsumPatches(DiT):
         b, c, height, width = latent.shape
         x = torch.einsum("nchpwq->nhwpqc", latent.view(b, c, height // 2, 2, width // 2, 2))
         return self.embed(x.reshape(b, -1, 4 * c)), (height // 2, width // 2)
+
+
+@variant("leaky units of learned slopes, and a view by strides")
+class LearnedSlopes(Block):
+    """PReLU with a slope for all, and one for each head of channels; every other channel by `as_strided`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.slopes = nn.PReLU(), nn.PReLU(4)
+
+    def mlp(self, x, grid):
+        hidden = self.slope(self.up(x))
+        hidden = self.slopes(hidden.unflatten(-1, (4, -1)).movedim(-2, 1)).movedim(1, -2).flatten(2).contiguous()
+        b, n, c = hidden.shape
+        even, odd = (hidden.as_strided((b, n, c // 2), (n * c, c, 2), start) for start in (0, 1))
+        return self.down(torch.cat([even * odd, odd], -1))
+
+
+# Parts of the tokens, worked apart and joined again
+
+
+class AfterTheFirst(Video):
+    """A signal is added to all frames but the first, which has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal = nn.Parameter(torch.randn(WIDTH, 8))
+
+    def run(self, x, emb, text, grid):
+        x = x.unflatten(1, (grid[0], -1))
+        x = self.joined(x, emb.unsqueeze(1) * (self.signal @ self.signal.mT)[: grid[0] - 1, None])
+        return super().run(x.flatten(1, 2), emb, text, grid)
+
+
+@model("all frames but the first, by a concatenation", latent=(2, 4, 5, 4, 8), tokens=40)
+class AfterTheFirstCat(AfterTheFirst):
+    def joined(self, x, signal):
+        return torch.cat([x[:, :1], x[:, 1:] + signal], 1)
+
+
+@model("all frames but the first, by a write", latent=(2, 4, 2, 4, 8), tokens=16)
+class AfterTheFirstWrite(AfterTheFirst):
+    def joined(self, x, signal):
+        x = x.clone()
+        x[:, 1:] = x[:, 1:] + signal
+        return x
+
+
+@variant("a feed-forward layer in chunks of tokens")
+class ChunkedFeedForward(Block):
+    """As diffusers does to save memory."""
+
+    def mlp(self, x, grid):
+        return torch.cat([super(ChunkedFeedForward, self).mlp(part, grid) for part in x.chunk(3, 1)], 1)
+
+
+@variant("attention in chunks of queries, with positions")
+class ChunkedQueries(Block):
+    def attend(self, x, grid):
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        places = torch.arange(x.shape[1], dtype=x.dtype)[:, None].sin()
+        parts = [self.mix(part * place, k, v) for part, place in zip(q.split(10, 2), places.split(10), strict=True)]
+        return merge(torch.cat(parts, 2))

@@ -151,3 +151,32 @@ def test_a_segment_of_nothing_is_no_segment():
     captured = export(module, given)
     assert not [node for node in captured.graph.nodes if node.target is aten.exp.default]
     torch.testing.assert_close(captured(*given)[0], module(*given)[0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.as_strided((2, 5, 8), (80, 16, 2)),
+        lambda x: x.as_strided((2, 5, 8), (80, 16, 2), 1),
+        lambda x: x.as_strided((16, 5, 2), (1, 16, 80)),
+        lambda x: x.as_strided((2, 3, 5, 4), (80, 0, 16, 4)),
+        lambda x: x.transpose(1, 2).as_strided((2, 1, 5, 4), (80, 7, 16, 4)),
+        lambda x: x.as_strided((2, 160), (0, 1)),
+    ],
+)
+def test_plain_strides_are_views(function):
+    given = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)), WEIGHT
+    module = Calls(lambda x, w: function(x + 1))
+    captured = export(module, given)
+    assert not [node for node in captured.graph.nodes if node.target is aten.as_strided.default]
+    torch.testing.assert_close(captured(*given)[0], module(*given)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "strides", [((2, 4, 8), (16, 8, 1)), ((2, 3, 16), (80, 32, 1)), ((2, 9), (80, 9)), ((3,), (7,))]
+)
+def test_strides_that_overlap_or_divide_nothing_stay(strides):
+    given = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)), WEIGHT
+    module = Calls(lambda x, w: (x + 1).as_strided(*strides))
+    captured = export(module, given)
+    torch.testing.assert_close(captured(*given)[0], module(*given)[0], rtol=0, atol=0)

@@ -326,6 +326,8 @@ def pointwise() -> list[Row]:
         Row(aten.clone.default, lambda s: s(s.also(aten.clone.default, s.x), memory_format=torch.channels_last)),
         Row(aten.contiguous.default, lambda s: s(s.image)),
         Row(aten.lift_fresh.default, lambda s: s(s.tokens)),
+        Row(aten._prelu_kernel.default, lambda s: s(s.tokens, s.given(1, 1, c))),
+        Row(aten._prelu_kernel.default, lambda s: s(s.image, s.given(1, c, 1, 1))),
         Row(aten.type_as.default, lambda s: s(s.tokens, s.given(1))),
         Row(aten.type_as.default, lambda s: s(s.given(n, c), s.tokens), "apart"),
         Row(aten.type_as.default, lambda s: s(s.tokens, s.turned)),

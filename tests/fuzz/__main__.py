@@ -1,0 +1,42 @@
+"""Random models, held to the laws: `python tests/fuzz 1000 --seed 0` prints what failed, each made as small as it goes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections import Counter
+
+import torch
+from laws import judged, smallest
+from random_models import random_recipe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("graphs", type=int, help="how many models")
+    parser.add_argument("--seed", type=int, default=0, help="of the first one; the others follow")
+    parser.add_argument("--whole", action="store_true", help="do not make failures smaller")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    start, counts, reasons, coarse = time.perf_counter(), Counter[str](), Counter[str](), 0
+    for seed in range(given.seed, given.seed + given.graphs):
+        recipe = random_recipe(seed)
+        verdict = judged(recipe)
+        counts[verdict.kind] += 1
+        coarse += verdict.kind == "right" and verdict.share < 1
+        if verdict.kind == "refused":
+            reasons[re.sub(r"\[at: .*|\d+", "", verdict.reason).strip()] += 1
+        if verdict.failed:
+            print(f"seed {seed}: {verdict.kind}: {verdict.reason}")
+            print(f"    {recipe if given.whole else smallest(recipe, verdict)}", flush=True)
+    took = time.perf_counter() - start
+    print(f"{given.graphs} graphs in {took:.0f} s: {dict(counts)}; coarser than the model's tokens: {coarse}")
+    for reason, count in reasons.most_common():
+        print(f"{count:5d} refused: {reason[:200]}")
+    return any(counts[kind] for kind in ("wrong", "crashed"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Models that were once wrong, refused without need or crashed, as small as they go; a failure that is found joins them."""
+
+from __future__ import annotations
+
+from random_models import CHOICES, Recipe
+
+
+def plain(name: str, *numbers: int, frame: tuple[int, ...] = ()) -> Recipe:
+    """One block in the plainest frame; numbers that are not given are zero."""
+    return Recipe(padded(frame, 2 * CHOICES), ((name, padded(numbers, CHOICES)),))
+
+
+def padded(numbers: tuple[int, ...], length: int) -> tuple[int, ...]:
+    return numbers + (0,) * (length - len(numbers))
+
+
+CORPUS = {
+    "queries `(2 n)`, keys `(n 2)`, grouped": plain("in_batch", 0, 0, 47),
+    "queries `(2 n)`, keys `(n 2)` by repetition": plain("in_batch", 0, 37),
+    "queries `(2 n)`, keys `(n 2)` by a stack": plain("in_batch", 0, 43),
+    "learned slopes": plain("mlp", 1),
+    "a view by strides": plain("across", 4),
+    "all frames but the first": plain("pieces", 1, frame=(0, 2, 2, 0, 0)),
+    "feed-forward in chunks": plain("pieces", 0),
+}
