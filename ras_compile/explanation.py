@@ -104,6 +104,7 @@ class Explanation:
         latent: the forward argument that is the latent.
         region: the latent's dimensions in factors.
         grid: extent of the token grid.
+        shared_rows: whether all pictures of a call have the same active tokens, because the model takes its batch apart.
         tokens: N, tokens of one sample.
         splices: every splice, the output's last.
         gathers: dense values of which a sparse step takes the active rows, with the user's source line.
@@ -118,6 +119,7 @@ class Explanation:
     latent: str = ""
     region: str = ""
     grid: tuple[int, ...] = ()
+    shared_rows: bool = False
     tokens: int = 0
     splices: tuple[SplicePoint, ...] = ()
     gathers: tuple[tuple[str, str | None], ...] = ()
@@ -176,7 +178,8 @@ class Explanation:
             return f"not supported: {self.reason}"
         lines = [
             f"latent    {self.latent} {self.region}",
-            f"region    {self.tokens} tokens, grid {' x '.join(map(str, self.grid))}",
+            f"region    {self.tokens} tokens, grid {' x '.join(map(str, self.grid))}"
+            + (", the same active ones in all pictures of a call: the model takes its batch apart" * self.shared_rows),
             f"context   {' | '.join(f'{length} tokens' for length in self.context) or 'none in joint sequences'}",
             f"FLOPs     dense {self.cost.dense_flops:.4g}, sparse {self.cost.sparse_flops}",
             f"caches    {self.cache_bytes / 2**20:.1f} MiB a branch, {len(self.splices)} splices",
@@ -224,6 +227,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         latent=described[plan.latent].path,
         region=str(analysis.frame.layout()),
         grid=analysis.frame.grid,
+        shared_rows=analysis.frame.shared_rows,
         tokens=analysis.frame.tokens,
         splices=tuple(_point(plan, splice) for splice in plan.sparse.splices),
         gathers=tuple((names.get(node, node.name), source_line(node)) for node in plan.sparse.gathers),

@@ -47,7 +47,18 @@ class Concat:
         return sum(dim_size(segment) for segment in self.segments)
 
 
-Factor = Axis | Concat
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """The first ``size`` entries of a product, of whose last patch a part is missing: 9 rows of a latent, in 5 patches of 2.
+
+    In the sparse world a patch is whole; what is missing of it repeats its dimension's last entry.
+    """
+
+    inner: tuple[Factor, ...]
+    size: int
+
+
+Factor = Axis | Concat | Clipped
 Dim = tuple[Factor, ...]
 
 
@@ -83,10 +94,17 @@ class Exclude(Restart):
 
 
 class Unbatch(Restart):
-    """The latent's first dimension does not count independent samples: it is treated like the others."""
+    """The latent's first dimension does not count independent samples: it is treated like the others.
+
+    Args:
+        apart: samples are taken apart, one by one: they are independent, and yet have to share their active rows.
+    """
+
+    def __init__(self, apart: bool = False) -> None:
+        self.apart = apart
 
     def apply(self, frame: Frame) -> Frame:
-        return frame.unbatched()
+        return frame.unbatched(self.apart)
 
 
 class Coarsen(Restart):
@@ -94,6 +112,23 @@ class Coarsen(Restart):
 
     def apply(self, frame: Frame) -> Frame:
         return frame.coarsened()
+
+
+class Clip(Restart):
+    """A side of the latent is padded to whole patches: ``outer`` patches of ``inner`` entries, the last one not full."""
+
+    def __init__(self, atom: Atom, outer: int, inner: int) -> None:
+        self.atom, self.outer, self.inner = atom, outer, inner
+
+    def apply(self, frame: Frame) -> Frame:
+        return frame.clipped(self.atom, self.outer, self.inner)
+
+
+class Padded(Restart):
+    """What is padded onto the grid by its own entries may fill it up to whole patches: where it is cut, they are seen."""
+
+    def apply(self, frame: Frame) -> Frame:
+        return frame.padding()
 
 
 def dim_size(dim: Iterable[Factor]) -> int:
@@ -107,6 +142,8 @@ def atoms_of(dim: Iterable[Factor]) -> Iterator[Atom]:
         if isinstance(factor, Concat):
             for segment in factor.segments:
                 yield from atoms_of(segment)
+        elif isinstance(factor, Clipped):
+            yield from atoms_of(factor.inner)
         elif factor.atom is not None:
             yield factor.atom
 
@@ -120,7 +157,9 @@ def normal(factors: Iterable[Factor]) -> Dim:
     """The canonical form of a product: no factors of size one, neighbouring plain factors without an atom merged."""
     result: list[Factor] = []
     for factor in factors:
-        if isinstance(factor, Concat):
+        if isinstance(factor, Clipped):
+            result.append(factor if any(atoms_of(factor.inner)) else Axis(factor.size))
+        elif isinstance(factor, Concat):
             if len(factor.segments) == 1:
                 result = list(normal([*result, *factor.segments[0]]))
             else:
@@ -146,6 +185,28 @@ def paired(first: Dim, second: Dim) -> Dim | None:
     if dim_size(first) == 1 or not any(atoms_of(first)):
         return second
     return None if any(atoms_of(second)) else first
+
+
+def opened(dim: Dim) -> Dim:
+    """The product behind a clipped dimension; any other dimension as it is."""
+    return dim[0].inner if len(dim) == 1 and isinstance(dim[0], Clipped) else dim
+
+
+def filled(dim: Dim, before: int, after: int) -> Dim | None:
+    """The product that a clipped dimension becomes when it is padded to whole patches; None for anything else."""
+    whole = opened(dim)
+    return whole if whole != dim and before == 0 and dim_size(dim) + after == dim_size(whole) else None
+
+
+def clip_of(factor: Factor, inner: int) -> Clip | None:
+    """The fact behind a cut into patches of ``inner`` of one whole dimension of the latent with something behind it."""
+    if not isinstance(factor, Concat) or len(factor.segments) != 2 or factor.size % inner:
+        return None
+    first, behind = factor.segments
+    axis = first[0] if len(first) == 1 else None
+    if not isinstance(axis, Axis) or axis.atom is None or axis.atom.stride != 1 or not 0 < dim_size(behind) < inner:
+        return None
+    return Clip(axis.atom, factor.size // inner, inner)
 
 
 def concat(segments: Iterable[Dim]) -> Dim:
@@ -215,7 +276,8 @@ class Layout:
                     factors.append(Axis(factor.size // left))
                     left = 1
                 else:
-                    raise ViewError(f"cannot view {self} as {tuple(shape)}")
+                    clip = clip_of(factor, factor.size // left) if self.raw and factor.size % left == 0 else None
+                    raise clip or ViewError(f"cannot view {self} as {tuple(shape)}")
             dims.append(dim)
         return Layout.of(dims, self.raw)
 
@@ -232,6 +294,8 @@ def describe(dim: Dim) -> str:
     for factor in dim:
         if isinstance(factor, Concat):
             words.append(" | ".join(describe(segment) for segment in factor.segments))
+        elif isinstance(factor, Clipped):
+            words.append(f"{factor.size} of {describe(factor.inner)}")
         elif factor.atom is None:
             words.append(str(factor.size))
         else:
@@ -251,6 +315,8 @@ class Frame:
         batch_dim: dimension of the latent that counts the samples, or None.
         window: ``(start, stop)`` along the region's dimension 1, where the latent's other tokens are context.
         coarse: what a convolution's stride takes together is one token, also where its kernels overlap.
+        padded: whether what pads the grid with its own entries is looked at as context, until it is cut into patches.
+        shared_rows: the model takes the samples apart, so that all of them have the same active rows.
     """
 
     shape: tuple[int, ...]
@@ -259,6 +325,8 @@ class Frame:
     batch_dim: int | None = 0
     window: tuple[int, int] | None = None
     coarse: bool = False
+    padded: bool = False
+    shared_rows: bool = False
 
     @staticmethod
     def of(shape: Sequence[int], batch_dim: int | None = 0, window: tuple[int, int] | None = None) -> Frame:
@@ -289,8 +357,21 @@ class Frame:
     def without(self, atoms: frozenset[Atom]) -> Frame:
         return self._with(excluded=self.excluded | atoms)
 
-    def unbatched(self) -> Frame:
-        return self._with(batch_dim=None)
+    def unbatched(self, apart: bool = False) -> Frame:
+        return self._with(batch_dim=None, shared_rows=apart)
+
+    def clipped(self, atom: Atom, outer: int, inner: int) -> Frame:
+        return self._with(parts=self.parts[: atom.dim] + ((outer, inner),) + self.parts[atom.dim + 1 :])
+
+    def padding(self) -> Frame:
+        return self._with(padded=True)
+
+    def clip(self, dim: Dim, stop: int) -> Dim | None:
+        """A product of which the first ``stop`` entries are a side of the latent that its patches do not fill; else None."""
+        for index, size in enumerate(self.shape):
+            if stop == size < math.prod(self.parts[index]) and dim == normal(self.atoms(index)):
+                return (Clipped(dim, stop),)
+        return None
 
     def coarsened(self) -> Frame:
         return self._with(coarse=True)
@@ -301,6 +382,9 @@ class Frame:
     def layout(self) -> Layout:
         """The latent's own layout."""
         dims: list[Dim] = [self.atoms(dim) for dim in range(len(self.shape))]
+        for index, (size, parts) in enumerate(zip(self.shape, self.parts, strict=True)):
+            if size < math.prod(parts):
+                dims[index] = (Clipped(normal(dims[index]), size),)
         if self.window is not None:
             start, stop = self.window
             dims[1] = concat([opaque_or_empty(start), dims[1], opaque_or_empty(self.shape[1] - stop)])
@@ -386,6 +470,8 @@ class Sizes:
         for factor in dim:
             if isinstance(factor, Concat):
                 size = size * sum(self.segment(segment) for segment in factor.segments)
+            elif isinstance(factor, Clipped):
+                size = size * self.dim(factor.inner)
             else:
                 size = size * self.axis(factor)
         return size

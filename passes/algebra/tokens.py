@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal
+from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal, opened
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class TokenView:
         order: the order in which the view takes them.
         shape: ``(B, N, P)``.
         channels: how many channels are viewed; None for all.
+        filled: ``(dim, size)`` of dimensions whose last patch is not full, and their size if it were.
     """
 
     cuts: tuple[tuple[int, int, int], ...]
@@ -32,6 +33,7 @@ class TokenView:
     order: tuple[int, ...]
     shape: tuple[int, int, int]
     channels: int | None
+    filled: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, value: Tensor) -> Tensor:
         return self._opened(value).reshape(*self.shape, -1)[..., : self.channels]
@@ -49,13 +51,27 @@ class TokenView:
 
     def write(self, value: Tensor, tokens: Tensor) -> None:
         """Writes ``tokens`` [B, N, P, C] into ``value``: what was left out of the view stays as it is."""
-        opened = self._opened(value)
-        behind = opened.reshape(*self.shape, -1)[..., tokens.shape[-1] :]
-        opened.copy_(torch.cat([tokens.to(value.dtype), behind], -1).view(opened.shape))
+        place = self.cut(value)
+        whole = self._filled(place)
+        exploded = self._exploded(whole)
+        behind = exploded.reshape(*self.shape, -1)[..., tokens.shape[-1] :]
+        exploded.copy_(torch.cat([tokens.to(value.dtype), behind], -1).view(exploded.shape))
+        if self.filled:
+            place.copy_(whole[tuple(slice(size) for size in place.shape)])
 
     def _opened(self, value: Tensor) -> Tensor:
-        """A view of ``value`` with one dimension for each factor: samples, tokens, pixels, channels."""
-        return self.cut(value).view(self.exploded).permute(self.order)
+        """``value`` with one dimension for each factor: samples, tokens, pixels, channels; a view where patches are full."""
+        return self._exploded(self._filled(self.cut(value)))
+
+    def _exploded(self, value: Tensor) -> Tensor:
+        return value.view(self.exploded).permute(self.order)
+
+    def _filled(self, value: Tensor) -> Tensor:
+        """The value with whole patches: what is missing repeats the last entry."""
+        for dim, size in self.filled:
+            places = torch.arange(size, device=value.device).clamp_(max=value.shape[dim] - 1)
+            value = value.index_select(dim, places)
+        return value
 
 
 def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> TokenView:
@@ -68,7 +84,8 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
     """
     region = [atom for atom, _ in frame.region]
     dims, cuts = [], []
-    for index, dim in enumerate(layout.dims):
+    filled = tuple((k, dim_size(opened(dim))) for k, dim in enumerate(layout.dims) if opened(dim) != dim)
+    for index, dim in enumerate(map(opened, layout.dims)):
         inside, cut = _segment(dim, region)
         dims.append(inside)
         if cut is not None:
@@ -97,7 +114,7 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
 
     holding = frozenset(index for index, dim in enumerate(layout.dims) if set(region) & set(atoms_of(dim)))
     return TokenView(
-        tuple(cuts), holding, tuple(exploded), tuple(order), (frame.samples, frame.tokens, patch), channels
+        tuple(cuts), holding, tuple(exploded), tuple(order), (frame.samples, frame.tokens, patch), channels, filled
     )
 
 

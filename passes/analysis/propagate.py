@@ -10,7 +10,7 @@ from torch import fx
 
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes import rules
-from ras_compile.passes.algebra.layout import Coarsen, Exclude, Frame, Layout, Refine, Restart
+from ras_compile.passes.algebra.layout import Coarsen, Exclude, Frame, Layout, Padded, Refine, Restart, Unbatch
 from ras_compile.passes.analysis.pieces import CUTS, join_parts
 from ras_compile.passes.rules.pointwise import find_rule
 from ras_compile.passes.rules.registry import Call, Result, Step, Use, operands, source_line
@@ -110,6 +110,8 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
             mixed.discard(node)
         elif node in steps and steps[node].whole:
             mixed.add(node)
+    if not frame.padded and any(pads_latent(node, step, layouts) for node, step in steps.items()):
+        raise Padded
     for node, result in layouts.items():
         for layout in result if isinstance(result, tuple) else (result,):
             if layout is not None and not frame.separable(layout):
@@ -132,6 +134,14 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
     return Analysis(graph, latent, frame, layouts, steps, found)
 
 
+def pads_latent(node: fx.Node, step: Step, layouts: dict[fx.Node, Result]) -> bool:
+    """Whether a latent is padded along its grid by entries of its own, and its tokens are lost there."""
+    if node.target is not aten.pad.default or not step.whole or step.out is not None:
+        return False
+    padded = layouts[operands(node)[0]]
+    return isinstance(padded, Layout) and padded.raw
+
+
 def one_step(graph: fx.Graph, call: Call) -> Step | None:
     """What becomes of a node; None where parts of the tokens, cut there, are worked together instead."""
     node = call.node
@@ -139,7 +149,7 @@ def one_step(graph: fx.Graph, call: Call) -> Step | None:
         return find_rule(node)(call)
     try:
         step = find_rule(node)(call)
-    except Exclude:
+    except (Exclude, Unbatch):
         if join_parts(graph, node):
             return None
         raise

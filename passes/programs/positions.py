@@ -10,7 +10,19 @@ import torch
 from torch import fx
 
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of
+from ras_compile.passes.algebra.layout import (
+    Atom,
+    Axis,
+    Clipped,
+    Concat,
+    Dim,
+    Frame,
+    Layout,
+    Sizes,
+    atoms_of,
+    dim_size,
+    opened,
+)
 
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
@@ -78,7 +90,10 @@ class PositionBuilder:
     def _addressed(self, dim: Dim) -> bool:
         return any(atom in self.region or atom == self.frame.batch for atom in atoms_of(dim))
 
-    def _indices(self, dims: list[Dim]) -> tuple[fx.Node, ...]:
+    def _indices(self, clipped: list[Dim]) -> tuple[fx.Node, ...]:
+        dims = [opened(dim) for dim in clipped]
+        if any(isinstance(factor, Clipped) for dim in dims for factor in dim):
+            raise UnsupportedGraph("a side that its patches do not fill, in one dimension with others")
         axes = [(place, axis) for place, dim in enumerate(dims) for axis in dim]  # every factor of every dimension
         batch = next(
             (k for k, (_, axis) in enumerate(axes) if isinstance(axis, Axis) and axis.atom == self.frame.batch), None
@@ -91,7 +106,11 @@ class PositionBuilder:
             raise UnsupportedGraph("a value with a part of the token grid beside values with all of it")
         lead = next(k for k, (_, axis) in enumerate(axes) if self.region[0] in atoms_of((axis,)))
         extents = [self.sizes.dim((axis,)) for _, axis in axes]
-        return tuple(self._index(place, dims, axes, extents, batch, lead) for place in range(len(dims)))
+        indices = [self._index(place, dims, axes, extents, batch, lead) for place in range(len(dims))]
+        for place, (dim, whole) in enumerate(zip(clipped, dims, strict=True)):
+            if dim != whole:  # what is missing of the last patch is its last entry, once more
+                indices[place] = self.emit(aten.clamp.default, indices[place], None, dim_size(dim) - 1)
+        return tuple(indices)
 
     def _index(
         self, place: int, dims: list[Dim], axes: list, extents: list[int], batch: int | None, lead: int

@@ -17,7 +17,7 @@ from torch import fx
 
 from ras_compile._torch import OpOverload, enter_autocast, exit_autocast, schema_of
 from ras_compile.errors import SpecViolation
-from ras_compile.passes.algebra.layout import Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of
+from ras_compile.passes.algebra.layout import Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of, opened
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan
 from ras_compile.passes.programs.aliases import overlaps_itself, root, roots, shows, writes
@@ -116,6 +116,7 @@ def holds_grid(dims: Sequence[Dim], frame: Frame, raw: bool = False) -> bool:
 
     Of a value that is ``raw``, several segments may be copies of the latent (they become channels).
     """
+    dims = [opened(dim) for dim in dims]
     wanted = sorted([atom for atom, _ in frame.region] + ([frame.batch] if frame.batch is not None else []))
     plain = [factor.atom for dim in dims for factor in dim if isinstance(factor, Axis) and factor.atom in wanted]
     joint = [

@@ -19,6 +19,7 @@ from ras_compile.passes.algebra.layout import (
     atoms_of,
     concat,
     dim_size,
+    filled,
     normal,
     opaque,
     opaque_or_empty,
@@ -68,6 +69,9 @@ def joined(call: Call, nodes: Sequence[fx.Node], dim: int, shapes: Sequence[tupl
             for layout, shape in zip(layouts, shapes, strict=True)
         ]
         others[dim] = concat(segments)
+        if len(nodes) == 2 and (whole := filled(segments[0], 0, dim_size(segments[1]))) is not None:
+            others[dim] = whole
+            return call.whole(Layout(tuple(others), raw))
     else:
         others[dim] = opaque(call.shape[dim])
     out = Layout(tuple(others), raw)
@@ -151,7 +155,7 @@ def exclude_minor(call: Call, dims: Sequence[Dim]) -> None:
             of four or more, which mostly holds channels, the number itself is not.
     """
     if counts_samples(call, dims) and call.frame.samples**2 <= call.frame.tokens:
-        raise Unbatch
+        raise Unbatch(apart=True)
     here, sizes = region_atoms(call, dims), dict(call.frame.region)
     count = math.prod(sizes[atom] for atom in here)
     channels = len(call.frame.shape) >= 4 and call.frame.batch_dim == 0 and {atom.dim for atom in here} == {1}
@@ -199,6 +203,9 @@ def slice_(call: Call) -> Step:
         if grid_atoms(call, [layout.dims[dim]]):
             return strided(call, layout, dim, start, step)
         return Step(layout.replace(dim, opaque(call.shape[dim])), call.uses())
+    clipped = call.frame.clip(layout.dims[dim], stop) if start == 0 else None
+    if clipped is not None:
+        return call.whole(layout.replace(dim, clipped))
     possible, out = piece(call, layout, dim, start, stop)
     if not possible:
         return call.whole()
@@ -229,6 +236,9 @@ def narrow(call: Call) -> Step:
     layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
     length, start = call.args["length"], call.args["start"]
     start += layout.shape[dim] if start < 0 else 0
+    clipped = call.frame.clip(layout.dims[dim], length) if start == 0 else None
+    if clipped is not None:
+        return call.whole(layout.replace(dim, clipped))
     possible, out = piece(call, layout, dim, start, start + length)
     if not possible:
         return call.whole()
@@ -384,9 +394,9 @@ def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int) -> Step:
 
 @rule_for(aten.constant_pad_nd.default, aten.pad.default)
 def pad(call: Call) -> Step:
-    """`b n c -> b (0 | n | 0) c`"""
+    """`b n c -> b (0 | n | 0) c`, or `b c h w -> b c (h p) (w q)` where it fills the patches of an odd latent."""
     layout, amounts = only_layout(call), list(call.args["pad"])
-    dims, beside = list(layout.dims), list(amounts)
+    dims, beside, whole = list(layout.dims), list(amounts), False
     region = {atom for atom, _ in call.frame.region}
     constant = call.args.get("mode", "constant") == "constant"
     for index in range(len(amounts) // 2):
@@ -395,13 +405,23 @@ def pad(call: Call) -> Step:
         if before == after == 0:
             continue
         inside = grid_atoms(call, [dims[dim]])
-        if not inside:
+        patches = filled(dims[dim], before, after)
+        if patches is not None:
+            dims[dim], whole = patches, True
+        elif not inside:
             dims[dim] = opaque(call.shape[dim])
-        elif constant and min(before, after) >= 0 and (inside == region or layout.raw and inside <= region):
+        elif (
+            min(before, after) >= 0
+            and (inside == region or layout.raw and inside <= region)
+            and (constant or call.frame.padded and layout.raw and before == 0)
+        ):
             dims[dim] = concat([(Axis(before),), dims[dim], (Axis(after),)])
             beside[2 * index : 2 * index + 2] = [0, 0]  # what is padded on is context
+            whole = whole or not constant
         else:
             return call.whole()
+    if whole:
+        return call.whole(Layout(tuple(dims), layout.raw))
     return Step(
         Layout(tuple(dims), layout.raw),
         call.uses(),

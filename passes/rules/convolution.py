@@ -15,6 +15,7 @@ from ras_compile.passes.algebra.layout import (
     Refine,
     Unbatch,
     atoms_of,
+    clip_of,
     dim_size,
     normal,
     opaque,
@@ -35,6 +36,7 @@ def cut_patch(dim: Dim, patch: int, call: Call) -> tuple[Dim, Dim]:
 
     Raises:
         Refine: the cut goes through an atom.
+        Clip: a side of the latent is padded to whole patches.
         UnsupportedGraph: the patch does not divide the dimension.
     """
     rest, left = list(dim), patch
@@ -50,6 +52,8 @@ def cut_patch(dim: Dim, patch: int, call: Call) -> tuple[Dim, Dim]:
             rest.append(Axis(factor.size // left))
             inner.insert(0, Axis(left))
             left = 1
+        elif (clip := clip_of(factor, left)) is not None and not rest and left == patch:
+            raise clip
         elif not isinstance(factor, Axis):
             raise call.unsupported("patches of a grid that is padded, or joined with something else")
         else:

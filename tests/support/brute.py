@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Factor, Frame, Layout
+from ras_compile.passes.algebra.layout import Atom, Axis, Clipped, Concat, Factor, Frame, Layout
 
 OUTSIDE = -1  # the digit of a factor at an entry that lies in another segment
 
@@ -24,6 +24,8 @@ def extent(frame: Frame, factors: Sequence[Factor], active: int | None) -> int:
     for factor in factors:
         if isinstance(factor, Concat):
             total *= sum(extent(frame, segment, active) for segment in factor.segments)
+        elif isinstance(factor, Clipped):
+            total *= factor.size if active is None else extent(frame, factor.inner, active)
         elif active is None or factor.atom not in region:
             total *= factor.size
         else:
@@ -43,6 +45,8 @@ def factors_at(
         digit, place = np.where(place < 0, OUTSIDE, place % size), np.where(place < 0, OUTSIDE, place // size)
         if isinstance(factor, Axis):
             yield factor, digit, stride
+        elif isinstance(factor, Clipped):
+            yield from factors_at(frame, factor.inner, digit, active, stride)
         else:
             start, dense_start = 0, 0
             for segment in factor.segments:
@@ -81,7 +85,7 @@ def sparse_places(frame: Frame, layout: Layout, rows: Tensor) -> Any:
         for axis, digit, stride in factors_at(frame, dim, place, active):
             own = digits.get(axis.atom, digit) if axis.atom is not None else digit
             dense += np.where(digit != OUTSIDE, own, 0) * stride
-        flat = flat * extent(frame, dim, None) + dense
+        flat = flat * extent(frame, dim, None) + np.minimum(dense, extent(frame, dim, None) - 1)
     return flat
 
 

@@ -18,7 +18,7 @@ from ras_compile.config import RASConfig
 from ras_compile.dispatch.traced import places_given, specialise
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.explanation import record_call
-from ras_compile.passes.algebra.layout import Concat, Frame, Layout
+from ras_compile.passes.algebra.layout import Clipped, Concat, Frame, Layout
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.branches import Slots
 
@@ -161,6 +161,9 @@ def _entry(factors: list, place: int, weights: dict, batch: object) -> tuple[int
                     token, plain, sample = token + inside[0], plain or inside[1] or not carries, sample + inside[2]
                     break
                 digit -= size
+        elif isinstance(factor, Clipped):
+            inside = _entry(list(factor.inner), digit, weights, batch)
+            token, plain, sample = token + inside[0], plain or inside[1], sample + inside[2]
         elif factor.atom in weights:
             token += digit * weights[factor.atom]
         elif factor.atom is not None and factor.atom == batch:

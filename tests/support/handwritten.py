@@ -1528,9 +1528,7 @@ class PaddedChannel(DiT):
         return super().patchify(F.pad(latent, (0, 0, 0, 0, 0, 1), value=1.0))
 
 
-@model(
-    "a grid that is padded to whole patches", latent=(2, 4, 7, 12), refused="tokens of the picture stand in several places.*pad"
-)  # fmt: skip
+@model("a grid that is padded to whole patches", latent=(2, 4, 7, 12), idle=2)
 class PaddedGrid(DiT):
     def forward(self, latent, timestep, text=None):
         return super().forward(F.pad(latent, (0, 0, 0, 1)), timestep, text)[:, :, :-1]
@@ -1657,3 +1655,51 @@ class ChunkedQueries(Block):
         places = torch.arange(x.shape[1], dtype=x.dtype)[:, None].sin()
         parts = [self.mix(part * place, k, v) for part, place in zip(q.split(10, 2), places.split(10), strict=True)]
         return merge(torch.cat(parts, 2))
+
+
+class PaddedToPatches(DiT):
+    """A latent whose sides its patches do not divide, padded behind; what is padded is cut off again."""
+
+    mode = "circular"
+
+    def patchify(self, latent):
+        b, c, height, width = latent.shape
+        latent = F.pad(latent, (0, width % 2, 0, height % 2), mode=self.mode)
+        return self.embed(self.cut(latent).flatten(1, 2)), (latent.shape[2] // 2, latent.shape[3] // 2)
+
+    def cut(self, latent):
+        return latent.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 4, 5, 1).flatten(3)
+
+    def forward(self, latent, timestep, text=None):
+        return super().forward(latent, timestep, text)[:, :, : latent.shape[2], : latent.shape[3]]
+
+
+@model("an odd latent, padded by its other side", latent=(2, 4, 7, 11), idle=1)
+class PaddedCircular(PaddedToPatches):
+    def forward(self, latent, timestep, text=None):
+        return 0.5 * latent + super().forward(latent, timestep, text)
+
+
+@model("an odd latent, padded by its last row", latent=(2, 4, 7, 12), idle=2)
+class PaddedReplicate(PaddedToPatches):
+    mode = "replicate"
+
+    def cut(self, latent):
+        b, c, height, width = latent.shape
+        x = latent.reshape(b, c, height // 2, 2, width // 2, 2)
+        return torch.einsum("bchpwq->bhwpqc", x).flatten(3)
+
+
+@model("an odd latent, padded by its row before the last", latent=(1, 4, 8, 11), time=(1,), text=(1, TEXT, 6), idle=1)
+class PaddedReflect(PaddedToPatches):
+    mode = "reflect"
+
+    def cut(self, latent):
+        return F.pixel_unshuffle(latent, 2).permute(0, 2, 3, 1)
+
+
+@model("an odd video, padded with zeros", latent=(2, 4, 3, 3, 8), tokens=24, idle=2)
+class PaddedVideo(Video):
+    def forward(self, latent, timestep, text=None):
+        padded = F.pad(latent, (0, 0, 0, 1))
+        return super().forward(padded, timestep, text).narrow(3, 0, latent.shape[3])

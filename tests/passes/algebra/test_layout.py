@@ -313,3 +313,16 @@ def test_a_window_is_a_region_with_context_around_it():
     view = token_view(frame.layout(), frame)(value)
     assert torch.equal(view, value[:, 2:7, None])
     assert Frame.of((2, 9, 4), window=(0, 9)).layout().dims[1] == (Axis(9, Atom(1, 1)),)
+
+
+def test_a_side_that_its_patches_do_not_fill():
+    """5 rows in 3 patches of 2: the view repeats the last row, and what is written there is not kept."""
+    frame = Frame.of((2, 5, 4)).clipped(Atom(1, 1), 3, 2).without(frozenset([Atom(1, 1), Atom(2, 1)]))
+    assert str(frame.layout()) == "[d0:2, 5 of (d1/2:3 2), 4]"
+    assert frame.layout().shape == (2, 5, 4) and frame.tokens == 3
+    value = torch.arange(2 * 5 * 4).reshape(2, 5, 4)
+    view = token_view(frame.layout(), frame)
+    assert torch.equal(view(value), value[:, [0, 1, 2, 3, 4, 4]].unflatten(1, (3, 2)))
+    view.write(value, 100 + torch.arange(2 * 6 * 4).reshape(2, 3, 2, 4))
+    assert torch.equal(value, (100 + torch.arange(2 * 6 * 4)).reshape(2, 6, 4)[:, :5])
+    assert str(frame.without(frozenset([Atom(1, 2)])).layout()) == "[d0:2, 5, 4]"

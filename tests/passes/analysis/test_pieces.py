@@ -92,3 +92,11 @@ def test_parts_are_worked_together(name: str):
 def test_parts_that_cannot_be_worked_together_are_left(name: str):
     analysis = analysed(APART[name])
     assert any(node.target in CUTS and step.whole for node, step in analysis.steps.items())
+
+
+def test_samples_taken_apart_share_their_rows():
+    """Where each sample is worked by itself, as a model with guidance inside does, and not as the others are."""
+    alone = lambda x, w, y: torch.stack([row - row.mean(0) for row in x.unbind(0)], 0)  # noqa: E731
+    assert analysed(alone).frame.shared_rows
+    assert not analysed(TOGETHER["chunks"]).frame.shared_rows
+    assert not analysed(lambda x, w, y: torch.cat([row.exp() for row in x.chunk(2, 0)], 0)).frame.shared_rows

@@ -341,6 +341,22 @@ def pointwise() -> list[Row]:
     ]
 
 
+def sides(stage: Stage) -> fx.Node:
+    """The latent itself as `b c h w`, whose height of three no patch divides."""
+    return stage.also(aten.permute.default, stage.latent, [0, 3, 1, 2])
+
+
+def patched(stage: Stage, value: fx.Node) -> fx.Node:
+    """Patches of 2 x 2."""
+    return stage.also(aten.conv2d.default, value, stage.given(CHANNELS, 5, 2, 2), None, [2, 2])
+
+
+def unpatched(stage: Stage) -> fx.Node:
+    """`b c 4 w`, from patches of the latent with a row of zeros behind it."""
+    tokens = patched(stage, stage.also(aten.constant_pad_nd.default, sides(stage), [0, 0, 0, 1]))
+    return stage.also(aten.upsample_nearest2d.vec, tokens, None, [2.0, 2.0])
+
+
 def concatenation() -> list[Row]:
     n, c, both = TOKENS, CHANNELS, TOKENS + TEXT
     return [
@@ -466,6 +482,20 @@ def concatenation() -> list[Row]:
         Row(aten.pad.default, lambda s: s(s.tokens, [1, 2], "reflect")),
         Row(aten.pad.default, lambda s: s(s.columns, [1, 2], "replicate"), "whole"),
         Row(aten.pad.default, lambda s: s(s.image, [1, 1, 1, 1], "circular"), "whole"),
+        # a side that the patches do not divide is filled up, and cut again
+        Row(aten.constant_pad_nd.default, lambda s: patched(s, s(sides(s), [0, 0, 0, 1])), "whole", grid=(2, 2)),
+        *[
+            Row(aten.pad.default, lambda s, m=mode: patched(s, s(sides(s), [0, 0, 0, 1], m)), "whole", grid=(2, 2))
+            for mode in ("constant", "circular", "reflect", "replicate")
+        ],
+        Row(
+            aten.cat.default,
+            lambda s: patched(s, s([sides(s), s.given(s.batch, 5, 1, WIDTH)], 2)),
+            "whole",
+            grid=(2, 2),
+        ),
+        Row(aten.slice.Tensor, lambda s: s(unpatched(s), 2, 0, HEIGHT), "whole", grid=(2, 2)),
+        Row(aten.narrow.default, lambda s: s(unpatched(s), 2, 0, HEIGHT), "whole", grid=(2, 2)),
     ]
 
 
