@@ -8,7 +8,6 @@ from ras_compile.passes.fusion.activation import fuse_linear_gelu
 from ras_compile.passes.fusion.attention import fuse_attention
 from ras_compile.passes.fusion.few_rows import FewRowsChoice, join_linears
 from ras_compile.passes.fusion.gather import fuse_gather_linear
-from ras_compile.passes.fusion.group import group_scatter_linear
 from ras_compile.passes.fusion.scatter import Fusion, fuse_scatter_linear
 from ras_compile.passes.lowering.functional import spell_writes
 from ras_compile.passes.lowering.inplace import write_in_place
@@ -27,14 +26,12 @@ def prepare(
         outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor); ops of ours that write
             are spelled so that it can.
     """
-    if fusion is not None:  # first: it compares the program with one of fewer rows
+    if any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))):
+        fuse_linear_gelu(program.graph)  # first: what feeds a GELU is no plain linear for a launch of several
+    if fusion is not None:
         fuse_scatter_linear(program.graph, fusion)
         fuse_gather_linear(program.graph, fusion)
         fuse_attention(program.graph, fusion)
-    if any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))):
-        fuse_linear_gelu(program.graph)
-    if fusion is not None:  # what feeds a GELU is no plain linear any more
-        group_scatter_linear(program.graph, fusion.grouped)
     join_linears(program.graph, few_rows)
     write_in_place(program.graph)
     if outline_blocks:

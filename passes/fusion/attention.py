@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ras_compile.passes.fusion.scatter import Fusion, worth
+from ras_compile.passes.fusion.choices import Asked
+from ras_compile.passes.fusion.scatter import Fusion
 from ras_compile.passes.programs.emit import Emitter
 from ras_compile.passes.rules.registry import Call
 
@@ -25,7 +26,7 @@ def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
     It does not fire with a mask, causally, with dropout, where heads share keys, outside of four dimensions, with a scale of
     zero or less, or where dtypes differ or are not the fused ones.
     """
-    answers: dict[object, bool] = {}
+    pays = Asked(fusion.attention_pays)
     emit, count = Emitter.of(graph), 0
     for node in list(graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)):
         given = Call(node, {}, None).args  # type: ignore[arg-type]
@@ -40,7 +41,7 @@ def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
         if not scale > 0:
             continue
         args = (*operands, float(scale))
-        if not worth([(node, args)], fusion.attention_pays, answers):
+        if not pays([args]):
             continue
         with graph.inserting_before(node):
             fused = emit(torch.ops.ras_compile.attention.default, *args)

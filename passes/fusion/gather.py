@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.gathered import Gathered
-from ras_compile.passes.fusion.scatter import Fusion, addressed, worth, writable
+from ras_compile.passes.fusion.scatter import Fusion, addressed, writable
 from ras_compile.passes.fusion.sites import Target, digits_of
 from ras_compile.passes.fusion.walks import Walk, chained, contiguous, moves_entries
 from ras_compile.passes.programs.emit import Emitter
@@ -78,13 +79,13 @@ def fuse_gather_linear(graph: fx.Graph, fusion: Fusion) -> int:
     between has another use, or where dtypes differ (a custom op is not under autocast).
     """
     finder, emit, count = Finder(graph, fusion.tokens), Emitter.of(graph), 0
-    answers: dict[object, bool] = {}
+    pays = Asked(fusion.gather_pays)
     for product in list(graph.nodes):
         site = finder.site(product, fusion.dtypes)
         if site is not None:
             with graph.inserting_before(site.last):
                 args = arguments(site, finder.rows, emit)
-                if args is None or not worth([(product, args)], fusion.gather_pays, answers):
+                if args is None or not pays([args]):
                     continue  # what was emitted has no user, and goes with the dead code
                 y = emit(torch.ops.ras_compile.gather_linear.default, *args)
                 y.meta = {**site.last.meta, "val": y.meta["val"]}

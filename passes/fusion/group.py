@@ -1,4 +1,4 @@
-"""Grouping: scatter-GEMMs that do not depend on each other become one launch, with the plain linears of what they read.
+"""Groups: scatter-GEMMs that do not depend on each other become one launch, with the plain linears of what they read.
 
     q = linear(x, wq)                        # stays compact
     scatter_linear(keys, x, wk, rows)
@@ -11,98 +11,129 @@ becomes
 
 because each of them alone is too small for the device. What reads one `x` is a stream; streams that write into the same
 caches (text and picture of a joint attention) are one group. A group is made where the members can move to one place and a
-measurement says that it pays.
+measurement says that it pays. A splice whose scatter-GEMMs do not pay alone is a member like those that are written already: it
+stays as it is unless a launch takes it in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ras_compile._torch import pytree
+from ras_compile.kernels.arguments import ScatterArguments
+from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.programs.aliases import is_view, movable, root, written
 
 aten = torch.ops.aten
 own = torch.ops.ras_compile
-REST = (1, 0, "none", None, None, 0.0, "none", None, None)  # what the op takes behind the rows, by default
 MOST = 8  # members of one launch
 
 # Asked with the arguments of the scatter-GEMMs, site by site, and with those that plain linears would have as members.
-GroupChoice = Callable[[list[list[tuple]], list[tuple]], bool]
+GroupChoice = Callable[[list[list[Sequence]], list[Sequence]], bool]
+
+
+@dataclass(eq=False)
+class Op:
+    """A scatter-GEMM of a program, or one that may take the place of a splice there.
+
+    Attributes:
+        arguments: those of `scatter_linear`.
+        at: the op, or the splice in whose place it would stand.
+        site: all ops that write one splice, this one among them; they go together.
+        linear: of one that is not written: the linear that it replaces.
+        written: whether the program has it, alone or in a launch.
+    """
+
+    arguments: ScatterArguments[fx.Node]
+    at: fx.Node
+    site: list[Op] = field(default_factory=list)
+    linear: fx.Node | None = None
+    written: bool = False
+
+    @property
+    def meta(self) -> dict:
+        """What is known of the op's origin."""
+        return {**(self.linear or self.at).meta, "val": None}
+
+    def write(self, graph: fx.Graph) -> None:
+        """Writes the op in front of its splice."""
+        with graph.inserting_before(self.at):
+            node = graph.call_function(own.scatter_linear.default, tuple(self.arguments))
+        node.meta = self.meta
+        self.at, self.written = node, True
 
 
 @dataclass
 class Group:
     """Members that may become one launch."""
 
-    scatters: list[fx.Node]
+    scatters: list[Op]
     linears: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # each with what it reads, as [B, A, K]
 
     @property
-    def members(self) -> list[fx.Node]:
-        return [*self.scatters, *(linear for linear, _ in self.linears)]
+    def nodes(self) -> list[fx.Node]:
+        """Where the members stand."""
+        return [*(op.at for op in self.scatters), *(linear for linear, _ in self.linears)]
 
     @property
-    def sites(self) -> list[list[fx.Node]]:
+    def sites(self) -> list[list[Op]]:
         """The scatter-GEMMs by the splice that they make."""
-        found: dict[object, list[fx.Node]] = {}
-        for node in self.scatters:
-            found.setdefault(node.meta.get("site", node), []).append(node)
+        found: dict[int, list[Op]] = {}
+        for op in self.scatters:
+            found.setdefault(id(op.site or op), []).append(op)
         return list(found.values())
 
     @property
     def fits(self) -> bool:
         """Whether one launch can have these members: not too many, of one K, and splices that several linears feed as a whole."""
-        whole = all(node.meta.get("ops", 1) == len(site) for site in self.sites for node in site)
-        inputs = [*(op.args[1] for op in self.scatters), *(x for _, x in self.linears)]
-        kinds = {(x.meta["val"].shape[-1], x.meta["val"].dtype) for x in inputs}  # type: ignore[union-attr]
-        return whole and len(kinds) == 1 and 2 <= len(self.members) <= MOST
+        whole = all(other in self.scatters for op in self.scatters for other in op.site)
+        inputs = [*(op.arguments.x for op in self.scatters), *(x for _, x in self.linears)]
+        kinds = {(x.meta["val"].shape[-1], x.meta["val"].dtype) for x in inputs}
+        return whole and len(kinds) == 1 and 2 <= len(self.scatters) + len(self.linears) <= MOST
 
 
-def group_scatter_linear(graph: fx.Graph, pays: GroupChoice | None) -> int:
-    """Groups the scatter-GEMMs of a sparse program; returns how many launches there are of several.
-
-    Those that `fuse_scatter_linear` has only offered (they do not pay alone) are taken back where no group has them.
+def join(graph: fx.Graph, ops: Sequence[Op], pays: GroupChoice) -> int:
+    """Joins a program's scatter-GEMMs, in their order; returns how many launches there are of several.
 
     Args:
-        pays: says of a group whether it is faster than its members in their best forms; None: nothing is grouped.
+        ops: those that are written, and those that may be.
+        pays: says of a group whether it is faster than its members in their best forms.
     """
-    answers: dict[object, bool] = {}
+    asked = Asked(pays)
     numbers: dict[int, fx.Node] = {}
     count = 0
-    for alternatives in candidates(graph) if pays is not None else ():
+    for alternatives in candidates(ops):
         done: set[fx.Node] = set()  # members of a launch
-        refused: list[list[fx.Node]] = []  # scatter-GEMMs that do not pay together
+        refused: list[list[Op]] = []  # scatter-GEMMs that do not pay together
         for group in alternatives:
-            if done.intersection(group.members) or group.scatters in refused or not group.fits:
+            if done.intersection(group.nodes) or group.scatters in refused or not group.fits:
                 continue
             before = place(graph, group)
             if before is None:
                 continue
-            if accepted(group, pays, answers):  # type: ignore[arg-type]
+            scatters = [[op.arguments for op in site] for site in group.sites]
+            if asked(scatters, [member(linear, x) for linear, x in group.linears]):
+                done.update(group.nodes)
                 merge(graph, group, before, numbers)
-                done.update(group.members)
                 count += 1
             else:
                 refused.append(group.scatters)
-    withdraw(graph)
-    graph.eliminate_dead_code()
     return count
 
 
-def candidates(graph: fx.Graph) -> Iterator[list[Group]]:
+def candidates(ops: Sequence[Op]) -> Iterator[list[Group]]:
     """For each set of streams that write into the same caches, the groups that may be made of it, the best first."""
-    streams: dict[fx.Node, list[fx.Node]] = {}
-    offered: set[fx.Node | None] = set()  # linears that an offered scatter-GEMM would replace
-    for node in graph.find_nodes(op="call_function", target=own.scatter_linear.default):
-        streams.setdefault(source(node.args[1]), []).append(node)
-        offered.add(node.meta.get("offered"))
+    streams: dict[fx.Node, list[Op]] = {}
+    replaced = {op.linear for op in ops}  # no plain linears
+    for op in ops:
+        streams.setdefault(source(op.arguments.x), []).append(op)
     joint: list[tuple[set[fx.Node], list[fx.Node]]] = []  # (caches, streams)
     for x, scatters in streams.items():
-        caches, together = {root(op.args[0]) for op in scatters}, [x]
+        caches, together = {root(op.arguments.cache) for op in scatters}, [x]
         for other in [entry for entry in joint if entry[0] & caches]:
             joint.remove(other)
             caches, together = caches | other[0], [*other[1], *together]
@@ -111,14 +142,14 @@ def candidates(graph: fx.Graph) -> Iterator[list[Group]]:
         alternatives = []
         for chosen in [together, *([x] for x in together if len(together) > 1)]:
             scatters = [op for x in chosen for op in streams[x]]
-            found = [pair for x in chosen for pair in linears_of(x, streams[x][0]) if pair[0] not in offered]
+            found = [pair for x in chosen for pair in linears_of(x, streams[x][0]) if pair[0] not in replaced]
             alternatives += [Group(scatters, found), Group(scatters)] if found else [Group(scatters)]
         yield alternatives
 
 
-def linears_of(x: fx.Node, op: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+def linears_of(x: fx.Node, op: Op) -> list[tuple[fx.Node, fx.Node]]:
     """The plain linears of a stream, in the dtype of its scatter-GEMMs."""
-    given: Tensor = op.args[1].meta["val"]  # type: ignore[union-attr]
+    given: Tensor = op.arguments.x.meta["val"]
     kind, found = given.dtype, []
     if x.meta["val"].shape[-1] != given.shape[-1]:  # they read rows of another length
         return []
@@ -126,8 +157,8 @@ def linears_of(x: fx.Node, op: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         if user.target is aten.linear.default and user.args[0] is x:
             values = [operand.meta["val"] for operand in (user, *user.all_input_nodes)]
             if all(value.dtype is kind for value in values):
-                found.append((user, op.args[1]))
-    return found  # type: ignore[return-value]
+                found.append((user, op.arguments.x))
+    return found
 
 
 def source(x: fx.Node) -> fx.Node:
@@ -143,13 +174,13 @@ def place(graph: fx.Graph, group: Group) -> fx.Node | None:
     moves up to there, unless its cache is read or written in between.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
-    members = set(group.members)
-    first = min(
-        [*group.scatters, *(user for linear, _ in group.linears for user in linear.users)], key=order.__getitem__
-    )
-    stack = [operand for node in group.members for operand in node.all_input_nodes]
-    stack += [x for _, x in group.linears]
-    caches = {op.args[0] for op in group.scatters}
+    members = set(group.nodes)
+    readers = (user for linear, _ in group.linears for user in linear.users)
+    first = min([*(op.at for op in group.scatters), *readers], key=order.__getitem__)
+    stack = [operand for linear, x in group.linears for operand in (x, *linear.all_input_nodes)]
+    for op in group.scatters:
+        fx.node.map_arg(tuple(op.arguments), stack.append)  # type: ignore[arg-type]
+    caches = {op.arguments.cache for op in group.scatters}
     if any(written(root(operand)) for operand in stack if operand not in caches):
         return None
     needed: set[fx.Node] = set()
@@ -163,41 +194,26 @@ def place(graph: fx.Graph, group: Group) -> fx.Node | None:
     late = [node for node in graph.nodes if node in needed and order[node] >= order[first]]
     if not all(map(movable, late)):
         return None
-    puts = {node.meta.get("site") for node in group.scatters}
     nodes = list(graph.nodes)
     for op in group.scatters:
-        cache = root(op.args[0])  # type: ignore[arg-type]
-        for node in nodes[order[first] : order[op]]:
+        cache = root(op.arguments.cache)
+        for node in nodes[order[first] : order[op.at]]:
             touches = not is_view(node) and any(root(operand) is cache for operand in node.all_input_nodes)
-            if touches and node not in members and node not in puts:
+            if touches and node not in members:
                 return None
     for node in late:
         first.prepend(node)
     return first
 
 
-def accepted(group: Group, pays: GroupChoice, answers: dict[object, bool]) -> bool:
-    """Whether a group pays; those of other layers are of the same sizes, and asked about once."""
-    scatters = [[values(node.args) for node in site] for site in group.sites]
-    linears = [values(member(linear, x)) for linear, x in group.linears]
-    key = str(pytree.tree_map_only(Tensor, lambda t: (t.dtype, tuple(t.shape), t.stride()), (scatters, linears)))
-    if key not in answers:
-        answers[key] = pays(scatters, linears)
-    return answers[key]
-
-
-def values(args: Sequence[object]) -> tuple:
-    return fx.node.map_arg(tuple(args), lambda operand: operand.meta["val"])
-
-
-def member(linear: fx.Node, x: fx.Node, cache: fx.Node | None = None, rows: fx.Node | None = None) -> tuple:
+def member(linear: fx.Node, x: fx.Node, cache: Any = None, rows: fx.Node | None = None) -> ScatterArguments[fx.Node]:
     """A plain linear as a member: into a cache [B, A, N] of its own, row by row. Without nodes for these, their values."""
     _, weight, bias = (*linear.args, None)[:3]
     given: Tensor = x.meta["val"]
     if cache is None:
         cache = linear.meta["val"].new_empty(*given.shape[:2], linear.meta["val"].shape[-1])
         rows = given.new_empty(1, given.shape[1], dtype=torch.int64)  # type: ignore[assignment]
-    return (cache, x, weight, bias, rows, *REST)
+    return ScatterArguments(cache, x, weight, bias, rows)  # type: ignore[arg-type]
 
 
 def merge(graph: fx.Graph, group: Group, before: fx.Node, numbers: dict[int, fx.Node]) -> None:
@@ -212,10 +228,10 @@ def merge(graph: fx.Graph, group: Group, before: fx.Node, numbers: dict[int, fx.
             cache = graph.call_function(aten.empty.memory_format, (shape,), made)
             cache.meta = {**linear.meta, "val": value.new_empty(shape)}
             listed.append((linear, cache, member(linear, x, cache, counted(graph, length, value, numbers))))
-        members = [args for _, _, args in listed] + [(*op.args, *REST[len(op.args) - 5 :]) for op in group.scatters]
+        members = [arguments for _, _, arguments in listed] + [op.arguments for op in group.scatters]
         columns = map(list, zip(*members, strict=True))
         fused = graph.call_function(own.grouped_scatter_linear.default, tuple(columns))
-        fused.meta = {**group.scatters[0].meta, "val": None}
+        fused.meta = group.scatters[0].meta
         for linear, cache, _ in listed:
             result, value = cache, linear.meta["val"]
             if value.shape != cache.meta["val"].shape:
@@ -223,10 +239,10 @@ def merge(graph: fx.Graph, group: Group, before: fx.Node, numbers: dict[int, fx.
                 result.meta = {**linear.meta}
             linear.replace_all_uses_with(result)
             graph.erase_node(linear)
+    for node in {op.at: None for op in group.scatters}:
+        graph.erase_node(node)
     for op in group.scatters:
-        graph.erase_node(op)
-    for put in {op.meta["site"] for op in group.scatters if op.meta.get("offered")}:
-        graph.erase_node(put)
+        op.written = True
 
 
 def counted(graph: fx.Graph, length: int, like: Tensor, known: dict[int, fx.Node]) -> fx.Node:
@@ -241,15 +257,6 @@ def counted(graph: fx.Graph, length: int, like: Tensor, known: dict[int, fx.Node
     return known[length]
 
 
-def withdraw(graph: fx.Graph) -> None:
-    """Takes back the scatter-GEMMs that were only offered, and the notes of `fuse_scatter_linear`."""
-    for node in graph.find_nodes(op="call_function", target=own.scatter_linear.default):
-        if node.meta.get("offered"):
-            graph.erase_node(node)
-        for note in ("site", "ops", "offered"):
-            node.meta.pop(note, None)
-
-
 def launches(graph: fx.Graph) -> int:
     """How many linears of a program write straight into a cache, alone or in a group."""
     grouped = graph.find_nodes(op="call_function", target=own.grouped_scatter_linear.default)
@@ -259,4 +266,4 @@ def launches(graph: fx.Graph) -> int:
     )
 
 
-__all__ = ["Group", "group_scatter_linear", "launches"]
+__all__ = ["Group", "GroupChoice", "Op", "join", "launches"]

@@ -1,4 +1,4 @@
-"""Fusion: a linear that only feeds a splice, through norm and rotary embedding or not, writes straight into the cache.
+"""Scatter-GEMMs: a linear that only feeds a splice, through norm and rotary embedding or not, writes straight into the cache.
 
     y = linear(x, w, b)                                  # [B, A, N]
     v = permute(rope(rms_norm(view(y))))
@@ -9,7 +9,8 @@ becomes
     ras_compile::scatter_linear(view(cache), x, w, b, rows, ...)
 
 because a GEMM may put its output tiles anywhere, so that the product need not go through memory twice. Which splices are
-such, `sites.py` finds out. Where several linears feed one splice (text | region), each becomes an op of its own.
+such, `sites.py` finds out. Where several linears feed one splice (text | region), each becomes an op of its own. Those that are
+too small to pay alone may pay together, in one launch (`group.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
+from ras_compile.kernels.arguments import ScatterArguments
+from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.epilogues import Epilogue, table_shape
-from ras_compile.passes.fusion.group import GroupChoice
+from ras_compile.passes.fusion.group import GroupChoice, Op, join
 from ras_compile.passes.fusion.sites import Site, Target, sites
 from ras_compile.passes.programs.emit import Emitter
 from ras_compile.passes.programs.roles import rows_of
@@ -64,105 +67,92 @@ class Fusion:
 
 
 def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
-    """Replaces every `linear -> ... -> splice` of a sparse program; returns how many linears there were.
+    """Replaces every `linear -> ... -> splice` of a sparse program that pays; returns how many linears there were.
 
     It does not fire where the linear's result has another use, where what happens to it is no epilogue of the kernel, or
-    where dtypes differ (a custom op is not under autocast). Where a site does not pay, but might in a group, its ops are
-    added beside the splice and marked as offered: `group_scatter_linear` takes one or the other away.
+    where dtypes differ (a custom op is not under autocast). A splice that does not pay alone stays until a launch of several
+    takes it in.
     """
-    tokens, dtypes, pays = fusion.tokens, fusion.dtypes, fusion.pays
-    probe = fusion.probe or graph
-    twins = dict(zip(probe.nodes, graph.nodes, strict=True))
-    if any(a.target != b.target for a, b in twins.items() if a.op == "call_function"):
-        return 0  # no number of active rows gives another program; never seen
-    rows = rows_of(graph)
-    samples = rows.meta["val"].shape[0]
-    emit = Emitter.of(graph)
-    answers: dict[object, bool] = {}
-    numbers: dict[object, fx.Node] = {}
-    count = 0
-    for site in fusion.sites if fusion.probe else sites(graph, tokens):
-        put = twins[site.put]
-        products, leaves = [twins[node] for node in site.products], [twins[node] for node in site.leaves]
-        lengths = [node.meta["val"].numel() // (samples * node.meta["val"].shape[-1]) for node in products]
-        operands = [put.args[0], *(operand for node in products for operand in node.all_input_nodes)]
-        kinds = {operand.meta["val"].dtype for operand in operands} | {node.meta["val"].dtype for node in products}
-        if len(kinds) != 1 or not kinds <= set(dtypes) or any(not writable(target) for _, target in site.found):
-            continue
-        with graph.inserting_before(put):
-            made = []
-            for node, length, (epilogue, target) in zip(products, lengths, site.found, strict=True):
-                cache = addressed(emit, put.args[0], target, samples, node.meta["val"].shape[-1])
-                if cache is None:
-                    break
-                view, grid_dims = cache
-                x, weight, bias = (*node.args, None)[:3]
-                if tuple(x.meta["val"].shape) != (samples, length, x.meta["val"].shape[-1]):
-                    x = emit(aten.reshape.default, x, [samples, length, x.meta["val"].shape[-1]])
-                where = row_numbers(graph, emit, target, length, tokens, rows, numbers)
-                args = (
-                    view,
-                    x,
-                    weight,
-                    bias,
-                    where,
-                    grid_dims,
-                    *more(emit, epilogue, leaves, samples, length, sum(lengths)),
-                )
-                made.append((node, args))
-        if len(made) != len(products):
-            continue  # what was emitted has no user, and goes with the dead code
-        offered = not worth(made, pays, answers)
-        if offered and fusion.grouped is None:
-            continue
-        with graph.inserting_before(put):
-            for node, args in made:
-                fused = graph.call_function(torch.ops.ras_compile.scatter_linear.default, args)
-                fused.meta = {**node.meta, "val": None, "site": put, "ops": len(made)}
-                if offered:
-                    fused.meta["offered"] = node
-        if not offered:
-            graph.erase_node(put)
-            count += len(made)
+    writer, pays = Writer(graph, fusion), Asked(fusion.pays)
+    ops: list[Op] = []
+    for found in fusion.sites if fusion.probe else sites(graph, fusion.tokens):
+        site = writer.twin(found)
+        offered = [] if site is None else writer.ops(site)
+        if offered and pays([op.arguments for op in offered]):
+            for op in offered:
+                op.write(graph)
+            graph.erase_node(site.put)  # type: ignore[union-attr]  # there is a site where something is offered
+        ops += offered
+    if fusion.grouped is not None:
+        join(graph, ops, fusion.grouped)
     graph.eliminate_dead_code()
-    return count
+    return sum(op.written for op in ops)
 
 
-def worth(made: list[tuple[fx.Node, tuple]], pays: Choice | None, answers: dict[object, bool]) -> bool:
-    """Whether a site's ops pay; those of other layers are of the same sizes, and asked about once."""
-    if pays is None:
-        return True
-    ops = [fx.node.map_arg(args, lambda operand: operand.meta["val"]) for _, args in made]
-    key = str([[(t.dtype, tuple(t.shape), t.stride()) if isinstance(t, Tensor) else t for t in args] for args in ops])
-    if key not in answers:
-        answers[key] = pays(ops)
-    return answers[key]
+class Writer:
+    """Makes the arguments of a program's scatter-GEMMs. What is not used in the end goes with the dead code."""
 
+    def __init__(self, graph: fx.Graph, fusion: Fusion) -> None:
+        self.graph, self.tokens, self.dtypes = graph, fusion.tokens, set(fusion.dtypes)
+        self.emit, self.rows = Emitter.of(graph), rows_of(graph)
+        self.samples = self.rows.meta["val"].shape[0]
+        self.names = {node.name: node for node in graph.nodes}
+        self.numbers: dict[object, fx.Node] = {}
 
-def row_numbers(
-    graph: fx.Graph,
-    emit: Emitter,
-    target: Target,
-    length: int,
-    tokens: int,
-    rows: fx.Node,
-    known: dict[object, fx.Node],
-) -> fx.Node:
-    """The rows that a product goes to, [B or 1, length]: `before | before + active tokens | after`; one node for all sites."""
-    if target.tokens and target.before == target.after == 0:
-        return rows
-    key = (target.tokens, target.before, target.after, length)
-    if key in known:
-        return known[key]
-    with graph.inserting_before(next(node for node in graph.nodes if node.op == "call_function")):
-        if target.tokens:
-            numbers = (rows, target.before, tokens, target.after)
-        else:  # the whole of a segment beside the region, the same for all samples
-            none = emit(aten.slice.Tensor, emit(aten.slice.Tensor, rows, 0, 0, 1), 1, 0, 0)
-            numbers = (none, length, 0, 0)
-        result = emit(torch.ops.ras_compile.row_numbers.default, *numbers)
-    known[key] = result
-    return result
+    def twin(self, site: Site) -> Site | None:
+        """The site of this program that is like one of a program with another number of active rows.
+
+        Both are made by the same steps, so that their nodes have the same names. None where another pass has taken one of them.
+        """
+        for node in (site.put, *site.live, *site.products):
+            twin = self.names.get(node.name)
+            if twin is None or twin.target != node.target:
+                return None
+            if [operand.name for operand in twin.all_input_nodes] != [operand.name for operand in node.all_input_nodes]:
+                return None
+        products, leaves = ([self.names[node.name] for node in nodes] for nodes in (site.products, site.leaves))
+        return Site(self.names[site.put.name], products, [], leaves, {}, site.found)
+
+    def ops(self, site: Site) -> list[Op]:
+        """The scatter-GEMMs that may take a splice's place, one for each of its linears; none where one of them cannot be."""
+        put, products, samples = site.put, site.products, self.samples
+        operands = [put.args[0], *products, *(operand for node in products for operand in node.all_input_nodes)]
+        kinds = {operand.meta["val"].dtype for operand in operands}  # type: ignore[union-attr]
+        if len(kinds) != 1 or not kinds <= self.dtypes or not all(writable(target) for _, target in site.found):
+            return []
+        lengths = [node.meta["val"].numel() // (samples * node.meta["val"].shape[-1]) for node in products]
+        result: list[Op] = []
+        with self.graph.inserting_before(put):
+            for node, length, (epilogue, target) in zip(products, lengths, site.found, strict=True):
+                cache = addressed(self.emit, put.args[0], target, samples, node.meta["val"].shape[-1])  # type: ignore[arg-type]
+                if cache is None:
+                    return []
+                x, weight, bias = (*node.args, None)[:3]
+                shape = (samples, length, x.meta["val"].shape[-1])  # type: ignore[union-attr]
+                if tuple(x.meta["val"].shape) != shape:  # type: ignore[union-attr]
+                    x = self.emit(aten.reshape.default, x, list(shape))
+                where = self.row_numbers(target, length)
+                tail = more(self.emit, epilogue, site.leaves, samples, length, sum(lengths))
+                result.append(
+                    Op(ScatterArguments(cache[0], x, weight, bias, where, cache[1], *tail), put, result, node)
+                )  # type: ignore[arg-type]
+        return result
+
+    def row_numbers(self, target: Target, length: int) -> fx.Node:
+        """The rows that a product goes to, [B or 1, length]: `before | before + active tokens | after`; one node for all sites."""
+        if target.tokens and target.before == target.after == 0:
+            return self.rows
+        key = (target.tokens, target.before, target.after, length)
+        if key not in self.numbers:
+            rows, emit = self.rows, self.emit
+            with self.graph.inserting_before(next(node for node in self.graph.nodes if node.op == "call_function")):
+                if target.tokens:
+                    numbers = (rows, target.before, self.tokens, target.after)
+                else:  # the whole of a segment beside the region, the same for all samples
+                    none = emit(aten.slice.Tensor, emit(aten.slice.Tensor, rows, 0, 0, 1), 1, 0, 0)
+                    numbers = (none, length, 0, 0)
+                self.numbers[key] = emit(torch.ops.ras_compile.row_numbers.default, *numbers)
+        return self.numbers[key]
 
 
 def more(emit: Emitter, epilogue: Epilogue, leaves: list[fx.Node], samples: int, length: int, total: int) -> tuple:
