@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .gemm import INTERPRETED, triton
 from .launch import processors
-from .tiles import fastest
+from .tiles import Timed
 
 if triton is not None:
     import triton.language as tl
@@ -156,11 +156,12 @@ CUTS = (Cut(64, 128, 4, 2), Cut(64, 128, 4, 3), Cut(64, 64, 4, 3), Cut(64, 128, 
 INTERPRETER_CUT = Cut(16, 16, 4, 1, shares=2)
 
 
-class Launch:
+class Launch(Timed[Cut]):
     """The Triton kernel on checked, non-empty arguments; `launch(cut)` gives the result."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        self.q, self.k, self.v, self.scale = q, k, v, scale
+        self.x = self.q = q
+        self.k, self.v, self.scale = k, v, scale
 
     @property
     def fits(self) -> bool:
@@ -178,9 +179,8 @@ class Launch:
         (B, H, NQ, D), NK = self.q.shape, self.k.shape[2]
         return f"attention {self.q.dtype} {B * H} {triton.cdiv(NQ, 64)} {triton.cdiv(NK, 64)} {D}"
 
-    def fastest(self) -> Cut | None:
-        cuts = {cut.name: cut for cut in CUTS}
-        return cuts.get(fastest(self.q.device, self.key, list(cuts), lambda name: self(cuts[name])) or "")
+    def tiles(self) -> dict[str, Cut]:
+        return {cut.name: cut for cut in CUTS}
 
     def __call__(self, cut: Cut) -> Tensor:
         from triton.tools.tensor_descriptor import TensorDescriptor

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .arguments import DTYPES, MOST_RUNS, runs, three_runs
 from .gemm import INTERPRETED, triton
 from .launch import INTERPRETER_TILE, Tile, runs_triton
-from .tiles import fastest
+from .tiles import Timed
 
 if triton is not None:
     import triton.language as tl
@@ -109,7 +109,7 @@ if triton is not None:
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
 
 
-class Launch:
+class Launch(Timed[Tile]):
     """The Triton kernel on checked, non-empty arguments; `launch(tile)` gives the result."""
 
     def __init__(self, x, weight, bias, rows, grid_dims=1, table=None, table_dims=1) -> None:
@@ -149,14 +149,6 @@ class Launch:
         tiles = TILES_32_BIT if self.x.dtype is torch.float32 else TILES_16_BIT
         fit = [tile for tile in tiles if 2 * M >= tile.BM and 2 * N >= tile.BN]
         return {tile.name: tile for tile in fit or tiles[-1:]}
-
-    def fastest(self) -> Tile | None:
-        tiles = self.tiles()
-
-        def launch(name: str) -> None:
-            self(tiles[name])
-
-        return tiles.get(fastest(self.x.device, self.key, list(tiles), launch) or "")
 
     def __call__(self, tile: Tile) -> Tensor:
         M, N, _ = self.sizes

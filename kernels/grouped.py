@@ -27,7 +27,7 @@ from .arguments import ScatterArguments, check, writes
 from .gemm import INTERPRETED, tl, triton
 from .launch import GROUP, TILES_HOPPER_GROUPED, Launch, Tile, interpreted_tile, processors, runs_kernel, tiles_for
 from .scatter_linear import splice
-from .tiles import fastest
+from .tiles import Timed
 
 MOST = 8  # members of one launch: each has arguments of its own
 
@@ -126,7 +126,7 @@ if triton is not None:
 SWITCHES = ("HAS_BIAS", "NORM", "NORM_WEIGHT", "NORM_BIAS", "ROPE", "FULL_COS", "FULL_SIN", "D", "DP")
 
 
-class GroupedLaunch:
+class GroupedLaunch(Timed[Tile]):
     """The Triton kernel on the checked, non-empty arguments of several `scatter_linear`s; `launch(tile)` writes the caches."""
 
     def __init__(self, members: Sequence[ScatterArguments[Tensor]]) -> None:
@@ -167,10 +167,6 @@ class GroupedLaunch:
     def firsts(self, tile: Tile) -> list[int]:
         """The number of each member's first tile, and of all tiles."""
         return list(itertools.accumulate((member.count(tile) for member in self.members), initial=0))
-
-    def fastest(self) -> Tile | None:
-        tiles = self.tiles()
-        return tiles.get(fastest(self.x.device, self.key, list(tiles), lambda name: self(tiles[name])) or "")
 
     def __call__(self, tile: Tile) -> None:
         *firsts, count = self.firsts(tile)

@@ -1,8 +1,9 @@
 """Launching a scatter-GEMM: the tiles into which it may be cut, and the numbers that the kernel takes for given tensors."""
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import gemm
 from .arguments import KERNEL_DTYPES, NORMS, ROPES, ScatterArguments, three_runs
 from .gemm import INTERPRETED, triton
-from .tiles import fastest
+from .tiles import Timed
 
 
 @dataclass(frozen=True)
@@ -136,42 +137,17 @@ def can_tma(x: Tensor, weight: Tensor) -> bool:
     return one_matrix and dense and aligned
 
 
-class Numbers(NamedTuple):
-    """The numbers that `scatter_linear_kernel` takes behind its tensors, under the names and in the order of its parameters."""
+class Numbers(
+    namedtuple(
+        "Numbers",
+        "M N K A S G0 G1 C0 C1 eps s_cb s_g0 s_g1 s_g2 s_c0 s_c1 s_c2 s_xb s_xa s_xk s_wn s_wk s_bn s_rb s_ra s_nw s_nb "
+        "s_cosb s_cosa s_cosk s_sinb s_sina s_sink",
+    )
+):
+    """The numbers that `scatter_linear_kernel` takes behind its tensors, in the order and under the names of its parameters.
 
-    M: int  # rows of the product, B * A
-    N: int  # output channels
-    K: int  # input channels
-    A: int  # active rows of a sample
-    S: int  # rows of the cache for each sample
-    G0: int  # sizes of the last two dims of the cache's grid, innermost first
-    G1: int
-    C0: int  # sizes of the last two dims of the cache's channels, innermost first
-    C1: int
-    eps: float
-    s_cb: int  # strides of the cache: samples, its grid and its channels, innermost first
-    s_g0: int
-    s_g1: int
-    s_g2: int
-    s_c0: int
-    s_c1: int
-    s_c2: int
-    s_xb: int  # strides of x, weight, bias, rows, the norm's vectors, and the rotary embedding's tables; 0: shared or absent
-    s_xa: int
-    s_xk: int
-    s_wn: int
-    s_wk: int
-    s_bn: int
-    s_rb: int
-    s_ra: int
-    s_nw: int
-    s_nb: int
-    s_cosb: int
-    s_cosa: int
-    s_cosk: int
-    s_sinb: int
-    s_sina: int
-    s_sink: int
+    Its comments say what each of them is. Strides (s_) of what is absent, or shared by all samples, are zero.
+    """
 
     @staticmethod
     def of(given: ScatterArguments[Tensor]) -> "Numbers":
@@ -203,7 +179,7 @@ OF_THE_PRODUCT = {"K", "s_xb", "s_xa", "s_xk", "s_wn", "s_wk", "s_bn"}
 OF_THE_SPLICE = [name for name in Numbers._fields if name not in OF_THE_PRODUCT]
 
 
-class Launch:
+class Launch(Timed[Tile]):
     """The Triton kernel on checked, non-empty arguments; `launch(tile)` writes the cache."""
 
     def __init__(self, given: ScatterArguments[Tensor]) -> None:
@@ -251,10 +227,6 @@ class Launch:
         if self.D and self.x.element_size() == 2:
             enough += [tile for tile in TILES_TWO_LAUNCHES if tile.BN % self.DP == 0]
         return {tile.name: tile for tile in enough}
-
-    def fastest(self) -> Tile | None:
-        tiles = self.tiles()
-        return tiles.get(fastest(self.x.device, self.key, list(tiles), lambda name: self(tiles[name])) or "")
 
     def count(self, tile: Tile) -> int:
         """How many tiles there are."""

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .gemm import INTERPRETED, tl, triton
 from .launch import INTERPRETER_TILE, Tile, runs_triton
-from .tiles import fastest
+from .tiles import Timed
 
 ROWS = 16  # rows of x, at most: those of the smallest matrix that tensor cores multiply
 MOST = 64  # members of one launch: each has arguments of its own
@@ -79,7 +79,7 @@ if triton is not None:
 Member = tuple[Tensor, Tensor | None, Tensor]  # weight, bias, result
 
 
-class ManyLaunch:
+class ManyLaunch(Timed[Tile]):
     """The Triton kernel on checked arguments of `many_linears`, in as few launches as there can be; fills `results`."""
 
     def __init__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
@@ -95,10 +95,6 @@ class ManyLaunch:
 
     def tiles(self) -> dict[str, Tile]:
         return {tile.name: tile for tile in (TILES_32_BIT if self.x.dtype is torch.float32 else TILES_16_BIT)}
-
-    def fastest(self) -> Tile | None:
-        tiles = self.tiles()
-        return tiles.get(fastest(self.x.device, self.key, list(tiles), lambda name: self(tiles[name])) or "")
 
     def __call__(self, tile: Tile) -> None:
         kinds = [[member for member in self.members if (member[1] is None) is none] for none in (False, True)]

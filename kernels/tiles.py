@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Generic, TypeVar
 
 import torch
 
@@ -55,9 +55,8 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-Answer = (
-    str | list[float | None] | None
-)  # the name of the fastest variant, or milliseconds; None: nothing that runs here
+# The name of the fastest variant, or milliseconds; None where nothing runs.
+Answer = str | list[float | None] | None
 
 
 def is_answer(value: object) -> bool:
@@ -195,6 +194,32 @@ def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callab
         return None if best is None or math.isinf(times[best]) else best
 
     return timings(device).recall(key, lambda found: found is None or found in names, measure)  # type: ignore[return-value]
+
+
+Way = TypeVar("Way")
+
+
+class Timed(Generic[Way]):
+    """A kernel on given tensors, which can be cut into tiles in several ways: ``kernel(way)`` launches it."""
+
+    x: torch.Tensor  # one of the tensors
+
+    @property
+    def key(self) -> str:
+        """What a timing depends on."""
+        raise NotImplementedError
+
+    def tiles(self) -> dict[str, Way]:
+        """The ways that may be fastest, by name."""
+        raise NotImplementedError
+
+    def __call__(self, way: Way, /) -> object:
+        raise NotImplementedError
+
+    def fastest(self) -> Way | None:
+        """The way that was fastest on this device, timed the first time; None if none runs there."""
+        ways = self.tiles()
+        return ways.get(fastest(self.x.device, self.key, list(ways), lambda name: self(ways[name])) or "")
 
 
 @dataclass(frozen=True)

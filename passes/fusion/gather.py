@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.gathered import Gathered
 from ras_compile.passes.fusion.scatter import Fusion, addressed, writable
-from ras_compile.passes.fusion.sites import Target, digits_of
+from ras_compile.passes.fusion.sites import Target, draws_of, target_of
 from ras_compile.passes.fusion.walks import Walk, chained, contiguous, moves_entries
 from ras_compile.passes.programs.emit import Emitter
 from ras_compile.passes.programs.roles import rows_of
@@ -118,12 +118,7 @@ class Finder:
         self.rows = rows_of(graph)
         self.samples, self.active = self.rows.meta["val"].shape
         self.tokens = tokens
-        generator = torch.Generator().manual_seed(0)
-        order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(self.samples)])
-        order = torch.cat([order, order], 1)
-        # The last draw has another token than the first one in every place.
-        starts = (*range(0, tokens, self.active), 1)
-        self.draws = [order[:, start : start + self.active].contiguous() for start in starts]
+        self.draws = draws_of(self.samples, self.active, tokens, torch.Generator().manual_seed(0))
 
     def site(self, product: fx.Node, dtypes: Sequence[torch.dtype]) -> Site | None:
         """The site that this node is the product of, if it is one."""
@@ -208,25 +203,10 @@ class Finder:
         if gathered is None or taken is None:
             return None
         found = gathered.addresses(taken, lead, channels, self.draws)
-        target = None if found is None else self.target(*found)
-        return None if target is None or not writable(target) else Source(gathered.base, target, lead[0])  # type: ignore[union-attr]
-
-    def target(self, firsts: Sequence[Tensor], channels: Tensor) -> Target | None:
-        """The addresses of a source as digits: those of the first channel [B, A], for each draw, and of the channels."""
-        samples = firsts[0].shape[0]
-        table = torch.empty(samples, self.tokens, dtype=torch.int64)
-        pairs = [(rows.expand(samples, -1), first) for rows, first in zip(self.draws, firsts, strict=True)]
-        for rows, first in pairs:
-            table.scatter_(1, rows, first)
-        if any(not torch.equal(table.gather(1, rows), first) for rows, first in pairs):
-            return None  # not the token alone says what is read
-        sample = int(table[1, 0] - table[0, 0]) if samples > 1 else 0
-        if sample < 0 or not torch.equal(table, table[:1] + sample * torch.arange(samples)[:, None]):
+        if found is None:
             return None
-        rows_at, channels_at = digits_of(table[0] - table[0, 0]), digits_of(channels)
-        if rows_at is None or channels_at is None:
-            return None
-        return Target(int(table[0, 0]), sample, rows_at, channels_at, True)
+        target = target_of(torch.stack(found[0]), found[1], self.draws, self.tokens)
+        return None if target is None or not writable(target) else Source(gathered.base, target, lead[0])
 
 
 def uses(node: fx.Node) -> list[fx.Node]:

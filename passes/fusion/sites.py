@@ -264,14 +264,10 @@ class Experiment:
         behind = ancestors(nodes, self.rows)
         if behind is None:
             return None
-        order = torch.stack([torch.randperm(self.tokens, generator=self.generator) for _ in range(self.samples)])
-        order = torch.cat([order, order], 1)
-        self.draws, result = [], []
-        # The last draw has another token than the first one in every place: it tells tokens from a context.
-        for start in (*range(0, self.tokens, self.active), 1):
-            known = {self.rows: order[:, start : start + self.active].contiguous()}
+        self.draws, result = draws_of(self.samples, self.active, self.tokens, self.generator), []
+        for draw in self.draws:
+            known = {self.rows: draw}
             evaluate(behind, known)
-            self.draws.append(known[self.rows])
             result.append([known[node] for node in nodes])
         return result
 
@@ -316,26 +312,52 @@ class Experiment:
         bases = torch.stack([self._addresses(given, rows_at) for given in indices])  # [draws, B, rows]
         channels = self._addresses(indices[0], channels_at)
         moving = (bases != bases[0]).any(0).any(0)  # which rows are active tokens
-        table, first, length = bases[0], 0, 0
-        if bool(moving.any()):
-            first, length = int(moving.nonzero()[0]), int(moving.sum())
+        first, length = 0, int(moving.sum())
+        if length:
+            first = int(moving.nonzero()[0])
             if length != self.active or not bool(moving[first : first + length].all()):
                 return None
-            table = torch.empty(self.samples, self.tokens, dtype=torch.int64)
-            here = bases[..., first : first + length]
-            for rows, base in zip(self.draws, here, strict=True):
-                table.scatter_(1, rows, base)
-            if any(not torch.equal(table.gather(1, rows), base) for rows, base in zip(self.draws, here, strict=True)):
-                return None
-            table = torch.cat([bases[0, :, :first], table, bases[0, :, first + length :]], 1)
-        sample = int(table[1, 0] - table[0, 0]) if self.samples > 1 else 0
-        if not torch.equal(table, table[:1] + sample * torch.arange(self.samples)[:, None]):
-            return None
-        row_digits, columns = digits_of(table[0] - table[0, 0]), digits_of(channels - channels[0])
-        if row_digits is None or columns is None:
-            return None
-        behind = bases.shape[-1] - first - length if length else 0
-        return Target(int(table[0, 0]), sample, row_digits, columns, length > 0, first, behind)
+        return target_of(bases, channels, self.draws if length else [], self.tokens, first)
+
+
+def draws_of(samples: int, active: int, tokens: int, generator: torch.Generator) -> list[Tensor]:
+    """Active rows [B, A], drawn several times, which together name every token of every sample.
+
+    The last draw has another token than the first one in every place: it tells tokens from a context.
+    """
+    order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(samples)])
+    order = torch.cat([order, order], 1)
+    return [order[:, start : start + active].contiguous() for start in (*range(0, tokens, active), 1)]
+
+
+def target_of(bases: Tensor, channels: Tensor, draws: Sequence[Tensor], tokens: int, before: int = 0) -> Target | None:
+    """Addresses as digits; None where they are no sum of one stride per digit.
+
+    Args:
+        bases: addresses of the first channel of each row, [draws, B, rows].
+        channels: addresses of a row's channels.
+        draws: the active rows of each draw, [B or 1, A]; none where no row is an active token.
+        tokens: how many tokens the region has.
+        before: how many rows of a context stand before the active tokens.
+    """
+    samples, table, after = bases.shape[1], bases[0], 0
+    if draws:
+        end = before + draws[0].shape[1]
+        after = bases.shape[-1] - end
+        pairs = [(rows.expand(samples, -1), base[:, before:end]) for rows, base in zip(draws, bases, strict=True)]
+        table = torch.empty(samples, tokens, dtype=torch.int64)
+        for rows, base in pairs:
+            table.scatter_(1, rows, base)
+        if any(not torch.equal(table.gather(1, rows), base) for rows, base in pairs):
+            return None  # not the token alone says where
+        table = torch.cat([bases[0, :, :before], table, bases[0, :, end:]], 1)
+    sample = int(table[1, 0] - table[0, 0]) if samples > 1 else 0
+    if sample < 0 or not torch.equal(table, table[:1] + sample * torch.arange(samples)[:, None]):
+        return None
+    rows_at, channels_at = digits_of(table[0] - table[0, 0]), digits_of(channels - channels[0])
+    if rows_at is None or channels_at is None:
+        return None
+    return Target(int(table[0, 0]), sample, rows_at, channels_at, bool(draws), before, after)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
