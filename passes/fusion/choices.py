@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
+
+from ras_compile._torch import pytree
 
 
 class Asked:
@@ -25,7 +26,7 @@ class Asked:
         if self.choice is None:
             return True
         given = fx.node.map_arg(ops, lambda operand: operand.meta["val"])
-        question = str(tree_map_only(Tensor, lambda t: (t.dtype, tuple(t.shape), t.stride()), given))
+        question = str(pytree.tree_map_only(Tensor, lambda t: (t.dtype, tuple(t.shape), t.stride()), given))
         if question not in self.answers:
             self.answers[question] = self.choice(*given)
         return self.answers[question]
