@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ras_compile.explanation import Explanation, explain
     from ras_compile.history import trace
     from ras_compile.pipelines.attach import Handle, attach
-    from ras_compile.sampling.clock import Generation, generation
+    from ras_compile.sampling.locate import Generation, generation
     from ras_compile.sampling.models import release
     from ras_compile.sampling.records import Record
     from ras_compile.sampling.selection import SelectionInfo
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ConfigError": "errors",
     "Explanation": "explanation",
-    "Generation": "sampling.clock",
+    "Generation": "sampling.locate",
     "Handle": "pipelines.attach",
     "RASConfig": "config",
     "RASError": "errors",
@@ -34,7 +34,7 @@ _HOMES = {
     "UnusableInput": "errors",
     "attach": "pipelines.attach",
     "explain": "explanation",
-    "generation": "sampling.clock",
+    "generation": "sampling.locate",
     "release": "sampling.models",
     "trace": "history",
 }

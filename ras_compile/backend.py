@@ -25,9 +25,8 @@ from ras_compile.notices import first_time, warn_once
 from ras_compile.plans.family import Families
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.blocks import feeds_a_block, why_block
-from ras_compile.sampling.clock import present_call
+from ras_compile.sampling.locate import Said, note_reached
 from ras_compile.sampling.registry import Part
-from ras_compile.sampling.state import reached
 from ras_compile.sampling.steps import run_step
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class CompiledGraph:
         self._timesteps: dict[tuple, int | None] = {}
 
     def __call__(self, *values: Any) -> Sequence[Any]:
-        reached()
+        said = note_reached()
         if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
             self._refuse(
                 UnsupportedGraph("gradients are being recorded; sample under torch.no_grad() or inference_mode()")
@@ -125,7 +124,7 @@ class CompiledGraph:
             return plan(*given)
         if not self.weights:  # a hook, say; nothing would know it again at the next step
             return self._as_part(values)
-        plan, key = self._windowed(plan, key, given)
+        plan, key = self._windowed(plan, key, given, said)
         return self._run(plan, key, given, values)
 
     def _as_part(self, values: Sequence[Any]) -> Sequence[Any]:
@@ -139,15 +138,14 @@ class CompiledGraph:
                     self.parts[key] = self._dense(values)
         return self.parts[key](*values)
 
-    def _windowed(self, plan: Plan, key: tuple, values: Sequence[Any]) -> tuple[Plan, tuple]:
+    def _windowed(self, plan: Plan, key: tuple, values: Sequence[Any], said: Said | None) -> tuple[Plan, tuple]:
         """The plan of a latent in which the attached scheduler knows only some tokens, the picture; and its key.
 
         A model that cannot be planned so is planned as before: all tokens count as the picture.
         """
-        attached = present_call()
-        if self.config.region is not None or attached is None:
+        if self.config.region is not None or said is None or values[plan.latent].dim() != 3:
             return plan, key
-        window = attached.follower.window(values[plan.latent])
+        window = said.windows.get(values[plan.latent].shape[1])
         if window is None:
             return plan, key
         narrow = (*key, (window.start, window.stop))

@@ -8,7 +8,7 @@ import pytest
 
 from ras_compile import RASConfig, RASError
 from ras_compile.config import PRESETS, RUNTIME_OPTIONS
-from ras_compile.sampling.clock import Generation
+from ras_compile.sampling.locate import Generation
 
 
 def test_defaults_are_the_documented_ones():

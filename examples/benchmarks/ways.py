@@ -14,7 +14,7 @@ from torch import nn
 
 import ras_compile
 from ras_compile.passes.analysis.cost import Cost, cost
-from ras_compile.sampling.clock import owner
+from ras_compile.sampling.locate import owner
 from ras_compile.sampling.registry import states_of
 
 __all__ = ["METHODS", "NotAvailable", "Setup", "Way", "set_up", "ways_of"]

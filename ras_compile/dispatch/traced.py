@@ -27,7 +27,7 @@ from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.notices import warn_once
 from ras_compile.plans.plan import Plan
-from ras_compile.sampling.state import reached
+from ras_compile.sampling.locate import note_reached
 from ras_compile.sampling.steps import count_step, run_step
 
 # So many sets of values (lengths of prompts, say) are compiled for one set of sizes; further ones run dense.
@@ -237,7 +237,7 @@ class TracedModel:
             _fragments.running = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        reached()
+        note_reached()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if torch.is_grad_enabled():
             return self.fall_back(args, kwargs)  # whose fragments refuse what records gradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.errors import ConfigError
 from ras_compile.notices import warn_once
 from ras_compile.pipelines.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
-from ras_compile.sampling.clock import AttachedCall, attached_call
+from ras_compile.sampling.locate import AttachedCall, attached_call
 from ras_compile.sampling.models import release
 
 __all__ = ["Handle", "attach"]
@@ -157,10 +158,12 @@ class _Followed(Exchangeable):
         self.compiled, self._follower, self._name, self._kind = compiled, follower, name, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = AttachedCall(self._follower, self._name, present_branch())
-        with told_plainly(args, kwargs), attached_call(call) as present:
+        said = self._follower.locate()
+        aside = not self._follower.sites.is_loop(self._name, sys._getframe(1))
+        call = AttachedCall(self._follower, self._name, present_branch(), None if aside else said, aside)
+        with told_plainly(args, kwargs), attached_call(call):
             result = self.compiled(*args, **kwargs)
-        if not present.reached:
+        if not call.reached:
             warn_once(
                 f"ras_compile: a call of {self._kind} ran uncompiled, past the attached backend. Either torch.compile is "
                 f"disabled, or Dynamo gave up after {_RECOMPILE_LIMIT} recompilations (run with TORCH_LOGS=recompiles)."

@@ -17,7 +17,7 @@ from ras_compile.errors import ConfigError
 from ras_compile.notices import warn_once
 from ras_compile.pipelines.sample import sample_map
 from ras_compile.pipelines.samplers import check_clean, clean_coefficients
-from ras_compile.sampling.clock import Evaluation
+from ras_compile.sampling.locate import Evaluation
 from ras_compile.sampling.reuse import CleanSample, active_tokens
 
 __all__ = ["CleanHold", "Draws"]

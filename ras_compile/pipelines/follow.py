@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MethodType
+from types import CodeType, FrameType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ras_compile.config import RASConfig
-from ras_compile.notices import warn_once
+from ras_compile.notices import user_frame, warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.pipelines.clean import CleanHold, Draws
 from ras_compile.pipelines.sample import picture_window, sample_map
 from ras_compile.pipelines.samplers import check_clean
 from ras_compile.sampling.branches import intact, same_tensor, tensor_mark
-from ras_compile.sampling.clock import Evaluation, owner
+from ras_compile.sampling.locate import Evaluation, Said, owner
 
 __all__ = ["SchedulerFollower", "follow_branches", "present_branch", "unfollow_branches"]
 
@@ -35,6 +36,9 @@ _PLAIN = "_ras_compile_plain_class"
 # Model calls of one step that are remembered until the scheduler steps.
 _CALLS = 16
 _DEFAULTS = RASConfig()
+# So many of the functions that have called each other tell where a call comes from.
+_FRAMES = 3
+_RESUMED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 @dataclass
@@ -59,7 +63,9 @@ def _watched(base: Any) -> type:
         if steps is None:  # made by this class, as in `type(pipe.scheduler).from_config(...)`
             return base.step(self, *args, **kwargs)
         given = {**dict(zip(order, args, strict=False)), **kwargs}
+        loop = user_frame(sys._getframe(1))
         for follower in steps.followers:
+            follower.sites.stepping(loop.f_code if loop is not None else None)
             given[order[0]] = follower.stepping(self, given)
         if args:
             args = (given[order[0]], *args[1:])
@@ -103,6 +109,59 @@ def _steps_of(scheduler: Any) -> _Steps | None:
     return getattr(scheduler, "__dict__", {}).get(_STEPS)
 
 
+class CallSites:
+    """From where the pipeline's loop calls its transformers, within one generation: a call from elsewhere is no part of it.
+
+    A callback that looks at the model between two steps calls it from code of its own, and so does another loop that takes
+    turns with the pipeline's. A place is of the loop if the generation's first call came from there; or if a call came from
+    there behind one of the loop's in the same step; or if the scheduler stepped with no other call since its last step.
+    """
+
+    def __init__(self) -> None:
+        self._stepper: CodeType | None = None  # the code that calls the scheduler's step
+        self.begin()
+
+    def begin(self) -> None:
+        """A generation begins."""
+        self._known: dict[str, set[Hashable]] = {}
+        self._strange: dict[str, set[Hashable]] = {}  # unknown places of calls since the scheduler's last step
+        self._called: set[str] = set()  # transformers that the loop has called since then
+
+    def is_loop(self, transformer: str, frame: FrameType | None) -> bool:
+        """Whether the loop makes a call of `transformer`, which `frame` makes."""
+        site, known = self._site(frame), self._known.setdefault(transformer, set())
+        if site not in known and known and transformer not in self._called:
+            self._strange.setdefault(transformer, set()).add(site)
+            return False
+        known.add(site)
+        self._called.add(transformer)
+        return True
+
+    def stepping(self, stepper: CodeType | None) -> None:
+        """The scheduler is about to step, called by `stepper`."""
+        for transformer, sites in self._strange.items():
+            if transformer not in self._called:
+                self._known[transformer] |= sites
+        self._strange, self._called = {}, set()
+        if stepper is not self._stepper:
+            self._stepper = stepper
+            self._known = {name: set(map(self._cut, sites)) for name, sites in self._known.items()}
+
+    def _site(self, frame: FrameType | None) -> Hashable:
+        """The places in the code from which a call comes: as far out as the loop, but not beyond what is resumed."""
+        places: list[tuple[CodeType, int]] = []
+        while (frame := user_frame(frame)) is not None and len(places) < _FRAMES:
+            places.append((frame.f_code, frame.f_lasti))
+            if frame.f_code is self._stepper or frame.f_code.co_flags & _RESUMED:
+                break
+            frame = frame.f_back
+        return tuple(places)
+
+    def _cut(self, site: Any) -> Hashable:
+        codes = [code for code, _ in site]
+        return site[: codes.index(self._stepper) + 1] if self._stepper in codes else site
+
+
 class SchedulerFollower:
     """Says the step of a pipeline's transformer calls; looks the scheduler up afresh at each call.
 
@@ -115,7 +174,7 @@ class SchedulerFollower:
     def __init__(
         self, pipe: Any, config: RASConfig = _DEFAULTS, transformers: Mapping[str, nn.Module] | None = None
     ) -> None:
-        self.config = config
+        self.config, self.sites = config, CallSites()
         self._transformers = weakref.WeakValueDictionary(transformers or {})
         self._pipe = weakref.ref(pipe)
         self._scheduler: Any = None
@@ -136,8 +195,8 @@ class SchedulerFollower:
         self._begin()
         self._watch(getattr(pipe, "scheduler", None))
 
-    def tick(self) -> tuple[object, int, int | None] | None:
-        """(identity of the generation, step from 0, number of steps); None when the scheduler cannot say, or is done.
+    def locate(self) -> Said | None:
+        """Where the present call stands; None when the scheduler cannot say, is done, or steps another loop.
 
         A generation is one `timesteps` object: `set_timesteps` makes a new one. The step counts from the entry of
         `timesteps` at which the generation began (image-to-image begins late).
@@ -146,44 +205,40 @@ class SchedulerFollower:
         scheduler = self._scheduler if pipe is None else getattr(pipe, "scheduler", None)
         if scheduler is not self._scheduler:
             self._watch(scheduler)
-        timesteps = getattr(scheduler, "timesteps", None)
-        steps = _steps_of(scheduler)
-        if timesteps is None or steps is None:
-            return None
-        taken = steps.taken
-        if not taken and timesteps is self._unset:
+        timesteps, steps = getattr(scheduler, "timesteps", None), _steps_of(scheduler)
+        if timesteps is None or steps is None or (not steps.taken and timesteps is self._unset):
             return None
         if timesteps is not self._timesteps:
-            self._timesteps, self._key, self._origin, self._taken_before = timesteps, object(), None, taken
+            self._timesteps, self._key, self._origin, self._taken_before = timesteps, object(), None, steps.taken
             self._count = len(timesteps)
             self._begin()
-        since = taken - self._taken_before
-        index = getattr(scheduler, "step_index", None)
+        since = steps.taken - self._taken_before
         first = getattr(scheduler, "begin_index", None) or 0
-        count = self._count - first
-        if not self._runs_here():
-            return None
-        if index is None:
-            # no step has been taken, or the scheduler does not count them
-            return self._key, since, count
-        if self._origin is None:
+        index = getattr(scheduler, "step_index", None)
+        if index is not None and self._origin is None:
             self._origin = index - since
-        return self._key, index - self._origin, count
-
-    def time(self) -> Tensor | None:
-        """The present entry of `timesteps`, exact and unscaled, 0-d; None when there is none."""
-        if self._timesteps is None or not self._runs_here():
+        entry = first + since if index is None else index
+        # what comes after the last step, or from another thread or task, is a loop with another scheduler, or with none
+        if self._left or entry >= self._count or (self._runner is not None and self._runner() is not owner()):
             return None
-        return self._timesteps[self._index()]
+        # without an index no step has been taken, or the scheduler does not count them
+        step = since if index is None else index - (self._origin or 0)
+        return Said(
+            key=self._key,
+            step=step,
+            num_steps=self._count - first,
+            late=bool(self._origin or first),
+            times=timesteps,
+            entry=entry,
+            windows=self._windows,
+            refusal=self._clean.refusal,
+            replaced=self._replaced(),
+        )
 
     def leave(self) -> None:
         """The present calls are of another loop: nothing is said until the scheduler steps again, or is set anew."""
         self._left = True
         self._evaluations = []
-
-    def late(self) -> bool:
-        """Whether the run began after the first entry of `timesteps`, as image-to-image does."""
-        return bool(self._origin or getattr(self._scheduler, "begin_index", None))
 
     def check_clean(self) -> None:
         """Refuse a scheduler of which the clean sample cannot be told.
@@ -193,23 +248,9 @@ class SchedulerFollower:
         """
         check_clean(self._scheduler)
 
-    def refusal(self) -> str:
-        """Why no step of this generation may be sparse; empty where nothing is known against it."""
-        return self._clean.refusal if self._runs_here() else ""
-
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""
-        if self._runs_here():
-            self._evaluations = [*self._evaluations[1 - _CALLS :], evaluation]
-
-    def window(self, latent: Tensor) -> slice | None:
-        """The tokens of a packed latent [B, N, C] that are the picture, as the scheduler's steps have shown it.
-
-        None: all of them, or not known yet. What the generation before has shown is taken for its first call.
-        """
-        if latent.dim() != 3 or not self._windows or self.tick() is None:
-            return None
-        return self._windows.get(latent.shape[1])
+        self._evaluations = [*self._evaluations[1 - _CALLS :], evaluation]
 
     def overwritten(self, view: TokenView, latent: Tensor) -> Tensor | None:
         """Tokens that the pipeline has put back after every step so far (the known part of inpainting): bool [B, N].
@@ -217,7 +258,7 @@ class SchedulerFollower:
         Where a pipeline steps what the scheduler returned, nothing is ever compared; else the first answer of a
         generation is a host read. None: none of them.
         """
-        if self._overwritten is None or not self._runs_here():
+        if self._overwritten is None:
             return None
         if not self._asked:
             self._asked = True
@@ -227,13 +268,13 @@ class SchedulerFollower:
         mapped = sample_map(view, latent.shape, self._overwritten.shape)
         return mapped.to_tokens(self._overwritten) if mapped else None
 
-    def replaced(self) -> bool:
+    def _replaced(self) -> bool:
         """Whether a callback has put another latent in place of what the last step returned, or has written into it.
 
         Only where the pipeline steps on with the very tensor that a step returns, as it has done until then. One that a
         callback leaves alive besides is noticed a step late.
         """
-        if self._returned is None or not self._runs_here():
+        if self._returned is None:
             return False
         return self._missed or (self._handed_on and not intact(self._returned))
 
@@ -249,7 +290,7 @@ class SchedulerFollower:
         self._look_for_overwriting(sample)
         if self._returned is not None:
             handed_on = same_tensor(self._returned, sample)
-            self._missed = self._handed_on and not handed_on and not self.replaced()
+            self._missed = self._handed_on and not handed_on and not self._replaced()
             self._handed_on = handed_on
         return self._clean.stepping(scheduler, given, prediction, sample, evaluations)
 
@@ -269,30 +310,13 @@ class SchedulerFollower:
 
     def _begin(self) -> None:
         """A generation begins."""
+        self.sites.begin()
         self._clean = CleanHold()
         self._looked = self._asked = False
         self._overwrites = True
         self._previous = self._overwritten = self._returned = None
         self._handed_on = self._missed = False
         self._runner, self._left = None, False
-
-    def _runs_here(self) -> bool:
-        """Whether the present call can be of the run that the scheduler steps.
-
-        What comes after its last step, or from another thread or task, is a loop with another scheduler, or with none.
-        """
-        if self._left or (self._timesteps is not None and self._index() >= self._count):
-            return False
-        return self._runner is None or self._runner() is owner()
-
-    def _index(self) -> int:
-        """The present place in `timesteps`."""
-        index = getattr(self._scheduler, "step_index", None)
-        if index is None:
-            steps = _steps_of(self._scheduler)
-            since = steps.taken - self._taken_before if steps else 0
-            index = (getattr(self._scheduler, "begin_index", None) or 0) + since
-        return index
 
     def _untouched(self) -> None:
         self._overwrites, self._previous, self._overwritten = False, None, None

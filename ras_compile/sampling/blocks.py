@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ras_compile.notices import warn_once
-from ras_compile.sampling.clock import owner
+from ras_compile.sampling.locate import owner
 
 __all__ = ["feeds_a_block", "is_block", "leave_output", "why_block"]
 

@@ -26,15 +26,15 @@ from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.passes.analysis.cost import Cost
 from ras_compile.sampling.blocks import is_block, leave_output
 from ras_compile.sampling.branches import Branch, Branches, Match
-from ras_compile.sampling.clock import Evaluation, Follower, Generation, Tick, generation, owner, present, present_call
-from ras_compile.sampling.inference import TimeLine, read_time
+from ras_compile.sampling.inference import TimeLine, read_call, sketch
+from ras_compile.sampling.locate import Evaluation, Generation, Place, generation, leave_attached, locate, owner
 from ras_compile.sampling.records import Record
 from ras_compile.sampling.reuse import Extrapolation
 from ras_compile.sampling.rows import RowChooser, Selection
 from ras_compile.sampling.schedule import Kind, Schedule
 from ras_compile.sampling.selection import SelectionInfo
 
-__all__ = ["CallInfo", "Decision", "Generation", "TransformerState", "generation", "reached"]
+__all__ = ["CallInfo", "Decision", "Generation", "TransformerState", "generation"]
 
 # Ways to reuse noise that go on along a line in time.
 _LINES = ("linear", "forecast")
@@ -99,7 +99,7 @@ class Decision:
     spare: dict | None
     run: _Run = field(repr=False)
     of: Branch = field(repr=False)
-    transformer: str = "transformer"
+    place: Place = field(repr=False)
     time: Any = None  # of this call, for lines through noises
 
 
@@ -138,12 +138,6 @@ class TransformerState:
         self._epoch = 0
         self._lone = 0
 
-    @property
-    def follower(self) -> Follower | None:
-        """The attached pipeline that makes the present call, if any."""
-        call = present_call()
-        return call.follower if call else None
-
     def decide(self, call: CallInfo) -> Decision:
         """Say how `call` must run. Reads from the device only where nobody tells the step.
 
@@ -151,9 +145,8 @@ class TransformerState:
             ConfigError: an option that this run cannot have, such as `ratio_schedule="linear"` without a known number of
                 steps; or another call of the same generation is under way in another thread.
         """
-        reached()
-        tick = present()
-        run = tick.home.runs.get(self)
+        place = locate()
+        run = place.home.runs.get(self)
         here = threading.get_ident()
         if run is not None and run.pending not in (None, here):
             raise ConfigError(
@@ -162,16 +155,18 @@ class TransformerState:
             )
         # a call that never came back may have left its caches half written
         if run is not None and (run.pending or run.epoch != self._epoch):
-            self.retire(tick.home)
+            self._retire(place.home, place.owner)
             run = None
-        followed, follower = tick.step is not None, self.follower
-        run, match = self._follow(run, tick, call) if followed else self._infer(run, tick, call)
-        if followed and match.replaced and follower is not None and not isinstance(tick.home, Generation):
-            # the pipeline's loop was left, and another one is running, in which nobody says the steps
-            follower.leave()
-            tick = present()
-            run, match = self._infer(None, tick, call)
-        decision = self._decision(run, match, tick, call)
+        if place.step is None:
+            run, match = self._infer(run, place, call)
+        else:
+            run, match = self._follow(run, place, call)
+            if match.replaced and place.said is not None and place.key is place.said.key:
+                # the pipeline's loop was left, and another one is running, in which nobody says the steps
+                leave_attached()
+                place = locate()
+                run, match = self._infer(None, place, call)
+        decision = self._decision(run, match, place, call)
         run.pending = here
         return decision
 
@@ -197,21 +192,24 @@ class TransformerState:
         needed = any(run.schedule.kind(run.step - run.base + steps) == "sparse" for steps in ahead)
         if noise is not None and needed and run.config.ratio < 1:
             run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view, decision.slots)
-        run.records.append(
+        self.records = run.records
+        self.records.append(
             Record(
                 decision.step,
                 decision.branch,
                 decision.kind,
                 decision.active,
                 decision.rows,
-                decision.transformer,
+                decision.place.transformer,
                 decision.reason,
                 call.timestep,
             )
         )
-        follower = self.follower
-        if follower is not None and call.view is not None:
-            follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
+        if run.line is not None and noise is not None and (seen := sketch(noise, view)) is not None:
+            run.line.waiting.append(seen)
+        place = decision.place
+        if place.said is not None and place.follower is not None and call.view is not None:
+            place.follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
         if decision.rows is None:  # blocks show themselves in the first step
             leave_output(self, call.graph, output)
 
@@ -237,10 +235,12 @@ class TransformerState:
         ahead = line(view(noise), decision.rows, decision.time)
         if decision.rows is not None:
             view.write(noise, ahead)
+            if decision.run.line is not None:
+                decision.run.line.waiting[-1:] = [sketch(noise, view)]
 
     def abort(self) -> None:
         """Forget the generation that is running here: the next call begins a new one."""
-        self.retire(present().home)
+        self.retire(locate().home)
 
     def reset(self) -> None:
         """Forget every generation, in all threads."""
@@ -249,34 +249,35 @@ class TransformerState:
 
     def retire(self, home: Home) -> None:
         """End the run that `home` keeps; its caches become spares for the next one."""
+        self._retire(home, owner())
+
+    def _retire(self, home: Home, here: Home) -> None:
         run = home.runs.pop(self, None)
         if run is not None:
             spare: dict[Hashable, list[dict]] = {}
             for branch in run.branches.known:
                 if branch.slots:
                     spare.setdefault(branch.graph, []).append(branch.slots)
-            owner().spare[self] = spare
+            here.spare[self] = spare
 
-    def _begin(self, tick: Tick, call: CallInfo) -> _Run:
-        self.retire(tick.home)
-        base = tick.step or 0
-        follower = self.follower
+    def _begin(self, place: Place, call: CallInfo) -> _Run:
+        self._retire(place.home, place.owner)
+        base, follower, said = place.step or 0, place.follower, place.said
         config = self.config if follower is None else follower.config
         if config.noise_reuse == "x0":
-            if follower is None or tick.step is None:
+            if follower is None or place.step is None:
                 raise ConfigError(
                     "option noise_reuse='x0' needs the scheduler, to tell the clean sample: use ras_compile.attach(pipe, ...)."
                 )
             follower.check_clean()
-        count = None if tick.num_steps is None else tick.num_steps - base
+        count = None if place.num_steps is None else place.num_steps - base
         config = _at_speedup(config, call.cost, count)
         schedule = Schedule(config)
-        schedule.check(count, late=base > 0 or (follower is not None and follower.late()))
-        check_named = tick.step is None or config.context == "frozen"
+        schedule.check(count, late=base > 0 or (said is not None and said.late))
+        check_named = place.step is None or config.context == "frozen"
         branches, chooser = Branches(check_named), RowChooser(config, self._selection)
-        run = _Run(tick.key, base, tick.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
-        tick.home.runs[self] = run
-        self.records = run.records
+        run = _Run(place.key, base, place.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
+        place.home.runs[self] = run
         self._advance(run, base)
         return run
 
@@ -286,54 +287,56 @@ class TransformerState:
         run.step = step
         run.used = []
 
-    def _follow(self, run: _Run | None, tick: Tick, call: CallInfo) -> tuple[_Run, Match]:
+    def _follow(self, run: _Run | None, place: Place, call: CallInfo) -> tuple[_Run, Match]:
         """Somebody says the step."""
-        assert tick.step is not None
-        if run is None or run.key is not tick.key or run.line is not None or tick.step < run.step:
-            run = self._begin(tick, call)
-        elif tick.step != run.step:
-            self._advance(run, tick.step)
+        assert place.step is not None
+        if run is None or run.key is not place.key or run.line is not None or place.step < run.step:
+            run = self._begin(place, call)
+        elif place.step != run.step:
+            self._advance(run, place.step)
         if len(run.used) >= _CALLS_PER_STEP:
-            told = isinstance(tick.home, Generation) and tick.home.key is tick.key
+            told = isinstance(place.home, Generation) and place.home.key is place.key
             warn_once(
-                f"ras_compile: {_CALLS_PER_STEP} transformer calls within step {tick.step}: the steps of this loop are not "
+                f"ras_compile: {_CALLS_PER_STEP} transformer calls within step {place.step}: the steps of this loop are not "
                 + (
                     "those of ras_compile.generation(), so it runs dense. Call its step() once before each step's calls."
                     if told
                     else "the attached scheduler's, so it runs dense. Tell the steps with ras_compile.generation()."
                 )
             )
-            run = self._begin(tick, call)
-        match = run.branches.find(call.context, call.graph, tick.branch, len(run.used), run.used, alone=False)
+            run = self._begin(place, call)
+        match = run.branches.find(call.context, call.graph, place.branch, len(run.used), run.used, alone=False)
         return run, match
 
-    def _infer(self, run: _Run | None, tick: Tick, call: CallInfo) -> tuple[_Run, Match]:
+    def _infer(self, run: _Run | None, place: Place, call: CallInfo) -> tuple[_Run, Match]:
         """Nobody says the step."""
-        time = read_time(call.timestep)
-        if run is not None and run.line is not None and run.key is tick.key:
-            match = run.branches.find(call.context, call.graph, tick.branch, len(run.used), run.used, alone=True)
-            move = run.line.place(time, call.latent, match, run.used)
+        line = None if run is None else run.line
+        time, seen, noises = read_call(call.timestep, call.latent, call.view, line.waiting if line is not None else [])
+        if run is not None and line is not None and run.key is place.key:
+            line.take(noises)
+            match = run.branches.find(call.context, call.graph, place.branch, len(run.used), run.used, alone=True)
+            move = line.place(time, call.latent, seen, match, run.used)
             if move == "advance":
-                run.line.note(time, call.latent)
+                line.note(time, call.latent, seen)
                 self._advance(run, run.step + 1)
             if move != "begin":
                 return run, match
-            self._lone = self._lone + 1 if run.line.evaluations == 1 else 0
+            self._lone = self._lone + 1 if line.evaluations == 1 else 0
             if self._lone == _LONE_EVALUATIONS:
                 warn_once(
                     "ras_compile: every transformer call looks like the first of a generation, so all run dense. Use "
                     "ras_compile.attach(pipe), or tell the steps with ras_compile.generation()."
                 )
-        run = self._begin(tick, call)
-        run.line = TimeLine(time, call.latent)
-        return run, run.branches.find(call.context, call.graph, tick.branch, 0, [], alone=True)
+        run = self._begin(place, call)
+        run.line = TimeLine(time, call.latent, seen)
+        return run, run.branches.find(call.context, call.graph, place.branch, 0, [], alone=True)
 
-    def _decision(self, run: _Run, match: Match, tick: Tick, call: CallInfo) -> Decision:
+    def _decision(self, run: _Run, match: Match, place: Place, call: CallInfo) -> Decision:
         order = len(run.used)
         branch = match.branch
         if branch is None:
-            branch = run.branches.add(call.context, call.graph, tick.branch, order, match.prints)
-            spares = owner().spare.get(self, {}).get(call.graph)
+            branch = run.branches.add(call.context, call.graph, place.branch, order, match.prints)
+            spares = place.owner.spare.get(self, {}).get(call.graph)
             branch.spare = spares.pop(0) if spares else None
         else:
             run.branches.learn(match, call.context, order)
@@ -341,19 +344,19 @@ class TransformerState:
             run.used.append(branch)
 
         count = None if run.num_steps is None else run.num_steps - run.base
-        reason = self._why_dense(run, branch, match, call)
+        reason = self._why_dense(run, branch, match, call, place)
         rows = None
         if not reason:
             active = run.schedule.active(run.step - run.base, call.tokens, count)
             info = SelectionInfo(run.step, run.num_steps, call.grid)
-            known = partial(self._known, call)
+            known = partial(_overwritten, place, call)
             rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info, known)
             reason = "" if rows is not None else "no noise of the step before to select from"
         run.chooser.computing(branch.slots, rows)
         return Decision(
             kind="dense" if rows is None else "sparse",
             step=run.step,
-            num_steps=tick.num_steps,
+            num_steps=place.num_steps,
             branch=branch.label,
             active=call.tokens if rows is None else rows.shape[1],
             rows=rows,
@@ -362,42 +365,22 @@ class TransformerState:
             spare=branch.spare,
             run=run,
             of=branch,
-            transformer=tick.transformer,
-            time=self._time(run, call) if run.config.noise_reuse in _LINES else None,
+            place=place,
+            time=_time(run, call, place) if run.config.noise_reuse in _LINES else None,
         )
 
-    def _known(self, call: CallInfo) -> Tensor | None:
-        """Tokens whose noise the pipeline throws away, bool [B, N]; None: none."""
-        follower = self.follower
-        return follower.overwritten(call.view, call.latent) if follower is not None and call.view is not None else None
-
-    def _time(self, run: _Run, call: CallInfo) -> Any:
-        """The exact time of a call, one value or one for each sample: see `Extrapolation`."""
-        time = self.follower.time() if self.follower is not None else None
-        if time is None:
-            time = call.timestep
-        if isinstance(time, Tensor):
-            if time.dtype in (torch.float16, torch.bfloat16) or not time.numel():
-                return run.step
-            return (
-                time.detach().reshape(call.batch, -1).amax(1)
-                if time.shape[:1] == (call.batch,)
-                else time.detach().max()
-            )
-        return run.step if time is None else float(time)
-
-    def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo) -> str:
+    def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo, place: Place) -> str:
         if is_block(self, call.graph, call.latent, call.context):
             return "the graph is one block of a transformer"
         if run.kind == "dense":
             return "warm-up" if run.step - run.base < run.config.warmup_steps else "error reset"
-        refusal = self.follower.refusal() if self.follower is not None else ""
-        if refusal:
+        said = place.said
+        if said is not None and said.refusal:
             if run.config.unsupported == "error":
-                raise ConfigError(refusal)
-            warn_once(f"ras_compile: this pipeline runs dense: {refusal}")
+                raise ConfigError(said.refusal)
+            warn_once(f"ras_compile: this pipeline runs dense: {said.refusal}")
             return "its scheduler adds noise"
-        if self.follower is not None and self.follower.replaced():
+        if said is not None and said.replaced:
             return "its latent was replaced"
         if branch.last_step is None:
             return "first call of its branch"
@@ -412,6 +395,25 @@ class TransformerState:
         if run.line is not None and not run.line.corroborated:
             return "the direction of time is not known yet"
         return ""
+
+
+def _overwritten(place: Place, call: CallInfo) -> Tensor | None:
+    """Tokens whose noise the pipeline throws away, bool [B, N]; None: none."""
+    if place.said is None or place.follower is None or call.view is None:
+        return None
+    return place.follower.overwritten(call.view, call.latent)
+
+
+def _time(run: _Run, call: CallInfo, place: Place) -> Any:
+    """The exact time of a call, one value or one for each sample: see `Extrapolation`."""
+    said, time = place.said, call.timestep
+    if said is not None:
+        time = said.times[said.entry]
+    if isinstance(time, Tensor):
+        if time.dtype in (torch.float16, torch.bfloat16) or not time.numel():
+            return run.step
+        return time.detach().reshape(call.batch, -1).amax(1) if time.shape[:1] == (call.batch,) else time.detach().max()
+    return run.step if time is None else float(time)
 
 
 def _at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: int | None) -> RASConfig:
@@ -438,9 +440,3 @@ def _at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: i
         raise ConfigError(f"option speedup: {error} (by FLOPs).") from None
     return config.at_ratio(ratio)
 
-
-def reached() -> None:
-    """Note that the backend was reached by the attached call that is running; `decide` does so by itself."""
-    call = present_call()
-    if call is not None:
-        call.reached = True

@@ -97,10 +97,10 @@ def test_a_pipeline_is_followed():
 
 
 def test_steps_are_told_without_reading_the_timestep(monkeypatch):
-    def refuse(timestep):
+    def refuse(*call):
         raise AssertionError("read a timestep")
 
-    monkeypatch.setattr(inspect.getmodule(TransformerState), "read_time", refuse)
+    monkeypatch.setattr(inspect.getmodule(TransformerState), "read_call", refuse)
     pipe = sd3()
     with ras_compile.attach(pipe) as handle:
         draw(pipe, steps=6)

@@ -12,6 +12,7 @@ import zlib
 import torch
 
 from ras_compile import RASConfig
+from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.state import CallInfo, TransformerState
 
 TOKENS, CHANNELS = 16, 4
@@ -28,7 +29,8 @@ class FakeTransformer:
     def __call__(self, latent, timestep, *context, truth, graph="graph"):
         generation, branch, step = truth
         batch, tokens, _ = latent.shape
-        call = CallInfo((graph, latent.shape), latent, context, timestep, batch, tokens, (4, tokens // 4))
+        view = TokenView((), frozenset({1}), tuple(latent.shape), (0, 1, 2), (batch, tokens, 1), None)
+        call = CallInfo((graph, latent.shape), latent, context, timestep, batch, tokens, (4, tokens // 4), view=view)
         decision = self.state.decide(call)
         noise = torch.randn(
             latent.shape, generator=torch.Generator().manual_seed(zlib.crc32(repr((branch, step)).encode()))
@@ -42,7 +44,7 @@ class FakeTransformer:
         else:
             assert decision.rows is None and decision.active == tokens and decision.reason
         decision.slots.update(truth=truth, noise=noise)
-        self.state.record(call, decision, noise.unsqueeze(2), noise)
+        self.state.record(call, decision, noise, noise, view)
         with self._lock:
             self.calls.append((generation, branch, step, decision.kind, decision.reason))
         return noise.clone()

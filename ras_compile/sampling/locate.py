@@ -1,6 +1,7 @@
-"""Where a model call stands, as far as somebody says so: `ras_compile.generation(...)`, then an attached pipeline.
+"""Where a model call stands, as far as somebody says so: one answer, read once for each call.
 
-Nothing here reads from a device. Where nobody says, `inference.py` infers.
+`ras_compile.generation(...)` says it in a hand-written loop, then an attached pipeline, whose scheduler is followed. Nothing
+here reads from a device. Where nobody says it, `inference.py` finds it out.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -27,11 +28,14 @@ __all__ = [
     "Evaluation",
     "Follower",
     "Generation",
-    "Tick",
+    "Place",
+    "Said",
     "attached_call",
     "generation",
+    "leave_attached",
+    "locate",
+    "note_reached",
     "owner",
-    "present",
 ]
 
 
@@ -61,7 +65,7 @@ class Generation(Home):
         Raises:
             ConfigError: the generation has ended.
         """
-        self.speak()
+        self.make_current()
         self.current = 0 if self.current is None else self.current + 1
         if self.num_steps is not None and self.current >= self.num_steps:
             warn_once(
@@ -79,14 +83,14 @@ class Generation(Home):
         """
         if not isinstance(name, str):
             raise ConfigError(f"branch({name!r}): it takes the name of a guidance branch, such as 'cond'.")
-        self.speak()
+        self.make_current()
         before, self._branch = self._branch, name
         try:
             yield
         finally:
             self._branch = before
 
-    def speak(self) -> None:
+    def make_current(self) -> None:
         """From now on the model calls of this context are this generation's."""
         if self.ended:
             raise ConfigError(
@@ -95,7 +99,7 @@ class Generation(Home):
         _generations.set((*(other for other in _running() if other is not self), self))
 
     def end(self) -> None:
-        """In whatever order generations end, and in whatever context: see `speak`."""
+        """In whatever order generations end, and in whatever context: see `make_current`."""
         self.ended = True
         _generations.set(_running())
         for state in list(self.runs):
@@ -123,8 +127,35 @@ class Evaluation:
     noise_reuse: str
 
 
+@dataclass(frozen=True)
+class Said:
+    """What an attached pipeline says of one call of its transformer, from host values alone.
+
+    Args:
+        key: identity of the generation, compared by `is`.
+        step: step of the generation, from 0.
+        num_steps: steps of the generation.
+        late: the run began after the first step of its schedule, as image-to-image does.
+        times: the scheduler's own timesteps, exact and unscaled.
+        entry: the present one of them.
+        windows: by the number of tokens of a packed latent [B, N, C]: which of them are the picture, None for all.
+        refusal: why no step of this generation may be sparse; empty where nothing is known against it.
+        replaced: the latent is not what the scheduler's last step returned.
+    """
+
+    key: Hashable
+    step: int
+    num_steps: int | None
+    late: bool
+    times: Tensor
+    entry: int
+    windows: Mapping[int, slice | None]
+    refusal: str
+    replaced: bool
+
+
 class Follower(Protocol):
-    """What an attached pipeline can say about the present model call, from host values alone.
+    """An attached pipeline.
 
     Attributes:
         config: the options of generations that begin now.
@@ -132,66 +163,65 @@ class Follower(Protocol):
 
     config: RASConfig
 
-    def tick(self) -> tuple[Hashable, int, int | None] | None:
-        """(identity of the generation, step from 0, number of steps), or None when the scheduler does not say."""
-
-    def time(self) -> Tensor | None:
-        """The scheduler's own timestep of the present call, 0-d; None when it does not say."""
-
-    def leave(self) -> None:
-        """The present calls are of another loop, which is not that of the pipeline."""
-
-    def late(self) -> bool:
-        """Whether the run began after the first step of its schedule, as image-to-image does."""
+    def overwritten(self, view: TokenView, latent: Tensor) -> Tensor | None:
+        """Tokens that the pipeline puts back after every step, bool [B, N]; None: none of them."""
 
     def check_clean(self) -> None:
         """Refuse a scheduler of which the clean sample cannot be told."""
 
-    def replaced(self) -> bool:
-        """Whether the latent of the present step is not what the scheduler's last step returned."""
-
-    def refusal(self) -> str:
-        """Why no step of this generation may be sparse; empty where nothing is known against it."""
-
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""
 
-    def window(self, latent: Tensor) -> slice | None:
-        """The tokens of a packed latent [B, N, C] that are the picture; None: all of them, as far as is known."""
-
-    def overwritten(self, view: TokenView, latent: Tensor) -> Tensor | None:
-        """Tokens that the pipeline puts back after every step, bool [B, N]; None: none of them."""
+    def leave(self) -> None:
+        """The present calls are of another loop, which is not that of the pipeline."""
 
 
-@dataclass
+@dataclass(slots=True)
 class AttachedCall:
-    """One call of an attached transformer, from its entry to its return."""
+    """One call of an attached transformer, from its entry to its return.
+
+    Args:
+        follower: the pipeline.
+        transformer: the pipeline's name for it.
+        branch: name of the guidance branch, where the pipeline gives one.
+        said: what the pipeline says of the call; None: nothing.
+        aside: the call is made by other code than the pipeline's loop, a callback's, and so is no part of its generation.
+        reached: whether the call has reached the backend.
+    """
 
     follower: Follower
     transformer: str
     branch: str | None = None
-    reached: bool = field(default=False)
+    said: Said | None = None
+    aside: bool = False
+    reached: bool = False
 
 
-@dataclass(frozen=True)
-class Tick:
-    """What is said about the present call; `step` None: nobody says.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the present call stands, as far as somebody says it; `step` None: nobody does.
 
     Args:
+        owner: the thread or asyncio task.
         home: where the runs of this caller are kept.
         key: identity of the generation, compared by `is`.
         step: step of the generation, from 0.
         num_steps: steps of the generation, where known.
         branch: name of the guidance branch, where somebody named it.
         transformer: label of the transformer, for the trace.
+        follower: the attached pipeline that makes the call, if any.
+        said: what that one says of it.
     """
 
+    owner: _Owner
     home: Home
     key: Hashable
     step: int | None
     num_steps: int | None
     branch: str | None
     transformer: str
+    follower: Follower | None
+    said: Said | None
 
 
 class _Here(threading.local):
@@ -208,6 +238,7 @@ class _Owner(Home):
         super().__init__()
         self._thread = thread
         self._task = None if task is None else weakref.ref(task)
+        self.aside = Home()  # for calls in the midst of a generation that are no part of it
         # what graphs have returned last, by the tensors' ids: the tensor, the transformer's state, and the graph
         self.outputs: dict[int, tuple[weakref.ref, weakref.ref, Hashable]] = {}
 
@@ -217,7 +248,8 @@ class _Owner(Home):
         return self._task is None if task is None else self._task is not None and self._task() is task
 
 
-# The one that spoke last is the last. No tokens: generators end in any order, and servers may end them in a copied context.
+# The one that was made current last is the last. No tokens: generators end in any order, servers may end them in a copied
+# context.
 _generations: ContextVar[tuple[Generation, ...]] = ContextVar("ras_compile_generations", default=())
 _attached: ContextVar[AttachedCall | None] = ContextVar("ras_compile_attached_call", default=None)
 _here = _Here()
@@ -242,7 +274,7 @@ def generation(num_steps: int | None = None) -> Iterator[Generation]:
         ConfigError: `num_steps` is not a positive whole number.
     """
     found = Generation(num_steps)
-    found.speak()
+    found.make_current()
     try:
         yield found
     finally:
@@ -250,23 +282,35 @@ def generation(num_steps: int | None = None) -> Iterator[Generation]:
 
 
 def _running() -> tuple[Generation, ...]:
-    """The generations that this context has entered and that have not ended, the one that spoke last at the end."""
+    """The generations that this context has entered and that have not ended, the current one at the end."""
     return tuple(generation for generation in _generations.get() if not generation.ended)
 
 
 @contextmanager
-def attached_call(call: AttachedCall) -> Iterator[AttachedCall]:
+def attached_call(call: AttachedCall) -> Iterator[None]:
     """For `attach`: everything inside is one call of the attached transformer."""
     token = _attached.set(call)
     try:
-        yield call
+        yield
     finally:
         _attached.reset(token)
 
 
-def present_call() -> AttachedCall | None:
-    """The attached call that is running, if any."""
-    return _attached.get()
+def note_reached() -> Said | None:
+    """Note that the attached call that is running has reached the backend; returns what its pipeline says of it."""
+    call = _attached.get()
+    if call is None:
+        return None
+    call.reached = True
+    return call.said
+
+
+def leave_attached() -> None:
+    """The present call is of another loop than that of the attached pipeline that it seemed to be of."""
+    call = _attached.get()
+    if call is not None:
+        call.follower.leave()
+        call.said = None
 
 
 def owner() -> _Owner:
@@ -279,18 +323,24 @@ def owner() -> _Owner:
     return found
 
 
-def present() -> Tick:
-    """What is said about the call that is running."""
-    explicit, call = next(iter(_running()[::-1]), None), _attached.get()
-    home: Home = explicit or owner()
-    key: Hashable = explicit.key if explicit else None
-    num_steps = explicit.num_steps if explicit else None
-    branch = (explicit.branch_name if explicit else None) or (call.branch if call else None)
-    name = call.transformer if call else "transformer"
-    if explicit is not None and explicit.current is not None:
-        return Tick(home, key, explicit.current, num_steps, branch, name)
-    said = call.follower.tick() if call else None
-    if said is not None:
-        key, step, count = said
-        return Tick(home, key, step, num_steps if num_steps is not None else count, branch, name)
-    return Tick(home, key, None, num_steps, branch, name)
+def locate() -> Place:
+    """Where the call stands that is running. Asked once for each call, which with that has reached the backend."""
+    here, call, running = owner(), _attached.get(), _generations.get()
+    explicit = next((generation for generation in reversed(running) if not generation.ended), None) if running else None
+    key = step = num_steps = branch = follower = said = None
+    name, home = "transformer", here
+    if call is not None:
+        call.reached = True
+        follower, said, branch, name = call.follower, call.said, call.branch, call.transformer
+        if call.aside:
+            home = here.aside
+        if said is not None:
+            key, step, num_steps = said.key, said.step, said.num_steps
+    if explicit is not None:
+        home, branch = explicit, explicit.branch_name or branch
+        num_steps = explicit.num_steps if explicit.num_steps is not None else num_steps
+        if explicit.current is not None:
+            key, step, num_steps = explicit.key, explicit.current, explicit.num_steps
+        elif said is None:
+            key = explicit.key
+    return Place(here, home, key, step, num_steps, branch, name, follower, said)
