@@ -25,7 +25,7 @@ from ras_compile.sampling.branches import Branch, Match, equal_prints, fingerpri
 __all__ = ["Move", "TimeLine", "latent_is_made_of", "read_call", "read_time", "sketch"]
 
 Move = Literal["begin", "advance", "stay"]
-Seen = list[tuple[Tensor, Tensor | None]]  # latents and noises of the calls of one evaluation, as sketched
+Seen = list[tuple[Tensor, Tensor]]  # latents and noises of the calls of one evaluation, as sketched
 
 # So many tokens of each sample are compared, evenly spread.
 _TOKENS = 128
@@ -53,7 +53,9 @@ def sketch(value: Tensor, view: TokenView | None) -> Tensor | None:
     return tokens[:, :: max(1, tokens.shape[1] // _TOKENS)].to(torch.float64, copy=True)
 
 
-def read_call(timestep: Any, latent: Tensor, view: TokenView | None, waiting: list[Tensor]) -> tuple[float | None, Any, list]:
+def read_call(
+    timestep: Any, latent: Tensor, view: TokenView | None, waiting: list[Tensor]
+) -> tuple[float | None, Any, list]:
     """The time, the latent's sketch and the noises that wait, all on the host; in one read from the device.
 
     Args:
@@ -90,9 +92,9 @@ def latent_is_made_of(seen: Tensor, before: list[Seen], rounding: float) -> bool
     columns: list[Tensor] = []
     channels, sample = seen.shape[-1], torch.arange(len(seen))
     for calls in reversed(before):
-        new = []
+        new: list[Tensor] = []
         for latent, noise in calls:
-            if noise is None or noise.shape[1:3] != seen.shape[1:3]:
+            if noise.shape[1:3] != seen.shape[1:3]:
                 return True  # nothing to judge by
             channels, rows = min(channels, noise.shape[-1], latent.shape[-1]), sample % len(latent)
             # what it adds to: all earlier latents are that one less what was added since

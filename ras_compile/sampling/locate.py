@@ -328,7 +328,8 @@ def locate() -> Place:
     here, call, running = owner(), _attached.get(), _generations.get()
     explicit = next((generation for generation in reversed(running) if not generation.ended), None) if running else None
     key = step = num_steps = branch = follower = said = None
-    name, home = "transformer", here
+    name: str = "transformer"
+    home: Home = here
     if call is not None:
         call.reached = True
         follower, said, branch, name = call.follower, call.said, call.branch, call.transformer

@@ -235,8 +235,9 @@ class TransformerState:
         ahead = line(view(noise), decision.rows, decision.time)
         if decision.rows is not None:
             view.write(noise, ahead)
-            if decision.run.line is not None:
-                decision.run.line.waiting[-1:] = [sketch(noise, view)]
+            seen = None if decision.run.line is None else sketch(noise, view)
+            if decision.run.line is not None and seen is not None:
+                decision.run.line.waiting[-1:] = [seen]
 
     def abort(self) -> None:
         """Forget the generation that is running here: the next call begins a new one."""
@@ -439,4 +440,3 @@ def _at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: i
     except ValueError as error:
         raise ConfigError(f"option speedup: {error} (by FLOPs).") from None
     return config.at_ratio(ratio)
-

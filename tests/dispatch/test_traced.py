@@ -147,10 +147,12 @@ def latents(count: int) -> list[Tensor]:
 
 
 def sample(model, context: dict, steps: int = 4) -> list[Tensor]:
-    """The noises of a run whose latents are given, so that runs can be compared step by step."""
-    with torch.no_grad():
-        times = [torch.tensor([1 - step / steps]) for step in range(steps)]
-        return [model(x, t, **context) for x, t in zip(latents(steps), times, strict=True)]
+    """The noises of a run whose latents are given, so that runs can be compared step by step; no sampler makes such."""
+    noises = []
+    with torch.no_grad(), ras_compile.generation(num_steps=steps) as gen:
+        for latent in latents(steps):
+            noises.append(model(latent, torch.tensor([1 - gen.step() / steps]), **context))
+    return noises
 
 
 def kinds(model) -> list[str]:
