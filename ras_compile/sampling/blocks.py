@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ras_compile.notices import warn_once
 from ras_compile.sampling.locate import owner
 
-__all__ = ["feeds_a_block", "is_block", "leave_output", "why_block"]
+__all__ = ["feeds_a_block", "is_block", "is_known_block", "leave_output", "why_block"]
 
 _OUTPUTS = 64  # so many of the last calls' are remembered
 _blocks: set[Hashable] = set()
@@ -49,6 +49,11 @@ def is_block(state: object, graph: Hashable, latent: Tensor, context: Iterable[A
         _add("the output of one instance is the input of the next", before[1], graph)
     if graph in _blocks:
         feeds_a_block(context)
+    return graph in _blocks
+
+
+def is_known_block(graph: Hashable) -> bool:
+    """Whether `graph` has shown itself to be a block."""
     return graph in _blocks
 
 

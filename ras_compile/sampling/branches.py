@@ -13,7 +13,7 @@ What still cannot be told apart is reported as not sure, and runs dense.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,17 @@ from torch import Tensor
 
 from ras_compile._torch import version_of
 
-__all__ = ["Branch", "Branches", "Match", "equal_prints", "fingerprint", "intact", "same_tensor", "tensor_mark"]
+__all__ = [
+    "Branch",
+    "Branches",
+    "Contents",
+    "Match",
+    "equal_prints",
+    "fingerprint",
+    "intact",
+    "same_tensor",
+    "tensor_mark",
+]
 
 # Fingerprints weigh at most about so many elements of a tensor by their position; plain sums take all of them.
 _WEIGHED = 1 << 20
@@ -45,6 +55,32 @@ def intact(mark: tuple[weakref.ref, int | None]) -> bool:
     """Whether the object of `mark` is alive and has not been written since, as far as that can be known."""
     tensor = mark[0]()
     return tensor is not None and same_tensor(mark, tensor)
+
+
+class Contents:
+    """Tells whether what a graph's weights hold has changed, without a read from the device.
+
+    Seen are weights that are written in place (`load_state_dict`, an optimiser) or exchanged for others, and numbers that a
+    module holds, such as an adapter's strength, which Dynamo hands over as 0-d tensors that are new at each call. A write
+    through `.data` goes unseen, as it does for autograd.
+
+    Args:
+        weights: of one graph, always in the same order.
+    """
+
+    def __init__(self, weights: Sequence[Any]) -> None:
+        self._numbers = [place for place, value in enumerate(weights) if value.ndim == 0 and not value.is_cuda]
+
+    def mark(self, weights: Iterable[Any]) -> tuple[list[Any], int | None]:
+        """What is equal as long as nothing changes."""
+        values = list(weights)
+        objects: list[Any] = list(map(id, values))
+        for place in self._numbers:
+            objects[place] = values[place].item()
+        try:
+            return objects, sum(map(version_of, values))
+        except RuntimeError:  # inference tensors have no version
+            return objects, None
 
 
 class _Prints:
@@ -157,6 +193,7 @@ class Branch:
     slots: dict = field(default_factory=Slots)
     spare: dict | None = None
     given: list[weakref.ref | None] = field(default_factory=list)  # the last context, where it is not compared
+    contents: Any = None  # mark of what the weights held at the last call
     held: int = 0  # calls in a row that had some of the tensors of the call before
 
 
@@ -264,7 +301,8 @@ class Branches:
         """Take note of how the positions of a matched branch behaved."""
         assert match.branch is not None
         match.branch.order = order
-        match.branch.held = match.branch.held + 1 if _shared(match.branch.given, context) else 0
-        match.branch.given = _refs(context)
+        if match.branch.name is not None:
+            match.branch.held = match.branch.held + 1 if _shared(match.branch.given, context) else 0
+            match.branch.given = _refs(context)
         for at, (position, verdict) in enumerate(zip(match.branch.positions, match.verdicts, strict=True)):
             position.learn(context[at], verdict, match.prints, at)

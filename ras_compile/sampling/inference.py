@@ -90,16 +90,16 @@ def latent_is_made_of(seen: Tensor, before: list[Seen], rounding: float) -> bool
         rounding: relative error of the latent's dtype.
     """
     columns: list[Tensor] = []
-    channels, sample = seen.shape[-1], torch.arange(len(seen))
+    channels, sample = seen.shape[-1], torch.arange(seen.shape[0])
     for calls in reversed(before):
         new: list[Tensor] = []
         for latent, noise in calls:
             if noise.shape[1:3] != seen.shape[1:3]:
                 return True  # nothing to judge by
-            channels, rows = min(channels, noise.shape[-1], latent.shape[-1]), sample % len(latent)
+            channels, rows = min(channels, noise.shape[-1], latent.shape[-1]), sample % latent.shape[0]
             # what it adds to: all earlier latents are that one less what was added since
             new += [noise[rows]] if columns or new else [latent[rows], noise[rows]]
-            if len(latent) > 1:  # the branches of guidance stand beside each other in a batch, with equal latents
+            if latent.shape[0] > 1:  # the branches of guidance stand beside each other in a batch, with equal latents
                 some = latent.flatten(1)[:, :64]
                 equal = (some[:, None] == some).all(2).double()
                 new.append((equal @ noise.flatten(1) / equal.sum(1, keepdim=True)).view(noise.shape)[rows])
@@ -107,7 +107,7 @@ def latent_is_made_of(seen: Tensor, before: list[Seen], rounding: float) -> bool
             break  # so many would fit anything
         columns += new
     basis = torch.stack([column[..., :channels].flatten(2) for column in columns], 1)  # [B, K, T, P C]
-    basis = basis / basis.flatten(2).norm(dim=2).clamp_min(1e-30)[:, :, None, None]
+    basis = basis / basis.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-30)
     latent = seen[..., :channels].flatten(2)
     change = latent - columns[0][..., :channels].flatten(2)
     moved = (change != 0).any(2)
@@ -196,7 +196,7 @@ class TimeLine:
             return self._print is not None and equal_prints(self._print, fingerprint(latent))
         if seen.shape[1:] != self._seen.shape[1:]:
             return False
-        return torch.equal(seen, self._seen[torch.arange(len(seen)) % len(self._seen)])
+        return torch.equal(seen, self._seen[torch.arange(seen.shape[0]) % self._seen.shape[0]])
 
     def _advance(self, time: float | None, latent: Tensor, seen: Tensor | None) -> Move:
         if time is None or self.last is None:

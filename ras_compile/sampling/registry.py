@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,9 @@ class Part(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         return self._whole[self._places[index]]
 
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._whole.__getitem__, self._places)  # no Python for each of them
+
 
 class _Instance:
     """One transformer: a state for each config that it was compiled with."""
@@ -53,7 +56,8 @@ class _Recent(threading.local):
         if self._known is None:
             return None
         refs, asked, state = self._known
-        same = asked is config and all(ref() is weight for ref, weight in zip(refs, some, strict=True))
+        (first, second, third), (one, two, three) = refs, some
+        same = asked is config and first() is one and second() is two and third() is three
         return state() if same else None
 
     def keep(self, some: Sequence[Tensor], config: RASConfig, state: TransformerState) -> None:
@@ -72,10 +76,11 @@ def state_for(weights: Sequence[Tensor], config: RASConfig) -> TransformerState:
     All graphs of one transformer share a state, also where some of its weights are missing from a graph or have been
     added since (LoRA). Without any weight nothing can be recognised: the state is new at each call, which runs dense.
     """
-    if not weights:
+    count = len(weights)
+    if not count:
         return TransformerState(config)
     # three weights of a graph at hand are enough to know the instance again
-    some = weights[0], weights[len(weights) // 2], weights[-1]
+    some = weights[0], weights[count // 2], weights[count - 1]
     state = _recent.of(some, config)
     if state is None:
         state = _state_for(weights, some, config)

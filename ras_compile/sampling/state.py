@@ -10,7 +10,7 @@ The backend asks `decide` before each model call and tells `record` after it::
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,8 +24,8 @@ from ras_compile.execute.homes import Home
 from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.passes.analysis.cost import Cost
-from ras_compile.sampling.blocks import is_block, leave_output
-from ras_compile.sampling.branches import Branch, Branches, Match
+from ras_compile.sampling.blocks import is_block, is_known_block, leave_output
+from ras_compile.sampling.branches import Branch, Branches, Contents, Match
 from ras_compile.sampling.inference import TimeLine, read_call, sketch
 from ras_compile.sampling.locate import Evaluation, Generation, Place, generation, leave_attached, locate, owner
 from ras_compile.sampling.records import Record
@@ -58,6 +58,7 @@ class CallInfo:
         grid: the region's token grid; its product is N.
         view: the latent's token view, where the backend has it.
         cost: gives the FLOPs of the programs, where the backend has them.
+        weights: those that the graph reads, always in the same order.
     """
 
     graph: Hashable
@@ -69,6 +70,7 @@ class CallInfo:
     grid: tuple[int, ...] = ()
     view: TokenView | None = None
     cost: Callable[[], Cost] | None = None
+    weights: Sequence[Tensor] = ()
 
 
 @dataclass(eq=False)
@@ -121,6 +123,23 @@ class _Run:
     records: list[Record] = field(default_factory=list)
     pending: int | None = None  # the thread whose call is under way
     epoch: int = 0
+    contents: dict[Hashable, tuple[Contents, int, Any]] = field(
+        default_factory=dict
+    )  # by graph: of which step, the mark
+
+    def contents_of(self, call: CallInfo) -> Any:
+        """The mark of what the weights of a call's graph hold; looked at once in a step."""
+        known = self.contents.get(call.graph)
+        if known is None or known[1] != self.step:
+            return self.look_at_contents(call)
+        return known[2]
+
+    def look_at_contents(self, call: CallInfo) -> Any:
+        known = self.contents.get(call.graph)
+        found = Contents(call.weights) if known is None else known[0]
+        mark = found.mark(call.weights)
+        self.contents[call.graph] = found, self.step, mark
+        return mark
 
 
 class TransformerState:
@@ -210,7 +229,7 @@ class TransformerState:
         place = decision.place
         if place.said is not None and place.follower is not None and call.view is not None:
             place.follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
-        if decision.rows is None:  # blocks show themselves in the first step
+        if decision.rows is None:
             leave_output(self, call.graph, output)
 
     def fail(self, decision: Decision) -> None:
@@ -317,6 +336,8 @@ class TransformerState:
             line.take(noises)
             match = run.branches.find(call.context, call.graph, place.branch, len(run.used), run.used, alone=True)
             move = line.place(time, call.latent, seen, match, run.used)
+            if match.branch is not None and match.branch.contents != run.look_at_contents(call):
+                move = "begin"  # as another graph does, which Dynamo may make of a model that has changed
             if move == "advance":
                 line.note(time, call.latent, seen)
                 self._advance(run, run.step + 1)
@@ -345,7 +366,10 @@ class TransformerState:
             run.used.append(branch)
 
         count = None if run.num_steps is None else run.num_steps - run.base
+        before, branch.contents = branch.contents, run.contents_of(call)
         reason = self._why_dense(run, branch, match, call, place)
+        if not reason and before != branch.contents:
+            reason = "its weights have changed"
         rows = None
         if not reason:
             active = run.schedule.active(run.step - run.base, call.tokens, count)
@@ -371,7 +395,8 @@ class TransformerState:
         )
 
     def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo, place: Place) -> str:
-        if is_block(self, call.graph, call.latent, call.context):
+        first = run.kind == "dense" or branch.last_step is None  # blocks show themselves in dense calls
+        if is_block(self, call.graph, call.latent, call.context) if first else is_known_block(call.graph):
             return "the graph is one block of a transformer"
         if run.kind == "dense":
             return "warm-up" if run.step - run.base < run.config.warmup_steps else "error reset"

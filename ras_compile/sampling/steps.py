@@ -33,7 +33,7 @@ def run_step(
         weights: they say which transformer it is.
         config: the options.
     """
-    state, call = state_for(weights, config), describe(plan, graph, latent, context, timestep)
+    state, call = state_for(weights, config), describe(plan, graph, latent, context, timestep, weights)
     decision = state.decide(call)
     try:
         if decision.rows is None:
@@ -59,14 +59,16 @@ def count_step(
     config: RASConfig,
 ) -> None:
     """Counts a call that runs dense past the plan, and so keeps nothing. Arguments as of :func:`run_step`."""
-    state, call = state_for(weights, config), describe(plan, graph, latent, context, timestep)
+    state, call = state_for(weights, config), describe(plan, graph, latent, context, timestep, weights)
     decision = state.decide(call)
     decision.kind, decision.rows, decision.active = "dense", None, call.tokens
     decision.reason = "the model was captured in this call"
     state.record(call, decision, None, None)
 
 
-def describe(plan: Plan, graph: Hashable, latent: Tensor, context: tuple[Any, ...], timestep: Any) -> CallInfo:
+def describe(
+    plan: Plan, graph: Hashable, latent: Tensor, context: tuple[Any, ...], timestep: Any, weights: Sequence[Tensor]
+) -> CallInfo:
     """The call, as the state of its transformer sees it."""
     frame = plan.analysis.frame
     return CallInfo(
@@ -79,4 +81,5 @@ def describe(plan: Plan, graph: Hashable, latent: Tensor, context: tuple[Any, ..
         frame.grid,
         view=plan.latent_view,
         cost=lambda: plan.cost,
+        weights=weights,
     )

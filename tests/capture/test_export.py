@@ -88,8 +88,9 @@ def test_a_tensor_is_filled_with_a_python_number(fill):
     options = {"inner_backend": "eager", "unsupported": "error", "sample_ratio": 1.0, "warmup_steps": 2}
     compiled = torch.compile(model, backend="ras", options=options)
     x = torch.randn(2, 12, 8)
-    with torch.no_grad():
-        for step in range(12):  # more than Dynamo would compile
+    with torch.no_grad(), ras_compile.generation() as gen:
+        for _ in range(12):  # more than Dynamo would compile
+            step = gen.step()
             assert torch.allclose(compiled(x, 1 - step / 20), model(x, 1 - step / 20), rtol=1e-4, atol=1e-5)
     assert "sssss" in "".join(record.kind[0] for record in ras_compile.trace(compiled))
 

@@ -1,0 +1,102 @@
+"""A model that changes in the middle of a picture: the next call is dense, every time, and equal events give equal pictures."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+from pipelines import EAGER as PIPELINE
+from pipelines import draw_sd3, kinds, sd3
+from tiny import EAGER, LATENT, TEXT, TinyDiT
+from torch import nn
+
+import ras_compile
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+class Adapted(TinyDiT):
+    """With a side path whose strength is an attribute, as that of an adapter is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength, self.down, self.up = 1.0, nn.Linear(16, 2), nn.Linear(2, 16)
+        self.register_buffer("shift", torch.zeros(16))
+
+    def forward(self, hidden_states, timestep, text):
+        text = text + self.strength * nn.functional.pad(text, (0, 10)).matmul(self.down.weight.T).matmul(
+            self.up.weight.T[:, :6]
+        )
+        return super().forward(hidden_states + self.shift.mean() + 0.1 * self.strength, timestep, text)
+
+
+def exchange(model: Adapted) -> None:
+    model.head.weight = nn.Parameter(1.5 * model.head.weight)
+
+
+def write(model: Adapted) -> None:
+    with torch.no_grad():
+        model.shift.add_(0.5)
+
+
+CHANGES = {
+    "strength": lambda model: setattr(model, "strength", 0.5),
+    "load_state_dict": lambda model: model.load_state_dict({k: 1.2 * v for k, v in model.state_dict().items()}),
+    "a buffer": write,
+    "a parameter": exchange,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("said", ["steps", "branches", "nothing"])
+def test_equal_events_give_equal_pictures(change, said):
+    model = Adapted().eval()
+    compiled = torch.compile(model, backend="ras", options=EAGER)
+    start, pictures, orders = copy.deepcopy(model.state_dict()), [], []
+    for _ in range(3):
+        model.strength, latent, order = 1.0, LATENT, ""
+        model.load_state_dict(start)
+        with torch.no_grad(), ras_compile.generation(num_steps=8) as gen:
+            for step in range(8):
+                if step == 5:
+                    CHANGES[change](model)
+                given = latent, torch.full((2,), 1 - step / 8), TEXT
+                if said != "nothing":
+                    gen.step()
+                if said == "branches":
+                    with gen.branch("cond"):
+                        noise = compiled(*given)
+                else:
+                    noise = compiled(*given)
+                if step == 5:
+                    torch.testing.assert_close(noise, model(*given))
+                order += ras_compile.trace(compiled)[-1].kind[0]
+                latent = latent - noise / 8
+        pictures.append(latent)
+        orders.append(order)
+    # alone, another graph, which Dynamo makes of another strength, is another model
+    assert orders == ["dd" + "sss" + ("dds" if said == "nothing" else "dss")] * 3
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+
+
+def test_weights_that_a_callback_loads():
+    pipe = sd3(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    start = copy.deepcopy(pipe.transformer.state_dict())
+
+    def load(pipe, step, time, tensors):
+        if step == 3:
+            pipe.transformer.load_state_dict({name: 0.9 * value for name, value in start.items()})
+        return {}
+
+    pictures = []
+    with ras_compile.attach(pipe, **PIPELINE) as handle:
+        for _ in range(2):
+            pipe.transformer.load_state_dict(start)
+            pictures.append(draw_sd3(pipe, steps=7, callback_on_step_end=load))
+            assert kinds(ras_compile.trace(handle)) == "dd" + "ss" + "d" + "ss"
+            assert ras_compile.trace(handle)[4].reason == "its weights have changed"
+    assert torch.equal(*pictures)
