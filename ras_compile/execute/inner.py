@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError
 from ras_compile.kernels.tiles import sources
 
+log = logging.getLogger(__name__)
 Compiled = Callable[..., Sequence[Any]]
 
 
@@ -51,6 +54,14 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
     """
     if config.inner_backend == "eager":
         return module
+    began = time.perf_counter()
+    log.info("compiling a program of %s operations with %s", len(module.graph.nodes), config.inner_backend)
+    compiled = _compiled(module, inputs, config)
+    log.info("compiled it in %.1f s", time.perf_counter() - began)
+    return compiled
+
+
+def _compiled(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) -> Compiled:
     compiled: Any
     if config.inner_backend == "inductor":
         options = dict(config.inner_options)

@@ -93,7 +93,7 @@ class Handle:
         self.detach()
 
 
-def attach(pipe: Any, **options: Any) -> Handle:
+def attach(pipe: Any, config: RASConfig | None = None, **options: Any) -> Handle:
     """Make a diffusers pipeline sample region-adaptively.
 
     Compiles `pipe.transformer` (and `transformer_2`, ...) in place with `module.compile()`, so that the pipeline's
@@ -104,18 +104,34 @@ def attach(pipe: Any, **options: Any) -> Handle:
 
     Args:
         pipe: the pipeline.
+        config: options all at once; those given by name rule over it.
         **options: see :class:`RASConfig`; `mode` is handed to the inner backend.
 
     Returns:
         A handle with `.detach()`, `.configure()`, `.config` and `.transformers`, for `ras_compile.trace` too.
 
     Raises:
-        ConfigError: a bad option, a pipeline without a transformer, or one that is compiled already.
+        ConfigError: a bad option, what is no pipeline, one without a transformer, or one that is compiled already.
     """
+    options = {**_chosen(config), **options}
+    if "options" in options:
+        raise ConfigError(
+            "attach takes options by name: attach(pipe, sample_ratio=0.5), not attach(pipe, options={...})."
+        )
     config = RASConfig.from_options(options)
+    if isinstance(pipe, (str, nn.Module)) or pipe is None:
+        raise ConfigError(
+            f"attach takes a loaded diffusers pipeline, not {'None' if pipe is None else type(pipe).__name__}; a model alone is "
+            "compiled by torch.compile(model, backend='ras')."
+        )
     found = {name: getattr(pipe, name) for name in _names(pipe) if isinstance(getattr(pipe, name, None), nn.Module)}
     if not found:
         what = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
+        if getattr(pipe, "unet", None) is not None:
+            raise ConfigError(
+                f"{what} denoises with a UNet, and region-adaptive sampling takes diffusion transformers alone; use a pipeline "
+                "that has one, such as SD3, Flux or Wan."
+            )
         raise ConfigError(
             f"{what} has no transformer to attach to, as a diffusers pipeline has; use torch.compile(model, backend='ras') on its "
             "denoiser, with ras_compile.generation() to tell the steps."
@@ -128,6 +144,28 @@ def attach(pipe: Any, **options: Any) -> Handle:
             )
         check_timestep(config.timestep, type(module))
     return Handle(pipe, config, found, options)
+
+
+def _chosen(config: RASConfig | None) -> dict[str, Any]:
+    """The options of a config that are not the default ones.
+
+    Raises:
+        ConfigError: it is no config, or that of another version.
+    """
+    if config is None:
+        return {}
+    if not isinstance(config, RASConfig):
+        raise ConfigError(
+            f"attach takes a RASConfig as its second argument, not {type(config).__name__}; options are given by name: "
+            "attach(pipe, sample_ratio=0.5)."
+        )
+    default, names = vars(RASConfig()), set(vars(config))
+    if names != set(default):
+        strange = ", ".join(sorted(names ^ set(default)))
+        raise ConfigError(f"this RASConfig is of another version of ras_compile ({strange}); make it anew.")
+    return {
+        name: value for name, value in vars(config).items() if value is not default[name] and value != default[name]
+    }
 
 
 def _names(pipe: Any) -> list[str]:

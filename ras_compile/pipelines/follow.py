@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ras_compile._torch import original
 from ras_compile.config import RASConfig
 from ras_compile.notices import user_frame, warn_once
 from ras_compile.passes.algebra.tokens import TokenView
@@ -334,7 +335,13 @@ class SchedulerFollower:
         """A transformer that has been put in the place of an attached one since is not compiled."""
         pipe = self._pipe()
         for name, attached in list(self._transformers.items()):
-            if getattr(pipe, name, None) not in (None, attached):
+            present = getattr(pipe, name, None)
+            if present is not attached and original(present) is attached:
+                warn_once(
+                    f"ras_compile: {type(pipe).__name__}.{name} was compiled once more after attach(); the options of that "
+                    "compilation rule. Put the plain module back, or call detach() on the handle."
+                )
+            elif present is not None and present is not attached:
                 warn_once(
                     f"ras_compile: {type(pipe).__name__}.{name} is not the module that was attached; what it computes is "
                     "dense. Call detach() on the handle, and attach again."

@@ -24,9 +24,10 @@ def modules_of(compiled: Any) -> list[nn.Module]:
     found = [original(module) for module in modules]
     for module in found:
         if not isinstance(module, nn.Module):
+            what = f"{type(module).__name__}{' itself' if hasattr(module, 'transformer') else ''}"
             raise TypeError(
-                "wanted is a compiled transformer or a handle of attach(), not "
-                f"{type(module).__name__}{' itself' if hasattr(module, 'transformer') else ''}."
+                f"wanted is a compiled transformer or a handle of attach(), not {what}; keep what attach(pipe) returns, or "
+                "give pipe.transformer."
             )
     return found
 

@@ -457,8 +457,14 @@ def _at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: i
         )
     if cost is None:
         raise ConfigError("option speedup needs the costs of the compiled programs; give a sample_ratio instead.")
+    schedule = Schedule(config)
+    if schedule.dense_steps(num_steps) == num_steps:
+        raise ConfigError(
+            f"option speedup={config.speedup}: none of the {num_steps} steps can be sparse with warmup_steps="
+            f"{config.warmup_steps}; lower warmup_steps or take more steps."
+        )
     try:
-        schedule, price = Schedule(config), cost()
+        price = cost()
         ratio = price.ratio_for(
             config.speedup, num_steps, schedule.dense_steps(num_steps), schedule.fewest(price.tokens)
         )

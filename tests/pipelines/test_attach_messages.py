@@ -1,0 +1,105 @@
+"""What a new user tries with `attach`: each mistake is answered by one sentence that says what to do."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+from pipelines import EAGER, draw_sd3, kinds, sd3
+from tiny import LATENT, TEXT, model
+
+import ras_compile
+from ras_compile import RASConfig, notices
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    notices.reset()
+
+
+class Unet:
+    unet, scheduler = torch.nn.Linear(1, 1), None
+
+
+@pytest.mark.parametrize(
+    ("pipe", "given", "text"),
+    [
+        (sd3, {"options": {"sample_ratio": 0.5}}, r"options by name: attach\(pipe, sample_ratio=0.5\)"),
+        (sd3, {"config": {"sample_ratio": 0.5}}, r"RASConfig as its second argument, not dict"),
+        (lambda: "sd3", {}, "loaded diffusers pipeline, not str"),
+        (lambda: None, {}, "loaded diffusers pipeline, not None"),
+        (lambda: torch.nn.Linear(1, 1), {}, r"not Linear; a model alone is compiled by torch.compile"),
+        (Unet, {}, "denoises with a UNet"),
+    ],
+)
+def test_what_is_no_pipeline_or_no_option(pipe, given, text):
+    with pytest.raises(ras_compile.ConfigError, match=text) as error:
+        ras_compile.attach(pipe(), **given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_is_taken_whole():
+    config = RASConfig(sample_ratio=0.25, warmup_steps=2)
+    for handle in (
+        ras_compile.attach(sd3(), config),
+        ras_compile.attach(sd3(), config=pickle.loads(pickle.dumps(config))),
+    ):
+        assert handle.config == config
+        handle.detach()
+    with ras_compile.attach(sd3(), config, warmup_steps=3) as handle:
+        assert handle.config == RASConfig(sample_ratio=0.25, warmup_steps=3)
+
+
+@pytest.mark.parametrize("how", ["more", "fewer"])
+def test_a_config_of_another_version(how):
+    config = RASConfig()
+    if how == "more":
+        object.__setattr__(config, "future_option", 1)
+    else:
+        object.__delattr__(config, "kv_cache")
+    with pytest.raises(ras_compile.ConfigError, match=r"another version of ras_compile \((future_option|kv_cache)\)"):
+        ras_compile.attach(sd3(), config)
+
+
+def test_a_trace_of_the_pipeline_itself():
+    with pytest.raises(TypeError, match=r"not StableDiffusion3Pipeline itself; keep what attach\(pipe\) returns"):
+        ras_compile.trace(sd3())
+
+
+def test_a_module_that_is_compiled_once_more():
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    with ras_compile.attach(pipe, **EAGER):
+        pipe.transformer = torch.compile(pipe.transformer, backend="ras", options=EAGER)
+        with pytest.warns(ras_compile.RASWarning, match="was compiled once more after attach"):
+            draw_sd3(pipe)
+
+
+def test_a_speedup_without_sparse_steps():
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    text = "none of the 4 steps can be sparse with warmup_steps=4"
+    with ras_compile.attach(pipe, speedup=2, inner_backend="eager"), pytest.raises(ras_compile.ConfigError, match=text):
+        draw_sd3(pipe, steps=4)
+
+
+def test_a_warning_points_to_the_users_line():
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    with ras_compile.attach(pipe, **{**EAGER, "unsupported": "dense", "warmup_steps": 6}) as handle:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draw_sd3(pipe)
+        assert kinds(ras_compile.trace(handle)) == "d" * 6
+    (told,) = [item for item in caught if issubclass(item.category, ras_compile.RASWarning)]
+    assert told.filename.endswith(("pipelines.py", "test_attach_messages.py"))
+
+
+def test_a_compilation_is_told(caplog):
+    compiled = torch.compile(model(), backend="ras", options={**EAGER, "inner_backend": "aot_eager"})
+    with torch.no_grad(), caplog.at_level("INFO", "ras_compile"):
+        compiled(LATENT, torch.full((2,), 1.0), TEXT)
+    told = [record.getMessage() for record in caplog.records]
+    assert any(text.startswith("compiling a program of") for text in told)
+    assert any(text.startswith("compiled it in") and text.endswith(" s") for text in told)
