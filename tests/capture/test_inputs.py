@@ -1,11 +1,36 @@
-"""What tells two calls of one graph apart: each part of the key, alone."""
+"""What the inputs of a graph are called, and what tells two calls of one graph apart."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from ras_compile.capture.inputs import key_of
+from ras_compile.capture.inputs import argument_names, key_of
+
+
+class Short(nn.Module):
+    def forward(s, hidden_states, timestep, *others, text=None, **more):  # what is tested
+        pass
+
+
+class Usual(nn.Module):
+    def forward(self, hidden_states, timestep, *others, text=None, **more):
+        pass
+
+
+class Gathered(nn.Module):
+    def forward(*args, text=None):
+        pass
+
+
+@pytest.mark.parametrize("kind", [Short, Usual])
+def test_the_module_is_no_argument_whatever_it_is_called(kind):
+    assert argument_names(kind.forward) == ["hidden_states", "timestep", "text"]
+
+
+def test_a_forward_may_hold_the_module_among_all_positional_arguments():
+    assert argument_names(Gathered.forward) == ["text"]
 
 
 def values():
