@@ -54,7 +54,7 @@ _LOOKUPS: dict[str, Callable[[], Any]] = {
     "tables_of": lambda: _torch.tables_of(torch.nn.Identity()),
     "version_of": lambda: _torch.version_of(torch.empty(0)),
 }
-_checked = False
+checked = False  # whether this process has looked; what is not right is looked at again
 
 
 def changed() -> dict[str, str]:
@@ -83,8 +83,8 @@ def check() -> None:
     Raises:
         RASError: what is needed is not as it was; the text names it.
     """
-    global _checked
-    if _checked:
+    global checked
+    if checked:
         return
     if not is_tested():
         found = changed()
@@ -96,4 +96,4 @@ def check() -> None:
             f"used of it {', '.join(missing) or 'nothing'} is missing{', which makes it slower' if missing else ''}. "
             "tests/test_torch_canaries.py says whether the rest does what it did."
         )
-    _checked = True
+    checked = True

@@ -21,7 +21,7 @@ def pytorch(monkeypatch):
 
     def be(version):
         monkeypatch.setattr(torch, "__version__", version)
-        monkeypatch.setattr(canaries, "_checked", False)
+        monkeypatch.setattr(canaries, "checked", False)
         notices.reset()
 
     return be
