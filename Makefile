@@ -4,19 +4,23 @@ BIN := .venv/bin
 # Tests are split over this many processes, each with one thread: on two cores that beats one process with two threads.
 JOBS ?= 2
 
-.PHONY: demo test fuzz check format clean
+.PHONY: demo test quick fuzz check format clean
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 --durations=25 $(ARGS)
 
 # Random models beyond the seeds that `make test` runs: make fuzz GRAPHS=5000 SEED=1000
 GRAPHS ?= 1000
 SEED ?= 1000
 fuzz: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(GRAPHS) --seed $(SEED)
+
+# What changes most, in a minute or two: no zoo of models, no pipelines, no compilation.
+quick: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 120 -m "not (zoo or pipelines or compiles or slow or gpu)" $(ARGS)
 
 check: .venv/.installed build/typed
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -15,6 +16,23 @@ from ras_compile import notices
 
 pytest.register_assert_rewrite("properties")
 
+# What `make quick` leaves out, by files and folders; a test that runs Triton's interpreter is `compiles`, too.
+LANES = {
+    "contract/test_contract.py": "zoo",
+    "contract/test_handwritten.py": "zoo",
+    "contract/test_inductor.py": "compiles",
+    "contract/test_options.py": "pipelines",
+    "contract/test_bad_input.py": "pipelines",
+    "examples": "slow",
+    "fuzz": "slow",
+    "kernels": "slow",
+    "passes/lowering/test_functional.py": "compiles",
+    "passes/lowering/test_share.py": "compiles",
+    "pipelines": "pipelines",
+    "plans/test_lengths.py": "compiles",
+}
+QUICK = {"pipelines/test_follow.py", "kernels/test_tiles.py"}  # the quick ones among those
+
 
 def pytest_configure():
     # Graphs are full of cycles: to look for them at every 700th object took 8 % of the time.
@@ -22,6 +40,14 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
+    root = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(root)
+        if path.as_posix() not in QUICK:
+            lanes = [lane for place, lane in LANES.items() if path.is_relative_to(place)]
+            lanes += ["compiles"] if "run_interpreted" in item.fixturenames else []
+            for lane in lanes:
+                item.add_marker(lane)
     for item in items:  # one process runs all tests of a file, or of a group that the test names
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
