@@ -25,7 +25,7 @@ quick: .venv/.installed
 check: .venv/.installed build/typed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy build/typed/ras_compile
+	MYPYPATH=build/typed $(BIN)/mypy build/typed/ras_compile tests/support/typed_user.py
 	cd build/typed && $(CURDIR)/$(BIN)/lint-imports --no-cache $(CURDIR)/pyproject.toml
 
 format: .venv/.installed

@@ -2,12 +2,14 @@
 
 import dataclasses
 import pickle
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from ras_compile import RASConfig, RASError
 from ras_compile.config import PRESETS, RUNTIME_OPTIONS
+from ras_compile.options import Options, RuntimeOptions
 from ras_compile.sampling.locate import Generation
 
 
@@ -167,3 +169,10 @@ def test_numbers_of_numpy_are_numbers():
     assert type(Generation(np.int64(28)).num_steps) is int
     with pytest.raises(ValueError, match="warmup_steps"):
         RASConfig(warmup_steps=np.bool_(True))
+
+
+def test_options_by_name_are_those_of_the_config():
+    names = {option.name for option in dataclasses.fields(RASConfig)}
+    assert set(Options.__annotations__) == names | {"preset", "mode"}
+    assert set(RuntimeOptions.__annotations__) == {*RUNTIME_OPTIONS, "preset"}
+    assert get_args(get_args(get_type_hints(Options)["preset"])[0]) == tuple(PRESETS)

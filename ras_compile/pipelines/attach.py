@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from ras_compile.config import RASConfig
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.errors import ConfigError
 from ras_compile.notices import warn_once
+from ras_compile.options import Options, RuntimeOptions
 from ras_compile.pipelines.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
 from ras_compile.sampling.locate import AttachedCall, attached_call
 from ras_compile.sampling.models import release
@@ -58,7 +59,7 @@ class Handle:
         """The options of generations that begin now."""
         return self.follower.config
 
-    def configure(self, **options: Any) -> None:
+    def configure(self, **options: Unpack[RuntimeOptions]) -> None:
         """Replace runtime options from the next generation on; what is compiled stays.
 
         ::
@@ -93,7 +94,7 @@ class Handle:
         self.detach()
 
 
-def attach(pipe: Any, config: RASConfig | None = None, **options: Any) -> Handle:
+def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options]) -> Handle:
     """Make a diffusers pipeline sample region-adaptively.
 
     Compiles `pipe.transformer` (and `transformer_2`, ...) in place with `module.compile()`, so that the pipeline's
@@ -113,12 +114,12 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Any) -> Handle
     Raises:
         ConfigError: a bad option, what is no pipeline, one without a transformer, or one that is compiled already.
     """
-    options = {**_chosen(config), **options}
-    if "options" in options:
+    chosen: dict[str, Any] = {**_chosen(config), **options}
+    if "options" in chosen:
         raise ConfigError(
             "attach takes options by name: attach(pipe, sample_ratio=0.5), not attach(pipe, options={...})."
         )
-    config = RASConfig.from_options(options)
+    config = RASConfig.from_options(chosen)
     if isinstance(pipe, (str, nn.Module)) or pipe is None:
         raise ConfigError(
             f"attach takes a loaded diffusers pipeline, not {'None' if pipe is None else type(pipe).__name__}; a model alone is "
@@ -143,7 +144,7 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Any) -> Handle
                 "detach() on its handle first."
             )
         check_timestep(config.timestep, type(module))
-    return Handle(pipe, config, found, options)
+    return Handle(pipe, config, found, chosen)
 
 
 def _chosen(config: RASConfig | None) -> dict[str, Any]:
