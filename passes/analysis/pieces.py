@@ -10,6 +10,7 @@ another size, as they do for active rows. Equal work of several parts (a feed-fo
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ HEAVY = (
     aten.einsum.default, aten.scaled_dot_product_attention.default,
 )  # fmt: skip
 MOST_WORK = 2.0  # so many times the parts' own products may be computed for it
+MOST_OPS = 1000  # between a cut and its join: what has more is no part of a layer
 TOKENS = Atom(0, 1)
 
 
@@ -67,16 +69,16 @@ def join_parts(graph: fx.Graph, node: fx.Node) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     derived: dict[fx.Node, None] = {}
-    left = [user for user in source.users if user.target in CUTS]
-    while left:
-        user = left.pop()
+    left = deque(user for user in source.users if user.target in CUTS)
+    while left and len(derived) < MOST_OPS:
+        user = left.popleft()
         if user not in derived and user.op == "call_function":
             derived[user] = None
             if user.target not in JOINS:
                 left += user.users
     order = {found: index for index, found in enumerate(graph.nodes)}
     joins = sorted((found for found in derived if found.target in JOINS), key=order.__getitem__)
-    found = sum(_Together(graph, derived, source).join(join) for join in joins) > 0
+    found = sum(not join._erased and _Together(graph, derived, source).join(join) for join in joins) > 0
     if found and graph.owning_module is not None:
         graph.owning_module.recompile()
     return found
@@ -144,7 +146,7 @@ class _Together:
         return self._chosen([(piece.stop, piece.whole) for piece in pieces], dim, node)
 
     def _stands(self, part: Part, dim: int) -> None:
-        if part.stop - part.start > 1 and part.layout.dims[dim] != (Axis(part.stop - part.start, TOKENS),):
+        if part.layout.dims[dim] != (Axis(part.stop - part.start, TOKENS),):
             raise Apart
         if part.whole.meta["val"].shape[dim] != part.size:
             raise Apart

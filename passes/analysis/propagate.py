@@ -64,11 +64,12 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
     """
     if 0 in frame.shape:
         raise UnsupportedGraph(f"`{_name(latent)}` {list(frame.shape)} is empty")
+    apart: set[fx.Node] = set()
     for _ in range(ROUNDS):
         if not frame.region:
             break
         try:
-            return _round(graph, latent, frame, kv_cache)
+            return _round(graph, latent, frame, kv_cache, apart)
         except Restart as fact:
             if isinstance(fact, Refine) and fact.atom == frame.batch:
                 frame = frame.unbatched()
@@ -78,7 +79,7 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
     )
 
 
-def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> Analysis:
+def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool, apart: set[fx.Node]) -> Analysis:
     layouts: dict[fx.Node, Result] = {latent: frame.layout()}
     steps: dict[fx.Node, Step] = {}
     mixed: set[fx.Node] = set()
@@ -95,7 +96,7 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool) -> An
             steps[node] = Step(result, (Use.ROWS,))
         else:
             call = Call(node, layouts, frame, kv_cache=kv_cache, mixed=mixed)
-            source, one = operands(node)[0], one_step(graph, call)
+            source, one = operands(node)[0], one_step(graph, call, apart)
             if one is None:  # the graph is another from where the parts were cut
                 for known in (layouts, steps):
                     for gone in [erased for erased in known if erased._erased]:
@@ -142,18 +143,34 @@ def pads_latent(node: fx.Node, step: Step, layouts: dict[fx.Node, Result]) -> bo
     return isinstance(padded, Layout) and padded.raw
 
 
-def one_step(graph: fx.Graph, call: Call) -> Step | None:
-    """What becomes of a node; None where parts of the tokens, cut there, are worked together instead."""
+def one_step(graph: fx.Graph, call: Call, apart: set[fx.Node]) -> Step | None:
+    """What becomes of a node; None where parts of the tokens, cut there, are worked together instead.
+
+    Args:
+        apart: values whose parts are known to be worked apart; those that are found so are added.
+    """
     node = call.node
     if node.target not in CUTS:
         return find_rule(node)(call)
     try:
         step = find_rule(node)(call)
     except (Exclude, Unbatch):
-        if join_parts(graph, node):
+        if together(graph, node, apart):
             return None
         raise
-    return None if step.whole and join_parts(graph, node) else step
+    return None if step.whole and together(graph, node, apart) else step
+
+
+def together(graph: fx.Graph, node: fx.Node, apart: set[fx.Node]) -> bool:
+    """:func:`join_parts`, once for each value: it depends on no fact about the latent."""
+    (source, *_) = operands(node)
+    if source in apart:
+        return False
+    if join_parts(graph, node):
+        apart.clear()  # what meets the joined value may be joined, too
+        return True
+    apart.add(source)
+    return False
 
 
 def _name(latent: fx.Node) -> str:

@@ -21,5 +21,7 @@ CORPUS = {
     "learned slopes": plain("mlp", 1),
     "a view by strides": plain("across", 4),
     "all frames but the first": plain("pieces", 1, frame=(0, 2, 2, 0, 0)),
+    "an odd latent, padded by its other side": plain("attention", frame=(0, 6, 1, 0, 0, 0, 0, 0, 0, 1)),
+    "an odd latent with a skip, padded by a reflection": plain("mlp", frame=(0, 6, 1, 0, 3, 0, 0, 1, 0, 2)),
     "feed-forward in chunks": plain("pieces", 0),
 }
