@@ -45,7 +45,7 @@ def continued(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         products = torch.stack([change * line, line * line]).nan_to_num(0.0, 0.0, 0.0)
         sums = DECAY * sums + torch.where(moved, products, 0.0).sum((2, 3, 4))
         share = (sums[0] / sums[1].clamp_min(_LEAST)).clamp(0, 1).reshape(-1, 1, 1, 1)
-    ahead = (noise.float() + share * line).to(noise.dtype)
+    ahead = noise + (share * line).to(noise.dtype)  # where nothing is added, the very noise
     found = change * torch.where(passed == 0, 0.0, 1 / passed).float()
     slope = torch.where(moved, found.nan_to_num(0.0, 0.0, 0.0), slope)
     return torch.where(computed, noise, ahead), slope, torch.where(computed, now, since), sums

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from functools import cache
 
 import pytest
@@ -12,11 +13,13 @@ from contract import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import EAGER, draw_sd3, kinds, sd3
+from tiny import LATENT, TEXT, TinyDiT
 
 import ras_compile
 from ras_compile import RASConfig
-from ras_compile.config import RUNTIME_OPTIONS
+from ras_compile.config import PRESETS, RUNTIME_OPTIONS
 from ras_compile.passes.analysis.cost import ACTIVE
+from ras_compile.sampling.reuse import active_tokens
 from ras_compile.sampling.rows import RowChooser
 from ras_compile.sampling.schedule import Schedule
 from ras_compile.sampling.selection import SelectionInfo
@@ -26,6 +29,22 @@ STEPS, TOKENS = 7, 16
 
 def loudest(noise, info):
     return noise.abs().amax(-1)
+
+
+class Drifting:
+    """A metric of the user's that needs a state: how much each token's noise has changed, times how long it is ago."""
+
+    def __init__(self):
+        self.step = None
+
+    def __call__(self, noise, info):
+        if self.step is None or info.step <= self.step or noise.shape != self.last.shape:  # a generation begins
+            self.rate = torch.ones(noise.shape[:2])
+        else:
+            moved = (noise != self.last).any(-1)
+            self.rate = torch.where(moved, (noise - self.last).norm(dim=-1), 2 * self.rate)
+        self.last, self.step = noise.clone(), info.step
+        return self.rate
 
 
 def best(metric, drops, k, info):
@@ -39,15 +58,19 @@ RUNTIME = [
     {"reset_interval": 2},
     {"reset_steps": [3, 6]},
     {"ratio_schedule": "linear"},
+    {"ratio_schedule": "ends"},
+    {"metric": "std"},
     {"metric": "l2norm"},
     {"metric": "random"},
     {"metric": loudest},
+    {"metric": Drifting()},
     {"focus": "low"},
     {"focus": 0.4},
     {"starvation_scale": 0.0},
     {"max_absence": 1},
     {"selector": best},
     {"noise_reuse": "linear"},
+    {"noise_reuse": "forecast"},
     {"noise_reuse": "x0"},
 ]
 PROGRAM = [
@@ -91,6 +114,48 @@ def check(handle, bound: float = 1.0) -> None:
 
 def test_every_runtime_option_is_here():
     assert {name for option in RUNTIME for name in option} == set(RUNTIME_OPTIONS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    """Each runs as its options say; with all tokens it gives the dense picture, and without what it forecasts, two alike."""
+    pipe, plain = pipeline()
+    torch._dynamo.reset()
+    with ras_compile.attach(pipe, inner_backend="eager", unsupported="error", preset=preset) as handle:
+        assert handle.config == RASConfig(**PRESETS[preset], inner_backend="eager", unsupported="error")
+        check(handle)
+        first = draw_sd3(pipe, steps=STEPS)
+        assert torch.equal(draw_sd3(pipe, steps=STEPS), first)
+        handle.configure(preset=preset, sample_ratio=1.0)
+        assert error([draw_sd3(pipe, steps=STEPS)], [plain]) < 1e-4
+        handle.configure(preset=preset, speedup=1.1)
+        check(handle)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_sparse_step_on_the_inputs_of_the_dense_one_before(preset):
+    """The contract's consistency and locality through the whole runtime, at each preset's options.
+
+    The same inputs give the same noise, whatever is active. On a new latent the tokens that are not active hold their
+    noise bit for bit; so do those of a preset that forecasts, since time stands still here.
+    """
+    torch._dynamo.reset()
+    model = TinyDiT().double().eval()
+    compiled = torch.compile(model, backend="ras", options={**EAGER, "preset": preset, "warmup_steps": 3})
+    first, other, text = LATENT.double(), torch.randn_like(LATENT).double(), TEXT.double()
+    with torch.no_grad(), ras_compile.generation(num_steps=20) as gen:
+        outputs = []
+        for latent in (first, first, first, first, other):
+            gen.step()
+            outputs.append(compiled(latent, torch.full((2,), 0.5, dtype=torch.float64), text))
+    records = ras_compile.trace(compiled)
+    assert [record.kind[0] for record in records] == list("dddss")
+    assert error([outputs[3]], [outputs[2]]) < 1e-9
+    height, width = LATENT.shape[2] // 2, LATENT.shape[3] // 2
+    active = active_tokens(records[4].rows, height * width).reshape(-1, 1, height, width)
+    active = active.repeat_interleave(2, 2).repeat_interleave(2, 3).expand_as(first)
+    assert torch.equal(outputs[4][~active], outputs[3][~active])
+    assert not torch.equal(outputs[4][active], outputs[3][active])
 
 
 def test_runtime_options_in_pairs():
@@ -216,25 +281,40 @@ def test_a_speedup_is_reached():
             draw_sd3(pipe, steps=steps)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_speedup_of_a_run_without_a_sparse_step_is_one_error(steps):
+    pipe, _ = pipeline()
+    torch._dynamo.reset()
+    with (
+        warnings.catch_warnings(action="error", category=ras_compile.RASWarning),
+        ras_compile.attach(pipe, **{**EAGER, "warmup_steps": 4}, speedup=2),
+        pytest.raises(ras_compile.ConfigError, match=f"option speedup=2.*none of the {steps} steps can be sparse"),
+    ):
+        draw_sd3(pipe, steps=steps)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     tokens=st.integers(8, 400),
     ratio=st.floats(0.06, 0.95),
     bound=st.integers(1, 9),
     steps=st.integers(6, 60),
-    kind=st.sampled_from(["constant", "linear"]),
+    kind=st.sampled_from(["constant", "linear", "ends"]),
+    metric=st.sampled_from(["std", "drift"]),
     focus=st.sampled_from(["low", "high", 0.5]),
     scale=st.sampled_from([0.0, 2.0]),
     seed=st.integers(0, 99),
 )
-def test_a_run_starves_no_token_and_computes_what_was_asked_for(tokens, ratio, bound, steps, kind, focus, scale, seed):
+def test_a_run_starves_no_token_and_computes_what_was_asked_for(
+    tokens, ratio, bound, steps, kind, metric, focus, scale, seed
+):
     """A whole run: absence stays within `max_absence + ceil(N / A)`, A the fewest of its steps; the sum of A is right.
 
     That is: within half a token a step for a constant ratio, and for a linear one within half a token a step of its last
     level, to which the rounding of the others is handed on. (Grids of 512 tokens and more round to a multiple of 8 to 64.)
     """
     config = RASConfig(
-        sample_ratio=ratio, max_absence=bound, ratio_schedule=kind, focus=focus, starvation_scale=scale,
+        sample_ratio=ratio, max_absence=bound, ratio_schedule=kind, metric=metric, focus=focus, starvation_scale=scale,
         reset_interval=None, warmup_steps=1, cuda_graphs=False,
     )  # fmt: skip
     schedule, chooser, info = Schedule(config), RowChooser(config), SelectionInfo()
@@ -252,6 +332,6 @@ def test_a_run_starves_no_token_and_computes_what_was_asked_for(tokens, ratio, b
         noise = fixed if seed % 2 else torch.rand(1, tokens, 1, 4, generator=generator)
         chooser.observe(noise, info)
     assert worst <= bound + math.ceil(tokens / min(counts))
-    level = counts.count(counts[-1]) if kind == "linear" else len(counts)
+    level = {"constant": len(counts), "linear": counts.count(counts[-1]), "ends": counts.count(min(counts))}[kind]
     if min(counts) > 1 and max(counts) < tokens:
         assert abs(sum(counts) - ratio * tokens * len(counts)) <= level / 2 + 1e-6

@@ -16,9 +16,10 @@ from PIL import Image
 from scripts import EXAMPLES, load
 
 import ras_compile
+from ras_compile.sampling.schedule import Schedule
 
-names = ("data", "measure", "others", "run", "sampler", "settings", "tables", "objects")
-data, measure, others, run, sampler, chosen, tables, objects = load(["quality", "emoji"], names)
+names = ("data", "measure", "others", "run", "sampler", "settings", "tables", "objects", "frontier")
+data, measure, others, run, sampler, chosen, tables, objects, frontier = load(["quality", "emoji"], names)
 Sampler, scheduler_of, OBJECTS = sampler.Sampler, sampler.scheduler_of, objects.OBJECTS
 
 
@@ -246,6 +247,47 @@ def test_a_stopped_run_goes_on(tiny, monkeypatch, tmp_path, capsys):
     assert "has every setting" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"another run \(real=40\)"):
         run.main([*tiny, "--real", "41"])
+
+
+def test_settings_of_the_frontier():
+    rows = chosen.frontier()
+    assert len({row.key for row in rows}) == len(rows)
+    for row in rows:
+        if row.method == "RAS":
+            config = ras_compile.RASConfig.from_options(row.options)
+            if config.ratio_schedule == "ends" and "preset" not in row.options:
+                schedule = Schedule(config)
+                sparse = [step for step in range(row.steps) if schedule.kind(step) == "sparse"]
+                assert max(schedule.ratio(step, row.steps) for step in sparse) == pytest.approx(0.5)
+        else:
+            assert row.method == "dense" and not row.options
+
+
+def test_the_frontier_takes_turns(tiny, monkeypatch, tmp_path, capsys):
+    fast = dict(warmup_steps=1)
+    rows = [
+        chosen.Setting("dense", 2, "even"),
+        chosen.ras(3, 0.25, "drift", metric="drift", **fast),
+        chosen.Setting("RAS", 3, "dpm++", dict(preset="quality", **fast), "preset quality"),
+    ]
+    monkeypatch.setattr(frontier, "frontier", lambda: rows)
+    order, one_batch = [], Sampler.one_batch
+    monkeypatch.setattr(
+        Sampler, "one_batch", lambda self, model, scheduler, at, *given: order.append((at, type(scheduler).__name__))
+        or one_batch(self, model, scheduler, at, *given),
+    )  # fmt: skip
+    given = ["--out", str(tmp_path / "out"), "--n", "2", "--batch", "1", "--turns", "2", "--exact-steps", "2"]
+    frontier.main([*given, "--device", "cpu", "--inner-backend", "eager"])
+    turn = ["EvenEuler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+    assert [at for at, _ in order] == [0] + [0] * 3 + [1] * 3 + [0] * 3
+    assert [name for _, name in order[1:]] == turn * 3
+    found = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
+    assert [row["key"] for row in found] == [row.key for row in rows]
+    assert all(row["n"] == 2 and row["psnr"] > 5 and len(row["ms_turns"]) == 2 for row in found)
+    assert found[0]["work"] == 1 and 0.4 < found[1]["work"] < 0.6 and found[1]["active"] == [1024, 256, 256]
+    assert len([line for line in capsys.readouterr().out.splitlines() if " ms  work " in line]) == 3
+    frontier.main([*given, "--only", "quality", "--list"])
+    assert capsys.readouterr().out == rows[2].key + "\n"
 
 
 def test_without_artwork_the_command_is_named(tmp_path):

@@ -7,8 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from fakes import FakeTransformer, prompts
 from recorded import Recorded
 
+import ras_compile
 from ras_compile import RASConfig
 from ras_compile.execute import replay
 from ras_compile.sampling.drift import FLOOR
@@ -167,3 +169,40 @@ def test_a_noise_that_stands_still_is_computed_in_turns():
     picked = run("dd" + "s" * 12, active=6, noises=lambda step, branch: torch.ones(BATCH, TOKENS, PIXELS, CHANNELS))
     for before, after in pairwise(picked):
         assert not set(before[0].tolist()) & set(after[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("batches", "kinds"),
+    [
+        (lambda step: {"cond": 1, "uncond": 1}, "dddd" + "ss" * 8),
+        (lambda step: {"cond": 1, "uncond": 1} if step < 6 else {"cond": 1}, "dddd" + "ss" * 4 + "ssss"),  # dropped
+        (lambda step: {"cond": 1} if step < 5 else {"cond": 1, "uncond": 1}, "dd" + "sss" + "sd" + "ss" * 4),
+        (lambda step: {"cond": 1, "uncond": 1} if step != 5 else {"uncond": 1}, "dddd" + "sssssss" + "ds" + "ss" * 3),
+        (lambda step: {"both": 2} if step < 6 else {"cond": 1}, "dd" + "ssss" + "d" + "sss"),
+    ],
+    ids=["always", "guidance is dropped", "begins late", "one call left out", "the batch is halved"],
+)
+@pytest.mark.parametrize("reset_interval", [None, 3])
+def test_branches_that_come_and_go(batches, kinds, reset_interval):
+    """Rows are those of the formula, over the calls of the step before, each with all that its branch has computed."""
+    model = FakeTransformer(
+        metric="drift", warmup_steps=2, reset_interval=reset_interval, cuda_graphs=False, max_absence=100
+    )
+    contexts, references, seen, called = prompts("cond", "uncond", "both"), {}, "", {}
+    with ras_compile.generation(num_steps=10) as gen:
+        for step in range(10):
+            gen.step()
+            scores = [reference.scores(step) for reference in called.values()]
+            called, latent = {}, torch.randn(1, 16, 4)
+            for name, batch in batches(step).items():
+                with gen.branch(name):
+                    model(latent.repeat(batch, 1, 1), None, *contexts[name], truth=(0, name, step), graph=name)
+                record = model.state.records[-1]
+                seen += record.kind[0]
+                if record.rows is not None:
+                    wanted = torch.cat(scores).mean(0).sort(stable=True).indices[-8:].sort().values
+                    assert torch.equal(record.rows, wanted.expand(batch, 8)), (step, name)
+                called[name] = references.setdefault(name, Reference(batch, 16))
+                called[name].note(step, model.kept[name]["noise"].unsqueeze(2), record.rows)
+    if reset_interval is None:
+        assert seen == kinds

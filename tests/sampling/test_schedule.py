@@ -111,3 +111,47 @@ def test_no_sparse_step_is_said_once():
         Schedule(RASConfig()).check(4)
         Schedule(RASConfig()).check(5)
         Schedule(RASConfig()).check(None)
+
+
+@given(
+    ratio=st.floats(0.02, 1),
+    steps=st.integers(1, 100),
+    tokens=st.integers(16, 8192),
+    interval=st.one_of(st.none(), st.integers(2, 10)),
+    warmup=st.integers(1, 6),
+)
+def test_ends_compute_more_at_the_ends_with_the_right_sum(ratio, steps, tokens, interval, warmup):
+    options = dict(sample_ratio=ratio, ratio_schedule="ends", reset_interval=interval, warmup_steps=warmup)
+    schedule = Schedule(RASConfig(**options))
+    sparse = [step for step in range(steps) if schedule.kind(step) == "sparse"]
+    if not sparse:
+        return
+    ratios = {step: schedule.ratio(step, steps) for step in sparse}
+    assert all(0 < value <= 1 + 1e-9 for value in ratios.values()) and len(set(ratios.values())) <= 2
+    assert sum(ratios.values()) / len(sparse) == pytest.approx(ratio)
+    middle = [step for step in sparse if 0.3 <= step / max(steps - 1, 1) <= 0.9]
+    ends = [step for step in sparse if step not in middle]
+    if middle and ends:
+        most, least = ratios[ends[0]], ratios[middle[0]]
+        assert most == pytest.approx(8 * least) or (most == pytest.approx(1) and least < 1 + 1e-9)
+    counts = [schedule.active(step, tokens, steps) for step in sparse]
+    assert len(set(counts)) <= 2 and min(counts) >= 1 and max(counts) <= tokens
+    multiple = 64 if tokens >= 4096 else 32 if tokens >= 2048 else 16 if tokens >= 1024 else 8 if tokens >= 512 else 1
+    if min(counts) > multiple and max(counts) < tokens:
+        last = len(middle) or len(ends)
+        assert abs(sum(counts) - ratio * tokens * len(sparse)) <= last * multiple / 2 + 1e-6
+
+
+def test_ends_of_a_run():
+    schedule = Schedule(RASConfig(sample_ratio=0.25, ratio_schedule="ends", reset_interval=None))
+    counts = [schedule.active(step, 1000, 28) for step in range(4, 28)]
+    # 27 * 0.3 = 8.1 and 27 * 0.9 = 24.3: five steps and three have 60 %, the sixteen between an eighth of it, 7.5 %
+    assert counts == [600] * 5 + [72] * 16 + [600] * 3
+    assert schedule.active(40, 1000, 28) == counts[-1]
+
+
+def test_ends_without_a_number_of_steps_or_without_a_middle_are_flat():
+    schedule, flat = (Schedule(RASConfig(sample_ratio=0.3, ratio_schedule=kind)) for kind in ("ends", "constant"))
+    schedule.check(None)
+    assert schedule.ratio(9) == 0.3 and schedule.active(9, 4096) == flat.active(9, 4096)
+    assert schedule.active(4, 4096, 5) == flat.active(4, 4096, 5)

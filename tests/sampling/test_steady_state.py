@@ -34,9 +34,9 @@ def silent(monkeypatch):
     monkeypatch.setattr(replay, "Graph", Silent)
 
 
-def sparse_calls(layers: int, steps: int = 9):
+def sparse_calls(layers: int, steps: int = 9, **options):
     """Runs two generations, the second one step by step: a generator over its sparse calls, which it makes when asked."""
-    compiled = torch.compile(TinyDiT(layers=layers).eval(), backend="ras", options=OPTIONS)
+    compiled = torch.compile(TinyDiT(layers=layers).eval(), backend="ras", options={**OPTIONS, **options})
     latent, text = torch.randn(2, 4, 8, 12), torch.randn(2, 3, 6)
     for last in (False, True):
         with torch.no_grad(), ras_compile.generation(num_steps=steps) as gen:
@@ -78,7 +78,17 @@ def test_no_python_runs_for_each_weight(monkeypatch):
     assert many - few < 32, "8 layers are 32 weights"
 
 
-def test_what_a_step_launches(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        # at once, being of one dtype: latent, time and text; then the rows; before them the noise and the counts they come from
+        ({"metric": "std"}, {"_foreach_copy_ of 3": 1, "copy_": 1 + 2, "clone": 1 + 2}),
+        # before them the noise, the one before and the rates, at once, and the counts; what is remembered leaves, too
+        ({"metric": "drift"}, {"_foreach_copy_ of 3": 1 + 1, "copy_": 1 + 1, "clone": 1 + 4}),
+    ],
+    ids=str,
+)
+def test_what_a_step_launches(options, launches, monkeypatch):
     """Each operation here is a launch on a device: inputs are copied in at once, and what leaves is cloned."""
     seen: list[Counter] = []
 
@@ -101,6 +111,5 @@ def test_what_a_step_launches(monkeypatch):
             return real(*args, **kwargs)
 
     monkeypatch.setattr(backend, "run_step", counted)
-    list(sparse_calls(2))
-    # at once, being of one dtype: latent, time and text; then the rows; before them the noise and the counts they come from
-    assert seen[-2] == {"_foreach_copy_ of 3": 1, "copy_": 1 + 2, "clone": 1 + 2}
+    list(sparse_calls(2, **options))
+    assert seen[-2] == launches

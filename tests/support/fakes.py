@@ -24,6 +24,7 @@ class FakeTransformer:
         self.config = RASConfig.from_options(options)
         self.state = TransformerState(self.config)
         self.calls = []  # (generation, branch, step, kind, reason)
+        self.kept = {}  # what each branch keeps
         self._lock = threading.Lock()
 
     def __call__(self, latent, timestep, *context, truth, graph="graph"):
@@ -44,6 +45,7 @@ class FakeTransformer:
         else:
             assert decision.rows is None and decision.active == tokens and decision.reason
         decision.slots.update(truth=truth, noise=noise)
+        self.kept[branch] = decision.slots
         self.state.record(call, decision, noise, noise, view)
         with self._lock:
             self.calls.append((generation, branch, step, decision.kind, decision.reason))
