@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -50,6 +51,7 @@ __all__ = [
     "compile_lock",
     "compile_session",
     "compiled_call",
+    "copy_reason",
     "copy_tensors",
     "current_raw_stream",
     "enter_autocast",
@@ -62,6 +64,7 @@ __all__ = [
     "is_composite",
     "is_traceable_wrapper_subclass",
     "is_transform",
+    "keeps_dispatch",
     "list_mode_options",
     "lookup_backend",
     "maybe_warm_pool",
@@ -73,6 +76,7 @@ __all__ = [
     "raise_recompile_limit",
     "schema_of",
     "set_compiled_call",
+    "set_source",
     "source_of",
     "tables_of",
     "tracing",
@@ -254,9 +258,33 @@ def source_of(placeholder: fx.Node) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def set_source(placeholder: fx.Node, name: str) -> None:
+    """Gives a placeholder of ours such an expression."""
+    placeholder._dynamo_source = _Source(name)
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+
+
+def keeps_dispatch(kind: type[Tensor]) -> bool:
+    """Whether a class of tensors leaves ops as they are, below its functions; with its own, a plain tensor means another thing."""
+    own = kind.__mro__[: kind.__mro__.index(Tensor)]
+    return not any("__torch_dispatch__" in vars(base) for base in own)
+
+
 def why_graph_ends(graph: fx.GraphModule) -> Any:
     """Dynamo's reason (``reason``, ``user_stack``, ``graph_break``) for a graph's end; without it parts pass for models."""
     return getattr(graph, "compile_subgraph_reason", None)
+
+
+def copy_reason(graph: fx.GraphModule, copy: fx.GraphModule) -> fx.GraphModule:
+    """Gives a copy of Dynamo's graph the reason of the graph's end, and returns it."""
+    reason = why_graph_ends(graph)
+    if reason is not None:
+        copy.compile_subgraph_reason = reason
+    return copy
 
 
 def is_transform(target: Any) -> bool:

@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from ras_compile._torch import RESUME_PREFIX, why_graph_ends
 from ras_compile.canaries import check as check_pytorch
+from ras_compile.capture.attributes import PerAttributes, attribute_positions
 from ras_compile.capture.inputs import describe_inputs, find_timestep, key_of
 from ras_compile.capture.numbers import as_tensors, number_positions
+from ras_compile.capture.subclasses import Entrance
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.callers import LIBRARIES, compiled_call, holder, is_call, receiver
 from ras_compile.dispatch.traced import falling_back, places_given, take_over
@@ -51,7 +53,12 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
     except RASError as error:
         return _raising(error)
     start_workers(example_inputs, config)
-    return CompiledGraph(graph, config)
+
+    def make(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
+        return CompiledGraph(graph, inputs, config)
+
+    places = attribute_positions(graph.graph)
+    return PerAttributes(graph, places, example_inputs, make) if places else make(graph, example_inputs)
 
 
 def _raising(error: RASError) -> Callable[..., Any]:
@@ -66,11 +73,16 @@ class CompiledGraph:
 
     Args:
         graph: the Dynamo graph; its sizes may be symbolic.
+        example_inputs: inputs of it; of their classes alone.
         config: the options.
     """
 
-    def __init__(self, graph: fx.GraphModule, config: RASConfig) -> None:
-        self.graph, self.config = graph, config
+    def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], config: RASConfig) -> None:
+        # the weights' places among what Dynamo gives
+        self.held = [index for index, given in enumerate(describe_inputs(graph.graph)) if given.weight]
+        self.entrance = Entrance(graph, example_inputs)
+        self.graph = graph = self.entrance.graph
+        self.config = config
         self.inputs = describe_inputs(graph.graph)
         self.weights = [index for index, given in enumerate(self.inputs) if given.weight]
         # a size that nothing reads, such as a view's offset in `timesteps`, tells neither programs nor branches apart
@@ -78,7 +90,7 @@ class CompiledGraph:
         sizes = {index for index, given in enumerate(self.inputs) if given.size}
         self.users = [i for i, given in enumerate(self.inputs) if not given.weight and i not in sizes & unread]
         self.numbers = number_positions(self.inputs)
-        self.broken = graph_break(graph) or fragment(len(self.weights))
+        self.broken = graph_break(graph) or fragment(len(self.held))
         self.placed: set[tuple] = set()  # calls that are refused, and whose arguments say where tokens stand
         self.told = False
         # why it is one block of a transformer, empty if it is not; None before the first call
@@ -88,8 +100,9 @@ class CompiledGraph:
         self.families = Families(graph, self.inputs, self.users)
         self._timesteps: dict[tuple, int | None] = {}
 
-    def __call__(self, *values: Any) -> Sequence[Any]:
+    def __call__(self, *held: Any) -> Sequence[Any]:
         said = note_reached()
+        values = self.entrance(held)
         if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
             self._refuse(
                 UnsupportedGraph("gradients are being recorded; sample under torch.no_grad() or inference_mode()")
@@ -125,7 +138,7 @@ class CompiledGraph:
         if not self.weights:  # a hook, say; nothing would know it again at the next step
             return self._as_part(values)
         plan, key = self._windowed(plan, key, given, said)
-        return self._run(plan, key, given, values)
+        return self._run(plan, key, given, values, Part(held, self.held))
 
     def _as_part(self, values: Sequence[Any]) -> Sequence[Any]:
         """A block of a transformer, a fragment of one that is refused, or a hook of it, as it is."""
@@ -162,7 +175,7 @@ class CompiledGraph:
         assert isinstance(found, Plan)
         return found, (narrow if found is not plan else key)
 
-    def _run(self, plan: Plan, key: tuple, given: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
+    def _run(self, plan: Plan, key: tuple, given: Sequence[Any], values: Sequence[Any], weights: Part) -> Sequence[Any]:
         time = self._timesteps[key]
         return run_step(
             plan,
@@ -171,7 +184,7 @@ class CompiledGraph:
             latent=values[plan.latent],
             context=tuple([values[index] for index in self.users if index not in (plan.latent, time)]),
             timestep=None if time is None else values[time],
-            weights=Part(values, self.weights),
+            weights=weights,
             config=self.config,
         )
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from ras_compile._torch import call_uncompiled, original, pytree
 from ras_compile.backend import GraphBreak, fragment, graph_break
 from ras_compile.capture.inputs import check_timestep, describe_inputs
+from ras_compile.capture.subclasses import Entrance
 from ras_compile.capture.unusable import told_plainly
 from ras_compile.config import RASConfig, is_whole
 from ras_compile.dispatch.traced import places_given, specialise
@@ -70,7 +71,8 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
         raise UnsupportedGraph("Dynamo finds nothing to compile in this call")
     if parts[0] is not None:
         raise parts[0]
-    return graphs[0], held
+    entrance = Entrance(graphs[0], held)
+    return entrance.graph, list(entrance(held))
 
 
 @dataclass(frozen=True)

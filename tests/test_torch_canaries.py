@@ -171,13 +171,14 @@ class Broken(nn.Module):
         return x * 2
 
 
-@canary("why_graph_ends", "RESUME_PREFIX")
+@canary("why_graph_ends", "RESUME_PREFIX", "copy_reason")
 def test_a_break_tells_its_line_and_what_is_resumed(name):
     (first, second), _ = dynamo_graphs(Broken(), torch.ones(2))
     before, after = _torch.why_graph_ends(first), _torch.why_graph_ends(second)
     line = Broken.forward.__code__.co_firstlineno
     assert before.graph_break and before.reason and before.user_stack[-1].lineno == line + 2
     assert before.user_stack[-1].filename == __file__ and before.user_stack[-1].name == "forward"
+    assert _torch.why_graph_ends(_torch.copy_reason(first, fx.GraphModule(first, first.graph))) is before
     assert not after.graph_break and after.user_stack[-1].name.startswith(_torch.RESUME_PREFIX)
     assert after.user_stack[-1].name.rpartition("_")[2] == str(line + 2)
 
@@ -188,7 +189,7 @@ def test_a_model_that_fails_while_it_is_traced(name):
         dynamo_graphs(lambda x: x @ torch.ones(3, 3), torch.ones(2, 2))
 
 
-@canary("source_of")
+@canary("source_of", "set_source")
 def test_placeholders_tell_where_they_come_from(name):
     class Model(nn.Module):
         def __init__(self):
@@ -200,6 +201,10 @@ def test_placeholders_tell_where_they_come_from(name):
 
     (graph,), _ = dynamo_graphs(Model(), torch.ones(2), {"y": torch.ones(2)})
     found = {_torch.source_of(node) for node in graph.graph.find_nodes(op="placeholder")}
+    ours = fx.Graph().placeholder("ours")
+    assert _torch.source_of(ours) is None
+    _torch.set_source(ours, "L['x'].part")
+    assert _torch.source_of(ours) == "L['x'].part"
     assert {"L['x']", "L['more']['y']"} < found
     assert any("_parameters" in source and "weight" in source for source in found)
     assert all("example_value" in node.meta for node in graph.graph.find_nodes(op="placeholder"))
@@ -368,13 +373,14 @@ def test_modes_can_be_left(name):
         assert isinstance(torch.ones(1), _torch.FakeTensor)
 
 
-@canary("is_traceable_wrapper_subclass")
+@canary("is_traceable_wrapper_subclass", "keeps_dispatch")
 def test_tensors_made_of_tensors_are_known(name):
     from torch.testing._internal.two_tensor import TwoTensor
 
     one = torch.ones(1)
     assert _torch.is_traceable_wrapper_subclass(TwoTensor(one, one))
     assert not _torch.is_traceable_wrapper_subclass(nn.Parameter(one))
+    assert _torch.keeps_dispatch(nn.Parameter) and not _torch.keeps_dispatch(TwoTensor)
 
 
 # What is looked up on objects

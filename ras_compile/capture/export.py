@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 from torch.nn import functional as F
 
-from ras_compile._torch import aot_export_module, enter_inference_mode, exit_inference_mode
+from ras_compile._torch import FakeTensor, aot_export_module, enter_inference_mode, exit_inference_mode
 from ras_compile.capture.flex import is_transform, spell_flex_attention
 from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
@@ -61,6 +61,10 @@ class _Interpreter(fx.Interpreter):
             return _Interpreter(args[0]).run(*args[_PARTS[target] :])
         if target in _DROPOUTS and not _drops(target, args, kwargs):
             return args[0] if args else kwargs["input"]
+        if (
+            target is Tensor and len(args) == 1 and isinstance(args[0], Tensor)
+        ):  # a subclass's plain tensor: no op says it
+            return args[0].detach()
         if target is torch.broadcast_tensors:
             tensors = args[0] if args and isinstance(args[0], (list, tuple)) else args
             shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
@@ -202,6 +206,7 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
             f"({', '.join(called.get(str(name), str(name)) for name in written.values())})",
             source=next((line for line in lines if line), None),
         )
+    refuse_lost_values(captured)
     drop_tokens(captured.graph, signature.input_tokens)
     lifted = [*signature.parameters, *signature.buffers]
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
@@ -213,6 +218,21 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
     captured.graph.lint()
     captured.meta["constants"] = constants
     return captured
+
+
+def refuse_lost_values(captured: fx.GraphModule) -> None:
+    """Refuses constants that are fake: values that were made past the tracer, of which only the sizes are left.
+
+    A compiled program that reads one ends the process.
+    """
+    for node in captured.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(captured, str(node.target), None), FakeTensor):
+            reader = next(iter(node.users), node)
+            raise UnsupportedGraph(
+                "a tensor is made in a way that cannot be followed (by a tensor subclass of the weights, say); plain tensors, "
+                "and subclasses that are made of them as torchao's are, are supported",
+                source=source_line(reader),
+            )
 
 
 def drop_tokens(graph: fx.Graph, tokens: Sequence[str]) -> None:
