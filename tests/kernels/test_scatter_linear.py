@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ras_compile.kernels import epilogue_reference, scatter_linear, scatter_linear_reference
+from ras_compile.kernels.arguments import ScatterArguments
 from ras_compile.kernels.tiles import timings
 
 # The package's attribute of this name is the op, which hides the module.
@@ -486,9 +487,8 @@ def test_every_tile_gives_the_same_bits_on_cuda(dtype, inside, monkeypatch):
     # So few that a persistent program walks over several tiles.
     monkeypatch.setattr(launches, "processors", lambda device: 8)
     caches, names = [], []
-    tried = module.Launch(
-        torch.zeros(2, 400, 512, dtype=dtype, device="cuda"), x, weight, bias, rows, *full(more)
-    ).tiles()
+    whole = torch.zeros(2, 400, 512, dtype=dtype, device="cuda")
+    tried = module.Launch(ScatterArguments(whole, x, weight, bias, rows, *full(more))).tiles()
     for name, tile in tried.items():
         monkeypatch.setattr(module.Launch, "fastest", lambda launch, tile=tile: tile)
         cache = torch.zeros(2, 400, 512, dtype=dtype, device="cuda")
