@@ -1,9 +1,18 @@
-"""The order of the passes, from a program to what the inner compiler gets."""
+"""The order of the passes, from a program to what the inner compiler gets: the one place that says it.
+
+Behind each pass stand the same two hooks: with ``RAS_DEBUG=folder`` the graph before and after it is written down
+(`debug.py`), and with ``RAS_SPEC=1``, as always in our tests, the program is checked (`spec/legal.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 from torch import fx
 
+from ras_compile.errors import SpecViolation
+from ras_compile.passes.debug import Journal
 from ras_compile.passes.fusion.activation import fuse_linear_gelu
 from ras_compile.passes.fusion.attention import fuse_attention
 from ras_compile.passes.fusion.few_rows import FewRowsChoice, join_linears
@@ -11,7 +20,48 @@ from ras_compile.passes.fusion.gather import fuse_gather_linear
 from ras_compile.passes.fusion.scatter import Fusion, fuse_scatter_linear
 from ras_compile.passes.lowering.functional import spell_writes
 from ras_compile.passes.lowering.inplace import write_in_place
+from ras_compile.passes.lowering.interpolate import Point, interpolate
+from ras_compile.passes.lowering.matrices import flatten_linears
 from ras_compile.passes.lowering.outline import outline
+from ras_compile.passes.lowering.share import share_tables
+from ras_compile.passes.spec import legal
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass: it rewrites a program in place, and leaves a legal one.
+
+    Attributes:
+        name: what the spec and the journal of ``RAS_DEBUG`` call it.
+        run: the pass.
+        applies: whether this program goes through it.
+    """
+
+    name: str
+    run: Callable[[fx.GraphModule], object]
+    applies: bool = True
+
+
+def fused(fusion: Fusion | None, few_rows: FewRowsChoice | None, cuda: bool) -> list[Pass]:
+    """What makes one kernel of several ops."""
+    return [
+        # What feeds a GELU is no plain linear any more, and joins no launch of several.
+        Pass("activation", lambda program: fuse_linear_gelu(program.graph), cuda),
+        *_with(fusion, ("scatter", fuse_scatter_linear), ("gather", fuse_gather_linear), ("attention", fuse_attention)),
+        Pass("few rows", lambda program: join_linears(program.graph, few_rows), few_rows is not None),
+        Pass("in place", lambda program: write_in_place(program.graph)),
+    ]
+
+
+def _with(fusion: Fusion | None, *passes: tuple[str, Callable[[fx.Graph, Fusion], int]]) -> list[Pass]:
+    if fusion is None:
+        return []
+    return [Pass(name, lambda program, run=run: run(program.graph, fusion)) for name, run in passes]  # type: ignore[misc]
+
+
+# What a repeated block may hold, then the blocks.
+SPELLED = Pass("functional", lambda program: spell_writes(program.graph))
+OUTLINED = [Pass("share", lambda program: share_tables(program.graph)), Pass("outline", outline)]
 
 
 def prepare(
@@ -26,17 +76,51 @@ def prepare(
         outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor); ops of ours that write
             are spelled so that it can.
     """
-    if any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))):
-        fuse_linear_gelu(program.graph)  # first: what feeds a GELU is no plain linear for a launch of several
-    if fusion is not None:
-        fuse_scatter_linear(program.graph, fusion)
-        fuse_gather_linear(program.graph, fusion)
-        fuse_attention(program.graph, fusion)
-    join_linears(program.graph, few_rows)
-    write_in_place(program.graph)
-    if outline_blocks:
-        spell_writes(program.graph)
-        outline(program)
+    cuda = any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder")))
+    lowered = [SPELLED, *OUTLINED] if outline_blocks else []
+    return run(program, [*fused(fusion, few_rows, cuda), *lowered])
+
+
+def for_all_lengths(
+    programs: Sequence[fx.GraphModule], points: Sequence[Point], *, outline_blocks: bool
+) -> fx.GraphModule:
+    """One program from those that :func:`prepare` has made for several lengths of the context, without outlined blocks.
+
+    Args:
+        points: the lengths.
+        outline_blocks: as for :func:`prepare`.
+
+    Raises:
+        NotAffine: there is no such program.
+    """
+    before = [Pass("matrices", lambda program: flatten_linears(program.graph)), SPELLED] if outline_blocks else []
+    done = ["in place"]  # and what came before
+    for program in programs:
+        run(program, before, done)
+    joined = interpolate(programs, points)
+    return run(joined, OUTLINED if outline_blocks else [], [*done, *(step.name for step in before)])
+
+
+def run(program: fx.GraphModule, passes: Sequence[Pass], done: Sequence[str] = ()) -> fx.GraphModule:
+    """Runs passes one after the other. ``done`` names those that the program has been through."""
+    journal, names = Journal.of(program), list(done)
+    _check(program, names)
+    for step in passes:
+        if not step.applies:
+            continue
+        step.run(program)
+        names.append(step.name)
+        journal.after(step.name)  # first: what is illegal is written down, too
+        _check(program, names)
     program.graph.lint()
     program.recompile()
     return program
+
+
+def _check(program: fx.GraphModule, done: Sequence[str]) -> None:
+    if not legal.EVERY_PASS:
+        return
+    try:
+        legal.check_program(program, done)
+    except SpecViolation as error:
+        raise SpecViolation(f"after the pass {done[-1] if done else 'that built it'}: {error}") from error

@@ -12,6 +12,8 @@ import numpy
 import pytest
 import torch
 
+os.environ.setdefault("RAS_SPEC", "1")  # the spec holds after every pass of every program that a test builds
+
 from ras_compile import notices
 
 pytest.register_assert_rewrite("properties")
@@ -66,6 +68,26 @@ def pytest_runtest_setup(item):
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_violation_is_passed_over(request, monkeypatch):
+    """A program that breaks the spec fails the test that builds it, even where the model then runs dense."""
+    from ras_compile.errors import SpecViolation
+    from ras_compile.passes.spec import legal
+
+    found, check = [], legal.check_program
+
+    def watched(*given):
+        try:
+            check(*given)
+        except SpecViolation as error:
+            found.append(error)
+            raise
+
+    monkeypatch.setattr(legal, "check_program", watched)
+    yield
+    assert not found or request.node.get_closest_marker("violates"), found[0]
 
 
 @pytest.fixture

@@ -46,7 +46,6 @@ def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
         with graph.inserting_before(node):
             fused = emit(torch.ops.ras_compile.attention.default, *args)
         fused.meta = {**node.meta, "val": fused.meta["val"]}
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
+        emit.replace(node, fused)
         count += 1
     return count

@@ -41,6 +41,7 @@ def spell_writes(graph: fx.Graph) -> int:
                 written.meta["val"] = copied.meta["val"] = base.meta["val"]
         graph.erase_node(node)
         count += 1
+    graph.eliminate_dead_code()  # views that it wrote into
     return count
 
 

@@ -48,9 +48,9 @@ def write_in_place(graph: fx.Graph) -> int:
                 continue
             with graph.inserting_before(node):
                 indices, values = (_put if puts else _copy)(emit, node, part)
-                put = graph.call_function(aten.index_put_.default, (part.cache, indices, values))
-                put.meta = dict(node.meta)
-            graph.erase_node(node)
+                put = emit(aten.index_put_.default, part.cache, indices, values)
+                put.meta = {**node.meta, "val": put.meta["val"]}
+            emit.replace(node, put)
             count += 1
     graph.eliminate_dead_code()
     return count

@@ -27,9 +27,9 @@ import torch
 from torch import fx
 
 from ras_compile._torch import FakeTensorMode
-from ras_compile.passes.lowering.share import share_tables
 from ras_compile.passes.programs.aliases import apart, fills, is_view, viewers, writes
 from ras_compile.passes.programs.aliases import root as memory
+from ras_compile.passes.programs.roles import Role, role_of
 
 aten = torch.ops.aten
 
@@ -51,9 +51,8 @@ def outline(module: fx.GraphModule) -> fx.GraphModule:
     """Outlines repeated stretches of ``module.graph`` in place and returns the module.
 
     Values that pass between stretches, and the caches that a stretch writes, become operands of the subgraph. What each
-    stretch computes from inputs alone is computed once before.
+    stretch computes from inputs alone is computed once before (`share.py`).
     """
-    share_tables(module.graph)
     taken: set[fx.Node] = set()
     for number in range(8):
         body = [node for node in module.graph.nodes if node.op == "call_function"]
@@ -62,6 +61,9 @@ def outline(module: fx.GraphModule) -> fx.GraphModule:
             break
         repeat, operand_lists, outputs = found
         _replace(module, body, repeat, operand_lists, outputs, f"repeated_block_{number}", taken)
+    # results that other calls hand on; a call that only writes has no users either
+    invoke = torch.ops.higher_order.invoke_subgraph
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target is invoke)
     module.graph.lint()
     module.recompile()
     return module
@@ -271,6 +273,12 @@ def _replace(module, body, repeat, operand_lists, outputs, name, taken) -> None:
             module.graph.erase_node(node)
 
 
+def _role_inside(operand: fx.Node) -> Role:
+    """What an operand is for in a block: roles of which a program has its own kinds of use, and else just an operand."""
+    role = role_of(operand)
+    return role if role in (Role.CACHE, Role.ROWS, Role.LENGTH) else Role.OPERAND
+
+
 def is_complex(node: fx.Node) -> bool:
     value = node.meta["val"]
     return isinstance(value, torch.Tensor) and value.is_complex()
@@ -292,7 +300,7 @@ def _subgraph(stretch: Sequence[fx.Node], operands: Sequence[fx.Node], outputs: 
     env: dict[fx.Node, fx.Node] = {}
     for index, operand in enumerate(operands):
         env[operand] = graph.placeholder(f"operand_{index}")
-        env[operand].meta["val"] = paired(operand.meta["val"])
+        env[operand].meta.update(val=paired(operand.meta["val"]), role=_role_inside(operand))
         if is_complex(operand):
             env[operand] = graph.call_function(aten.view_as_complex.default, (env[operand],))
             env[operand].meta["val"] = operand.meta["val"]

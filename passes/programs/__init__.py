@@ -1,1 +1,1 @@
-"""Dense and sparse programs from an analysis: index tensors, gathers, splices, and the spec of a legal graph."""
+"""Dense and sparse programs from an analysis: index tensors, gathers, splices, roles of inputs, and who shares memory."""

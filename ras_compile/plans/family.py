@@ -25,14 +25,12 @@ from torch import Tensor, fx
 
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
-from ras_compile.errors import UnsupportedGraph
+from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_inner
 from ras_compile.passes.analysis.cost import Cost
-from ras_compile.passes.lowering.functional import spell_writes
 from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolate, sample_points
-from ras_compile.passes.lowering.matrices import flatten_linears
-from ras_compile.passes.lowering.outline import outline
+from ras_compile.passes.pipeline import for_all_lengths
 from ras_compile.passes.programs.program import dense_program
 from ras_compile.plans.lengths import Lengths
 from ras_compile.plans.plan import Plan
@@ -158,6 +156,8 @@ class Family:
             if active not in self._programs:
                 try:
                     self._programs[active] = self._share(active, point, inputs)
+                except SpecViolation:
+                    raise
                 except Exception:  # whatever the inner compiler does not do with symbols, it does without
                     log.info("a program is compiled for each length of the context apart", exc_info=True)
                     self._programs[active] = None
@@ -179,17 +179,17 @@ class Family:
         if not all_fit(sized, point, inputs):
             raise NotAffine("an input has other strides than the dense program was to leave")
         if self.config.inner_backend == "inductor":
-            for program in builds:
-                flatten_linears(program.graph)
-                spell_writes(program.graph)
             try:
-                shared = self._compile(outline(interpolate(builds, self.points)), sized, inputs)
+                program = for_all_lengths(builds, self.points, outline_blocks=True)
+                shared = self._compile(program, sized, inputs)
                 if all(shared.symbols.holds(sample) for sample in self.points):
                     return shared
                 log.info("compiling outlined blocks has fixed a length, compiling them one by one")
+            except SpecViolation:
+                raise
             except Exception:
                 log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
-        return self._compile(interpolate(builds, self.points), sized, inputs)
+        return self._compile(for_all_lengths(builds, self.points, outline_blocks=False), sized, inputs)
 
     def _compile(self, program: fx.GraphModule, sized: Sequence[Sized], inputs: Sequence[Tensor]) -> Shared:
         symbols = Symbols(self.points[0])

@@ -16,7 +16,7 @@ from ras_compile import kernels
 from ras_compile.capture.inputs import GraphInput, latent_candidates
 from ras_compile.capture.numbers import capture_numbers
 from ras_compile.config import RASConfig
-from ras_compile.errors import ConfigError, UnsupportedGraph
+from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import ProgramGraphs
 from ras_compile.execute.inner import Compiled, compile_inner
@@ -31,7 +31,8 @@ from ras_compile.passes.analysis.splices import SparsePlan, plan
 from ras_compile.passes.fusion.scatter import Fusion
 from ras_compile.passes.pipeline import prepare
 from ras_compile.passes.programs.program import dense_program, sparse_program
-from ras_compile.passes.programs.spec import check_analysis, check_captured, check_dense, check_sparse
+from ras_compile.passes.spec import legal
+from ras_compile.passes.spec.stages import check_analysis, check_captured, check_dense, check_sparse
 
 log = logging.getLogger(__name__)
 
@@ -201,10 +202,18 @@ class Plan:
         """
         check_captured(self.captured.graph)
         check_analysis(self.analysis)
-        few = max(1, self.analysis.frame.tokens // 4)
+        tokens = self.analysis.frame.tokens
+        few = max(1, tokens // 4)
         with torch.no_grad():
-            check_dense(dense_program(self.analysis, self.sparse), self.analysis, self.sparse)
-            check_sparse(sparse_program(self.analysis, few, self.sparse), self.analysis, self.sparse)
+            programs = [dense_program(self.analysis, self.sparse), sparse_program(self.analysis, few, self.sparse)]
+            check_dense(programs[0], self.analysis, self.sparse)
+            check_sparse(programs[1], self.analysis, self.sparse)
+            if legal.EVERY_PASS:
+                for active in {1, tokens} - {few}:
+                    programs.append(sparse_program(self.analysis, active, self.sparse))
+                    check_sparse(programs[-1], self.analysis, self.sparse)
+                for program in programs:
+                    legal.check_program(program)
         price = cost(self.analysis, self.sparse)
         if price.dense_flops and price.flop_ratio(few) >= 1:
             raise UnsupportedGraph(
@@ -340,6 +349,8 @@ class Plan:
         if self.config.inner_backend == "inductor":
             try:
                 return compile_inner(self.build(active), inputs, self.config)
+            except SpecViolation:
+                raise
             except Exception:
                 log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
         return compile_inner(self.build(active, outline_blocks=False), inputs, self.config)

@@ -45,3 +45,45 @@ def analysed() -> tuple[Analysis, SparsePlan]:
     latent = next(n for n in graph.find_nodes(op="placeholder") if tuple(n.meta["val"].shape) == (2, 4, 2, 3))
     analysis = propagate(graph, latent, Frame.of(latent.meta["val"].shape))
     return analysis, plan(analysis)
+
+
+class Layer(nn.Module):
+    """Modulated attention and an MLP; keys and values of all tokens are needed."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.modulation, self.final = nn.Linear(width, 2 * width), nn.Linear(width, 3 * width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = self.modulation(time).unsqueeze(1).chunk(2, -1)
+        first, second, third = self.final(time).unsqueeze(1).chunk(3, -1)
+        y = x * (1 + scale) + shift
+        q, k, v = (part(y).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + (self.out(y * first) * second).tanh() * third
+
+
+class Layers(nn.Module):
+    """Three equal layers on a small picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, latent: Tensor, time: Tensor) -> Tensor:
+        x = self.embed(latent.flatten(2).transpose(1, 2))
+        for layer in self.layers:
+            x = layer(x, time)
+        return self.head(x).transpose(1, 2).unflatten(-1, (2, 3))
+
+
+@cache
+def layers() -> tuple[Analysis, SparsePlan]:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 4, 2, 3), torch.randn(2, 8)]
+    graph = capture(torch.export.export(Layers(), tuple(inputs)).module(), inputs).graph
+    latent = next(n for n in graph.find_nodes(op="placeholder") if tuple(n.meta["val"].shape) == (2, 4, 2, 3))
+    analysis = propagate(graph, latent, Frame.of(latent.meta["val"].shape))
+    return analysis, plan(analysis)

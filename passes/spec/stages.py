@@ -1,4 +1,4 @@
-"""The executable spec: what a legal graph looks like after each stage. Cheap enough to run on every graph.
+"""What a legal graph looks like after each stage, compared with the stage before. Cheap enough to run on every graph.
 
     Dynamo's graph -> capture -> check_captured -> propagate -> check_analysis -> dense_program  -> check_dense
                                                                                -> sparse_program -> check_sparse
@@ -15,25 +15,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from ras_compile._torch import OpOverload, enter_autocast, exit_autocast, schema_of
-from ras_compile.errors import SpecViolation
+from ras_compile._torch import OpOverload, schema_of
 from ras_compile.passes.algebra.layout import Axis, Concat, Dim, Frame, Layout, Sizes, atoms_of, opened
 from ras_compile.passes.analysis.propagate import Analysis
-from ras_compile.passes.analysis.splices import SparsePlan
+from ras_compile.passes.analysis.splices import SparsePlan, Splice
 from ras_compile.passes.programs.aliases import overlaps_itself, root, roots, shows, writes
-from ras_compile.passes.rules.registry import Gather, Step, Use, operands, source_line
+from ras_compile.passes.rules.registry import Gather, Step, Use, operands
+from ras_compile.passes.spec.demand import AMBIENT, demand
 
 aten = torch.ops.aten
 
-AMBIENT = (enter_autocast, exit_autocast)  # regions, not values
 WRITES = (aten.index_put_.default, aten.copy_.default)  # splices; custom ops that declare what they mutate come beside
-
-
-def demand(holds: bool, node: fx.Node, reason: str) -> None:
-    """Raises :class:`SpecViolation` for ``node`` unless ``holds``."""
-    if not holds:
-        source = source_line(node)
-        raise SpecViolation(f"{node.format_node() or node.name}: {reason}" + (f" [at: {source}]" if source else ""))
 
 
 def check_captured(graph: fx.Graph, source: fx.Graph | None = None) -> None:
@@ -219,6 +211,7 @@ def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan
         same = cache.meta["val"].shape == splice.node.meta["val"].shape
         demand(same, cache, f"a cache for `{splice.node.name}` of another shape")
     check_caches(graph, caches, whole=sparse.live is None)
+    check_values_of_caches(graph, dict(zip(caches, sparse.splices, strict=True)))
     check_reads_of_latent(inputs[given.index(analysis.latent)])
     check_sparse_sizes(graph, analysis, sparse.sizes(analysis.frame, value.shape[1]))
     last = next(iter(reversed(graph.nodes)))
@@ -251,6 +244,19 @@ def check_caches(graph: fx.Graph, caches: Sequence[fx.Node], whole: bool = True)
             seen |= set().union(*map(roots, reads)) & found.keys()
     for cache, targets in found.items():
         check_parts(cache, targets, whole)
+
+
+def check_values_of_caches(graph: fx.Graph, splices: dict[fx.Node, Splice]) -> None:
+    """What is written into a cache is the sparse form of its splice's value, or of a segment of it."""
+    for node in graph.nodes:
+        for target in writes(node):
+            splice = splices[root(target)]
+            value = node.args[-1]
+            while value.target is aten.permute.default and "dense" in value.meta:
+                value = value.args[0]
+            names = {splice.node.name, *(operand.name for operand in splice.node.all_input_nodes)}
+            wrong = value.meta.get("dense", splice.node.name) not in names
+            demand(not wrong, node, f"writes `{value.meta.get('dense')}` into the cache of `{splice.node.name}`")
 
 
 def check_parts(cache: fx.Node, targets: Sequence[fx.Node], whole: bool = True) -> None:

@@ -17,8 +17,8 @@ from ras_compile.passes.algebra.layout import Axis, Frame, Layout
 from ras_compile.passes.analysis.propagate import Analysis, propagate
 from ras_compile.passes.analysis.splices import SparsePlan, plan
 from ras_compile.passes.programs.program import dense_program, sparse_program
-from ras_compile.passes.programs.spec import check_analysis, check_captured, check_dense, check_sparse
 from ras_compile.passes.rules.registry import Gather, Use
+from ras_compile.passes.spec.stages import check_analysis, check_captured, check_dense, check_sparse
 
 aten = torch.ops.aten
 ACTIVE = 3
@@ -179,6 +179,14 @@ def again(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return copied
 
 
+def swap_caches(graph: fx.Graph) -> None:
+    """Keys go where values belong, and values where keys do."""
+    first, second = [put for put in puts(graph) if put.args[0].meta["val"].ndim == 4][:2]
+    one, two = first.args[0], second.args[0]
+    assert one.meta["val"].shape == two.meta["val"].shape
+    first.args, second.args = (two, *first.args[1:]), (one, *second.args[1:])
+
+
 def last_put_elsewhere(graph: fx.Graph) -> None:
     put = puts(graph)[-1]
     put.args = (find(graph, aten.linear.default), *put.args[1:])
@@ -224,6 +232,7 @@ SPARSE = {
     "without being a splice": lambda p: write_in_place(p.graph),
     "which is no cache": lambda p: last_put_elsewhere(p.graph),
     "written 2 times": lambda p: again(p.graph, puts(p.graph)[-1]),
+    "into the cache of": lambda p: swap_caches(p.graph),
     "never written": lambda p: p.graph.erase_node(puts(p.graph)[-1]),
     "before it is spliced": lambda p: read_early(p.graph),
     "other than by its active rows": lambda p: read_all(p.graph),
