@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from ras_compile._torch import RESUME_PREFIX, why_graph_ends
+from ras_compile._torch import original
 from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.attributes import PerAttributes, attribute_positions
 from ras_compile.capture.inputs import describe_inputs, find_timestep, key_of
 from ras_compile.capture.numbers import as_tensors, number_positions
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.config import RASConfig
-from ras_compile.dispatch.callers import LIBRARIES, compiled_call, holder, is_call, receiver
-from ras_compile.dispatch.traced import falling_back, places_given, take_over
+from ras_compile.dispatch import kinds
+from ras_compile.dispatch.callers import compiled_call
+from ras_compile.dispatch.dispatcher import Dispatcher, Entry, Refusal, without_traceback, worth_tracing
+from ras_compile.dispatch.kinds import (
+    GraphBreak,
+    Kind,
+    arguments_of,
+    gradients_recorded,
+    graph_break,
+    kind_of_graph,
+    part_of,
+    records_gradients,
+)
+from ras_compile.dispatch.traced import captured_in_this_call, here, retry_by_tracing
 from ras_compile.errors import RASError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_inner, start_workers
-from ras_compile.notices import first_time, warn_once
 from ras_compile.plans.family import Families
 from ras_compile.plans.plan import Plan
-from ras_compile.sampling.blocks import feeds_a_block, why_block
-from ras_compile.sampling.locate import Said, note_reached
+from ras_compile.sampling.blocks import feeds_a_block
+from ras_compile.sampling.locate import note_reached
 from ras_compile.sampling.registry import Part
-from ras_compile.sampling.steps import run_step
-
-log = logging.getLogger(__name__)
 
 
 def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode=None):
@@ -68,21 +73,27 @@ def _raising(error: RASError) -> Callable[..., Any]:
     return fail
 
 
-class CompiledGraph:
-    """What Dynamo calls in place of a graph: looks at the call's shapes and at its step, and runs the right program.
+class CompiledGraph(Dispatcher[Entry]):
+    """What Dynamo calls in place of a graph: finds out what the call is, and runs what its kind wants.
 
     Args:
         graph: the Dynamo graph; its sizes may be symbolic.
-        example_inputs: inputs of it; of their classes alone.
         config: the options.
+        examples: Dynamo's example inputs.
+
+    Attributes:
+        kind: what the graph is, by :data:`~ras_compile.dispatch.kinds.KINDS`; None before the first call that tells.
+        broken: the error of a part of a model; None for a graph that may be a whole one.
     """
 
-    def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], config: RASConfig) -> None:
+    def __init__(self, graph: fx.GraphModule, examples: Sequence[Any], config: RASConfig) -> None:
+        super().__init__(config)
+        described = describe_inputs(graph.graph)
+        self.broken: GraphBreak | None = graph_break(graph) or part_of(described, examples, config)
         # the weights' places among what Dynamo gives
-        self.held = [index for index, given in enumerate(describe_inputs(graph.graph)) if given.weight]
-        self.entrance = Entrance(graph, example_inputs)
+        self.held = [index for index, given in enumerate(described) if given.weight]
+        self.entrance = Entrance(graph, examples)
         self.graph = graph = self.entrance.graph
-        self.config = config
         self.inputs = describe_inputs(graph.graph)
         self.weights = [index for index, given in enumerate(self.inputs) if given.weight]
         # a size that nothing reads, such as a view's offset in `timesteps`, tells neither programs nor branches apart
@@ -90,209 +101,133 @@ class CompiledGraph:
         sizes = {index for index, given in enumerate(self.inputs) if given.size}
         self.users = [i for i, given in enumerate(self.inputs) if not given.weight and i not in sizes & unread]
         self.numbers = number_positions(self.inputs)
-        self.broken = graph_break(graph) or fragment(len(self.held))
-        self.placed: set[tuple] = set()  # calls that are refused, and whose arguments say where tokens stand
-        self.told = False
-        # why it is one block of a transformer, empty if it is not; None before the first call
-        self.block: str | None = None
-        self.parts: dict[tuple, Compiled] = {}  # for calls that are a part of a model's
-        self.plans: dict[tuple, Plan | Compiled] = {}
-        self.families = Families(graph, self.inputs, self.users)
-        self._timesteps: dict[tuple, int | None] = {}
+        self.kind: Kind | None = None
+        self.dense: dict[tuple, Compiled] = {}  # the graph compiled as it is, by the key of the call
+        self._families = Families(graph, self.inputs, self.users)
 
     def __call__(self, *held: Any) -> Sequence[Any]:
-        said = note_reached()
         values = self.entrance(held)
-        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
-            self._refuse(
-                UnsupportedGraph("gradients are being recorded; sample under torch.no_grad() or inference_mode()")
-            )
+        plain = not (torch.is_grad_enabled() or here.falling_back or here.capturing)
+        kind = self.kind if plain and self.kind is not None else self._kind(values)
+        if kind is not kinds.WHOLE:
+            return self._run_another(kind, values, held)
+        given = as_tensors(values, self.numbers) if self.numbers else values
+        key = key_of([given[index] for index in self.users])
+        entries = self.plans.get(key)
+        if entries is None:
+            return self._first(values, held)
+        return self.run(entries[0], given, values, Part(held, self.held))
+
+    def _kind(self, values: Sequence[Any]) -> Kind:
+        """What the call is, by the table's order."""
+        if records_gradients(values):
+            return kinds.RECORDING
+        if here.falling_back:
+            return kinds.REFUSED
+        if captured_in_this_call():
+            return kinds.CAPTURED
+        if self.kind is None:
+            if self.broken is not None:
+                self._name_arguments(self.broken, values)
+            kind, error = kind_of_graph(self.broken, self.inputs, values, self.config)
+            if error is not None and kind is not kinds.PART:  # a part may be traced
+                self.refuse(error)
+            self.kind = kind
+        return self.kind
+
+    def _name_arguments(self, broken: GraphBreak, values: Sequence[Any]) -> None:
+        """Takes a graph behind a break for a whole one if it is: its inputs are the model's arguments."""
+        call = compiled_call()
+        if call is not None:
+            owner, args, kwargs = call
+            named = arguments_of(broken, self.inputs, values, type(original(owner)).forward, args, kwargs)
+            if named is not None:
+                self.inputs, self.broken = named, None
+
+    def _run_another(self, kind: Kind, values: Sequence[Any], held: Sequence[Any]) -> Sequence[Any]:
+        """Runs what is not the whole model; see the rows of the table."""
+        note_reached()
+        if kind is kinds.RECORDING:
+            error = gradients_recorded()
+            self.refuse(error)
+            if self.weights and not here.falling_back:
+                self.tell_dense(Part(held, self.held), Refusal(error, self._timestep(values)), values)
+        if kind in (kinds.RECORDING, kinds.CAPTURED):
             return self.graph(*values)
-        if self.block or falling_back():
-            return self._as_part(values)
-        while True:
-            given = as_tensors(values, self.numbers)
-            key = self._key(given)
-            plan = self.plans.get(key)
-            if plan is not None:
-                # a fragment whose model is called past its `TracedModel`: it was compiled anew, and Dynamo's code is the old
-                if self.broken is not None and take_over(self.config):
-                    return self.graph(*values)
-                break
-            if self.block is None:
-                time = find_timestep(self.inputs, values, self.config.timestep)
-                self.block = why_block(holder, None if time is None else values[time])
-                if self.block:
-                    self._refuse(UnsupportedGraph(self.block))
-                    return self._as_part(values)
-            if not self.told and (self.broken is not None or key in self.placed):
-                traced = take_over(self.config)
-                if traced:
-                    return self.graph(*values)
-                self.told = traced is not None
-            with compiling():
-                if key not in self.plans:
-                    self._make(key, given)
-        if not isinstance(plan, Plan):
-            return plan(*given)
-        if not self.weights:  # a hook, say; nothing would know it again at the next step
-            return self._as_part(values)
-        plan, key = self._windowed(plan, key, given, said)
-        return self._run(plan, key, given, values, Part(held, self.held))
-
-    def _as_part(self, values: Sequence[Any]) -> Sequence[Any]:
-        """A block of a transformer, a fragment of one that is refused, or a hook of it, as it is."""
-        if self.block:
+        if kind is kinds.PART:
+            traced = retry_by_tracing(self.config)
+            if traced:
+                return self.graph(*values)
+            if traced is None and self.broken is not None:
+                # it is kept, and so never raised: its traceback would keep the frames of the call, and with them the model
+                self.refuse(self.broken.again())
+        elif kind is kinds.BLOCK:
             feeds_a_block(values[index] for index in self.users)
-        key = self._key(values)
-        if key not in self.parts:
-            with compiling():
-                if key not in self.parts:
-                    self.parts[key] = self._dense(values)
-        return self.parts[key](*values)
+        return self._run_dense(values)
 
-    def _windowed(self, plan: Plan, key: tuple, values: Sequence[Any], said: Said | None) -> tuple[Plan, tuple]:
-        """The plan of a latent in which the attached scheduler knows only some tokens, the picture; and its key.
+    def _first(self, values: Sequence[Any], held: Sequence[Any]) -> Sequence[Any]:
+        """A call of the whole model without a plan: makes one, or traces the model instead, or runs it dense."""
+        note_reached()
+        key = key_of([values[index] for index in self.users])
+        refusal = self.refused.get(key)
+        if refusal is None:
+            try:
+                with compiling():
+                    entry, given = self._make(values)
+            except (UnsupportedGraph, SpecViolation) as error:
+                refusal = Refusal(without_traceback(error), self._timestep(values))
+            else:
+                return self.run(entry, given, values, Part(held, self.held))
+        why, warned, traced = refusal.error, key in self.refused, None
+        if isinstance(why, UnsupportedGraph) and worth_tracing(why, values):
+            traced = retry_by_tracing(self.config)
+            if traced:
+                return self.graph(*values)
+        if traced is None and not (warned and self.config.unsupported == "dense"):
+            self.refuse(why)  # else the traced model has told its refusal
+        self.refused[key] = refusal
+        outputs = self._run_dense(values)
+        self.tell_dense(Part(held, self.held), refusal, values)
+        return outputs
 
-        A model that cannot be planned so is planned as before: all tokens count as the picture.
+    def _timestep(self, values: Sequence[Any]) -> int | None:
+        return find_timestep(self.inputs, values, self.config.timestep)
+
+    def _make(self, values: Sequence[Any]) -> tuple[Entry, Sequence[Any]]:
+        """Makes the entry of a call: with its integers as numbers first, and as sizes if there is no such plan.
+
+        Raises:
+            UnsupportedGraph: there is no plan.
         """
-        if self.config.region is not None or said is None or values[plan.latent].dim() != 3:
-            return plan, key
-        window = said.windows.get(values[plan.latent].shape[1])
-        if window is None:
-            return plan, key
-        narrow = (*key, (window.start, window.stop))
-        if narrow not in self.plans:
-            with compiling():
-                if narrow not in self.plans:
-                    self._timesteps[narrow] = self._timesteps[key]
-                    try:
-                        self.plans[narrow] = self._plan(values, replace(self.config, region=window))
-                    except (UnsupportedGraph, SpecViolation) as error:
-                        log.info("the picture's tokens cannot be the region: %s", error)
-                        self.plans[narrow] = plan
-        found = self.plans[narrow]
-        assert isinstance(found, Plan)
-        return found, (narrow if found is not plan else key)
-
-    def _run(self, plan: Plan, key: tuple, given: Sequence[Any], values: Sequence[Any], weights: Part) -> Sequence[Any]:
-        time = self._timesteps[key]
-        return run_step(
-            plan,
-            given,
-            graph=plan.identity,
-            latent=values[plan.latent],
-            context=tuple([values[index] for index in self.users if index not in (plan.latent, time)]),
-            timestep=None if time is None else values[time],
-            weights=weights,
-            config=self.config,
-        )
-
-    def _key(self, values: Sequence[Any]) -> tuple:
-        """What a plan is specialised on: sizes, strides and types of the user's inputs, and numbers themselves."""
-        return key_of([values[index] for index in self.users])
+        given = as_tensors(values, self.numbers)
+        key = key_of([given[index] for index in self.users])
+        if key in self.plans:  # another thread has made it
+            return self.plans[key][0], given
+        try:
+            entry = Entry(self._plan(given, self.config), self.inputs, values, self.users, self.config)
+        except (UnsupportedGraph, SpecViolation, TypeError):
+            if not self.numbers:
+                raise
+            self.numbers = []
+            return self._make(values)
+        self.plans[key] = [entry]  # last: other threads look there
+        return entry, given
 
     def _plan(self, values: Sequence[Any], config: RASConfig) -> Plan:
         """The plan for a call, one that it shares with other lengths of the context if it can."""
-        shared = self.families.plan(values, config, self.numbers)
+        shared = self._families.plan(values, config, self.numbers)
         return Plan(self.graph, self.inputs, values, config) if shared is None else shared
 
-    def _make(self, key: tuple, values: Sequence[Any]) -> None:
-        """Makes the plan for ``key``; if integers were taken for numbers and are sizes, only says so: call again."""
-        if self.broken is not None:
-            # it is kept, and so never raised: its traceback would keep the frames of the call, and with them the model
-            self._without_plan(key, values, self.broken)
-            return
-        try:
-            plan = self._plan(values, self.config)
-            self._timesteps[key] = find_timestep(self.inputs, values, self.config.timestep)
-            self.plans[key] = plan  # last: other threads look there
-        except (UnsupportedGraph, SpecViolation, TypeError) as error:
-            self._without_plan(key, values, error)
+    def plan_for(self, entry: Entry, values: Sequence[Any], config: RASConfig) -> Plan:
+        return self._plan(values, config)
 
-    def _without_plan(self, key: tuple, values: Sequence[Any], error: Exception) -> None:
-        """What becomes of a call that has no plan: another try, or the dense graph."""
-        if self.numbers:
-            self.numbers = []
-        elif isinstance(error, UnsupportedGraph) and not (self.broken or key in self.placed) and places_given(values):
-            self.placed.add(key)
-        elif isinstance(error, (UnsupportedGraph, SpecViolation)):
-            if not self.told:
-                self._refuse(error)
-            self.plans[key] = self._dense(values)
-        else:
-            raise error
-
-    def _refuse(self, error: UnsupportedGraph | SpecViolation) -> None:
-        if self.config.unsupported == "error":
-            raise error.again() if isinstance(error, GraphBreak) else error
-        found = compiled_call()
-        name = "this model" if found is None else type(found[0]).__name__
-        if isinstance(error, GraphBreak) and not first_time((name, error.where)):
-            return  # the parts behind a break that was told say no more
-        warn_once(f"ras_compile: {name} runs dense: {error}")
-
-    def _dense(self, values: Sequence[Any]) -> Compiled:
+    def _run_dense(self, values: Sequence[Any]) -> Sequence[Any]:
         """The graph as it is, through the inner compiler where its sizes are static."""
         if any(given.size for given in self.inputs):
-            return self.graph
-        return compile_inner(self.graph, values, self.config)
-
-
-def graph_break(graph: fx.GraphModule) -> GraphBreak | None:
-    """The error of a graph that is only a part of the model's forward, because Dynamo broke it; None for a whole one."""
-    reason = why_graph_ends(graph)
-    frames = list(reason.user_stack) if reason is not None else []
-    if reason is None or not frames:
-        return None
-    where = frames[-1].filename, frames[-1].lineno
-    source = f"{where[0]}:{where[1]} in {frames[-1].name}"
-    if reason.graph_break:
-        text = str(reason.reason).strip().splitlines()[0]
-        return GraphBreak(f"Dynamo broke the model's graph ({text}); a model must be one graph", source, where)
-    resumed = next((f for f in frames if f.name.startswith(RESUME_PREFIX)), None)
-    if resumed is not None:
-        line = int(resumed.name.rpartition("_")[2])
-        text = f"the graph is the rest of a model behind a graph break in line {line}; a model must be one graph"
-        return GraphBreak(text, source, (resumed.filename, line))
-    return None
-
-
-def fragment(weights: int) -> GraphBreak | None:
-    """The error of a graph that Dynamo made of a function inside the model; None for the model itself.
-
-    Where Dynamo gives a frame up without a word it compiles the functions that the frame calls. While it does so, the
-    frame stands on the stack, between here and the call of what the user compiled.
-
-    Args:
-        weights: how many weights the graph holds.
-    """
-    frame, root, caller = sys._getframe(1), None, None
-    while frame is not None and not is_call(frame.f_code):
-        module = receiver(frame)
-        if isinstance(module, nn.Module) and not isinstance(module, fx.GraphModule):
-            root = module
-        if caller is None and not frame.f_code.co_filename.startswith(LIBRARIES):
-            caller = frame
-        frame = frame.f_back  # type: ignore[assignment]
-    held = sum(1 for _ in root.parameters()) if root is not None else 0
-    if frame is None or caller is None or 4 * weights >= held:
-        return None
-    where = caller.f_code.co_filename, caller.f_lineno
-    text = (
-        f"Dynamo broke the model's graph: what it compiles holds {weights} of {held} weights; a model must be one graph"
-    )
-    return GraphBreak(text, f"{where[0]}:{where[1]} in {caller.f_code.co_name}", where)
-
-
-class GraphBreak(UnsupportedGraph):
-    """A graph that is a part of a model; ``where`` is the file and line of the break, the same for both sides of it."""
-
-    def __init__(self, reason: str, source: str, where: tuple[str, int | None]) -> None:
-        super().__init__(reason, source=source)
-        self.where = where
-
-    def again(self) -> GraphBreak:
-        """The same error without the traceback of where it was raised before."""
-        assert self.source is not None
-        return GraphBreak(self.reason, self.source, self.where)
+            return self.graph(*values)
+        key = key_of([values[index] for index in self.users])
+        if key not in self.dense:
+            with compiling():
+                if key not in self.dense:
+                    self.dense[key] = compile_inner(self.graph, values, self.config)
+        return self.dense[key](*values)

@@ -10,12 +10,13 @@ import torch
 from torch import fx, nn
 
 from ras_compile._torch import call_uncompiled, original, pytree
-from ras_compile.backend import GraphBreak, fragment, graph_break
-from ras_compile.capture.inputs import check_timestep, describe_inputs
+from ras_compile.capture.inputs import GraphInput, check_timestep, describe_inputs
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.capture.unusable import told_plainly
 from ras_compile.config import RASConfig, is_whole
-from ras_compile.dispatch.traced import places_given, specialise
+from ras_compile.dispatch.dispatcher import worth_tracing
+from ras_compile.dispatch.kinds import GraphBreak, arguments_of, graph_break, part_of
+from ras_compile.dispatch.traced import inputs_of, specialise
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph, UnusableInput
 from ras_compile.execute.compiling import compiling
 from ras_compile.passes.algebra.layout import Concat, Layout
@@ -33,8 +34,8 @@ class _Recorded(Exception):
     """Leaves the model's forward once its graph has been seen."""
 
 
-def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, list[Any]]:
-    """The graph that Dynamo makes of ``transformer(**inputs)``, and the inputs that it is called with. Nothing is run.
+def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, list[GraphInput], list[Any]]:
+    """The graph that Dynamo makes of ``transformer(**inputs)``, the description of its inputs, and these. Nothing is run.
 
     Raises:
         UnsupportedGraph: Dynamo breaks the graph, or finds nothing to compile.
@@ -42,14 +43,19 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
     """
     graphs: list[fx.GraphModule] = []
     held: list[Any] = []
-    parts: list[UnsupportedGraph | None] = []
+    names: list[GraphInput] = []
+    parts: list[GraphBreak | None] = []
 
     def record(graph: fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Any:
-        graphs.append(graph)
-        parts.append(graph_break(graph) or fragment(sum(given.weight for given in describe_inputs(graph.graph))))
+        described = describe_inputs(graph.graph)
+        broken = graph_break(graph) or part_of(described, example_inputs, RASConfig())
 
         def leave(*values: Any) -> Any:
+            named = arguments_of(broken, described, values, type(module).forward, (), inputs) if broken else described
+            graphs.append(graph)
             held.extend(values)
+            names.extend(named or ())
+            parts.append(broken if named is None else None)
             raise _Recorded
 
         return leave
@@ -72,7 +78,8 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
     if parts[0] is not None:
         raise parts[0]
     entrance = Entrance(graphs[0], held)
-    return entrance.graph, list(entrance(held))
+    described = names if entrance.graph is graphs[0] else describe_inputs(entrance.graph.graph)
+    return entrance.graph, described, list(entrance(held))
 
 
 @dataclass(frozen=True)
@@ -247,17 +254,16 @@ def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -
         UnsupportedGraph: there is none.
     """
     try:
-        graph, values = record_call(transformer, inputs)
-        described = describe_inputs(graph.graph)
+        graph, described, values = record_call(transformer, inputs)
         with compiling():
             return Plan(graph, described, values, config), described, values
     except UnsupportedGraph as error:
         leaves = pytree.tree_leaves(((), inputs))
-        if not isinstance(error, GraphBreak) and not places_given(leaves):
+        if not worth_tracing(error, leaves):
             raise
     with compiling(told=False):  # the model's own code runs
-        made = specialise(original(transformer), (), inputs, config)
-    return made.plan, made.inputs, made.values(leaves)
+        entry = specialise(original(transformer), (), inputs, config)
+    return entry.plan, list(entry.inputs), inputs_of(entry.trace, leaves)
 
 
 def _check_steps(num_steps: Any) -> None:

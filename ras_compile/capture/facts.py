@@ -46,7 +46,7 @@ class Guard:
             index for index, node in enumerate(self.inputs[: len(self.inputs) - len(constants)]) if node.users
         ]
 
-    def hanging_on(self, index: int) -> list[Fact]:
+    def facts_depending_on(self, index: int) -> list[Fact]:
         """The facts that depend on an input."""
         reached = {self.inputs[index]}
         for node in self.module.graph.nodes:

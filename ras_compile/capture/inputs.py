@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile._torch import source_of
+from ras_compile._torch import pytree, source_of
 from ras_compile.errors import ConfigError
 
 _STEP = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]|\.([A-Za-z_]\w*)")
@@ -81,6 +81,18 @@ def _forward(graph: fx.Graph) -> Callable[..., Any] | None:
             if isinstance(kind, type) and issubclass(kind, nn.Module):
                 return kind.forward
     return None
+
+
+def describe_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict) -> list[GraphInput]:
+    """The leaves of a call's arguments, by the names of the parameters of a module class's forward."""
+    names = argument_names(forward)
+    found = []
+    for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        keys: list[Any] = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))) for key in path[1:]]
+        positional = path[0].idx == 0  # type: ignore[attr-defined]  # the outermost structure is a pair
+        head = names[keys[0]] if positional and keys[0] < len(names) else str(keys[0])
+        found.append(GraphInput(head, head + "".join(f"[{str(key)!r}]" for key in keys[1:])))
+    return found
 
 
 def argument_names(forward: Callable[..., Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -12,8 +13,14 @@ from torch import nn
 
 from ras_compile import _torch
 
-__all__ = ["LIBRARIES", "compiled_call", "holder", "is_call", "receiver"]
+__all__ = ["LIBRARIES", "caller_is_known", "compiled_call", "compiled_modules", "holder", "is_call", "receiver"]
 
+_DYNAMO = str(Path(torch.__file__).parent / "_dynamo")
+_CALLS = (
+    "_call_impl",
+    "_wrapped_call_impl",
+    "__call__",
+)  # what is compiled of a module, if it is not its forward alone
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # code that is nobody's model
 
 
@@ -25,15 +32,51 @@ def compiled_call() -> tuple[nn.Module, tuple, dict] | None:
     args, kwargs = frame.f_locals.get("args"), frame.f_locals.get("kwargs")
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         return None
-    owner, _ = _owner_of(frame)
+    owner, _ = owner_of(frame)
     return None if owner is None else (owner, args, kwargs)
+
+
+def compiled_modules() -> Iterator[nn.Module]:
+    """Every compiled module whose call is running now, the innermost one first."""
+    frame = _call_frame()
+    while frame is not None:
+        owner, _ = owner_of(frame)
+        if owner is not None:
+            yield owner
+        frame = _call_frame(frame.f_back)
+
+
+def caller_is_known() -> bool:
+    """Whether the stack shows who calls the compiled graph that runs now.
+
+    A graph that is called without Dynamo has nobody to ask for, and a function may be compiled in place of a module; but where
+    Dynamo calls the graph and none of the frames of :func:`is_call` is there, or one of a module's call and no module, this
+    version of PyTorch calls what it compiled in another way.
+    """
+    frame = _call_frame()
+    if frame is None:
+        return not _dynamo_calls()
+    called = frame.f_locals.get("fn")
+    method = isinstance(getattr(called, "__self__", None), nn.Module) and called.__name__ in _CALLS
+    return not method or owner_of(frame)[0] is not None
+
+
+def _dynamo_calls() -> bool:
+    """Whether any code of Dynamo's runs in this thread."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.startswith(_DYNAMO):
+        frame = frame.f_back
+    return frame is not None
 
 
 def holder() -> tuple[nn.Module, nn.Module] | None:
     """The module whose running code calls the compiled one and holds more weights than that; and the compiled one."""
-    owner, frame = _owner_of(_call_frame())
+    call = _call_frame()
+    owner, frame = owner_of(call)
     root = _torch.original(owner)
-    if root is None:
+    if root is None and call is not None:  # a method of it was compiled: `block.forward = torch.compile(block.forward)`
+        root = getattr(call.f_locals.get("fn"), "__self__", None)
+    if not isinstance(root, nn.Module):
         return None
     held = sum(1 for _ in root.parameters())
     while frame is not None:
@@ -62,9 +105,9 @@ def receiver(frame: Any) -> Any:
     return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
 
 
-def _call_frame() -> Any:
-    """The frame in which Dynamo calls what it has compiled; None if there is none."""
-    frame: Any = sys._getframe(1)
+def _call_frame(start: Any = None) -> Any:
+    """The frame in which Dynamo calls what it has compiled, the innermost one from ``start`` on; None if there is none."""
+    frame: Any = start or sys._getframe(1)
     while frame is not None and not is_call(frame.f_code):
         frame = frame.f_back
     return frame
@@ -75,7 +118,7 @@ def is_call(code: CodeType) -> bool:
     return code.co_qualname.startswith(_torch.DynamoContext.__name__ + ".")
 
 
-def _owner_of(frame: Any) -> tuple[nn.Module | None, Any]:
+def owner_of(frame: Any) -> tuple[nn.Module | None, Any]:
     """The compiled module that Dynamo calls in a frame, if it is one, and the frame that calls it."""
     frame = frame and frame.f_back
     while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):

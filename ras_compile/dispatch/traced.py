@@ -1,16 +1,16 @@
-"""A model that Dynamo cannot capture as one graph, captured by tracing it: see `tracing.py`.
+"""A model that Dynamo cannot capture as one graph, captured by tracing it: see `capture/tracing.py`.
 
-Dynamo breaks such a model's graph and hands a backend its fragments. The first fragment that runs finds out which model
-the user compiled, and from then on the compiled object calls a :class:`TracedModel` instead of Dynamo's fragments.
+Dynamo breaks such a model's graph and hands a backend its parts. The first part that runs finds out which model the user
+compiled, and from then on the compiled object calls a :class:`TracedModel` instead of Dynamo's parts.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,64 +18,77 @@ from torch import Tensor, fx, nn
 
 from ras_compile import _torch
 from ras_compile._torch import OptimizedModule, pytree, version_of
-from ras_compile.capture.inputs import GraphInput, argument_names, find_timestep, key_of
+from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep, key_of
 from ras_compile.capture.python_state import PythonState
 from ras_compile.capture.tracing import Trace, trace
 from ras_compile.config import RASConfig
-from ras_compile.dispatch.callers import compiled_call
+from ras_compile.dispatch.callers import compiled_call, compiled_modules
+from ras_compile.dispatch.dispatcher import (
+    Dispatcher,
+    Entry,
+    Refusal,
+    count_step,
+    places_given,
+    without_traceback,
+)
+from ras_compile.dispatch.kinds import gradients_recorded, records_gradients
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
-from ras_compile.notices import warn_once
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.locate import note_reached
-from ras_compile.sampling.steps import count_step, run_step
+from ras_compile.sampling.registry import Part
+
+__all__ = ["Exchangeable", "TracedModel", "captured_in_this_call", "here", "retry_by_tracing", "specialise"]
 
 # So many sets of values (lengths of prompts, say) are compiled for one set of sizes; further ones run dense.
 _SPECIALISATIONS = 16
 _LEAVES = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice)
 
 
-@dataclass
-class Specialisation:
-    """A plan for calls of one kind: the same sizes, numbers, Python state and facts.
+class TracedEntry(Entry):
+    """An entry for calls that find the same Python state in the model, and the same values where its code reads some.
 
-    Attributes:
+    Args:
         trace: what tracing gave.
         state: the model's Python objects when it was traced.
-        inputs: description of the plan's inputs: leaves of the arguments, then closed tensors.
-        plan: the plan.
-        timestep: position of the timestep among the inputs, or None.
-        known: inputs that were seen to give the same facts, by identity and version.
+        plan, inputs, values, config: see :class:`~ras_compile.dispatch.dispatcher.Entry`.
     """
 
-    trace: Trace
-    state: PythonState
-    inputs: list[GraphInput]
-    plan: Plan
-    timestep: int | None
-    known: deque = field(default_factory=lambda: deque(maxlen=8))
+    def __init__(
+        self, trace: Trace, state: PythonState, plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any],
+        config: RASConfig,
+    ) -> None:  # fmt: skip
+        arguments = len(inputs) - len(trace.closed)
+        super().__init__(plan, inputs, values, range(arguments), config)
+        self.trace, self.state = trace, state
+        # tables that the model keeps may be made anew, and do not tell which model it is
+        self.weights = [arguments + at for at, closed in enumerate(trace.closed) if closed.owner is not None]
+        # inputs that were seen to give the same facts, by identity and version
+        self._seen: deque[tuple[list[weakref.ref], list[int]]] = deque(maxlen=8)
 
-    def values(self, leaves: Sequence[Any]) -> list[Any]:
-        """The plan's inputs for a call with these leaves."""
-        return [*leaves, *(closed.now() for closed in self.trace.closed)]
-
-    def fits(self, leaves: Sequence[Any]) -> bool:
-        """Whether the call is one that was traced: the model's state and what Python code read are as they were.
+    def fitting(self, given: Sequence[Any]) -> list[Any] | None:
+        """The plan's inputs for a call with these arguments; None where the plan is not one for it.
 
         Facts are computed again only when an input that they depend on is another object, or was written to.
         """
         if not self.state.holds():
-            return False
-        tensors = [value for value in self.values(leaves) if isinstance(value, Tensor)]
+            return None
+        values = inputs_of(self.trace, given)
+        tensors = [value for value in values if isinstance(value, Tensor)]
         read = [tensors[index] for index in self.trace.guard.reads]
         versions = versions_of(read)
-        if any(versions == old and same_objects(read, seen) for seen, old in self.known):
-            return True
+        if versions is not None and any(versions == old and same_objects(read, seen) for seen, old in self._seen):
+            return values
         if not self.trace.guard.holds(tensors):
-            return False
+            return None
         if versions is not None:
-            self.known.append(([weakref.ref(value) for value in read], versions))
-        return True
+            self._seen.append(([weakref.ref(value) for value in read], versions))
+        return values
+
+
+def inputs_of(trace: Trace, given: Sequence[Any]) -> list[Any]:
+    """The inputs of a traced graph for a call: the leaves of its arguments, then the tensors that are no arguments."""
+    return [*given, *[c.tensor if c.owner is None else c.owner[c.name] for c in trace.closed]]
 
 
 def same_objects(tensors: Sequence[Tensor], seen: Sequence[weakref.ref]) -> bool:
@@ -89,21 +102,36 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
     return [version_of(value) for value in tensors]
 
 
-_fragments = threading.local()
+class _Here(threading.local):
+    """What this thread is in the middle of.
+
+    Attributes:
+        falling_back: a model that was refused runs by Dynamo's parts: none of them is the whole.
+        capturing: a model was captured, in a call that may not have returned yet.
+    """
+
+    falling_back = False
+    capturing = False
 
 
-def falling_back() -> bool:
-    """Whether a model that was refused runs in this thread, by Dynamo's fragments: none of them is the whole."""
-    return getattr(_fragments, "running", False)
+here = _Here()
 
 
-def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) -> Specialisation:
+def captured_in_this_call() -> bool:
+    """Whether the present call is the one in which its model was captured. Looks only if there was such a call of late."""
+    if not here.capturing:
+        return False
+    here.capturing = any(isinstance(callee(owner), TracedModel) for owner in compiled_modules())
+    return here.capturing
+
+
+def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) -> TracedEntry:
     """Traces one call and makes its plan.
 
     Raises:
         UnsupportedGraph: the call cannot be traced, or its graph cannot be proved right.
     """
-    leaves, _ = pytree.tree_flatten((args, kwargs))
+    leaves, _ = flattened(args, kwargs)
     strange = next((leaf for leaf in leaves if not isinstance(leaf, _LEAVES)), None)
     if strange is not None:
         raise UnsupportedGraph(
@@ -139,32 +167,35 @@ class Hooked(UnsupportedGraph):
         self.module = weakref.ref(module)
 
 
-def places_given(values: Sequence[Any]) -> bool:
-    """Whether an argument may say where tokens stand: a vector of whole numbers."""
-    return any(
-        isinstance(v, Tensor) and v.ndim == 1 and len(v) > 1 and v.dtype in (torch.int64, torch.int32) for v in values
-    )
-
-
-def _specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig, *, runs: bool) -> Specialisation:
-    leaves, _ = pytree.tree_flatten((args, kwargs))
+def _specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig, *, runs: bool) -> TracedEntry:
+    leaves, _ = flattened(args, kwargs)
     traced = trace(root, args, kwargs, runs=runs)
-    state = PythonState(root)
-    inputs = [*describe(root, args, kwargs), *(GraphInput(None, entry.name, weight=True) for entry in traced.closed)]
-    values = [*leaves, *(entry.now() for entry in traced.closed)]
+    state, values = PythonState(root), inputs_of(traced, leaves)
+    closed = [GraphInput(None, entry.name, weight=True) for entry in traced.closed]
+    inputs = [*describe_arguments(type(root).forward, args, kwargs), *closed]
+    entry = TracedEntry(traced, state, traced_plan(traced, inputs, values, config), inputs, values, config)
+    if entry.timestep is not None and isinstance(values[entry.timestep], Tensor):
+        refuse_readings(traced, values, entry.timestep, "timestep")
+    return entry
+
+
+def traced_plan(traced: Trace, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Plan:
+    """The plan of a traced graph.
+
+    Raises:
+        UnsupportedGraph: the graph cannot be proved right, or it was specialised on the latent's values.
+    """
     shapes = {tuple(node.meta["val"].shape) for node in output_nodes(traced.graph)}
     try:
         plan = Plan(traced.graph, inputs, values, config)
     except UnsupportedGraph:
-        for index, value in enumerate(leaves):
-            if isinstance(value, Tensor) and value.is_floating_point() and tuple(value.shape) in shapes:
+        for index, (given, value) in enumerate(zip(inputs, values, strict=True)):
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            if floating and not given.weight and tuple(value.shape) in shapes:
                 refuse_readings(traced, values, index, "latent")  # the deeper reason
         raise
     refuse_readings(traced, values, plan.latent, "latent")
-    timestep = find_timestep(inputs, values, config.timestep)
-    if timestep is not None and isinstance(values[timestep], Tensor):
-        refuse_readings(traced, values, timestep, "timestep")
-    return Specialisation(traced, state, inputs, plan, timestep)
+    return plan
 
 
 def output_nodes(graph: fx.GraphModule) -> list[fx.Node]:
@@ -189,25 +220,24 @@ def refuse_readings(traced: Trace, values: Sequence[Any], changing: int, what: s
         UnsupportedGraph: there is such a value.
     """
     place = sum(isinstance(value, Tensor) for value in values[:changing])
-    facts = [fact for fact in traced.guard.hanging_on(place) if what == "latent" or fact.value.dtype != torch.bool]
+    facts = traced.guard.facts_depending_on(place)
+    facts = [fact for fact in facts if what == "latent" or fact.value.dtype != torch.bool]
     if facts:
         raise UnsupportedGraph(f"Python code reads a value that depends on the {what}'s values", source=facts[0].source)
 
 
-def describe(root: nn.Module, args: tuple, kwargs: dict) -> list[GraphInput]:
-    """The leaves of a call's arguments, by the names of the forward's parameters."""
-    names = argument_names(type(root).forward)
-    found = []
-    for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        keys: list[Any] = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))) for key in path[1:]]
-        positional = path[0].idx == 0  # type: ignore[attr-defined]
-        head = names[keys[0]] if positional and keys[0] < len(names) else str(keys[0])
-        found.append(GraphInput(head, head + "".join(f"[{str(key)!r}]" for key in keys[1:])))
-    return found
+def flattened(args: tuple, kwargs: dict) -> tuple[list[Any], Hashable]:
+    """The leaves of a call's arguments, and what tells their structure from others."""
+    leaves = [*args, *kwargs.values()]
+    for leaf in leaves:
+        if not isinstance(leaf, _LEAVES):
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            return leaves, str(spec)
+    return leaves, (len(args), *kwargs)
 
 
-class TracedModel:
-    """Called in place of a model: finds the specialisation that fits the call, or makes one, and runs its step.
+class TracedModel(Dispatcher[TracedEntry]):
+    """Called in place of a model: finds the entry that fits the call, or makes one, and runs its step.
 
     Args:
         root: the model.
@@ -216,89 +246,116 @@ class TracedModel:
     """
 
     def __init__(self, root: nn.Module, compiled: Callable[..., Any], config: RASConfig) -> None:
-        self.root, self.compiled, self.config = weakref.ref(root), compiled, config
-        self.found: dict[tuple, list[Specialisation]] = {}
-        self.dense: dict[tuple, weakref.ref | None] = {}  # refused calls, and the part that has hooks, if that is why
+        super().__init__(config)
+        self._root, self.compiled = weakref.ref(root), compiled
+
+    @property
+    def root(self) -> nn.Module:
+        """The model; it lives for as long as what the user compiled, which calls this."""
+        root = self._root()
+        assert root is not None
+        return root
 
     def prepare(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a call can be made; makes its specialisation. See :meth:`make`. The present one counts as a step."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        """Whether a call can be made; makes its entry. The present call runs by Dynamo's parts, and counts as a step."""
+        leaves, structure = flattened(args, kwargs)
         with compiling(told=False):
-            made = self.make(self.key(leaves, spec), args, kwargs)
-        if made is not None:
-            count_step(made.plan, **self.call(made, leaves))
-        return made is not None
+            key = self.key(leaves, structure)
+            found = self.make(key, leaves, args, kwargs)
+        if found is None:
+            self._tell_dense(self.refused[key], leaves)
+            return False
+        entry, values = found
+        count_step(entry.call(values, values, Part(values, entry.weights)))
+        return True
 
     def fall_back(self, args: tuple, kwargs: dict) -> Any:
-        before, _fragments.running = falling_back(), True
+        """Runs a call by Dynamo's parts, none of which is the whole model."""
+        before, here.falling_back = here.falling_back, True
         try:
             return self.compiled(*args, **kwargs)
         finally:
-            _fragments.running = before
+            here.falling_back = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         note_reached()
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if torch.is_grad_enabled():
-            return self.fall_back(args, kwargs)  # whose fragments refuse what records gradients
-        key = self.key(leaves, spec)
-        fitting = self.fitting(key, leaves)
-        if fitting is None and not self.refused(key):
+        leaves, structure = flattened(args, kwargs)
+        if torch.is_grad_enabled() and records_gradients(itertools.chain(leaves, self.root.parameters())):
+            result = self.fall_back(args, kwargs)  # whose parts refuse to record gradients
+            self._tell_dense(Refusal(gradients_recorded()), leaves)
+            return result
+        key = self.key(leaves, structure)
+        found = self.find(key, leaves)
+        if found is None and not self._is_refused(key):
             with compiling(told=False):  # the model's own code runs
-                fitting = self.fitting(key, leaves) or self.make(key, args, kwargs)
-        if fitting is None:
-            return self.fall_back(args, kwargs)
-        return self.run(fitting, key, leaves)
+                found = self.find(key, leaves) or self.make(key, leaves, args, kwargs)
+        if found is None:
+            result = self.fall_back(args, kwargs)
+            self._tell_dense(self.refused[key], leaves)
+            return result
+        entry, values = found
+        outputs, traced = iter(self.run(entry, values, values, Part(values, entry.weights))), entry.trace
+        flat = [
+            next(outputs) if tensor else other for tensor, other in zip(traced.is_tensor, traced.others, strict=True)
+        ]
+        return pytree.tree_unflatten(flat, traced.output_spec)
 
-    def key(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> tuple:
-        """Sizes, strides and types of tensors, other arguments themselves, and the ambient state that code may read."""
-        kinds = {v.device.type for v in leaves if isinstance(v, Tensor)}
-        ambient = tuple(
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)
-        )
-        return key_of(leaves), str(spec), ambient, torch.get_default_dtype()
+    def key(self, leaves: Sequence[Any], structure: Hashable) -> tuple:
+        """The arguments, and the ambient state that code may read."""
+        kinds = sorted({v.device.type for v in leaves if isinstance(v, Tensor)})
+        ambient = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        return key_of(leaves), structure, tuple(ambient), torch.get_default_dtype()
 
-    def fitting(self, key: tuple, leaves: Sequence[Any]) -> Specialisation | None:
-        return next((entry for entry in self.found.get(key, ()) if entry.fits(leaves)), None)
+    def find(self, key: tuple, leaves: Sequence[Any]) -> tuple[TracedEntry, Sequence[Any]] | None:
+        """The entry that fits a call, and the inputs of its plan."""
+        for entry in self.plans.get(key, ()):
+            values = entry.fitting(leaves)
+            if values is not None:
+                return entry, values
+        return None
 
-    def refused(self, key: tuple) -> bool:
+    def _is_refused(self, key: tuple) -> bool:
         """Whether such a call was refused for a reason that still holds."""
-        if key not in self.dense:
-            return False
-        hooked = self.dense[key]
-        return hooked is None or ((module := hooked()) is not None and has_hooks(module))
+        refusal = self.refused.get(key)
+        if refusal is None or refusal.hooked is None:
+            return refusal is not None
+        module = refusal.hooked()
+        return module is not None and has_hooks(module)
 
-    def make(self, key: tuple, args: tuple, kwargs: dict) -> Specialisation | None:
-        """Makes the specialisation of a call; None (with a warning) where it runs dense.
+    def make(
+        self, key: tuple, leaves: Sequence[Any], args: tuple, kwargs: dict
+    ) -> tuple[TracedEntry, Sequence[Any]] | None:
+        """Makes the entry of a call; None (with a warning) where it runs dense.
 
         Raises:
             UnsupportedGraph: it cannot be made, and the option ``unsupported`` is "error".
         """
-        root, known = self.root(), self.found.setdefault(key, [])
-        known[:] = [entry for entry in known if entry.state.holds()]
-        assert root is not None
+        entries = self.plans.setdefault(key, [])
+        entries[:] = [entry for entry in entries if entry.state.holds()]
         try:
-            if len(known) >= _SPECIALISATIONS:
+            if len(entries) >= _SPECIALISATIONS:
                 raise UnsupportedGraph(f"values that Python code reads differ in more than {_SPECIALISATIONS} ways")
             if self.counts_time(key):
                 raise UnsupportedGraph(
                     "the timestep is a Python number, and Dynamo broke the model's graph, which is traced instead: for one "
                     "value of each number; a tensor is supported"
                 )
-            made = specialise(root, args, kwargs, self.config)
+            entry = specialise(self.root, args, kwargs, self.config)
         except (UnsupportedGraph, SpecViolation) as error:
-            if self.config.unsupported == "error":
-                raise
-            self.dense[key] = error.module if isinstance(error, Hooked) else None
-            warn_once(f"ras_compile: {type(root).__name__} runs dense: {error}")
+            hooked = error.module if isinstance(error, Hooked) else None
+            timestep = find_timestep(
+                describe_arguments(type(self.root).forward, args, kwargs), leaves, self.config.timestep
+            )
+            self.refused[key] = Refusal(without_traceback(error), timestep, hooked)
+            self.refuse(error, self.root)
             return None
-        known.append(made)
-        return made
+        entries.append(entry)
+        return entry, inputs_of(entry.trace, leaves)
 
     def counts_time(self, key: tuple) -> bool:
         """Whether a call differs from one that was traced in its timestep alone, a Python number."""
         leaves, *others = key
-        for (known, *rest), entries in self.found.items():
+        for (known, *rest), entries in self.plans.items():
             for place in {entry.timestep for entry in entries} & set(range(len(known))):
                 if len(known) != len(leaves) or rest != others or known[place][0] not in (int, float):
                     continue
@@ -308,34 +365,20 @@ class TracedModel:
                     return True
         return False
 
-    def call(self, entry: Specialisation, leaves: Sequence[Any]) -> dict[str, Any]:
-        """What a step must know of a call."""
-        plan, values, time = entry.plan, entry.values(leaves), entry.timestep
-        return dict(
-            graph=plan.identity,
-            latent=values[plan.latent],
-            context=tuple(v for index, v in enumerate(leaves) if index not in (plan.latent, time)),
-            timestep=None if time is None else values[time],
-            weights=[closed.now() for closed in entry.trace.closed if closed.owner is not None],
-            config=self.config,
-        )
+    def plan_for(self, entry: TracedEntry, values: Sequence[Any], config: RASConfig) -> Plan:
+        return traced_plan(entry.trace, entry.inputs, values, config)
 
-    def run(self, entry: Specialisation, key: tuple, leaves: Sequence[Any]) -> Any:
-        given = iter(run_step(entry.plan, entry.values(leaves), **self.call(entry, leaves)))
-        flat = [
-            next(given) if tensor else other
-            for tensor, other in zip(entry.trace.is_tensor, entry.trace.others, strict=True)
-        ]
-        return pytree.tree_unflatten(flat, entry.trace.output_spec)
+    def _tell_dense(self, refusal: Refusal, leaves: Sequence[Any]) -> None:
+        self.tell_dense([*self.root.parameters(), *self.root.buffers()], refusal, leaves)
 
 
 @torch.compiler.disable
-def take_over(config: RASConfig) -> bool | None:
-    """Called by a fragment of a model: lets the model be called as a :class:`TracedModel` from now on.
+def retry_by_tracing(config: RASConfig) -> bool | None:
+    """Called by a part of a model: lets the model be called as a :class:`TracedModel` from now on.
 
     Returns:
-        True where the present call can be traced, so that its fragments need no compiling; False where it was refused
-        and that was told; None where nobody is to be found who calls the model, and nothing was told.
+        True where the present call can be traced, so that its parts need no compiling; False where it was refused and that was
+        told; None where nobody is to be found who calls the model, and nothing was told.
 
     Raises:
         UnsupportedGraph: it cannot be traced, and the option ``unsupported`` is "error".
@@ -346,7 +389,7 @@ def take_over(config: RASConfig) -> bool | None:
     owner, args, kwargs = found
     present = callee(owner)
     if isinstance(present, TracedModel):
-        return not falling_back()
+        return not here.falling_back
     root = _torch.original(owner)
     model = TracedModel(root, present, config)
     if isinstance(owner, OptimizedModule):
@@ -355,6 +398,7 @@ def take_over(config: RASConfig) -> bool | None:
         held.compiled = model
     else:
         _torch.set_compiled_call(owner, model)
+    here.capturing = True
     return model.prepare(args, kwargs)
 
 

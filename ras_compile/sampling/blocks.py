@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ras_compile.notices import warn_once
 from ras_compile.sampling.locate import owner
 
-__all__ = ["feeds_a_block", "is_block", "is_known_block", "leave_output", "why_block"]
+__all__ = ["feeds_a_block", "is_block", "is_features", "is_known_block", "leave_output", "why_block"]
 
 _OUTPUTS = 64  # so many of the last calls' are remembered
 _blocks: set[Hashable] = set()
@@ -86,7 +86,7 @@ def why_block(holder: Callable[[], tuple[nn.Module, nn.Module] | None], time: An
         holder: finds the module whose code calls the compiled one and holds more weights than that, and the latter; if any.
         time: the call's timestep; None where no argument is one.
     """
-    features = isinstance(time, Tensor) and time.ndim >= 2 and time.numel() > len(time)
+    features = is_features(time)
     if time is not None and not features:
         return ""
     found = holder()
@@ -97,3 +97,8 @@ def why_block(holder: Callable[[], tuple[nn.Module, nn.Module] | None], time: An
     if features and not any(type(part) is type(compiled) for part in module.modules() if part not in own):
         return ""
     return _TEXT.format(why=f"{type(module).__name__} calls it, and its arguments hold no time")
+
+
+def is_features(time: Any) -> bool:
+    """Whether what is named like a time is a vector of features for each sample instead, `[B, C]`."""
+    return isinstance(time, Tensor) and time.ndim >= 2 and time.numel() > len(time)

@@ -24,7 +24,7 @@ class Record:
         step: step of the generation, from 0.
         branch: the guidance branch: the name that somebody gave it, or its number.
         kind: "dense" or "sparse".
-        active: active rows per sample; all tokens in a dense step.
+        active: active rows per sample; all tokens in a dense step, and 0 where the model was refused, so that none are known.
         rows: the active rows, int64 [B, active] on the device, or None in a dense step. Kept as it is until it is read.
         transformer: the pipeline's name for the transformer, else "transformer".
         reason: why a step that could have been sparse ran dense; empty otherwise.

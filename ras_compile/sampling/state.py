@@ -26,7 +26,7 @@ from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.passes.analysis.cost import Cost
 from ras_compile.sampling.blocks import is_block, is_known_block, leave_output
 from ras_compile.sampling.branches import Branch, Branches, Contents, Match
-from ras_compile.sampling.inference import TimeLine, read_call, sketch
+from ras_compile.sampling.inference import TimeLine, read_call, read_time, sketch
 from ras_compile.sampling.locate import Evaluation, Generation, Place, generation, leave_attached, locate, owner
 from ras_compile.sampling.records import Record
 from ras_compile.sampling.reuse import Extrapolation
@@ -142,6 +142,15 @@ class _Run:
         return mark
 
 
+@dataclass(frozen=True)
+class _Passed:
+    """The last call that ran past every plan: whose generation, which step, and the time at which that began."""
+
+    key: Hashable
+    step: int
+    first: float | None
+
+
 class TransformerState:
     """One transformer instance under one config; generations in different threads are apart.
 
@@ -153,6 +162,7 @@ class TransformerState:
     def __init__(self, config: RASConfig) -> None:
         self.config = config
         self.records: list[Record] = []
+        self._passed: _Passed | None = None
         self._selection = Selection()
         self._epoch = 0
         self._lone = 0
@@ -232,6 +242,33 @@ class TransformerState:
         if decision.rows is None:
             leave_output(self, call.graph, output)
 
+    def passed(self, reason: str, timestep: Any) -> None:
+        """Tell a call that ran dense past every plan, because the model was refused or gradients were recorded.
+
+        It begins a generation where somebody says so, or where time is back where it began, as far as the host knows the time.
+        """
+        tick, before = locate(), self._passed
+        run = tick.home.runs.get(self)
+        if run is not None and run.key is tick.key and run.records is self.records:
+            before = _Passed(run.key, run.step, run.line.first if run.line is not None else None)
+        unread = isinstance(timestep, Tensor) and timestep.device.type != "cpu"  # to read it would wait for the device
+        time = None if unread else read_time(timestep)
+        if before is None or before.key is not tick.key:
+            begins = True
+        elif tick.step is not None:
+            begins = tick.step < before.step
+        else:
+            last = self.records[-1].timestep if self.records else None
+            begins = time is not None and time == before.first and time != last
+        if before is None or begins:
+            self.records, first = [], time
+        else:
+            first = before.first
+        self._passed = _Passed(tick.key, tick.step or 0, first)
+        self.records.append(
+            Record(tick.step or 0, tick.branch or "0", "dense", 0, None, tick.transformer, reason, timestep)
+        )
+
     def fail(self, decision: Decision) -> None:
         """The call of `decision` has raised: the next one begins a new generation."""
         decision.run.pending, decision.run.epoch = None, self._epoch - 1
@@ -265,7 +302,7 @@ class TransformerState:
     def reset(self) -> None:
         """Forget every generation, in all threads."""
         self._epoch += 1
-        self.records, self._selection = [], Selection()
+        self.records, self._passed, self._selection = [], None, Selection()
 
     def retire(self, home: Home) -> None:
         """End the run that `home` keeps; its caches become spares for the next one."""

@@ -14,7 +14,7 @@ from zoo import ZOO, redraw
 
 import ras_compile
 from ras_compile.config import RASConfig
-from ras_compile.dispatch.traced import TracedModel, falling_back
+from ras_compile.dispatch.traced import TracedModel, here
 from ras_compile.errors import RASWarning, UnsupportedGraph
 
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.25, "warmup_steps": 1, "reset_interval": None}
@@ -188,4 +188,4 @@ def test_no_fragment_of_a_refused_model_is_the_whole():
     model = Model().eval()
     refused = TracedModel(model, torch.compile(model, backend="ras", options=OPTIONS), RASConfig.from_options(OPTIONS))
     assert error(lambda *given: refused.fall_back(given, {}), Model().eval()) <= 1e-5
-    assert not falling_back()
+    assert not here.falling_back

@@ -12,8 +12,8 @@ from tiny import TinyDiT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ras_compile
-from ras_compile import backend
 from ras_compile.backend import CompiledGraph
+from ras_compile.dispatch import dispatcher
 from ras_compile.execute import cudagraphs, replay
 
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "reset_interval": None}
@@ -103,13 +103,13 @@ def test_what_a_step_launches(options, launches, monkeypatch):
                 seen[-1][name] += 1
             return func(*args, **(kwargs or {}))
 
-    real = backend.run_step
+    real = dispatcher.run_step
 
     def counted(*args, **kwargs):
         seen.append(Counter())
         with Count():
             return real(*args, **kwargs)
 
-    monkeypatch.setattr(backend, "run_step", counted)
+    monkeypatch.setattr(dispatcher, "run_step", counted)
     list(sparse_calls(2, **options))
     assert seen[-2] == launches

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ras_compile.backend import GraphBreak
-from ras_compile.capture.inputs import GraphInput, describe_inputs
+from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
-from ras_compile.dispatch.traced import places_given, specialise
+from ras_compile.dispatch.dispatcher import worth_tracing
+from ras_compile.dispatch.traced import inputs_of, specialise
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.explanation import record_call
 from ras_compile.passes.algebra.layout import Clipped, Concat, Frame, Layout
@@ -178,13 +178,13 @@ def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: A
     """
     config = RASConfig.from_options({"inner_backend": "eager", "unsupported": "error", **options})
     try:
-        graph, values = record_call(module, inputs)
-        return planned(graph, describe_inputs(graph.graph), values, config, exact)
+        graph, described, values = record_call(module, inputs)
+        return planned(graph, described, values, config, exact)
     except UnsupportedGraph as error:
-        if not isinstance(error, GraphBreak) and not places_given(tree_leaves(inputs)):
+        if not worth_tracing(error, tree_leaves(inputs)):
             raise
     made = specialise(module, (), inputs, config)
-    graph, leaves = made.trace.graph, made.values(tree_leaves(((), inputs)))
+    graph, leaves = made.trace.graph, inputs_of(made.trace, tree_leaves(((), inputs)))
     given = [pair for pair in zip(made.inputs, leaves, strict=True) if isinstance(pair[1], Tensor)]
     given += [(GraphInput(None, "constant", weight=True), constant) for constant in graph.meta.pop("constants")]
     return planned(graph, [pair[0] for pair in given], [pair[1] for pair in given], config, exact)

@@ -75,7 +75,7 @@ class EncoderLayer(nn.Module):
 def test_an_encoder_layer_is_spelled_out(norm_first, activation, mask):
     """PyTorch calls one op for all of it; its linears and its attention stay whole."""
     module, x = EncoderLayer(mask, activation=activation, norm_first=norm_first).eval(), torch.randn(2, 5, 16)
-    graph, values = record_call(module, {"x": x})
+    graph, _, values = record_call(module, {"x": x})
     assert graph.graph.find_nodes(op="call_function", target=torch._transformer_encoder_layer_fwd)
     captured = capture(graph, values)
     with torch.no_grad():

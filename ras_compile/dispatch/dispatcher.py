@@ -1,0 +1,257 @@
+"""The one way from a model call to its step: find the plan that fits the call, pack the call, run the step.
+
+Both ways of capture come here: :class:`~ras_compile.backend.CompiledGraph`, a graph that Dynamo captured whole, and
+:class:`~ras_compile.dispatch.traced.TracedModel`, a model that Dynamo breaks and that is traced instead. They differ in how a
+plan is made and in whether Dynamo guards it.
+
+    key of the call -> entries, each a plan and a guard -> the entry that fits -> its plan for the picture's tokens -> the step
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ras_compile._torch import original
+from ras_compile.capture.inputs import GraphInput, find_timestep
+from ras_compile.config import RASConfig
+from ras_compile.dispatch.callers import compiled_call
+from ras_compile.dispatch.kinds import GraphBreak
+from ras_compile.errors import SpecViolation, UnsupportedGraph
+from ras_compile.execute.compiling import compiling
+from ras_compile.notices import first_time, warn_once
+from ras_compile.plans.plan import Plan
+from ras_compile.sampling.locate import note_reached
+from ras_compile.sampling.registry import Part, state_for
+from ras_compile.sampling.state import CallInfo
+
+__all__ = [
+    "Dispatcher",
+    "Entry",
+    "ModelCall",
+    "Refusal",
+    "count_step",
+    "key_of",
+    "run_step",
+    "without_traceback",
+    "worth_tracing",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ModelCall:
+    """One call of a model, packed for :func:`run_step`.
+
+    Attributes:
+        plan: the plan that fits it.
+        given: the inputs, as the plan's graph takes them.
+        info: the call as the state of its transformer sees it, with the user's own objects.
+        weights: they say which transformer it is.
+        config: the options.
+    """
+
+    plan: Plan
+    given: Sequence[Any]
+    info: CallInfo
+    weights: Sequence[Tensor]
+    config: RASConfig
+
+
+def run_step(call: ModelCall) -> list[Any]:
+    """Runs the dense or the sparse program, as the step wants it; returns the graph's outputs."""
+    plan, info = call.plan, call.info
+    state = state_for(call.weights, call.config)
+    decision = state.decide(info)
+    try:
+        if decision.rows is None:
+            outputs = plan.dense(call.given, decision.slots, decision.spare)
+        else:
+            outputs = plan.run_sparse(call.given, decision.rows, decision.slots)
+    except BaseException:
+        state.fail(decision)
+        raise
+    state.record(info, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
+    state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
+    return outputs
+
+
+def count_step(call: ModelCall) -> None:
+    """Counts a call that runs dense past the plan, and so keeps nothing."""
+    state = state_for(call.weights, call.config)
+    decision = state.decide(call.info)
+    decision.kind, decision.rows, decision.active = "dense", None, call.info.tokens
+    decision.reason = "the model was captured in this call"
+    state.record(call.info, decision, None, None)
+
+
+class Entry:
+    """A plan, and the calls that it is for: those of one key. What must hold beside the key Dynamo has seen to.
+
+    Args:
+        plan: the plan.
+        inputs: description of its inputs.
+        values: inputs of a call.
+        users: positions of the inputs that are no weights and tell calls apart.
+        config: the options.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Sequence[GraphInput],
+        values: Sequence[Any],
+        users: Sequence[int],
+        config: RASConfig,
+    ) -> None:
+        self.inputs, self.config = inputs, config
+        self.timestep = find_timestep(inputs, values, config.timestep)
+        self.weights = [index for index, given in enumerate(inputs) if given.weight]
+        self.windows: dict[tuple[int, int], Entry] = {}  # by the tokens that are the picture
+        self._users = users
+        self._takes(plan)
+
+    def _takes(self, plan: Plan) -> None:
+        self.plan, frame = plan, plan.analysis.frame
+        self._sizes = frame.samples, frame.tokens, frame.grid
+        self._context = [index for index in self._users if index not in (plan.latent, self.timestep)]
+
+    def with_plan(self, plan: Plan) -> Entry:
+        """The same calls with another plan."""
+        other = copy.copy(self)
+        other._takes(plan)
+        return other
+
+    def cost(self) -> Any:
+        """FLOPs of the plan's programs."""
+        return self.plan.cost
+
+    def call(self, given: Sequence[Any], own: Sequence[Any], weights: Part) -> ModelCall:
+        """Packs a call.
+
+        Args:
+            given: the inputs, as the plan's graph takes them.
+            own: the same as the user's own objects; Python numbers are tensors among ``given`` alone.
+        """
+        plan, time = self.plan, self.timestep
+        info = CallInfo(
+            plan.identity, own[plan.latent], tuple([own[index] for index in self._context]),
+            None if time is None else own[time], *self._sizes, plan.latent_view, self.cost, weights,
+        )  # fmt: skip
+        return ModelCall(plan, given, info, weights, self.config)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why calls of one key run dense.
+
+    Attributes:
+        error: it says why.
+        timestep: position of the timestep among the inputs; None where there is none.
+        hooked: the part of the model that has hooks, if that is why: it may lose them.
+    """
+
+    error: UnsupportedGraph | SpecViolation
+    timestep: int | None = None
+    hooked: weakref.ref | None = None
+
+
+def without_traceback(error: UnsupportedGraph | SpecViolation) -> UnsupportedGraph | SpecViolation:
+    """The same sentence in an error that can be kept: a traceback keeps the frames of the call, and with them the model."""
+    return UnsupportedGraph(str(error)) if isinstance(error, UnsupportedGraph) else SpecViolation(str(error))
+
+
+_AnEntry = TypeVar("_AnEntry", bound=Entry)
+
+
+class Dispatcher(Generic[_AnEntry]):
+    """The plans of one capture, by the key of a call.
+
+    Args:
+        config: the options.
+    """
+
+    def __init__(self, config: RASConfig) -> None:
+        self.config = config
+        self.plans: dict[tuple, list[_AnEntry]] = {}
+        self.refused: dict[tuple, Refusal] = {}
+
+    def plan_for(self, entry: _AnEntry, values: Sequence[Any], config: RASConfig) -> Plan:
+        """A plan of the capture behind an entry under other options.
+
+        Raises:
+            UnsupportedGraph: there is none.
+        """
+        raise NotImplementedError
+
+    def run(self, entry: _AnEntry, given: Sequence[Any], own: Sequence[Any], weights: Part) -> list[Any]:
+        """Runs the step of a call; see :meth:`Entry.call`."""
+        said, latent = note_reached(), own[entry.plan.latent]
+        if said is not None and self.config.region is None and latent.dim() == 3:
+            window = said.windows.get(latent.shape[1])
+            if window is not None:
+                place = window.start, window.stop
+                return run_step((entry.windows.get(place) or self._windowed(entry, given, place)).call(given, own, weights))
+        return run_step(entry.call(given, own, weights))
+
+    def _windowed(self, entry: _AnEntry, given: Sequence[Any], place: tuple[int, int]) -> Entry:
+        """The entry of a latent in which the attached scheduler knows only some tokens, the picture.
+
+        A model that cannot be planned so is planned as before: all tokens count as the picture.
+        """
+        with compiling():
+            if place not in entry.windows:
+                try:
+                    narrow = self.plan_for(entry, given, replace(self.config, region=slice(*place)))
+                    entry.windows[place] = entry.with_plan(narrow)
+                except (UnsupportedGraph, SpecViolation) as error:
+                    log.info("the picture's tokens cannot be the region: %s", error)
+                    entry.windows[place] = entry
+            return entry.windows[place]
+
+    def refuse(self, error: UnsupportedGraph | SpecViolation, model: nn.Module | None = None) -> None:
+        """Says once that a model runs dense, and why.
+
+        Args:
+            model: the model; None: the stack says which one is called.
+
+        Raises:
+            UnsupportedGraph: if the option ``unsupported`` wants that.
+        """
+        if self.config.unsupported == "error":
+            raise error
+        if model is None:
+            found = compiled_call()
+            model = None if found is None else original(found[0])
+        name = "this model" if model is None else type(model).__name__
+        if isinstance(error, GraphBreak) and not first_time((name, error.where)):
+            return  # the parts on the other side of a break that was told say no more
+        warn_once(f"ras_compile: {name} runs dense: {error}")
+
+    def tell_dense(self, weights: Sequence[Tensor], refusal: Refusal, values: Sequence[Any]) -> None:
+        """Records a call that ran past every plan, so that :func:`ras_compile.trace` tells it."""
+        timestep = None if refusal.timestep is None else values[refusal.timestep]
+        state_for(weights, self.config).passed(str(refusal.error), timestep)
+
+
+def worth_tracing(error: UnsupportedGraph, values: Iterable[Any]) -> bool:
+    """Whether a model that is refused as Dynamo captures it may be supported if it is traced with what its code reads.
+
+    That is so where Dynamo broke its graph, and where an argument may say where tokens stand: a vector of whole numbers.
+    """
+    return isinstance(error, GraphBreak) or places_given(values)
+
+
+def places_given(values: Iterable[Any]) -> bool:
+    """Whether an argument may say where tokens stand: a vector of whole numbers."""
+    return any(
+        isinstance(v, Tensor) and v.ndim == 1 and len(v) > 1 and v.dtype in (torch.int64, torch.int32) for v in values
+    )
