@@ -38,7 +38,6 @@ __all__ = [
     "ModelCall",
     "Refusal",
     "count_step",
-    "key_of",
     "run_step",
     "without_traceback",
     "worth_tracing",
