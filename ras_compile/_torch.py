@@ -76,6 +76,7 @@ __all__ = [
     "raise_recompile_limit",
     "schema_of",
     "set_compiled_call",
+    "set_grad_mode",
     "set_source",
     "source_of",
     "tables_of",
@@ -128,6 +129,7 @@ try:
         _enter_inference_mode as enter_inference_mode,
     )  # in a graph; left out of captures
     from torch.autograd.grad_mode import _exit_inference_mode as exit_inference_mode  # as above
+    from torch._C import _set_grad_enabled as set_grad_mode  # both ends of no_grad in a graph; left out of captures
     from torch.fx.experimental.symbolic_shapes import DimDynamic  # says that a length varies
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # as DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # symbols of lengths, and what was assumed of them

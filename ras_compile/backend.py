@@ -11,13 +11,13 @@ from torch import fx
 from ras_compile._torch import original
 from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.attributes import PerAttributes, attribute_positions
-from ras_compile.capture.inputs import describe_inputs, find_timestep, key_of
+from ras_compile.capture.inputs import describe_inputs, find_timestep
 from ras_compile.capture.numbers import as_tensors, number_positions
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.config import RASConfig
 from ras_compile.dispatch import kinds
 from ras_compile.dispatch.callers import compiled_call
-from ras_compile.dispatch.dispatcher import Dispatcher, Entry, Refusal, without_traceback, worth_tracing
+from ras_compile.dispatch.dispatcher import Dispatcher, Entry, Refusal, key_of, without_traceback, worth_tracing
 from ras_compile.dispatch.kinds import (
     GraphBreak,
     Kind,
@@ -31,7 +31,7 @@ from ras_compile.dispatch.kinds import (
 from ras_compile.dispatch.traced import captured_in_this_call, here, retry_by_tracing
 from ras_compile.errors import RASError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
-from ras_compile.execute.inner import Compiled, compile_inner, start_workers
+from ras_compile.execute.inner import Compiled, compile_or_run, start_workers
 from ras_compile.plans.family import Families
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.blocks import feeds_a_block
@@ -229,5 +229,5 @@ class CompiledGraph(Dispatcher[Entry]):
         if key not in self.dense:
             with compiling():
                 if key not in self.dense:
-                    self.dense[key] = compile_inner(self.graph, values, self.config)
+                    self.dense[key] = compile_or_run(lambda: self.graph, values, self.config)
         return self.dense[key](*values)

@@ -326,3 +326,78 @@ def test_a_speedup_is_turned_into_a_ratio():
         sample(compiled, 3)
     with pytest.raises(ValueError, match="option speedup needs the number of steps"):
         sample(compiled, None)
+
+
+@pytest.mark.parametrize("change", ["loaded", "one weight", "a float that the model keeps"])
+def test_what_changes_in_the_middle_of_a_picture_makes_the_next_step_dense(change):
+    """Every time the same way: equal seeds give equal pictures."""
+
+    class Scaled(TinyDiT):
+        strength = 1.0
+
+        def forward(self, hidden_states, timestep, text):
+            return super().forward(hidden_states, timestep, text * self.strength)
+
+    plain = Scaled().eval()
+    before = copy.deepcopy(plain.state_dict())
+    compiled = torch.compile(plain, backend="ras", options=EAGER)
+    pictures = []
+    for _ in range(
+        4
+    ):  # Dynamo has seen the float change after the first one, and takes it for an input after the second
+        plain.load_state_dict(before)
+        plain.strength, latent = 1.0, LATENT
+        with torch.no_grad(), ras_compile.generation(num_steps=6) as gen:
+            for step in range(6):
+                gen.step()
+                if step == 4 and change == "loaded":
+                    plain.load_state_dict({name: value * 0.5 for name, value in before.items()})
+                elif step == 4 and change == "one weight":
+                    plain.mlp[1][0].weight.mul_(0.5)
+                elif step == 4:
+                    plain.strength = 0.25
+                latent = latent - compiled(latent, torch.full((2,), 1 - step / 6), TEXT) / 6
+        assert kinds(compiled) == "ddssds"
+        pictures.append(latent)
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+
+
+@pytest.fixture
+def failing():
+    """The name of an inner backend that compiles nothing."""
+    from torch._dynamo.backends import registry
+
+    def fail(graph, inputs):
+        raise NotImplementedError("no code for this machine\nand a long report")
+
+    registry.register_backend(fail, name="failing")
+    yield "failing"
+    registry._BACKENDS.pop("failing", None)
+    registry._COMPILER_FNS.pop("failing", None)
+
+
+def test_an_inner_compiler_that_fails(failing):
+    plain = model()
+    compiled = torch.compile(plain, backend="ras", options={**EAGER, "sample_ratio": 1.0, "inner_backend": failing})
+    with pytest.warns(
+        ras_compile.RASWarning, match=r"runs uncompiled.*'failing' fails.*no code for this machine\)"
+    ) as told:
+        found = run(compiled, LATENT, TEXT)
+    assert sum("uncompiled" in str(warning.message) for warning in told) == 1
+    assert torch.allclose(found, run(plain, LATENT, TEXT), atol=1e-6)
+    assert kinds(compiled) == "ddssss"
+
+
+def test_an_inner_compiler_that_fails_is_one_error_on_demand(failing):
+    options = {**EAGER, "inner_backend": failing, "unsupported": "error"}
+    compiled = torch.compile(model(), backend="ras", options=options)
+    with pytest.raises(UnsupportedGraph, match="a program cannot be compiled.*no code for this machine"):
+        run(compiled, LATENT, TEXT)
+
+
+def test_an_inner_compiler_that_fails_on_a_refused_model(failing):
+    plain = Prior().eval()
+    compiled = torch.compile(plain, backend="ras", options={**EAGER, "inner_backend": failing})
+    given = torch.randn(2, 8)
+    with torch.no_grad(), pytest.warns(ras_compile.RASWarning, match="runs uncompiled"):
+        assert torch.equal(compiled(given), plain(given))

@@ -327,6 +327,18 @@ def test_functional_tensors_answer_for_themselves(name):
     assert issubclass(_torch.FunctionalTensor, torch.Tensor) and "tolist" in vars(_torch.FunctionalTensor)
 
 
+@canary("set_grad_mode")
+def test_gradient_modes_stand_in_a_graph(name):
+    class Within(nn.Module):
+        def forward(self, x):
+            with torch.enable_grad():
+                return (x * 2,)
+
+    with torch.no_grad():
+        captured, _ = _torch.aot_export_module(Within(), [torch.ones(2)], trace_joint=False, pre_dispatch=True)
+    assert _torch.set_grad_mode in {node.target for node in captured.graph.nodes}
+
+
 @canary("enter_inference_mode", "exit_inference_mode")
 def test_inference_mode_in_a_graph(name):
     def function(x):

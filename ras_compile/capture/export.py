@@ -14,7 +14,13 @@ from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 from torch.nn import functional as F
 
-from ras_compile._torch import FakeTensor, aot_export_module, enter_inference_mode, exit_inference_mode
+from ras_compile._torch import (
+    FakeTensor,
+    aot_export_module,
+    enter_inference_mode,
+    exit_inference_mode,
+    set_grad_mode,
+)
 from ras_compile.capture.flex import is_transform, spell_flex_attention
 from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
@@ -208,6 +214,7 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
         )
     refuse_lost_values(captured)
     drop_tokens(captured.graph, signature.input_tokens)
+    drop_grad_modes(captured.graph)
     lifted = [*signature.parameters, *signature.buffers]
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
     constants = [bound.get_parameter(n) if n in signature.parameters else bound.get_buffer(n) for n in lifted]
@@ -250,6 +257,12 @@ def drop_tokens(graph: fx.Graph, tokens: Sequence[str]) -> None:
             if node.users:
                 raise UnsupportedGraph(f"the model calls an op that has effects ({next(iter(node.users)).args[1]})")
             graph.erase_node(node)
+
+
+def drop_grad_modes(graph: fx.Graph) -> None:
+    """Takes out the borders of `torch.no_grad()` and `torch.enable_grad()` inside of a model: nothing captured is recorded."""
+    for node in graph.find_nodes(op="call_function", target=set_grad_mode):
+        graph.erase_node(node)
 
 
 @contextmanager

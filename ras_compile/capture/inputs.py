@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,13 +134,6 @@ def check_timestep(name: str | None, kind: type[nn.Module]) -> None:
         raise ConfigError(
             f"option timestep={name!r} names no argument of {kind.__name__}.forward; there are {', '.join(map(repr, known))}."
         )
-
-
-def key_of(values: Iterable[Any]) -> tuple:
-    """What programs are made for: sizes, strides, types and devices of tensors; other arguments by their type and text."""
-    return tuple(
-        [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else (type(v), str(v)) for v in values]
-    )
 
 
 def latent_candidates(inputs: Sequence[GraphInput], values: Sequence[Any], name: str | None) -> list[int]:

@@ -10,13 +10,14 @@ the same values at a later call, or the graph is not the graph of that call.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile._torch import call_uncompiled, pytree, tables_of
+from ras_compile._torch import OpOverload, call_uncompiled, pytree, tables_of
 from ras_compile.capture.export import export
 from ras_compile.capture.facts import Fact, Guard
 from ras_compile.capture.python_state import PythonState
@@ -114,8 +115,18 @@ def outputs_of(graph: fx.Graph, part: slice) -> fx.Graph:
     output = new.graph_copy(graph, {}, return_output_node=True)
     assert isinstance(output, tuple)
     new.output(tuple(output[0][part]))
-    new.eliminate_dead_code()
+    new.eliminate_dead_code(is_impure_node=_has_effects)
     return new
+
+
+def _has_effects(node: fx.Node) -> bool:
+    """Whether a node of a captured graph does something beside what it returns: a border of an autocast region does.
+
+    FX itself also takes for such a node what may draw random numbers, attention with dropout among them: it would leave a
+    model's attention, and so most of the model, to be computed for each fact about a mask.
+    """
+    value = isinstance(node.target, OpOverload) or node.target is operator.getitem
+    return node.op in ("placeholder", "output") or (node.op == "call_function" and not value)
 
 
 class _Bound(nn.Module):

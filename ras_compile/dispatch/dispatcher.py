@@ -198,7 +198,9 @@ class Dispatcher(Generic[_AnEntry]):
             window = said.windows.get(latent.shape[1])
             if window is not None:
                 place = window.start, window.stop
-                return run_step((entry.windows.get(place) or self._windowed(entry, given, place)).call(given, own, weights))
+                return run_step(
+                    (entry.windows.get(place) or self._windowed(entry, given, place)).call(given, own, weights)
+                )
         return run_step(entry.call(given, own, weights))
 
     def _windowed(self, entry: _AnEntry, given: Sequence[Any], place: tuple[int, int]) -> Entry:
@@ -239,6 +241,13 @@ class Dispatcher(Generic[_AnEntry]):
         """Records a call that ran past every plan, so that :func:`ras_compile.trace` tells it."""
         timestep = None if refusal.timestep is None else values[refusal.timestep]
         state_for(weights, self.config).passed(str(refusal.error), timestep)
+
+
+def key_of(values: Iterable[Any]) -> tuple:
+    """What programs are made for: sizes, strides, types and devices of tensors; other arguments by their type and text."""
+    return tuple(
+        [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else (type(v), str(v)) for v in values]
+    )
 
 
 def worth_tracing(error: UnsupportedGraph, values: Iterable[Any]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from ras_compile import _torch
 from ras_compile._torch import OptimizedModule, pytree, version_of
-from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep, key_of
+from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep
 from ras_compile.capture.python_state import PythonState
 from ras_compile.capture.tracing import Trace, trace
 from ras_compile.config import RASConfig
@@ -28,6 +28,7 @@ from ras_compile.dispatch.dispatcher import (
     Entry,
     Refusal,
     count_step,
+    key_of,
     places_given,
     without_traceback,
 )

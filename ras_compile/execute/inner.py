@@ -25,8 +25,9 @@ from ras_compile._torch import (
     tracing,
 )
 from ras_compile.config import RASConfig
-from ras_compile.errors import ConfigError
+from ras_compile.errors import ConfigError, RASError, UnsupportedGraph
 from ras_compile.kernels.tiles import sources
+from ras_compile.notices import warn_once
 
 log = logging.getLogger(__name__)
 Compiled = Callable[..., Sequence[Any]]
@@ -95,3 +96,28 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) 
         )
         raise ConfigError(f"option inner_backend={config.inner_backend!r} is no backend; it takes {names}.") from None
     return backend(module, list(inputs), **config.inner_options)
+
+
+def compile_or_run(make: Callable[[], fx.GraphModule], inputs: Sequence[Any], config: RASConfig) -> Compiled:
+    """Compiles a program; where the inner compiler fails, the program runs as it is, op by op, and that is said once.
+
+    Args:
+        make: gives the program: once more, if it is needed, as a compiler that fails may have changed the first one.
+        inputs, config: see :func:`compile_inner`.
+
+    Raises:
+        UnsupportedGraph: the inner compiler fails, and the option ``unsupported`` is "error".
+    """
+    try:
+        return compile_inner(make(), inputs, config)
+    except RASError:
+        raise
+    except Exception as error:  # of whatever kind: a compiler's defects are no reason to give no picture
+        line = next(iter(str(error).strip().splitlines()), "without a word")
+        why = f"the inner compiler {config.inner_backend!r} fails on it ({type(error).__name__}: {line})"
+        if config.unsupported == "error":
+            raise UnsupportedGraph(
+                f"a program cannot be compiled: {why}; inner_backend='eager' runs it as it is"
+            ) from error
+        warn_once(f"ras_compile: a program runs uncompiled: {why}; the picture is right, and takes longer")
+        return make()

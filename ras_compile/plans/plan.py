@@ -19,7 +19,7 @@ from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import ProgramGraphs
-from ras_compile.execute.inner import Compiled, compile_inner
+from ras_compile.execute.inner import Compiled, compile_inner, compile_or_run
 from ras_compile.execute.memory import Keeper, default_budget
 from ras_compile.kernels.tiles import build, postponed
 from ras_compile.notices import warn_once
@@ -353,7 +353,7 @@ class Plan:
                 raise
             except Exception:
                 log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
-        return compile_inner(self.build(active, outline_blocks=False), inputs, self.config)
+        return compile_or_run(lambda: self.build(active, outline_blocks=False), inputs, self.config)
 
     def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
         """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows.

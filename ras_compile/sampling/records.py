@@ -13,8 +13,6 @@ from ras_compile.sampling.schedule import Kind
 
 __all__ = ["Record"]
 
-_serial = itertools.count()
-
 
 @dataclass(frozen=True)
 class Record:
@@ -40,7 +38,7 @@ class Record:
     transformer: str
     reason: str
     raw_timestep: Any = field(repr=False)
-    serial: int = field(default_factory=lambda: next(_serial), repr=False)
+    serial: int = field(default_factory=itertools.count().__next__, repr=False)
 
     @property
     def timestep(self) -> float | None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ras_compile.capture.inputs import argument_names, key_of
+from ras_compile.capture.inputs import argument_names
+from ras_compile.dispatch.dispatcher import key_of
 
 
 class Short(nn.Module):

@@ -474,3 +474,51 @@ def test_a_step_behind_the_call_that_captured_has_no_caches(ratio):
             gen.step()
             compiled(latent, torch.tensor([1 - step / 4]), **inputs(4))
     assert kinds(compiled) == ["dense", "dense", "sparse", "sparse"]
+
+
+class Within(Length):
+    """Enters a mode of autograd inside of its forward."""
+
+    mode = torch.no_grad
+
+    def read(self, text, mask):
+        with type(self).mode():
+            return super().read(text * 2, mask)
+
+
+@pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_mode_of_autograd_inside_of_the_model(mode, outer, monkeypatch):
+    monkeypatch.setattr(Within, "mode", mode)
+    model = Within()
+    compiled = torch.compile(model, backend="ras", options=EXACT)
+    with outer():
+        context = inputs(4)
+        for step, latent in enumerate(latents(5)):
+            given = latent, torch.tensor([1 - step / 5])
+            torch.testing.assert_close(compiled(*given, **context), model(*given, **context), rtol=1e-4, atol=1e-5)
+    assert "sparse" in kinds(compiled)
+
+
+def test_a_fact_about_the_mask_needs_no_attention():
+    """FX takes attention for an op with effects: the guard of a model would be the model."""
+    compiled = torch.compile(Length(), backend="ras", options=OPTIONS)
+    sample(compiled, inputs(4))
+    ((entry,),) = compiled.forward.plans.values()
+    assert len(entry.trace.guard.reads) == 1
+    computed = [node.name for node in entry.trace.guard.module.graph.nodes if node.op == "call_function"]
+    assert len(computed) <= 3
+
+
+def test_a_changed_weight_makes_a_traced_step_dense():
+    model = Length()
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    for _ in range(2):
+        with torch.no_grad(), ras_compile.generation(num_steps=6) as gen:
+            for step, latent in enumerate(latents(6)):
+                gen.step()
+                if step == 4:
+                    model.load_state_dict({name: value * 0.9 for name, value in model.state_dict().items()})
+                compiled(latent, torch.tensor([1 - step / 6]), **inputs(4))
+        assert kinds(compiled) == ["dense", "dense", "sparse", "sparse", "dense", "sparse"]
+        assert ras_compile.trace(compiled)[4].reason == "its weights have changed"
