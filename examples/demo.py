@@ -2,21 +2,25 @@
 
     python examples/demo.py            # on the GPU if there is one, else on the CPU
 
-It draws the same prompts from the same noise three times: all steps dense (compiled by Inductor), and with RAS at 50 %
-and 25 % of the tokens. It prints a table and writes one PNG: dense | RAS | how often each token was computed.
+It draws the same prompts from the same noise in several ways: all steps dense (compiled by Inductor), with RAS at 50 % and
+25 % of the tokens, and, for each of these, with as many dense steps of DPM-Solver++ as take the same time. After one run of
+each, which compiles, the ways take turns, so that a machine that is busy for a while is busy for all of them; the medians
+count. It prints a table and writes one PNG: dense | RAS | how many times each token was computed, with its scale.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -34,14 +38,24 @@ class Run:
     """One way of sampling: its pictures [B, 3, H, W] in [0, 1], and what it cost."""
 
     name: str
-    ratio: float  # share of the tokens in sparse steps
-    pictures: Tensor
-    first: float  # seconds of the first run, compilation included
-    seconds: float
-    steps: list[float]  # seconds of every step
-    kinds: list[str]
-    computed: Tensor | None = None  # [B, N]: share of the steps in which each token was computed
-    flops: list[float] = field(default_factory=list)
+    draw: Callable[[str], tuple[Tensor, list[float]]]  # label -> (pictures, seconds of each step)
+    ratio: float = 1.0  # share of the tokens in sparse steps
+    first: float = 0.0  # seconds of the first run, compilation included
+    times: list[list[float]] = field(default_factory=list)  # seconds of every step, of each timed run
+    pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+    kinds: list[str] = field(default_factory=list)
+    computed: Tensor | None = None  # [B, N]: how many times each token was computed
+    flops: float = 0.0  # of all steps, those of a dense step being 1
+
+    @property
+    def steps(self) -> list[float]:
+        """Median seconds of every step."""
+        return np.median(self.times, axis=0).tolist()
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a run."""
+        return float(np.median(np.sum(self.times, axis=1)))
 
 
 def main() -> None:
@@ -57,12 +71,18 @@ def main() -> None:
     explained = ras_compile.explain(pipe.transformer, **call)
     print(explained if args.explain else str(explained).partition("\n\n")[0], end="\n\n")
 
-    runs = [dense(pipe, args)]
-    for ratio in args.ratios:
-        runs.append(adaptive(pipe, args, ratio, explained))
-    for run in runs:
-        sparse = explained.cost.flop_ratio(round(run.ratio * explained.tokens))
-        run.flops = [sparse if kind == "sparse" else 1.0 for kind in run.kinds]
+    # a copy, so that dense and region-adaptive runs can take turns
+    plain = StableDiffusion3Pipeline(**{**pipe.components, "transformer": copy.deepcopy(pipe.transformer)})
+    plain.set_progress_bar_config(disable=True)
+    plain.transformer.compile()
+    with ras_compile.attach(pipe) as handle:
+        runs = [dense(plain, args, "dense", args.steps)]
+        runs += [adaptive(pipe, args, ratio, handle, explained) for ratio in args.ratios]
+        compare(runs, 1)
+        for run in runs[1:]:  # the same time in dense steps of a better solver
+            steps = max(2, round(run.seconds / np.median(runs[0].steps)))
+            runs.append(dense(solver(plain), args, f"{steps} DPM++", steps))
+        compare(runs, args.turns)
     report(runs, explained)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "demo.png"
@@ -75,9 +95,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--preset", help="options of RAS beside the ratio: paper, fast, balanced or quality")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=3, help="timed runs of each way")
     parser.add_argument("--explain", action="store_true", help="list every splice and gather")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     return parser.parse_args()
@@ -125,37 +147,57 @@ def first_call(pipe: StableDiffusion3Pipeline, args: argparse.Namespace) -> dict
     return calls[0]
 
 
-def timed(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, name: str, ratio: float) -> Run:
-    """Samples twice: the first run compiles, the second one is timed."""
-    begin = time.perf_counter()
-    sample(pipe, args, f"{name}, compiling")
-    first = time.perf_counter() - begin
-    pictures, steps = sample(pipe, args, name)
-    return Run(name, ratio, pictures, first, sum(steps), steps, ["dense"] * len(steps))
+def compare(runs: list[Run], turns: int) -> None:
+    """Draws with each way once to compile it, if it has not been drawn with yet, and then in turns."""
+    for run in runs:
+        run.times = []
+        if not run.first:
+            begin = time.perf_counter()
+            run.draw(f"{run.name}, compiling")
+            run.first = time.perf_counter() - begin
+    for _ in range(turns):
+        for run in runs:
+            run.pictures, steps = run.draw(run.name)
+            run.times.append(steps)
 
 
-def dense(pipe: StableDiffusion3Pipeline, args: argparse.Namespace) -> Run:
+def dense(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, name: str, steps: int) -> Run:
     """Every step dense, compiled by Inductor."""
-    pipe.transformer.compile()
-    try:
-        return timed(pipe, args, "dense", 1.0)
-    finally:
-        pipe.transformer._compiled_call_impl = None
+    return Run(name, lambda label: sample(pipe, args, label, steps), kinds=["dense"] * steps, flops=steps)
+
+
+def solver(pipe: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
+    """The pipeline with DPM-Solver++, which comes further with few steps."""
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=pipe.scheduler.config.shift
+    )
+    other = StableDiffusion3Pipeline(**{**pipe.components, "scheduler": scheduler})
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def adaptive(
-    pipe: StableDiffusion3Pipeline, args: argparse.Namespace, ratio: float, explained: ras_compile.Explanation
-) -> Run:
+    pipe: StableDiffusion3Pipeline, args: argparse.Namespace, ratio: float, handle: ras_compile.Handle,
+    explained: ras_compile.Explanation,
+) -> Run:  # fmt: skip
     """Region-adaptive sampling at one ratio."""
-    with ras_compile.attach(pipe, sample_ratio=ratio) as handle:
-        run = timed(pipe, args, f"RAS {100 * ratio:.4g}%", ratio)
+
+    def draw(label: str) -> tuple[Tensor, list[float]]:
+        handle.configure(preset=args.preset, sample_ratio=ratio)
+        drawn = sample(pipe, args, label)
         records = ras_compile.trace(handle)
-    run.kinds = [record.kind for record in records]
-    samples = len(args.prompts)
-    counts = torch.zeros(2 * samples, explained.tokens)
-    for record in records:
-        counts += 1 if record.rows is None else torch.zeros_like(counts).scatter_(1, record.rows.cpu(), 1.0)
-    run.computed = counts[samples:] / len(records)
+        samples = len(args.prompts)
+        counts = torch.zeros(2 * samples, explained.tokens)
+        for record in records:
+            counts += 1 if record.rows is None else torch.zeros_like(counts).scatter_(1, record.rows.cpu(), 1.0)
+        run.computed = counts[samples:]
+        run.kinds = [record.kind for record in records]
+        run.flops = sum(
+            1.0 if record.kind == "dense" else explained.cost.flop_ratio(record.active) for record in records
+        )
+        return drawn
+
+    run = Run(f"RAS {100 * ratio:.4g}%", draw, ratio)
     return run
 
 
@@ -191,7 +233,9 @@ def report(runs: list[Run], explained: ras_compile.Explanation) -> None:
             ms["dense"],
             ms["sparse"],
         ]
-        flops = [f"{min(run.flops):.3f}", f"{len(run.flops) / sum(run.flops):.2f}x"]
+        sparse = run.kinds.count("sparse")
+        each = f"{(run.flops - len(run.kinds) + sparse) / sparse:.3f}" if sparse else "-"
+        flops = [each, f"{base.flops / run.flops:.2f}x"]
         rows.append([run.name, *times, *flops, "-" if run is base else f"{np.mean(psnr):.1f}"])
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in [head, *rows]:
@@ -199,10 +243,13 @@ def report(runs: list[Run], explained: ras_compile.Explanation) -> None:
 
 
 def grid(runs: list[Run], prompts: list[str], tokens: tuple[int, ...], scale: int = 2) -> Image.Image:
-    """One row per prompt: dense | RAS | how often each token was computed (dark: only in dense steps; bright: always)."""
-    columns = [("dense", runs[0].pictures)]
-    for run in runs[1:]:
-        columns += [(run.name, run.pictures), (f"computed, {run.name}", heat(run, tokens))]
+    """One row per prompt: dense | RAS | how many times each token was computed | dense DPM-Solver++ in the time of RAS."""
+    columns = []
+    for run in runs:
+        columns.append((run.name, run.pictures))
+        if run.computed is not None:
+            few, many = (int(value) for value in run.computed.aminmax())
+            columns.append((f"{run.name}: times computed, black {few}, white {many}", heat(run, tokens)))
     side, top, left = SIZE * scale, 24, 4
     sheet = Image.new("RGB", (left + len(columns) * (side + 4), top + len(prompts) * (side + 22)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -220,10 +267,10 @@ def grid(runs: list[Run], prompts: list[str], tokens: tuple[int, ...], scale: in
 
 
 def heat(run: Run, tokens: tuple[int, ...]) -> Tensor:
-    """Focus map [B, 3, H, W]: black for the tokens computed least, through red and yellow to white for those always computed."""
+    """Times computed [B, 3, H, W]: black where fewest in any picture, through red and yellow to white where most."""
     assert run.computed is not None
-    least = min(run.kinds.count("dense") / len(run.kinds), run.computed.min().item())
-    share = ((run.computed - least) / max(1 - least, 1e-6)).reshape(-1, 1, *tokens)
+    few, many = run.computed.aminmax()
+    share = ((run.computed - few) / (many - few).clamp_min(1)).reshape(-1, 1, *tokens)
     share = torch.nn.functional.interpolate(share, size=(SIZE, SIZE))
     return torch.cat([(3 * share).clamp(0, 1), (3 * share - 1).clamp(0, 1), (3 * share - 2).clamp(0, 1)], dim=1)
 
