@@ -65,5 +65,6 @@ def scatter_linear_reference(*arguments: Any) -> None:
     )  # fmt: skip
     cache, rows, channels = given.cache, given.rows.long(), 1 + given.grid_dims
     batch = torch.arange(cache.shape[0], device=cache.device)[:, None]  # [B, 1]
-    places = torch.unravel_index(rows, cache.shape[1:channels])
+    # torch.unravel_index copies the sizes to the device, which no CUDA graph can capture
+    places = [rows] if given.grid_dims == 1 else torch.unravel_index(rows, cache.shape[1:channels])
     cache.index_put_((batch, *places), y.reshape(*y.shape[:2], *cache.shape[channels:]))
