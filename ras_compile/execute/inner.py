@@ -72,7 +72,10 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) 
         known = inductor_config.get_config_copy()
         for name in options:
             if name not in known:
-                near = ", ".join(map(repr, difflib.get_close_matches(name, known))) or f"those of {inductor_config.__name__}"
+                near = (
+                    ", ".join(map(repr, difflib.get_close_matches(name, known)))
+                    or f"those of {inductor_config.__name__}"
+                )
                 raise ConfigError(f"option inner_options: {name!r} is no option of Inductor; it takes {near}.")
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
         # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over. Inputs are
