@@ -4,13 +4,17 @@ BIN := .venv/bin
 # Tests are split over this many processes, each with one thread: on two cores that beats one process with two threads.
 JOBS ?= 2
 
-.PHONY: demo test quick fuzz check format clean
+.PHONY: demo test quick fuzz check format clean shuffled
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 --durations=25 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 --durations=25 -p no:randomly $(ARGS)
+
+# The same in a random order, which must not matter; the seed that is printed repeats it (ARGS="-p randomly --randomly-seed=1").
+shuffled: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 $(ARGS)
 
 # Random models beyond the seeds that `make test` runs: make fuzz GRAPHS=5000 SEED=1000
 GRAPHS ?= 1000
@@ -20,7 +24,7 @@ fuzz: .venv/.installed
 
 # What changes most, in a minute or two: no zoo of models, no pipelines, no compilation.
 quick: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 120 -m "not (zoo or pipelines or compiles or slow or gpu)" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 120 -p no:randomly -m "not (zoo or pipelines or compiles or slow or gpu)" $(ARGS)
 
 check: .venv/.installed build/typed
 	$(BIN)/ruff format --check .
@@ -41,7 +45,7 @@ clean:
 	touch $@
 
 # The package as it is installed, as links: mypy and import-linter cannot see through setuptools' package-dir mapping.
-.PHONY: build/typed
+.PHONY: build/typed shuffled
 build/typed:
 	rm -rf $@ && mkdir -p $@/ras_compile
 	ln -s $(CURDIR)/ras_compile/* $(CURDIR)/passes $(CURDIR)/kernels $@/ras_compile/
