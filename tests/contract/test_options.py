@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import fields
 from functools import cache
 
 import pytest
@@ -87,7 +88,7 @@ PROGRAM = [
         "timestep": "timestep",
     },
 ]
-DEFAULTS = {name: getattr(RASConfig(), name) for name in RUNTIME_OPTIONS}
+DEFAULTS = {option.name: option.default for option in fields(RASConfig) if option.name in RUNTIME_OPTIONS}
 
 
 @cache
