@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -228,17 +229,26 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
 
 
 def refuse_lost_values(captured: fx.GraphModule) -> None:
-    """Refuses constants that are fake: values that were made past the tracer, of which only the sizes are left.
+    """Refuses what a captured graph holds and cannot repeat.
 
-    A compiled program that reads one ends the process.
+    Constants that are fake are values that were made past the tracer, of which only the sizes are left: a compiled program that
+    reads one ends the process. Any other object is the one of the trace: a `torch.Generator` that the model makes and seeds in
+    each call would be made once, and go on from step to step.
     """
     for node in captured.graph.find_nodes(op="get_attr"):
-        if isinstance(getattr(captured, str(node.target), None), FakeTensor):
-            reader = next(iter(node.users), node)
+        value = attrgetter(str(node.target))(captured)
+        line = source_line(next(iter(node.users), node))
+        if isinstance(value, FakeTensor):
             raise UnsupportedGraph(
                 "a tensor is made in a way that cannot be followed (by a tensor subclass of the weights, say); plain tensors, "
                 "and subclasses that are made of them as torchao's are, are supported",
-                source=source_line(reader),
+                source=line,
+            )
+        if not isinstance(value, (Tensor, nn.Module)):
+            raise UnsupportedGraph(
+                f"an op uses a {type(value).__name__} that the model makes or holds; tensors and numbers are supported (draw "
+                "random numbers beforehand, into a buffer)",
+                source=line,
             )
 
 

@@ -155,6 +155,30 @@ def test_checks_of_values_are_left_out():
     assert "check" not in str(case.plan.captured.graph)
 
 
+class Drawn(Plain):
+    """Adds random numbers of a generator that it makes anew in each call, or of one that it holds."""
+
+    def __init__(self, held: bool) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0) if held else None
+
+    def forward(self, x):
+        generator = self.generator or torch.Generator().manual_seed(0)
+        return super().forward(x + torch.rand(8, generator=generator))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_generator_of_the_model_is_refused_by_its_line(held):
+    """Captured, the one that is made anew would go on from step to step."""
+    x, options = torch.randn(2, 12, 8), {"inner_backend": "eager"}
+    with torch.no_grad():
+        with pytest.raises(UnsupportedGraph, match=r"a Generator that the model.*\[at: .*torch\.rand\(8, generator="):
+            torch.compile(Drawn(held), backend="ras", options={**options, "unsupported": "error"})(x)
+        compiled = torch.compile(Drawn(False), backend="ras", options=options)
+        for _ in range(2):
+            assert torch.allclose(compiled(x), compiled._orig_mod(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_token_that_an_op_uses_is_no_check():
     graph = fx.Graph()
     token, x = graph.placeholder("token"), graph.placeholder("x")

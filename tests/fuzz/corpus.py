@@ -24,4 +24,9 @@ CORPUS = {
     "an odd latent, padded by its other side": plain("attention", frame=(0, 6, 1, 0, 0, 0, 0, 0, 0, 1)),
     "an odd latent with a skip, padded by a reflection": plain("mlp", frame=(0, 6, 1, 0, 3, 0, 0, 1, 0, 2)),
     "feed-forward in chunks": plain("pieces", 0),
+    "noise in other strides than the latent": plain("windows", 2, frame=(0, 4, 2, 0, 1)),
 }
+
+# What the region cannot have as the model's tokens, and so its share of them: attention along columns needs as many active
+# tokens in each, which are rows of the grid of 4 by 3.
+SHARES = {"noise in other strides than the latent": 1 / 3}
