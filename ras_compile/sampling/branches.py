@@ -58,29 +58,80 @@ def intact(mark: tuple[weakref.ref, int | None]) -> bool:
 
 
 class Contents:
-    """Tells whether what a graph's weights hold has changed, without a read from the device.
+    """Tells whether what a graph's weights hold has changed; reads the device only where a buffer was exchanged.
 
     Seen are weights that are written in place (`load_state_dict`, an optimiser) or exchanged for others, and numbers that a
     module holds, such as an adapter's strength, which Dynamo hands over as 0-d tensors that are new at each call. A write
     through `.data` goes unseen, as it does for autograd.
 
+    A move to another device and back is no change. A parameter stays the same object in a move, with the same version, but a
+    buffer becomes a new one: offloading exchanges it, maybe at every step. So for buffers the content decides.
+
     Args:
         weights: of one graph, always in the same order.
     """
 
-    def __init__(self, weights: Sequence[Any]) -> None:
-        self._numbers = [place for place, value in enumerate(weights) if value.ndim == 0 and not value.is_cuda]
+    def __init__(self, weights: Iterable[Any]) -> None:
+        values = list(weights)
+        self._numbers = [place for place, value in enumerate(values) if value.ndim == 0 and not value.is_cuda]
+        buffers = [place for place, value in enumerate(values) if type(value) is Tensor]
+        self._prints = {place: _print_or_none(values[place]) for place in {*buffers} - {*self._numbers}}
+        self._changes = 0
+        self._take_numbers(values)
+        self._see(values, _versions(values))
 
-    def mark(self, weights: Iterable[Any]) -> tuple[list[Any], int | None]:
+    def mark(self, weights: Iterable[Any]) -> tuple[int, list[float]]:
         """What is equal as long as nothing changes."""
         values = list(weights)
-        objects: list[Any] = list(map(id, values))
+        numbers = self._take_numbers(values)
+        versions = _versions(values)
+        if versions != self._seen or not all(ref() is value for ref, value in zip(self._refs, values, strict=True)):
+            self._changes += self._differ(values, versions)
+            self._see(values, versions)
+        return self._changes, numbers
+
+    def _take_numbers(self, values: list[Any]) -> list[float]:
+        """Reads the numbers among the values, and leaves in each place what never changes."""
+        numbers = [values[place].item() for place in self._numbers]
         for place in self._numbers:
-            objects[place] = values[place].item()
-        try:
-            return objects, sum(map(version_of, values))
-        except RuntimeError:  # inference tensors have no version
-            return objects, None
+            values[place] = _TAKEN
+        return numbers
+
+    def _see(self, values: list[Tensor], versions: list[int | None]) -> None:
+        self._refs, self._seen = list(map(weakref.ref, values)), versions
+
+    def _differ(self, values: list[Tensor], versions: list[int | None]) -> bool:
+        """Whether some weight is another one than the last time, and not a buffer that holds the same."""
+        other = [
+            place
+            for place, value in enumerate(values)
+            if self._refs[place]() is not value or self._seen[place] != versions[place]
+        ]
+        equal = 0
+        for place in self._prints.keys() & other:
+            before, now = self._prints[place], _print_or_none(values[place])
+            equal += before is not None and now is not None and equal_prints(before, now)
+            self._prints[place] = now
+        return equal < len(other)
+
+
+_TAKEN = torch.zeros(())  # stands where a number was
+
+
+def _versions(tensors: list[Tensor]) -> list[int | None]:
+    """How often each was written; None for inference tensors, which do not count it."""
+    try:
+        return list(map(version_of, tensors))
+    except RuntimeError:
+        return [None if tensor.is_inference() else version_of(tensor) for tensor in tensors]
+
+
+def _print_or_none(tensor: Tensor) -> tuple | None:
+    """The fingerprint of a buffer; None where its dtype has no sums, such as uint4."""
+    try:
+        return fingerprint(tensor)
+    except NotImplementedError:
+        return None
 
 
 class _Prints:

@@ -82,6 +82,71 @@ def test_equal_events_give_equal_pictures(change, said):
     assert all(torch.equal(picture, pictures[0]) for picture in pictures)
 
 
+def to_and_back(model: Adapted) -> None:
+    model.to(torch.float64).to(torch.float32)
+
+
+def copied_buffers(model: Adapted) -> None:
+    """As a move between devices leaves them: new objects of equal content, whose versions begin anew."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())
+
+
+MOVES = {"to another dtype and back": to_and_back, "its buffers": copied_buffers}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("said", [True, False])
+def test_a_move_of_equal_weights_is_no_change(move, inference, said):
+    """At every step, as an offloading hook may move them, or once in the middle of a picture."""
+    model = Adapted().eval()
+    write(model)
+    compiled = torch.compile(model, backend="ras", options=EAGER)
+    with torch.inference_mode() if inference else torch.no_grad():
+        for moved in (range(8), [5]):
+            latent, order = LATENT.clone(), ""
+            with ras_compile.generation(num_steps=8) as gen:
+                for step in range(8):
+                    if step in moved:
+                        MOVES[move](model)
+                    if said:
+                        gen.step()
+                    noise = compiled(latent, torch.full((2,), 1 - step / 8), TEXT)
+                    order += ras_compile.trace(compiled)[-1].kind[0]
+                    latent = latent - noise / 8
+            assert order == "dd" + "s" * 6
+
+
+def test_a_buffer_that_is_moved_and_changed():
+    model = Adapted().eval()
+    compiled = torch.compile(model, backend="ras", options=EAGER)
+    order = ""
+    with torch.no_grad(), ras_compile.generation(num_steps=8) as gen:
+        for step in range(8):
+            copied_buffers(model)
+            if step in (3, 5):
+                model.shift = model.shift + 1
+            gen.step()
+            given = LATENT - step, torch.full((2,), 1 - step / 8), TEXT
+            noise = compiled(*given)
+            order += ras_compile.trace(compiled)[-1].kind[0]
+            if step in (3, 5):
+                torch.testing.assert_close(noise, model(*given))
+    assert order == "dd" + "s" + "d" + "s" + "d" + "ss"
+
+
+def test_model_offload_is_no_change():
+    pipe = sd3(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.enable_model_cpu_offload(device="cpu")  # whose hook copies all buffers at every step
+    with ras_compile.attach(pipe, **PIPELINE) as handle:
+        for _ in range(2):
+            draw_sd3(pipe, steps=6)
+            assert kinds(ras_compile.trace(handle)) == "dd" + "ssss"
+
+
 def test_weights_that_a_callback_loads():
     pipe = sd3(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.set_progress_bar_config(disable=True)
