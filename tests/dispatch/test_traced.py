@@ -496,9 +496,10 @@ def test_a_mode_of_autograd_inside_of_the_model(mode, outer, monkeypatch):
     monkeypatch.setattr(Within, "mode", mode)
     model = Within()
     compiled = torch.compile(model, backend="ras", options=EXACT)
-    with outer():
+    with outer(), ras_compile.generation(num_steps=5) as gen:
         context = inputs(4)
         for step, latent in enumerate(latents(5)):
+            gen.step()
             given = latent, torch.tensor([1 - step / 5])
             torch.testing.assert_close(compiled(*given, **context), model(*given, **context), rtol=1e-4, atol=1e-5)
     assert "sparse" in kinds(compiled)
