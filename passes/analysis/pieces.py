@@ -37,6 +37,7 @@ HEAVY = (
 )  # fmt: skip
 MOST_WORK = 2.0  # so many times the parts' own products may be computed for it
 MOST_OPS = 1000  # between a cut and its join: what has more is no part of a layer
+MOST_BESIDE = 4  # between the cut of another value and where it meets a part
 TOKENS = Atom(0, 1)
 
 
@@ -88,7 +89,7 @@ class _Together:
     """One attempt: what it adds to the graph goes again where it fails."""
 
     def __init__(self, graph: fx.Graph, derived: dict[fx.Node, None], source: fx.Node) -> None:
-        self.graph, self.derived, self.source = graph, derived, source
+        self.graph, self.derived, self.source = graph, dict(derived), source
         self.parts: dict[fx.Node, Part] = {}
         self.added: dict[str, fx.Node] = {}
         self.narrow = self.wide = 0.0
@@ -116,11 +117,12 @@ class _Together:
         """A node before the join; the same call is one node."""
         key = repr((str(target), args, kwargs))
         if key not in self.added:
-            with self.graph.inserting_before(self.before):
-                made = self.graph.call_function(target, args, kwargs)
             values = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
             with self.source.meta["val"].fake_mode, torch.no_grad():
-                made.meta["val"] = target(*values[0], **values[1])
+                value = target(*values[0], **values[1])  # first: what cannot run is no node
+            with self.graph.inserting_before(self.before):
+                made = self.graph.call_function(target, args, kwargs)
+            made.meta["val"] = value
             for name in ("stack_trace", "nn_module_stack"):
                 if name in self.before.meta:
                     made.meta[name] = self.before.meta[name]
@@ -183,9 +185,9 @@ class _Together:
         value = node.meta["val"]
         if not isinstance(value, Tensor) or node.target in (*CUTS, *JOINS, operator.getitem):
             raise Apart
-        given = [operand for operand in operands(node) if operand in self.derived]
+        first = next(self.part(operand) for operand in operands(node) if operand in self.derived)
+        given = [operand for operand in operands(node) if operand in self.derived or self._beside(operand, first)]
         parts = [self.part(operand) for operand in given]
-        first = parts[0]
         if any((p.start, p.stop, p.size) != (first.start, first.stop, first.size) for p in parts):
             raise Apart
         length = first.stop - first.start
@@ -209,6 +211,24 @@ class _Together:
 
         args, kwargs = fx.node.map_arg((args, kwargs), taken)
         return self._made(node, first, step.out, target, args, kwargs)
+
+    def _beside(self, operand: fx.Node, part: Part, ops: int = MOST_BESIDE) -> bool:
+        """Whether an operand that is not of the source is the same entries of another value (of attention's, beside the input's).
+
+        Args:
+            ops: how many of them may stand between that value's cut and the operand.
+        """
+        cut, length = cut_of(operand), part.stop - part.start
+        works = operand.op == "call_function" and operand.target not in (*CUTS, *JOINS, operator.getitem)
+        if cut is not None:
+            found = (cut.start, cut.stop, cut.size) == (part.start, part.stop, part.size)
+        elif not (ops and works and length in getattr(operand.meta["val"], "shape", ())):
+            return False
+        else:  # all of them, for each that is found is noted
+            found = sum(other in self.derived or self._beside(other, part, ops - 1) for other in operands(operand)) > 0
+        if found:
+            self.derived[operand] = None
+        return found
 
     def _single(self, node: fx.Node, given: list[fx.Node], part: Part) -> Part:
         """An op on a part of a single entry, whose rule could not tell the entry's dimension from others of size one."""

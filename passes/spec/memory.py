@@ -5,13 +5,15 @@ numbers 0, 1, 2, .. of its entries, so that a view of it shows which entries it 
 else is unknown. This needs no layout and none of the code that made the index tensors, and it sees, after every pass:
 
 - a row outside of the cache that it is written to, or of the tensor that it is taken from;
-- an entry that is written twice in one step, or that no token of any draw and no context ever writes;
+- an entry that is written twice in one step (but for the last one, by a patch that reaches beyond it: what the patch misses is
+  that entry once more, as `positions.py` says), or that no token of any draw and no context ever writes;
 - an entry that is read before it is written (what is read would be a step old);
 - a write into anything but a cache or memory that the program has made, and a returned value in a cache's memory.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -67,6 +69,8 @@ class Step:
 
     rows: Tensor | None
     memories: list[Memory] = field(default_factory=list)
+    # By its identity, an index tensor that was clamped to the last entry, and where it was beyond it.
+    clamped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def follow(self, graph: fx.Graph, given: dict[fx.Node, Any] | None = None) -> None:
         """Follows a graph, or a repeated block whose placeholders are ``given``.
@@ -139,7 +143,10 @@ class Step:
         if not (whole or type(value) is int) or random:
             return None
         here = pytree.tree_map(lambda entry: torch.device("cpu") if isinstance(entry, torch.device) else entry, kwargs)
-        return node.target(*args, **here)  # type: ignore[operator]
+        result = node.target(*args, **here)  # type: ignore[operator]
+        if node.target is aten.clamp.default:
+            self.clamped[id(result)] = result, args[0] > result
+        return result
 
     def _show_or_read(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """A view of memory, or an op that reads what it is given."""
@@ -191,7 +198,7 @@ class Step:
             demand(not given["accumulate"], node, "adds to a cache instead of writing it")
             view, indices = given["self"], given["indices"]
             self._in_range(node, view.places.shape, indices, known=True)
-            index = tuple(slice(None) if one is None else one for one in indices)
+            index = tuple(slice(None) if one is None else one for one in self._once(indices))
             return [(view.memory, view.places[index])]
         if target is own.scatter_linear.default:
             return [self._scattered(node, given["cache"], given["rows"], given["grid_dims"])]
@@ -200,6 +207,17 @@ class Step:
             return [self._scattered(node, *member) for member in members]
         demand(False, node, "writes in place without being a splice")
         return []
+
+    def _once(self, indices: Sequence[Any]) -> Sequence[Any]:
+        """Indices of the entries that are written, without those that are the last entry once more."""
+        beyond = [self.clamped[id(one)][1] for one in indices if id(one) in self.clamped]
+        if not beyond:
+            return indices
+        *spread, missing = torch.broadcast_tensors(
+            *(one for one in indices if one is not None), functools.reduce(torch.logical_or, beyond)
+        )
+        kept = iter([one[~missing] for one in spread])
+        return [None if one is None else next(kept) for one in indices]
 
     def _scattered(self, node: fx.Node, cache: Shown, rows: Tensor | None, grid_dims: int) -> tuple[Memory, Tensor]:
         demand(isinstance(cache, Shown), node, "writes into what is no cache")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ras_compile.capture.export import export
 from ras_compile.passes.algebra.layout import Frame
-from ras_compile.passes.analysis.pieces import CUTS
+from ras_compile.passes.analysis.pieces import CUTS, _Together
 from ras_compile.passes.analysis.propagate import propagate
 
 BATCH, TOKENS, WIDTH = 2, 7, 4
@@ -37,6 +37,11 @@ def nested(x: Tensor, w: Tensor, beside: Tensor) -> Tensor:
     return torch.cat([torch.cat([first[:, :1], first[:, 1:].exp()], 1), second], 1)
 
 
+def gated(x: Tensor, w: Tensor, beside: Tensor) -> Tensor:
+    mixed = F.scaled_dot_product_attention(x, x, x)
+    return torch.cat([x[:, :3] + mixed[:, :3] * w[0], x[:, 3:] + mixed[:, 3:] * w[1]], 1)
+
+
 TOGETHER = {
     "chunks": lambda x, w, y: torch.cat([F.linear(part, w).tanh() for part in x.chunk(3, 1)], 1),
     "one and the others": lambda x, w, y: torch.cat([x[:, :1] * 2, x[:, 1:] + y[1:]], 1),
@@ -44,6 +49,7 @@ TOGETHER = {
     "split, three ways": split_three_ways,
     "written": written,
     "a part of a part": nested,
+    "gated, beside parts of another value": gated,
     "another dimension": lambda x, w, y: torch.cat([p.transpose(1, 2).exp() for p in cut(x)], 2),
     "norms and heads": lambda x, w, y: torch.cat([F.layer_norm(p, (4,)).unflatten(-1, (2, 2)).softmax(-1) for p in cut(x)], 1),
     "queries": lambda x, w, y: torch.cat([F.scaled_dot_product_attention(p, x, x) for p in cut(x)], 1),
@@ -100,3 +106,17 @@ def test_samples_taken_apart_share_their_rows():
     assert analysed(alone).frame.shared_rows
     assert not analysed(TOGETHER["chunks"]).frame.shared_rows
     assert not analysed(lambda x, w, y: torch.cat([row.exp() for row in x.chunk(2, 0)], 0)).frame.shared_rows
+
+
+def test_what_cannot_run_for_all_entries_is_no_node():
+    """A node without a value would end the analysis of a model whose parts are left as they are."""
+    captured = export(
+        Calls(lambda x, w, y: x), (torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64), WEIGHT, BESIDE)
+    )
+    source, _, beside = captured.graph.find_nodes(op="placeholder")
+    nodes, attempt = list(captured.graph.nodes), _Together(captured.graph, {}, source)
+    attempt.before = nodes[-1]
+    shorter = attempt.emit(torch.ops.aten.slice.Tensor, beside, 0, 1)
+    with pytest.raises(RuntimeError):
+        attempt.emit(torch.ops.aten.add.Tensor, source, shorter)
+    assert [node for node in captured.graph.nodes if node not in nodes] == [shorter]
