@@ -96,7 +96,7 @@ def test_the_same_call_again_is_no_step(same_prompt):
     model = FakeTransformer()
     contexts, latent = prompts("cond"), torch.randn(1, TOKENS, CHANNELS)
     for _ in range(9):
-        model(latent, torch.tensor([1000.0]), *contexts["cond"], truth=("before", "cond", 0))
+        model(latent, torch.tensor([1000.0]), *contexts["cond"], truth=(0, "cond", 0))
     denoise(model, falling(12), contexts if same_prompt else prompts("cond"), latent=latent)
     assert model.kinds() == TWELVE
 
