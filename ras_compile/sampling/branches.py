@@ -12,6 +12,7 @@ What still cannot be told apart is reported as not sure, and runs dense.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ class Contents:
         values = list(weights)
         numbers = self._take_numbers(values)
         versions = _versions(values)
-        if versions != self._seen or not all(ref() is value for ref, value in zip(self._refs, values, strict=True)):
+        if versions != self._seen or not all(map(operator.is_, map(operator.call, self._refs), values)):  # no Python for each
             self._changes += self._differ(values, versions)
             self._see(values, versions)
         return self._changes, numbers
