@@ -71,8 +71,12 @@ class MaskOfPlaces(Patches):
 class Summary(nn.Module):
     """`b c h w -> b 8`: no tokens come out."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 8)
+
     def forward(self, hidden_states, timestep):
-        return hidden_states.mean((2, 3)).repeat(1, 2) * timestep[:, None]
+        return self.head(hidden_states.mean((2, 3))) * timestep[:, None]
 
 
 class Sum(Patches):
@@ -102,10 +106,10 @@ class Counted(Patches):
 
 
 class Wrapped(Patches):
-    """Pads an odd side with what stands on the other side."""
+    """Pads an odd side in front of the picture, with what stands on its other side."""
 
     def cut(self, latent):
-        return super().cut(nn.functional.pad(latent, (0, 0, 0, 1), mode="circular"))
+        return super().cut(nn.functional.pad(latent, (0, 0, 1, 0), mode="circular"))
 
 
 class Keywords(Patches):
@@ -219,7 +223,7 @@ def public_misuse():
     """What somebody who has not read the manual may try, and a part of the answer."""
     explanation = ras_compile.explain(Patches(), **call())
     yield "a pipeline's class", lambda: ras_compile.attach(Pipe), "Pipe has no transformer to attach to"
-    yield "nothing", lambda: ras_compile.attach(None), "NoneType has no transformer to attach to"
+    yield "nothing", lambda: ras_compile.attach(None), "attach takes a loaded diffusers pipeline, not None"
     yield "a transformer", lambda: ras_compile.attach(Patches()), "Patches has no transformer.*torch.compile"
     yield "options in one", lambda: ras_compile.attach(Pipe(), options={}), "unknown option 'options'.*sample_ratio"
     yield "explain nothing", lambda: ras_compile.explain(None), "explain takes a transformer.*not NoneType"

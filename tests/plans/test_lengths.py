@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from zoo import ZOO, redraw
 
 import ras_compile
+import ras_compile.execute.inner
 import ras_compile.plans.family
 import ras_compile.plans.plan
 from ras_compile.capture.inputs import GraphInput, describe_inputs
@@ -47,8 +48,8 @@ def compiled_programs(monkeypatch) -> Counter:
         count["captured"] += 1
         return capture_numbers(*args, **options)
 
-    monkeypatch.setattr(ras_compile.plans.plan, "compile_inner", counting)
-    monkeypatch.setattr(ras_compile.plans.family, "compile_inner", counting)
+    for module in (ras_compile.execute.inner, ras_compile.plans.plan, ras_compile.plans.family):
+        monkeypatch.setattr(module, "compile_inner", counting)
     monkeypatch.setattr(ras_compile.plans.plan, "capture_numbers", capturing)
     monkeypatch.setattr(ras_compile.plans.symbolic, "capture_numbers", capturing)
     return count
