@@ -79,13 +79,13 @@ def join_parts(graph: fx.Graph, node: fx.Node) -> bool:
                 left += user.users
     order = {found: index for index, found in enumerate(graph.nodes)}
     joins = sorted((found for found in derived if found.target in JOINS), key=order.__getitem__)
-    found = sum(not join._erased and _Together(graph, derived, source).join(join) for join in joins) > 0
+    found = sum(not join._erased and Together(graph, derived, source).join(join) for join in joins) > 0
     if found and graph.owning_module is not None:
         graph.owning_module.recompile()
     return found
 
 
-class _Together:
+class Together:
     """One attempt: what it adds to the graph goes again where it fails."""
 
     def __init__(self, graph: fx.Graph, derived: dict[fx.Node, None], source: fx.Node) -> None:

@@ -86,7 +86,9 @@ class Contents:
         values = list(weights)
         numbers = self._take_numbers(values)
         versions = _versions(values)
-        if versions != self._seen or not all(map(operator.is_, map(operator.call, self._refs), values)):  # no Python for each
+        if versions != self._seen or not all(
+            map(operator.is_, map(operator.call, self._refs), values)
+        ):  # no Python for each
             self._changes += self._differ(values, versions)
             self._see(values, versions)
         return self._changes, numbers

@@ -224,7 +224,11 @@ def public_misuse():
     explanation = ras_compile.explain(Patches(), **call())
     yield "a pipeline's class", lambda: ras_compile.attach(Pipe), "Pipe has no transformer to attach to"
     yield "nothing", lambda: ras_compile.attach(None), "attach takes a loaded diffusers pipeline, not None"
-    yield "a transformer", lambda: ras_compile.attach(Patches()), "attach takes a loaded diffusers pipeline, not Patches"
+    yield (
+        "a transformer",
+        lambda: ras_compile.attach(Patches()),
+        "attach takes a loaded diffusers pipeline, not Patches",
+    )
     yield "options in one", lambda: ras_compile.attach(Pipe(), options={}), "attach takes options by name"
     yield "explain nothing", lambda: ras_compile.explain(None), "explain takes a transformer.*not NoneType"
     pipe = Pipe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,3 +262,9 @@ def test_a_window_of_a_traced_model(monkeypatch):
         records = ras_compile.trace(handle)
     sparse = [record for record in records if record.kind == "sparse"]
     assert sparse and all(record.active == 6 for record in sparse)
+
+
+def test_the_docs_show_the_table_of_kinds():
+    text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    for kind in KINDS:
+        assert f"| {kind.name} | {kind.recognised} | {kind.runs} | {kind.said} |" in text

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ras_compile.capture.export import export
 from ras_compile.passes.algebra.layout import Frame
-from ras_compile.passes.analysis.pieces import CUTS, _Together
+from ras_compile.passes.analysis.pieces import CUTS, Together
 from ras_compile.passes.analysis.propagate import propagate
 
 BATCH, TOKENS, WIDTH = 2, 7, 4
@@ -114,7 +114,7 @@ def test_what_cannot_run_for_all_entries_is_no_node():
         Calls(lambda x, w, y: x), (torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64), WEIGHT, BESIDE)
     )
     source, _, beside = captured.graph.find_nodes(op="placeholder")
-    nodes, attempt = list(captured.graph.nodes), _Together(captured.graph, {}, source)
+    nodes, attempt = list(captured.graph.nodes), Together(captured.graph, {}, source)
     attempt.before = nodes[-1]
     shorter = attempt.emit(torch.ops.aten.slice.Tensor, beside, 0, 1)
     with pytest.raises(RuntimeError):
