@@ -8,6 +8,7 @@ from ras_compile.passes.algebra.layout import Layout, opaque
 from ras_compile.passes.rules.contraction import grid_atoms
 from ras_compile.passes.rules.pointwise import rows_or_gather
 from ras_compile.passes.rules.registry import Call, Step, rule_for
+from ras_compile.passes.rules.resampling import exclude
 from ras_compile.passes.rules.views import only_layout
 
 aten = torch.ops.aten
@@ -86,6 +87,15 @@ def roll(call: Call) -> Step:
     layout = only_layout(call)
     dims = [dim % len(layout.dims) for dim in call.args["dims"]] or list(range(len(layout.dims)))
     return call.whole() if grid_atoms(call, [layout.dims[dim] for dim in dims]) else Step(layout, call.uses())
+
+
+@rule_for(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+def channel_shuffle(call: Call) -> Step:
+    """`b (g n) ... -> b (n g) ...`: dimension 1 in another order, where it holds no tokens; the latent's own are channels."""
+    layout = only_layout(call)
+    if layout.raw:
+        exclude(call, [layout.dims[1]])
+    return call.whole() if grid_atoms(call, [layout.dims[1]]) else Step(layout, call.uses())
 
 
 @rule_for(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two)

@@ -1703,3 +1703,21 @@ class PaddedVideo(Video):
     def forward(self, latent, timestep, text=None):
         padded = F.pad(latent, (0, 0, 0, 1))
         return super().forward(padded, timestep, text).narrow(3, 0, latent.shape[3])
+
+
+@model("channels shuffled between groups")
+class ShuffledGroups(DiT):
+    """A latent with its channels in another order, and a shuffle behind each grouped layer, as in ShuffleNet."""
+
+    class Shuffling(Block):
+        def mlp(self, x, grid):
+            groups = super().mlp(x, grid).transpose(1, 2).unflatten(2, grid)  # b c h w
+            return torch.channel_shuffle(groups, 4).flatten(2).transpose(1, 2)
+
+    block = Shuffling
+
+    def patchify(self, latent):
+        return super().patchify(torch.channel_shuffle(latent, 2))
+
+    def unpatchify(self, x, grid):
+        return torch.channel_shuffle(super().unpatchify(x, grid), 2)

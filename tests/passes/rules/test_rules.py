@@ -781,6 +781,16 @@ def indexing() -> list[Row]:
         Row(aten.roll.default, lambda s: s(s.tokens, [2], [-1])),
         Row(aten.roll.default, lambda s: s(s.tokens, [2]), "whole"),
         Row(aten.roll.default, lambda s: s(s.x, [1, 1], [1, 2]), "whole"),
+        *[
+            row
+            for target in (aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+            for row in (
+                Row(target, lambda s: s(s.image, 3)),
+                Row(target, lambda s: s(s.columns, 2)),
+                Row(target, lambda s: s(s.tokens, 2), "whole"),
+                Row(target, lambda s: s(s.also(aten.transpose.int, s.image, 0, 1), 1), "whole", single="rows"),
+            )
+        ],
         Row(aten.index_put.default, lambda s: s(s.tokens, [None, s.constant(torch.tensor([1, 4]))], s.given(2, c)), "whole"),
         Row(aten.index_copy.default, lambda s: s(s.tokens, 1, s.constant(torch.tensor([1, 4])), s.given(s.batch, 2, c)), "whole"),
         Row(aten.scatter_reduce.two, lambda s: s(s.tokens, 1, s.below(n, s.batch, 3, c), s.given(s.batch, 3, c), "amax"), "whole"),
