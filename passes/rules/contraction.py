@@ -124,6 +124,7 @@ def bias_use(call: Call, result: Layout, node: fx.Node) -> Use | Gather:
 
 
 def region_atoms(call: Call, dims: Sequence[Dim]) -> set[Atom]:
+    """Atoms of the region that stand in these dimensions: where there are none, there are no tokens."""
     region = {atom for atom, _ in call.frame.region}
     return {atom for dim in dims for atom in atoms_of(dim) if atom in region}
 

@@ -1,4 +1,4 @@
-"""Ops that read or write by index tensors: token-wise where the indexed dimensions hold no tokens."""
+"""Ops that move entries along dimensions, by index tensors or in a fixed order: token-wise where these hold no tokens."""
 
 from __future__ import annotations
 
