@@ -66,7 +66,7 @@ def _watched(base: Any) -> type:
         given = {**dict(zip(order, args, strict=False)), **kwargs}
         loop = user_frame(sys._getframe(1))
         for follower in steps.followers:
-            follower.sites.stepping(loop.f_code if loop is not None else None)
+            follower.sites.stepping(loop)
             given[order[0]] = follower.stepping(self, given)
         if args:
             args = (given[order[0]], *args[1:])
@@ -116,10 +116,13 @@ class CallSites:
     A callback that looks at the model between two steps calls it from code of its own, and so does another loop that takes
     turns with the pipeline's. A place is of the loop if the generation's first call came from there; or if a call came from
     there behind one of the loop's in the same step; or if the scheduler stepped with no other call since its last step.
+    A run of the same lines from within the loop, as of a callback that draws a preview with a pipeline of the same class,
+    is another loop: the code that steps the scheduler stands once more among the functions that have called each other.
     """
 
     def __init__(self) -> None:
         self._stepper: CodeType | None = None  # the code that calls the scheduler's step
+        self._depth = 0  # how many times it was running when the scheduler stepped last, or at the generation's first call
         self.begin()
 
     def begin(self) -> None:
@@ -130,6 +133,11 @@ class CallSites:
 
     def is_loop(self, transformer: str, frame: FrameType | None) -> bool:
         """Whether the loop makes a call of `transformer`, which `frame` makes."""
+        depth = self._times_running(frame)
+        if not self._called and not any(self._known.values()):
+            self._depth = depth
+        elif depth > self._depth:
+            return False
         site, known = self._site(frame), self._known.setdefault(transformer, set())
         if site not in known and known and transformer not in self._called:
             self._strange.setdefault(transformer, set()).add(site)
@@ -138,8 +146,9 @@ class CallSites:
         self._called.add(transformer)
         return True
 
-    def stepping(self, stepper: CodeType | None) -> None:
-        """The scheduler is about to step, called by `stepper`."""
+    def stepping(self, loop: FrameType | None) -> None:
+        """The scheduler is about to step, called by `loop`."""
+        stepper = None if loop is None else loop.f_code
         for transformer, sites in self._strange.items():
             if transformer not in self._called:
                 self._known[transformer] |= sites
@@ -147,6 +156,15 @@ class CallSites:
         if stepper is not self._stepper:
             self._stepper = stepper
             self._known = {name: set(map(self._cut, sites)) for name, sites in self._known.items()}
+        self._depth = self._times_running(loop)
+
+    def _times_running(self, frame: FrameType | None) -> int:
+        """How many times the stepping code stands among `frame` and the functions that have called it."""
+        count = 0
+        while frame is not None:
+            count += frame.f_code is self._stepper
+            frame = frame.f_back
+        return count
 
     def _site(self, frame: FrameType | None) -> Hashable:
         """The places in the code from which a call comes: as far out as the loop, but not beyond what is resumed."""

@@ -150,3 +150,43 @@ def test_pairs_of_latents_in_one_loop_keep_their_own_rows():
             assert error([noise], [wanted]) < 1e-5
             pair = pipe.scheduler.step(noise, time, pair, return_dict=False)[0]
         assert kinds(ras_compile.trace(handle)) == "dd" * 2 + "ss" * 4
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_whole_run_within_a_callback(at):
+    """A preview by a pipeline of the same class and model, with a scheduler of its own: the same lines, but another loop."""
+    pipe = quiet(sd3())
+    other = quiet(sd3(transformer=pipe.transformer))
+    drawn = []
+
+    def preview(pipe, step, time, tensors):
+        if step == at:
+            drawn.append(draw_sd3(other, steps=5, prompt_embeds=normal(1, 3, 16, seed=20)))
+        return {}
+
+    with ras_compile.attach(pipe, **OPTIONS) as handle:
+        previewed = draw_sd3(other, steps=5, prompt_embeds=normal(1, 3, 16, seed=20))
+        alone = draw_sd3(pipe)
+        for _ in range(2):
+            assert torch.equal(draw_sd3(pipe, callback_on_step_end=preview), alone)
+            assert torch.equal(drawn[-1], previewed)
+        assert torch.equal(draw_sd3(pipe), alone)
+        assert kinds(ras_compile.trace(handle)) == "dd" + "ssss"
+
+
+def test_a_run_within_the_callback_of_another_pipeline():
+    """The attached loop is the inner one of two that run the same lines, and then the only one."""
+    pipe, outer = quiet(sd3()), quiet(sd3())
+
+    with ras_compile.attach(pipe, **OPTIONS) as handle:
+        alone = draw_sd3(pipe)
+
+        def draw(pipe_, step, time, tensors):
+            if step in (1, 2):
+                assert torch.equal(draw_sd3(pipe), alone)
+                assert kinds(ras_compile.trace(handle)) == "dd" + "ssss"
+            return {}
+
+        draw_sd3(outer, callback_on_step_end=draw)
+        assert torch.equal(draw_sd3(pipe), alone)
+        assert kinds(ras_compile.trace(handle)) == "dd" + "ssss"
