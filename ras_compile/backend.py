@@ -29,7 +29,7 @@ from ras_compile.dispatch.kinds import (
     records_gradients,
 )
 from ras_compile.dispatch.traced import captured_in_this_call, here, retry_by_tracing
-from ras_compile.errors import RASError, SpecViolation, UnsupportedGraph
+from ras_compile.errors import ConfigError, RASError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_or_run, start_workers
 from ras_compile.plans.family import Families
@@ -53,6 +53,10 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
             Dynamo would wrap it in an error of its own.
     """
     try:
+        if not isinstance(options, Mapping | None):
+            raise ConfigError(
+                f"torch.compile takes options as a dict, not {type(options).__name__}: options={{'sample_ratio': 0.5}}."
+            )
         config = RASConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
         check_pytorch()
     except RASError as error:

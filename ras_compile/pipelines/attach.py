@@ -85,6 +85,13 @@ class Handle:
         self.follower.stop()
         self._attached = {}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses copies and pickles: a copied pipeline is a plain one, so that a copied handle would stand for nothing."""
+        raise TypeError(
+            "a Handle belongs to the pipeline that it is attached to, and cannot be copied or pickled; copy the pipeline and "
+            "attach to the copy."
+        )
+
     def __enter__(self) -> Handle:
         return self
 

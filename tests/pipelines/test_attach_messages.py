@@ -1,5 +1,6 @@
 """What a new user tries with `attach`: each mistake is answered by one sentence that says what to do."""
 
+import copy
 import pickle
 import warnings
 
@@ -60,6 +61,25 @@ def test_a_config_of_another_version(how):
         object.__delattr__(config, "kv_cache")
     with pytest.raises(ras_compile.ConfigError, match=r"another version of ras_compile \((future_option|kv_cache)\)"):
         ras_compile.attach(sd3(), config)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_is_not_copied(copied):
+    """Its copy would say that a plain pipeline is attached; a copy of the pipeline alone is a plain one, and may be made."""
+    pipe = sd3()
+    with ras_compile.attach(pipe, **EAGER) as handle:
+        with pytest.raises(TypeError, match="cannot be copied or pickled; copy the pipeline and attach to the copy") as error:
+            copied(handle)
+        assert "\n" not in str(error.value)
+        with ras_compile.attach(copy.deepcopy(pipe), **EAGER) as other:
+            assert other.transformers[0] is not handle.transformers[0]
+
+
+def test_a_config_in_the_place_of_the_options():
+    for given in (RASConfig(sample_ratio=0.25), [("sample_ratio", 0.25)]):
+        with pytest.raises(ras_compile.ConfigError, match="takes options as a dict, not (RASConfig|list): options=") as error:
+            torch.compile(model(), backend="ras", options=given)(LATENT, torch.ones(2), TEXT)
+        assert "\n" not in str(error.value)
 
 
 def test_a_trace_of_the_pipeline_itself():
