@@ -106,6 +106,7 @@ class Together:
                     self.graph.erase_node(added)
             return False
         node.replace_all_uses_with(made)
+        _refresh(self.graph, made, node)
         splits = [part.args[0] for part in self.parts if part.target is operator.getitem]
         dead: set[fx.Node] = {node, *self.parts, *splits}  # type: ignore[arg-type]
         for gone in sorted(dead, key={n: k for k, n in enumerate(self.graph.nodes)}.__getitem__, reverse=True):
@@ -263,6 +264,8 @@ class Together:
         cut, rank = cut_of(operand), operand.meta["val"].ndim
         if cut is not None and (cut.start, cut.stop, cut.size) == (part.start, part.stop, part.size):
             return cut.whole
+        if _pictures(operand) & _pictures(self.source):  # tokens of the same picture in other places: no padding is theirs
+            raise Apart
         pads = [0] * (2 * rank)
         for index, dim in enumerate(layout.dims[len(layout.dims) - rank :]):
             if dim == (Axis(part.stop - part.start, TOKENS),) and operand.meta["val"].shape[index] != 1:
@@ -294,3 +297,28 @@ def cut_of(node: fx.Node) -> Part | None:
         return None
     dims = [(Axis(length, TOKENS),) if k == dim else opaque(size) for k, size in enumerate(node.meta["val"].shape)]
     return Part(source, Layout(tuple(dims)), start, start + length, shape[dim])
+
+
+def _pictures(node: fx.Node) -> set[fx.Node]:
+    """The inputs of three dimensions or more, which may be the latent, that a value is made of."""
+    found: set[fx.Node] = set()
+    seen, left = {node}, [node]
+    while left:
+        value = left.pop()
+        if value.op == "placeholder" and getattr(value.meta.get("val"), "ndim", 0) >= 3:
+            found.add(value)
+        new = [operand for operand in value.all_input_nodes if operand not in seen]
+        seen.update(new)
+        left += new
+    return found
+
+
+def _refresh(graph: fx.Graph, made: fx.Node, before: fx.Node) -> None:
+    """What is made of a value that took another one's place has the strides that it has from then on."""
+    changed = {made} if made.meta["val"].stride() != before.meta["val"].stride() else set()
+    for user in graph.nodes if changed else ():
+        if user.op == "call_function" and "val" in user.meta and changed.intersection(user.all_input_nodes):
+            values = fx.node.map_arg((user.args, user.kwargs), lambda operand: operand.meta["val"])
+            with made.meta["val"].fake_mode, torch.no_grad():
+                user.meta["val"] = user.target(*values[0], **values[1])
+            changed.add(user)
