@@ -11,7 +11,7 @@ from torch import fx
 from ras_compile._torch import original
 from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.attributes import PerAttributes, attribute_positions
-from ras_compile.capture.inputs import describe_inputs, find_timestep
+from ras_compile.capture.inputs import check_timestep, describe_inputs, find_timestep
 from ras_compile.capture.numbers import as_tensors, number_positions
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.config import RASConfig
@@ -202,11 +202,13 @@ class CompiledGraph(Dispatcher[Entry]):
 
         Raises:
             UnsupportedGraph: there is no plan.
+            ConfigError: the option `timestep` names no argument.
         """
         given = as_tensors(values, self.numbers)
         key = key_of([given[index] for index in self.users])
         if key in self.plans:  # another thread has made it
             return self.plans[key][0], given
+        self._check_timestep(values)
         try:
             entry = Entry(self._plan(given, self.config), self.inputs, values, self.users, self.config)
         except (UnsupportedGraph, SpecViolation, TypeError):
@@ -216,6 +218,13 @@ class CompiledGraph(Dispatcher[Entry]):
             return self._make(values)
         self.plans[key] = [entry]  # last: other threads look there
         return entry, given
+
+    def _check_timestep(self, values: Sequence[Any]) -> None:
+        """Refuses a name that neither the graph knows nor the model, of which a graph has the arguments alone that it reads."""
+        if self.config.timestep is not None and self._timestep(values) is None:
+            call = compiled_call()
+            if call is not None:
+                check_timestep(self.config.timestep, type(original(call[0])))
 
     def _plan(self, values: Sequence[Any], config: RASConfig) -> Plan:
         """The plan for a call, one that it shares with other lengths of the context if it can."""

@@ -116,10 +116,16 @@ class Schedule:
             if self.config.ratio_schedule == "linear":
                 self._levels(None)
         elif not any(self.kind(step) == "sparse" for step in range(num_steps)):
-            warn_once(
-                f"ras_compile: none of the {num_steps} steps can be sparse with warmup_steps="
-                f"{self.config.warmup_steps}; every step runs dense. Lower warmup_steps or take more steps."
-            )
+            why, advice = self.none_sparse(num_steps)
+            warn_once(f"ras_compile: {why}; every step runs dense. {advice.capitalize()}.")
+
+    def none_sparse(self, num_steps: int) -> tuple[str, str]:
+        """Of a run in which every step is dense: why that is so, and what to do."""
+        warmup = self.config.warmup_steps
+        if num_steps > warmup:
+            return f"each of the {num_steps} steps is a warm-up or an error reset", "give fewer reset_steps"
+        advice = "lower warmup_steps or take more steps" if warmup > 1 else "take more steps"
+        return f"none of the {num_steps} steps can be sparse with warmup_steps={warmup}", advice
 
     def _levels(self, num_steps: int | None) -> list[tuple[float, list[int]]]:
         """The run's sparse steps by the share of tokens that they compute: at most four shares, with their steps."""

@@ -496,10 +496,7 @@ def _at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: i
         raise ConfigError("option speedup needs the costs of the compiled programs; give a sample_ratio instead.")
     schedule = Schedule(config)
     if schedule.dense_steps(num_steps) == num_steps:
-        raise ConfigError(
-            f"option speedup={config.speedup}: none of the {num_steps} steps can be sparse with warmup_steps="
-            f"{config.warmup_steps}; lower warmup_steps or take more steps."
-        )
+        raise ConfigError(f"option speedup={config.speedup}: {'; '.join(schedule.none_sparse(num_steps))}.")
     try:
         price = cost()
         ratio = price.ratio_for(

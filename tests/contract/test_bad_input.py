@@ -191,6 +191,10 @@ def test_the_option_timestep_has_to_name_an_argument():
     pipe.transformer = Patches()
     with pytest.raises(ras_compile.ConfigError, match=complaint):
         ras_compile.attach(pipe, timestep="time")
+    torch._dynamo.reset()
+    compiled = torch.compile(Patches(), backend="ras", options={"timestep": "time", "inner_backend": "eager"})
+    with pytest.raises(ras_compile.ConfigError, match=complaint), torch.no_grad():
+        compiled(**call())
     assert ras_compile.explain(Patches(), options={"timestep": "timestep"}, **call()).supported
 
 

@@ -68,7 +68,9 @@ def test_a_handle_is_not_copied(copied):
     """Its copy would say that a plain pipeline is attached; a copy of the pipeline alone is a plain one, and may be made."""
     pipe = sd3()
     with ras_compile.attach(pipe, **EAGER) as handle:
-        with pytest.raises(TypeError, match="cannot be copied or pickled; copy the pipeline and attach to the copy") as error:
+        with pytest.raises(
+            TypeError, match="cannot be copied or pickled; copy the pipeline and attach to the copy"
+        ) as error:
             copied(handle)
         assert "\n" not in str(error.value)
         with ras_compile.attach(copy.deepcopy(pipe), **EAGER) as other:
@@ -77,7 +79,9 @@ def test_a_handle_is_not_copied(copied):
 
 def test_a_config_in_the_place_of_the_options():
     for given in (RASConfig(sample_ratio=0.25), [("sample_ratio", 0.25)]):
-        with pytest.raises(ras_compile.ConfigError, match="takes options as a dict, not (RASConfig|list): options=") as error:
+        with pytest.raises(
+            ras_compile.ConfigError, match="takes options as a dict, not (RASConfig|list): options="
+        ) as error:
             torch.compile(model(), backend="ras", options=given)(LATENT, torch.ones(2), TEXT)
         assert "\n" not in str(error.value)
 

@@ -102,6 +102,25 @@ def test_linear_without_a_number_of_steps_says_how_to_give_it():
         assert "attach" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "steps", "advice"),
+    [
+        ({"warmup_steps": 4}, 3, "Lower warmup_steps or take more steps"),
+        ({"warmup_steps": 1}, 1, r"dense\. Take more steps"),
+        ({"warmup_steps": 2, "reset_steps": [2, 3, 4]}, 5, "Give fewer reset_steps"),
+        (
+            {"warmup_steps": 1, "reset_interval": None, "reset_steps": [1, 2]},
+            3,
+            "larger reset_interval or fewer reset_steps",
+        ),
+    ],
+)
+def test_the_advice_of_a_dense_run_can_be_followed(options, steps, advice):
+    notices.reset()
+    with pytest.warns(RASWarning, match=advice):
+        Schedule(RASConfig(**options)).check(steps)
+
+
 def test_no_sparse_step_is_said_once():
     notices.reset()
     with pytest.warns(RASWarning, match="none of the 4 steps"):
