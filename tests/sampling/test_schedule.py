@@ -108,11 +108,6 @@ def test_linear_without_a_number_of_steps_says_how_to_give_it():
         ({"warmup_steps": 4}, 3, "Lower warmup_steps or take more steps"),
         ({"warmup_steps": 1}, 1, r"dense\. Take more steps"),
         ({"warmup_steps": 2, "reset_steps": [2, 3, 4]}, 5, "Give fewer reset_steps"),
-        (
-            {"warmup_steps": 1, "reset_interval": None, "reset_steps": [1, 2]},
-            3,
-            "larger reset_interval or fewer reset_steps",
-        ),
     ],
 )
 def test_the_advice_of_a_dense_run_can_be_followed(options, steps, advice):
