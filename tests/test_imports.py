@@ -32,7 +32,7 @@ def test_an_import_brings_no_compiler(module):
 
 
 def test_what_compiles_brings_it():
-    assert "torch._inductor" in brought("ras_compile.kernels.choice")
+    assert "torch._inductor" in brought("ras_compile.execute.inner")
 
 
 @pytest.mark.parametrize(

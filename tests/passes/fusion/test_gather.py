@@ -250,7 +250,7 @@ class Entries(TorchDispatchMode):
 @pytest.mark.parametrize("embed", [Embedding, Turned, Reshaped])
 def test_a_large_batch_costs_its_index_tensors(embed, batch=50, active=5):
     torch.manual_seed(0)
-    case = subject(Model(embed().to(DTYPE)).eval(), {"latent": torch.randn(batch, 3, 6, 12, dtype=DTYPE)}, exact=False)
+    case = subject(Model(embed()).to(DTYPE).eval(), {"latent": torch.randn(batch, 3, 6, 12, dtype=DTYPE)}, exact=False)
     program = sparse_program(case.plan.analysis, active, case.plan.sparse)
     with Entries() as entries:
         assert fuse_gather_linear(program.graph, Fusion(case.frame.tokens, dtypes=(DTYPE,))) == 1
