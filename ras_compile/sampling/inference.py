@@ -96,6 +96,8 @@ def latent_is_made_of(seen: Tensor, before: list[Seen], rounding: float) -> bool
         for latent, noise in calls:
             if noise.shape[1:3] != seen.shape[1:3]:
                 return True  # nothing to judge by
+            if noise.shape[0] != latent.shape[0]:
+                return False  # calls of other batches stood in one evaluation: whose noise it is cannot be told
             channels, rows = min(channels, noise.shape[-1], latent.shape[-1]), sample % latent.shape[0]
             # what it adds to: all earlier latents are that one less what was added since
             new += [noise[rows]] if columns or new else [latent[rows], noise[rows]]
