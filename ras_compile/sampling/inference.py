@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.branches import Branch, Match, equal_prints, fingerprint, same_tensor, tensor_mark
 
@@ -97,7 +98,11 @@ def latent_is_made_of(seen: Tensor, before: list[Seen], rounding: float) -> bool
             if noise.shape[1:3] != seen.shape[1:3]:
                 return True  # nothing to judge by
             if noise.shape[0] != latent.shape[0]:
-                return False  # calls of other batches stood in one evaluation: whose noise it is cannot be told
+                warn_once(
+                    "ras_compile: calls of one step have latents of different batch sizes, and nobody says which calls are a "
+                    "step, so they all run dense. Use ras_compile.attach(pipe), or tell the steps with ras_compile.generation()."
+                )
+                return False  # whose noise it is cannot be told
             channels, rows = min(channels, noise.shape[-1], latent.shape[-1]), sample % latent.shape[0]
             # what it adds to: all earlier latents are that one less what was added since
             new += [noise[rows]] if columns or new else [latent[rows], noise[rows]]
