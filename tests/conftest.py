@@ -68,6 +68,7 @@ def pytest_runtest_setup(item):
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)  # scripts of the examples, run in this process, may have turned it off
 
 
 @pytest.fixture(autouse=True)
