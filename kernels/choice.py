@@ -16,6 +16,7 @@ from .arguments import ScatterArguments
 from .attention import Launch as AttentionLaunch
 from .attention import attention_reference
 from .attention import runs_kernel as runs_attention
+from .fallbacks import fell_back
 from .gather_linear import Launch as GatherLaunch
 from .grouped import GroupedLaunch
 from .launch import Launch, runs_kernel, runs_triton
@@ -189,7 +190,8 @@ def remembered(
 
     try:
         times = timings(device).recall(key, fits, measured)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        fell_back("a kernel left out for now, without memory to time it", error)
         return None
     except Postponed:
         return (0.0,) * count

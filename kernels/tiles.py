@@ -34,6 +34,7 @@ except ImportError:  # nothing is ever timed
     triton = None
 
 from ._torch import cache_folder
+from .fallbacks import fell_back
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,13 @@ class Timings:
         """What the file says; nothing where there is none, or where it is not as it was written."""
         try:
             found = json.loads(self.path.read_text())
-        except OSError:
+            if isinstance(found, dict) and all(map(is_answer, found.values())):
+                return found
+            raise ValueError("it holds something else than timings")
+        except FileNotFoundError:
             return {}
-        except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, dict) and all(map(is_answer, found.values())):
-            return found
+        except (OSError, ValueError, RecursionError) as error:
+            fell_back("timings of kernels taken anew", error)
         log.info("%s does not hold timings of kernels: it is ignored, and replaced at the next timing", self.path)
         return {}
 
@@ -103,11 +105,13 @@ class Timings:
         """Remembers an answer, here and on disk; what other processes have written meanwhile is kept."""
         with self.lock:
             self.known[question] = answer
-            with contextlib.suppress(OSError):
+            try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with locked(self.path.with_suffix(".lock")):
                     self.known = {**self.read(), **self.known}
                     self._write()
+            except OSError as error:
+                fell_back("timings of kernels kept by this process alone", error)
 
     def recall(self, question: str, fits: Callable[[Answer], bool], measure: Callable[[], Answer]) -> Answer:
         """The answer to a question, measured the first time. While a CUDA graph is captured nothing can be: None, then.
@@ -130,8 +134,9 @@ class Timings:
             with os.fdopen(handle, "w") as file:
                 json.dump(self.known, file, indent=0, sort_keys=True)
             os.replace(name, self.path)
-        except OSError:
+        except BaseException:  # a disk that is full, or Ctrl-C: no part of a file stays behind
             os.unlink(name)
+            raise
 
 
 LONGEST_WAIT = (
@@ -300,6 +305,7 @@ def milliseconds(run: Callable[[], object]) -> float:
     except Exception as error:
         if "CUDA error" in str(error):  # nothing on this device can be trusted after that
             raise
+        fell_back("a variant of a kernel left out", error)
         log.info("a kernel variant was left out", exc_info=True)
         return math.inf
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -19,6 +19,8 @@ from ras_compile.dispatch.kinds import GraphBreak, arguments_of, graph_break, pa
 from ras_compile.dispatch.traced import inputs_of, specialise
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph, UnusableInput
 from ras_compile.execute.compiling import compiling
+from ras_compile.kernels.fallbacks import Fallback
+from ras_compile.notices import fallbacks
 from ras_compile.passes.algebra.layout import Concat, Layout
 from ras_compile.passes.analysis.cost import Cost, cost
 from ras_compile.passes.analysis.splices import Splice
@@ -121,6 +123,7 @@ class Explanation:
         cost: FLOPs and bytes, those of a sparse step as sympy expressions in ``A``.
         fused: scatter-GEMMs (`linear -> splice` as one kernel) in a sparse step on the inputs' device.
         config: the options.
+        fallbacks: what this process has done in a slower way so far, because the faster one failed (this model or another).
     """
 
     supported: bool
@@ -136,6 +139,7 @@ class Explanation:
     cost: Cost | None = None
     fused: int = 0
     config: RASConfig = RASConfig()
+    fallbacks: tuple[Fallback, ...] = field(default_factory=fallbacks)
 
     @property
     def cache_bytes(self) -> int:
@@ -183,8 +187,9 @@ class Explanation:
             raise ConfigError(str(error)) from None
 
     def __str__(self) -> str:
+        slower = [f"fell back {fallback}" for fallback in self.fallbacks]
         if self.cost is None:
-            return f"not supported: {self.reason}"
+            return "\n".join([f"not supported: {self.reason}", *slower])
         lines = [
             f"latent    {self.latent} {self.region}",
             f"region    {self.tokens} tokens, grid {' x '.join(map(str, self.grid))}"
@@ -195,6 +200,7 @@ class Explanation:
             f"kernels   {self.fused} splices as scatter-GEMMs",
             "predicted " + ", ".join(f"{r:.1%} of tokens: {self.speedup(r):.2f}x" for r in (0.5, 0.25, 0.125)),
             "          (by FLOPs, 28 steps)",
+            *slower,
             "",
             f"{'splice':<24} {'needed by':<44} layout",
         ]

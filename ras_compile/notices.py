@@ -1,4 +1,4 @@
-"""Warnings that are said once: what the user should know without being told at every step."""
+"""What the user should know: warnings that are said once, and what fell back to something slower."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import threading
 import warnings
 from collections.abc import Hashable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ras_compile.errors import RASWarning
 
-__all__ = ["LIBRARIES", "first_time", "reset", "user_frame", "warn_once"]
+if TYPE_CHECKING:
+    from ras_compile.kernels.fallbacks import Fallback
+
+__all__ = ["LIBRARIES", "fallbacks", "fell_back", "first_time", "reset", "user_frame", "warn_once"]
 
 # Code that is nobody's model: PyTorch's and ours.
 LIBRARIES = (
@@ -56,6 +60,28 @@ def first_time(what: Hashable) -> bool:
 
 
 def reset() -> None:
-    """Forget what has been said: the next warning of each kind is shown again."""
+    """Forget what has been said and counted: the next warning of each kind is shown again."""
+    from ras_compile.kernels import fallbacks
+
     with _lock:
         _said.clear()
+    fallbacks.forget()
+
+
+def fallbacks() -> tuple[Fallback, ...]:
+    """What this process has done in a slower way because the faster one failed, the first first; empty where all went well.
+
+    Each has ``what`` (what is done instead), ``error`` (the first error's type and first line) and ``count``; ``str()`` is a line.
+    """
+    from ras_compile.kernels import (
+        fallbacks,  # not at the top: the kernels bring Triton, and an import of options must not
+    )
+
+    return fallbacks.fallbacks()
+
+
+def fell_back(what: str, error: BaseException) -> None:
+    """Counts ``error``, after which ``what`` is done instead: something slower. See :func:`fallbacks`."""
+    from ras_compile.kernels import fallbacks
+
+    fallbacks.fell_back(what, error)

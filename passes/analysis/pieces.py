@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.errors import UnsupportedGraph
+from ras_compile.notices import fell_back
 from ras_compile.passes.algebra.layout import Atom, Axis, Frame, Layout, Restart, Sizes, opaque
 from ras_compile.passes.rules.pointwise import copies, find_rule, is_pointwise
 from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, operands
@@ -100,7 +101,9 @@ class Together:
             made = self._joined(node)
             if self.wide > MOST_WORK * self.narrow:
                 raise Apart
-        except (Apart, Restart, UnsupportedGraph, RuntimeError):
+        except (Apart, Restart, UnsupportedGraph, RuntimeError) as error:
+            if not isinstance(error, (Apart, Restart, UnsupportedGraph)):  # no answer, but a failure
+                fell_back("pieces of a sequence worked one by one", error)
             for added in reversed(list(self.added.values())):
                 if not added.users:
                     self.graph.erase_node(added)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ras_compile.notices import fell_back
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.gathered import Gathered
 from ras_compile.passes.fusion.scatter import Fusion, addressed, writable
@@ -127,7 +128,8 @@ class Finder:
             return None
         try:
             return self.experiment(product, kernel)
-        except Exception:  # an op that does not run on integers, or on a CPU: the site stays as it is
+        except Exception as error:  # an op that does not run on integers, or on a CPU: the site stays as it is
+            fell_back("a gather not fused", error)
             log.info("no experiment on the gather before %s", product.format_node(), exc_info=True)
             return None
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from ras_compile._torch import pytree
 from ras_compile.kernels import epilogue_reference
+from ras_compile.notices import fell_back
 from ras_compile.passes.fusion.epilogues import Epilogue, arguments, hypotheses
 from ras_compile.passes.programs.roles import rows_of
 
@@ -93,7 +94,10 @@ def sites(graph: fx.Graph, tokens: int) -> list[Site]:
         if key not in known:
             try:
                 known[key] = Experiment(site, rows, tokens).run()
-            except Exception:  # an op that has no double precision, or does not run on a CPU: the site stays as it is
+            except (
+                Exception
+            ) as error:  # an op that has no double precision, or does not run on a CPU: the site stays as it is
+                fell_back("a splice not fused", error)
                 log.info("no experiment on the splice %s", put.format_node(), exc_info=True)
                 known[key] = None
         site.found = known[key] or []

@@ -26,6 +26,7 @@ from ras_compile.capture.flex import is_transform, spell_flex_attention
 from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
 from ras_compile.errors import UnsupportedGraph
+from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.normalize import normalize
 from ras_compile.passes.programs.roles import Role
 from ras_compile.passes.rules.registry import source_line
@@ -148,7 +149,8 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = Fa
             return by_blocks(graph, inputs, tensors)
         except NotRepeated as error:
             log.debug("the graph is captured whole: %s", error)
-        except Exception:  # of whatever kind, the whole graph says it better
+        except Exception as error:  # of whatever kind, the whole graph says it better
+            fell_back("a graph captured whole and not by its blocks", error)
             log.debug("the graph is captured whole", exc_info=True)
     return export(_Bound(graph, inputs), tensors, names, symbolic=symbolic)
 

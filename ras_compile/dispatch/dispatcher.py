@@ -26,7 +26,7 @@ from ras_compile.dispatch.callers import compiled_call
 from ras_compile.dispatch.kinds import GraphBreak
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
-from ras_compile.notices import first_time, warn_once
+from ras_compile.notices import fell_back, first_time, warn_once
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.locate import note_reached
 from ras_compile.sampling.registry import Part, state_for
@@ -214,6 +214,7 @@ class Dispatcher(Generic[_AnEntry]):
                     narrow = self.plan_for(entry, given, replace(self.config, region=slice(*place)))
                     entry.windows[place] = entry.with_plan(narrow)
                 except (UnsupportedGraph, SpecViolation) as error:
+                    fell_back("a window of tokens computed with the rest", error)
                     log.info("the picture's tokens cannot be the region: %s", error)
                     entry.windows[place] = entry
             return entry.windows[place]
@@ -229,6 +230,7 @@ class Dispatcher(Generic[_AnEntry]):
         """
         if self.config.unsupported == "error":
             raise error
+        fell_back("a model run dense", error)
         if model is None:
             found = compiled_call()
             model = None if found is None else original(found[0])

@@ -35,7 +35,7 @@ from ras_compile._torch import (
     schema_of,
 )
 from ras_compile.execute.inner import Compiled
-from ras_compile.notices import warn_once
+from ras_compile.notices import fell_back, warn_once
 
 __all__ = ["SLOTS", "ProgramGraphs"]
 
@@ -285,6 +285,7 @@ class ProgramGraphs:
             graph = Graph(compiled, inputs, None if dense is None else dense[1])
         except Exception as error:
             self._refused.add(active)
+            fell_back("a program run without a CUDA graph", error)
             what = "dense program" if active == "dense" else f"sparse program for {active} rows"
             warn_once(f"ras_compile: the {what} runs without a CUDA graph, capturing it failed: {error}")
             return None

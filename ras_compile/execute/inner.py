@@ -27,7 +27,7 @@ from ras_compile._torch import (
 from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError, RASError, UnsupportedGraph
 from ras_compile.kernels.tiles import sources
-from ras_compile.notices import warn_once
+from ras_compile.notices import fell_back, warn_once
 
 log = logging.getLogger(__name__)
 Compiled = Callable[..., Sequence[Any]]
@@ -122,5 +122,6 @@ def compile_or_run(make: Callable[[], fx.GraphModule], inputs: Sequence[Any], co
             raise UnsupportedGraph(
                 f"a program cannot be compiled: {why}; inner_backend='eager' runs it as it is"
             ) from error
+        fell_back("a program run op by op", error)
         warn_once(f"ras_compile: a program runs uncompiled: {why}; the picture is right, and takes longer")
         return make()

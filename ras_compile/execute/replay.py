@@ -16,7 +16,7 @@ from ras_compile.config import RASConfig
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import DEVICE, Graph, Slot, plain_mode
 from ras_compile.execute.inner import compile_inner
-from ras_compile.notices import warn_once
+from ras_compile.notices import fell_back, warn_once
 
 __all__ = ["Replayed"]
 
@@ -130,7 +130,8 @@ class Replayed:
                         graph = make_fx(self._plain(settings), tracing_mode="fake")(*given)
                         compiled = compile_inner(graph, given, RASConfig())
                     self._compiled[key] = lambda *tensors: compiled(*[tensor.contiguous() for tensor in tensors])
-                except Exception:
+                except Exception as error:
+                    fell_back("the selection run op by op", error)
                     log.info("the selection runs unfused", exc_info=True)
                     self._compiled[key] = self._plain(settings)
             return self._compiled[key]
@@ -145,6 +146,7 @@ def _captured(function: Function, tensors: Sequence[Tensor], kept: tuple[Tensor,
         try:
             return _Recorded(changing, staying, Graph(function, [*changing.users, *staying.users], None), kept)
         except Exception as error:
+            fell_back("the selection run without a CUDA graph", error)
             warn_once(f"ras_compile: the selection runs without a CUDA graph, capturing it failed: {error}")
             return False
 

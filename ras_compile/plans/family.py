@@ -28,6 +28,7 @@ from ras_compile.config import RASConfig
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_inner
+from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.cost import Cost
 from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolate, sample_points
 from ras_compile.passes.pipeline import for_all_lengths
@@ -158,7 +159,8 @@ class Family:
                     self._programs[active] = self._share(active, point, inputs)
                 except SpecViolation:
                     raise
-                except Exception:  # whatever the inner compiler does not do with symbols, it does without
+                except Exception as error:  # whatever the inner compiler does not do with symbols, it does without
+                    fell_back("programs compiled for each length of the context", error)
                     log.info("a program is compiled for each length of the context apart", exc_info=True)
                     self._programs[active] = None
             shared = self._programs[active]
@@ -187,7 +189,8 @@ class Family:
                 log.info("compiling outlined blocks has fixed a length, compiling them one by one")
             except SpecViolation:
                 raise
-            except Exception:
+            except Exception as error:
+                fell_back("blocks compiled one by one", error)
                 log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
         return self._compile(for_all_lengths(builds, self.points, outline_blocks=False), sized, inputs)
 
@@ -264,6 +267,7 @@ class Families:
             graph = self._captured[rest]
             return None if graph is None else Family(graph, self._inputs, values, config)
         except Exception as error:  # a plan of its own will say what is wrong with the call, if anything is
+            fell_back("a plan for each length of the context", error)
             log.info("each length of the context has a plan of its own: %s", error, exc_info=True)
             return None
 

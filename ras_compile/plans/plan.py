@@ -22,7 +22,7 @@ from ras_compile.execute.cudagraphs import ProgramGraphs
 from ras_compile.execute.inner import Compiled, compile_inner, compile_or_run
 from ras_compile.execute.memory import Keeper, default_budget
 from ras_compile.kernels.tiles import build, postponed
-from ras_compile.notices import warn_once
+from ras_compile.notices import fell_back, warn_once
 from ras_compile.passes.algebra.layout import Frame, Layout
 from ras_compile.passes.algebra.tokens import TokenView, channel_count, token_view
 from ras_compile.passes.analysis.cost import Cost, cost
@@ -188,6 +188,7 @@ class Plan:
         except UnsupportedGraph as error:
             if self.sparse.live is None:
                 raise
+            fell_back("the context computed in every step", error)
             warn_once(
                 f"ras_compile: this model's context is computed afresh in every step, it cannot be frozen: {error}"
             )
@@ -351,7 +352,8 @@ class Plan:
                 return compile_inner(self.build(active), inputs, self.config)
             except SpecViolation:
                 raise
-            except Exception:
+            except Exception as error:
+                fell_back("blocks compiled one by one", error)
                 log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
         return compile_or_run(lambda: self.build(active, outline_blocks=False), inputs, self.config)
 
