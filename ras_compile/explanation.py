@@ -29,7 +29,7 @@ from ras_compile.passes.rules.registry import operands, source_line
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.schedule import Schedule
 
-__all__ = ["Explanation", "SplicePoint", "explain", "record_call"]
+__all__ = ["Explanation", "SplicePoint", "explain", "points_of", "record_call"]
 
 
 class _Recorded(Exception):
@@ -244,7 +244,7 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         grid=analysis.frame.grid,
         shared_rows=analysis.frame.shared_rows,
         tokens=analysis.frame.tokens,
-        splices=tuple(_point(plan, splice) for splice in plan.sparse.splices),
+        splices=points_of(plan),
         gathers=tuple((names.get(node, node.name), source_line(node)) for node in plan.sparse.gathers),
         context=_context(plan),
         cost=cost(analysis, plan.sparse),
@@ -275,6 +275,11 @@ def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -
 def _check_steps(num_steps: Any) -> None:
     if not is_whole(num_steps) or num_steps < 1:
         raise ConfigError(f"num_steps={num_steps!r} is not allowed; it takes a whole number of at least 1.")
+
+
+def points_of(plan: Plan) -> tuple[SplicePoint, ...]:
+    """Every splice of a plan, the output's last."""
+    return tuple(_point(plan, splice) for splice in plan.sparse.splices)
 
 
 def _point(plan: Plan, splice: Splice) -> SplicePoint:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from ras_compile.sampling.models import modules_of
+from torch import nn
+
+from ras_compile.execute.homes import homes
+from ras_compile.execute.memory import keepers_of
+from ras_compile.plans.plan import Plan
+from ras_compile.sampling.models import held_by, modules_of
 from ras_compile.sampling.records import Record
 from ras_compile.sampling.registry import states_of
+from ras_compile.sampling.state import TransformerState
 
-__all__ = ["Record", "trace"]
+__all__ = ["Past", "Record", "past_of", "trace"]
 
 
 def trace(compiled: Any) -> list[Record]:
@@ -21,9 +30,48 @@ def trace(compiled: Any) -> list[Record]:
     Raises:
         TypeError: `compiled` is none of these.
     """
-    records: list[Record] = []
-    for module in modules_of(compiled):
-        found = [state.records for state in states_of([*module.parameters(), *module.buffers()]) if state.records]
-        found.sort(key=lambda told: told[-1].serial)
-        records += found[-1] if found else []
-    return sorted(records, key=lambda record: record.serial)
+    return [record for record, _ in past_of(modules_of(compiled)).calls]
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of the last generation of some transformers.
+
+    Attributes:
+        calls: each model call with the plan that answered it; None where there was none, or it is gone.
+        cache_bytes: what the transformers keep on the device, caches of finished generations included.
+    """
+
+    calls: list[tuple[Record, Plan | None]]
+    cache_bytes: int
+
+
+def past_of(modules: Iterable[nn.Module]) -> Past:
+    """The last generation of each of the modules."""
+    calls: list[tuple[Record, Plan | None]] = []
+    states: list[TransformerState] = []
+    for module in modules:
+        found = states_of([*module.parameters(), *module.buffers()])
+        states += found
+        last = max(
+            (state for state in found if state.records), key=lambda state: state.records[-1].serial, default=None
+        )
+        if last is not None:
+            plans = _plans(last)
+            calls += [(record, plans.get(record.branch, plans.get(""))) for record in last.records]
+    held = [slots for state in states for slots in held_by(state)]
+    return Past(sorted(calls, key=lambda call: call[0].serial), sum(keeper.bytes for keeper in keepers_of(held)))
+
+
+def _plans(state: TransformerState) -> dict[str, Plan]:
+    """The plans of a state's last run by their branches' labels; by "" any one of them."""
+    found: dict[str, Plan] = {}
+    for home in homes():
+        run = home.runs.get(state)
+        ran = [(branch.label, branch.graph) for branch in run.branches.known] if run is not None else []
+        kept = [("", graph) for graph, slots in home.spare.get(state, {}).items() if slots]
+        for label, graph in (*kept, *ran):
+            plan = graph() if isinstance(graph, weakref.ref) else None
+            if isinstance(plan, Plan):
+                found[label] = found[""] = plan
+    return found

@@ -28,7 +28,8 @@ DOCUMENTS = sorted(
 
 
 def private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name != "_"
+    protocol = name.startswith("__") or name.endswith("_")  # as `_repr_html_`, which notebooks call
+    return name.startswith("_") and not protocol
 
 
 def defined(tree: ast.AST) -> set[str]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from ras_compile._torch import compile_lock, compile_session
 
-__all__ = ["compiling"]
+__all__ = ["compiling", "seconds_spent"]
+
+
+class _Spent(threading.local):
+    """What this thread has spent inside of `compiling`, which may be nested."""
+
+    def __init__(self) -> None:
+        self.seconds, self.depth = 0.0, 0
+
+
+_spent = _Spent()
 
 
 @contextmanager
@@ -18,4 +30,15 @@ def compiling(told: bool = True) -> Iterator[None]:
         told: `torch.compiler.is_compiling()` says so; not to be where code of the model runs.
     """
     with compile_lock, compile_session() if told else nullcontext():
-        yield
+        began, _spent.depth = time.perf_counter(), _spent.depth + 1
+        try:
+            yield
+        finally:
+            _spent.depth -= 1
+            if not _spent.depth:
+                _spent.seconds += time.perf_counter() - began
+
+
+def seconds_spent() -> float:
+    """Seconds that this thread has spent on capture and compilation so far."""
+    return _spent.seconds

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import CodeType, FrameType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ras_compile._torch import original
@@ -24,6 +25,7 @@ from ras_compile.config import RASConfig
 from ras_compile.notices import user_frame, warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.pipelines.clean import CleanHold, Draws
+from ras_compile.pipelines.clock import Clock
 from ras_compile.pipelines.sample import picture_window, sample_map
 from ras_compile.pipelines.samplers import check_clean
 from ras_compile.sampling.branches import intact, same_tensor, tensor_mark
@@ -36,6 +38,7 @@ _STEPS = "_ras_compile_steps"
 _PLAIN = "_ras_compile_plain_class"
 # Model calls of one step that are remembered until the scheduler steps.
 _CALLS = 16
+_HOST = torch.device("cpu")
 _DEFAULTS = RASConfig()
 # So many of the functions that have called each other tell where a call comes from.
 _FRAMES = 3
@@ -195,7 +198,7 @@ class SchedulerFollower:
     def __init__(
         self, pipe: Any, config: RASConfig = _DEFAULTS, transformers: Mapping[str, nn.Module] | None = None
     ) -> None:
-        self.config, self.sites = config, CallSites()
+        self.config, self.sites, self.clock = config, CallSites(), Clock()
         self._transformers = weakref.WeakValueDictionary(transformers or {})
         self._pipe = weakref.ref(pipe)
         self._scheduler: Any = None
@@ -233,6 +236,7 @@ class SchedulerFollower:
             self._timesteps, self._key, self._origin, self._taken_before = timesteps, object(), None, steps.taken
             self._count = len(timesteps)
             self._begin()
+            self.clock.begin(timesteps.device if isinstance(timesteps, Tensor) else _HOST)
         since = steps.taken - self._taken_before
         first = getattr(scheduler, "begin_index", None) or 0
         index = getattr(scheduler, "step_index", None)
@@ -307,6 +311,7 @@ class SchedulerFollower:
         prediction, sample = next(iter(given.values())), given.get("sample")
         if not isinstance(sample, Tensor) or not isinstance(prediction, Tensor):
             return prediction
+        self.clock.see(prediction)
         self._look_for_reference_tokens(evaluations, sample)
         self._look_for_overwriting(sample)
         if self._returned is not None:
@@ -326,6 +331,7 @@ class SchedulerFollower:
         first = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
         sample = first if isinstance(first, Tensor) else None
         self._returned = None if sample is None else tensor_mark(sample)
+        self.clock.tick(_HOST if sample is None else sample.device)
         if self._overwrites:
             self._previous = sample
 

@@ -10,8 +10,9 @@ from ras_compile._torch import original
 from ras_compile.execute.homes import homes
 from ras_compile.execute.memory import keepers_of
 from ras_compile.sampling.registry import states_of
+from ras_compile.sampling.state import TransformerState
 
-__all__ = ["modules_of", "release"]
+__all__ = ["held_by", "modules_of", "release"]
 
 
 def modules_of(compiled: Any) -> list[nn.Module]:
@@ -32,6 +33,16 @@ def modules_of(compiled: Any) -> list[nn.Module]:
     return found
 
 
+def held_by(state: TransformerState) -> list[Any]:
+    """The slots of all branches that a transformer's finished and unfinished generations keep."""
+    held: list[Any] = []
+    for home in homes():
+        run = home.runs.get(state)
+        held += [branch.slots for branch in run.branches.known] if run is not None else []
+        held += [slots for kept in home.spare.get(state, {}).values() for slots in kept]
+    return held
+
+
 def release(compiled: Any) -> None:
     """Frees what the transformer's finished and unfinished generations keep: caches, drop counts and CUDA graphs.
 
@@ -46,13 +57,12 @@ def release(compiled: Any) -> None:
     states = [
         state for module in modules_of(compiled) for state in states_of([*module.parameters(), *module.buffers()])
     ]
-    held: list[Any] = []
+    held = [slots for state in states for slots in held_by(state)]
     for state in states:
         state.reset()
         for home in homes():
-            run = home.runs.pop(state, None)
-            held += [branch.slots for branch in run.branches.known] if run is not None else []
-            held += [slots for kept in home.spare.pop(state, {}).values() for slots in kept]
+            home.runs.pop(state, None)
+            home.spare.pop(state, None)
     keepers = keepers_of(held)
     for slots in held:
         slots.clear()

@@ -14,9 +14,9 @@ from ras_compile.sampling.schedule import Kind
 __all__ = ["Record"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
-    """One model call.
+    """One model call; prints as one line.
 
     Args:
         step: step of the generation, from 0.
@@ -37,8 +37,12 @@ class Record:
     rows: Tensor | None
     transformer: str
     reason: str
-    raw_timestep: Any = field(repr=False)
-    serial: int = field(default_factory=itertools.count().__next__, repr=False)
+    raw_timestep: Any
+    serial: int = field(default_factory=itertools.count().__next__)
+
+    def __repr__(self) -> str:
+        why = f" because {self.reason}" if self.reason else ""
+        return f"<step {self.step}, {self.transformer}, branch {self.branch}: {self.kind}, {self.active} tokens{why}>"
 
     @property
     def timestep(self) -> float | None:

@@ -1,0 +1,114 @@
+"""What `handle.summary()` says of steps, without any model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ras_compile.execute.compiling import compiling, seconds_spent
+from ras_compile.pipelines.clock import Clock
+from ras_compile.sampling.records import Record
+from ras_compile.summary import Step, Summary
+
+
+def steps(kinds: str, **more) -> tuple[Step, ...]:
+    """One step a letter: d(ense) of 10 s, s(parse) with a quarter of 64 tokens, of 4 s and a third of the FLOPs."""
+    dense = Step(0, "dense", 64, 64, None, flops=3.0, dense_flops=3.0, seconds=10.0)
+    sparse = replace(dense, kind="sparse", active=16, rows=torch.arange(16), flops=1.0, seconds=4.0)
+    return tuple(replace(dense if kind == "d" else sparse, number=at, **more) for at, kind in enumerate(kinds))
+
+
+def test_a_run_in_a_sentence():
+    told = Summary(steps("ddss"), cache_bytes=1_300_000_000)
+    assert str(told) == (
+        "4 steps in 28 s: 2 dense, 2 sparse at 25 % of 64 tokens; 1.5x by FLOPs, 1.4x by the clock against dense steps; "
+        "caches 1.3 GB"
+    )
+
+
+def compiled_at(told: Sequence[Step], *places: int) -> tuple[Step, ...]:
+    return tuple(
+        replace(step, seconds=step.seconds + 30, compiled=20.0) if step.number in places else step for step in told
+    )
+
+
+def test_what_was_compiled_is_told_and_left_out_of_the_clock():
+    """Capture by Dynamo happens outside of what is counted as compilation: the step's own time tells it, too."""
+    plain, told = Summary(steps("ddsds")), Summary(compiled_at(steps("ddsds"), 0, 2))
+    assert told.speedup == plain.speedup
+    assert told.compiled == pytest.approx(60)
+    assert "compiled 60 s at step 0 and 2" in str(told)
+
+
+def test_no_speed_is_told_where_each_step_of_a_kind_compiled():
+    told = Summary(compiled_at(steps("dds"), 2))
+    assert told.speedup is None and "by the clock" not in str(told)
+    assert "the clock counts once nothing compiles" in str(told)
+
+
+def test_without_a_scheduler_there_is_no_clock():
+    told = Summary(steps("ddss", seconds=None))
+    assert told.speedup is None and told.seconds is None
+    assert str(told) == "4 steps: 2 dense, 2 sparse at 25 % of 64 tokens; 1.5x by FLOPs against dense steps"
+
+
+def test_dense_steps_that_nobody_planned_are_told_with_their_reason():
+    run = steps("ddssss")
+    run = (*run[:3], *(replace(step, kind="dense", reason="its latent was replaced") for step in run[3:5]), run[5])
+    assert str(Summary(run)).endswith("\nnot as planned: steps 3 to 4 dense: its latent was replaced")
+    assert "not as planned" not in str(Summary(steps("dd", reason="warm-up")))
+
+
+def test_before_the_first_picture():
+    assert "call the pipeline" in str(Summary()) and Summary().speedup is None
+
+
+def test_a_notebook_shows_one_bar_a_step_and_no_markup_from_outside():
+    html = Summary((*steps("ds"), *steps("d", reason="<script>alert(1)</script>")))._repr_html_()
+    assert html.count("<span") == 3 and "<script" not in html
+
+
+def test_a_record_prints_as_one_line():
+    rows = torch.arange(512).reshape(1, 512)
+    record = Record(5, "0", "sparse", 512, rows, "transformer", "", torch.zeros(4096))
+    assert repr(record) == "<step 5, transformer, branch 0: sparse, 512 tokens>"
+
+
+def test_nested_compilations_count_once(monkeypatch):
+    now = iter([0.0, 7.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now, 100.0))
+    before = seconds_spent()
+    with compiling(told=False), compiling(told=False):
+        pass
+    assert seconds_spent() - before == pytest.approx(100.0)  # the outer one's end, less its beginning
+
+
+def test_the_clock_tells_seconds_and_how_far_the_noise_moved(caplog):
+    clock, host = Clock(), torch.device("cpu")
+    clock.tick(host)  # no generation has begun: nothing to tell
+    assert clock.seconds() == []
+    clock.begin(host)
+    with caplog.at_level(logging.INFO):
+        for value in (1.0, 1.0, 2.0):
+            clock.see(torch.full((1, 4, 64, 64), value))
+            clock.tick(host)
+    assert len(clock.seconds()) == 3 and clock.compiled() == [0.0] * 3 and not caplog.records
+    assert clock.changes() == [None, 0.0, pytest.approx(0.5)]
+    clock.begin(host)
+    assert clock.seconds() == [] and clock.changes() == []
+
+
+def test_a_step_that_compiles_says_so_in_the_log(monkeypatch, caplog):
+    spent = iter([0.0, 3.0, 3.0])
+    monkeypatch.setattr("ras_compile.pipelines.clock.seconds_spent", lambda: next(spent))
+    clock, host = Clock(), torch.device("cpu")
+    clock.begin(host)
+    with caplog.at_level(logging.INFO):
+        clock.tick(host)
+        clock.tick(host)
+    assert [record.getMessage() for record in caplog.records] == ["step 0 compiled for 3.0 s"]
+    assert clock.compiled() == [3.0, 0.0]
