@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ras_compile._torch import call_uncompiled, original, pytree
+from ras_compile._torch import call_uncompiled, compiled_call, original, pytree, set_compiled_call
 from ras_compile.capture.inputs import GraphInput, check_timestep, describe_inputs
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.capture.unusable import told_plainly
@@ -27,9 +29,14 @@ from ras_compile.passes.analysis.splices import Splice
 from ras_compile.passes.fusion.group import launches
 from ras_compile.passes.rules.registry import operands, source_line
 from ras_compile.plans.plan import Plan
+from ras_compile.sampling.models import transformers_of
 from ras_compile.sampling.schedule import Schedule
 
 __all__ = ["Explanation", "SplicePoint", "explain", "points_of", "record_call"]
+
+
+# Steps of a run, where nobody says how many.
+_STEPS = 28
 
 
 class _Recorded(Exception):
@@ -124,6 +131,7 @@ class Explanation:
         fused: scatter-GEMMs (`linear -> splice` as one kernel) in a sparse step on the inputs' device.
         config: the options.
         fallbacks: what this process has done in a slower way so far, because the faster one failed (this model or another).
+        num_steps: steps of the run of which :attr:`words` speaks.
     """
 
     supported: bool
@@ -140,6 +148,7 @@ class Explanation:
     fused: int = 0
     config: RASConfig = RASConfig()
     fallbacks: tuple[Fallback, ...] = field(default_factory=fallbacks)
+    num_steps: int = _STEPS
 
     @property
     def cache_bytes(self) -> int:
@@ -189,7 +198,7 @@ class Explanation:
     def __str__(self) -> str:
         slower = [f"fell back {fallback}" for fallback in self.fallbacks]
         if self.cost is None:
-            return "\n".join([f"not supported: {self.reason}", *slower])
+            return "\n".join([f"not supported: {self.reason}", *slower, "", self.words])
         lines = [
             f"latent    {self.latent} {self.region}",
             f"region    {self.tokens} tokens, grid {' x '.join(map(str, self.grid))}"
@@ -207,31 +216,62 @@ class Explanation:
         lines += [f"{point.value:<24} {point.reason:<44} {point.layout}" for point in self.splices]
         lines += ["", f"{'gather':<24} source"]
         lines += [f"{name:<24} {source or ''}" for name, source in self.gathers]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", self.words])
+
+    @property
+    def words(self) -> str:
+        """In plain words: what will be skipped, what that saves, and what it costs in memory."""
+        if self.cost is None:
+            return f"Nothing is skipped: every step computes the whole picture, because {self.reason}."
+        steps = self.num_steps
+        dense = self.dense_steps(steps)
+        if dense == steps:
+            return f"Nothing is skipped: {'; '.join(Schedule(self.config).none_sparse(steps))}."
+        ratio = self.config.ratio if self.config.speedup is None else self.ratio_for(self.config.speedup, steps)
+        return (
+            f"In a run of {steps} steps, {dense} compute the whole picture, and {steps - dense} compute {100 * ratio:.3g} % of its "
+            f"{self.tokens:,} tokens on average and skip the others, which keep the noise that they had. The transformer has "
+            f"{self.speedup(num_steps=steps):.2f} times less to compute than with {steps} dense steps; how much time that saves "
+            "depends on the machine, and handle.summary() measures it. The caches take "
+            f"{self.cache_bytes / 2**20:,.1f} MiB of memory, once more for each guidance branch that is a call of its own."
+        )
 
 
-def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **inputs: Any) -> Explanation:
-    """Says what region-adaptive sampling makes of ``transformer(**inputs)``; nothing is run.
+def explain(model: Any, *, options: dict[str, Any] | None = None, **inputs: Any) -> Explanation:
+    """Says what region-adaptive sampling makes of one call, and ends in plain words. No step is computed.
+
+    ::
+
+        print(ras_compile.explain(pipe, prompt="a red apple", height=1024, width=1024))
 
     Args:
-        transformer: the module, compiled or not.
+        model: a transformer, compiled or not, or a pipeline, which is called up to its first call of a transformer: its
+            text encoders run, and a generator among the inputs is drawn from.
         options: options as for the backend; see :class:`RASConfig`.
         **inputs: the arguments of one call.
 
     Raises:
-        ConfigError: a bad option.
-        TypeError: no module, or arguments that its forward does not take.
+        ConfigError: a bad option, or a pipeline that calls no transformer.
+        TypeError: neither a module nor a pipeline, or arguments that its forward does not take.
     """
     config = RASConfig.from_options(options)
-    if not isinstance(transformer, nn.Module):
-        what = f"{type(transformer).__name__}{'; give its .transformer' if hasattr(transformer, 'transformer') else ''}"
-        raise TypeError(f"explain takes a transformer and the arguments of one call of it, not {what}.")
+    steps = _STEPS
+    if not isinstance(model, nn.Module):
+        found = transformers_of(model)
+        if not found or not callable(model):
+            raise TypeError(
+                "explain takes a transformer and the arguments of one call of it, or a pipeline that has a transformer, not "
+                f"{type(model).__name__}{'; give its .transformer' if found else ''}."
+            )
+        steps = _steps_of(model, inputs)
+        model, inputs = _first_call(model, found, inputs)
+    transformer: nn.Module = model
     module: nn.Module = original(transformer)
     check_timestep(config.timestep, type(module))
     try:
         plan, described, values = plan_of(transformer, inputs, config)
     except (UnsupportedGraph, SpecViolation, UnusableInput) as error:
-        return Explanation(False, str(error), config=config)
+        return Explanation(False, str(error), config=config, num_steps=steps)
     analysis = plan.analysis
     with compiling():
         program = plan.build(max(1, analysis.frame.tokens // 4), outline_blocks=False)
@@ -250,7 +290,52 @@ def explain(transformer: nn.Module, *, options: dict[str, Any] | None = None, **
         cost=cost(analysis, plan.sparse),
         fused=launches(program.graph),
         config=config,
+        num_steps=steps,
     )
+
+
+def _steps_of(pipe: Any, inputs: dict[str, Any]) -> int:
+    """Steps of a call of a pipeline: those asked for, else the pipeline's own number."""
+    known = inspect.signature(pipe).parameters.get("num_inference_steps")
+    steps = inputs.get("num_inference_steps", known.default if known else None)
+    return int(steps) if steps is not None and is_whole(steps) and steps > 0 else _STEPS
+
+
+def _first_call(pipe: Any, transformers: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[nn.Module, dict]:
+    """The transformer that a call of a pipeline calls first, with that call's arguments by name; there the call ends.
+
+    Raises:
+        ConfigError: it calls none of them.
+    """
+    calls: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def noting(module: nn.Module) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(module.forward).bind(*args, **kwargs)
+            named = dict(given.arguments)
+            for name, parameter in given.signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    named.update(named.pop(name, {}))
+            calls.append((module, named))
+            raise _Recorded
+
+        return note
+
+    before = {name: compiled_call(original(module)) for name, module in transformers.items()}
+    for module in transformers.values():
+        set_compiled_call(original(module), noting(original(module)))
+    try:
+        pipe(**inputs)
+    except _Recorded:
+        pass
+    finally:
+        for name, module in transformers.items():
+            set_compiled_call(original(module), before[name])
+    if not calls:
+        raise ConfigError(
+            f"this call of {type(pipe).__name__} calls none of its transformers, so there is nothing to explain."
+        )
+    return calls[0]
 
 
 def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -> tuple[Plan, list, list]:

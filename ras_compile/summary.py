@@ -13,6 +13,8 @@ from torch import Tensor
 from ras_compile.config import RASConfig
 from ras_compile.explanation import SplicePoint, points_of
 from ras_compile.history import Past, Record
+from ras_compile.kernels.fallbacks import Fallback
+from ras_compile.notices import fallbacks
 from ras_compile.plans.plan import Plan
 
 __all__ = ["Step", "Summary", "amount", "percent", "summarise"]
@@ -72,7 +74,7 @@ class Summary:
         config: the options.
         cache_bytes: what the transformers keep on the device.
         splices: values that are made whole from caches and active rows, with the user's source lines.
-        fallbacks: what ran otherwise than it should have, and how often, in the whole process.
+        fallbacks: what this process has done in a slower way so far, because the faster one failed.
     """
 
     steps: tuple[Step, ...] = ()
@@ -80,7 +82,7 @@ class Summary:
     config: RASConfig = RASConfig()
     cache_bytes: int = 0
     splices: tuple[SplicePoint, ...] = ()
-    fallbacks: tuple[tuple[str, int], ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -140,7 +142,7 @@ class Summary:
             for reason, steps in _by_reason(self.steps)
             if reason not in _PLANNED
         ]
-        return lines + [f"{what} ({count} times)" if count > 1 else what for what, count in self.fallbacks]
+        return lines + [f"fell back {fallback}" for fallback in self.fallbacks]
 
     @property
     def _took(self) -> str:
@@ -220,6 +222,7 @@ def summarise(
         config,
         past.cache_bytes,
         points_of(plan) if plan else (),
+        fallbacks(),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ras_compile.execute.compiling import compiling, seconds_spent
+from ras_compile.kernels.fallbacks import Fallback
 from ras_compile.pipelines.clock import Clock
 from ras_compile.sampling.records import Record
 from ras_compile.summary import Step, Summary
@@ -61,6 +62,11 @@ def test_dense_steps_that_nobody_planned_are_told_with_their_reason():
     run = (*run[:3], *(replace(step, kind="dense", reason="its latent was replaced") for step in run[3:5]), run[5])
     assert str(Summary(run)).endswith("\nnot as planned: steps 3 to 4 dense: its latent was replaced")
     assert "not as planned" not in str(Summary(steps("dd", reason="warm-up")))
+
+
+def test_what_fell_back_is_told():
+    told = Summary(steps("ds"), fallbacks=(Fallback("a program runs uncompiled", "RuntimeError: no compiler", 3),))
+    assert str(told).endswith("\nnot as planned: fell back 3 x a program runs uncompiled (RuntimeError: no compiler)")
 
 
 def test_before_the_first_picture():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -23,7 +23,7 @@ from ras_compile.notices import warn_once
 from ras_compile.options import Options, RuntimeOptions
 from ras_compile.pipelines.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
 from ras_compile.sampling.locate import AttachedCall, attached_call
-from ras_compile.sampling.models import release
+from ras_compile.sampling.models import release, transformers_of
 from ras_compile.summary import Summary, summarise
 
 __all__ = ["Handle", "attach"]
@@ -154,7 +154,7 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
             f"attach takes a loaded diffusers pipeline, not {'None' if pipe is None else type(pipe).__name__}; a model alone is "
             "compiled by torch.compile(model, backend='ras')."
         )
-    found = {name: getattr(pipe, name) for name in _names(pipe) if isinstance(getattr(pipe, name, None), nn.Module)}
+    found = transformers_of(pipe)
     if not found:
         what = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
         if getattr(pipe, "unet", None) is not None:
@@ -196,19 +196,6 @@ def _chosen(config: RASConfig | None) -> dict[str, Any]:
     return {
         name: value for name, value in vars(config).items() if value is not default[name] and value != default[name]
     }
-
-
-def _names(pipe: Any) -> list[str]:
-    """Names of the pipeline's components that are transformers: transformer, transformer_2, ..."""
-    known = getattr(pipe, "config", None)
-    names = list(known) if isinstance(known, Mapping) else []
-    return sorted(
-        {
-            name
-            for name in (*names, *getattr(pipe, "__dict__", {}), "transformer")
-            if name.split("_")[0] == "transformer"
-        }
-    )
 
 
 def _limits() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from ras_compile.execute.memory import keepers_of
 from ras_compile.sampling.registry import states_of
 from ras_compile.sampling.state import TransformerState
 
-__all__ = ["held_by", "modules_of", "release"]
+__all__ = ["held_by", "modules_of", "release", "transformers_of"]
 
 
 def modules_of(compiled: Any) -> list[nn.Module]:
@@ -31,6 +32,14 @@ def modules_of(compiled: Any) -> list[nn.Module]:
                 "give pipe.transformer."
             )
     return found
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's transformers by their names there: transformer, transformer_2, ...; empty where it has none."""
+    known = getattr(pipe, "config", None)
+    names = {*(known if isinstance(known, Mapping) else ()), *getattr(pipe, "__dict__", {}), "transformer"}
+    found = {name: getattr(pipe, name, None) for name in sorted(names) if name.split("_")[0] == "transformer"}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def held_by(state: TransformerState) -> list[Any]:

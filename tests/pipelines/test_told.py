@@ -9,13 +9,9 @@ from pipelines import EAGER, normal, sd3, seeded
 import ras_compile
 
 
-def draw(pipe, steps=6, **more):
+def draw(pipe, steps=6):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        prompt_embeds=normal(1, 3, 16), pooled_prompt_embeds=normal(1, 8), negative_prompt_embeds=normal(1, 3, 16, seed=1),
-        negative_pooled_prompt_embeds=normal(1, 8, seed=1), height=64, width=64, num_inference_steps=steps,
-        generator=seeded(), output_type="latent", **more,
-    ).images  # fmt: skip
+    return pipe(**inputs(num_inference_steps=steps, generator=seeded(), output_type="latent")).images
 
 
 def test_the_summary_is_of_the_last_generation_and_stays():
@@ -56,3 +52,46 @@ def test_a_refused_model_says_why_it_ran_dense():
             )  # fmt: skip
         assert str(handle).startswith("1 step: all dense")
         assert "not as planned: step 0 dense: gradients are being recorded" in str(handle)
+
+
+def inputs(**more):
+    return dict(
+        prompt_embeds=normal(1, 3, 16), pooled_prompt_embeds=normal(1, 8), negative_prompt_embeds=normal(1, 3, 16, seed=1),
+        negative_pooled_prompt_embeds=normal(1, 8, seed=1), height=64, width=64, **more,
+    )  # fmt: skip
+
+
+def test_a_pipeline_is_explained_by_one_call():
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    handle = pipe.transformer.register_forward_hook(lambda *given: calls.append(given))
+    told = ras_compile.explain(
+        pipe, options={"sample_ratio": 0.25, "warmup_steps": 2}, **inputs(num_inference_steps=10)
+    )
+    handle.remove()
+    assert told.supported and told.tokens == 16 and told.num_steps == 10 and not calls
+    end = str(told).splitlines()[-1]
+    assert end == told.words
+    assert end.startswith(
+        "In a run of 10 steps, 2 compute the whole picture, and 8 compute 25 % of its 16 tokens on average"
+    )
+    assert f"{told.speedup(num_steps=10):.2f} times less" in end and "MiB of memory" in end
+
+
+def test_an_attached_pipeline_is_explained_and_stays_attached():
+    pipe = sd3()
+    with ras_compile.attach(pipe, **EAGER) as handle:
+        assert ras_compile.explain(pipe, **inputs()).num_steps == 28
+        draw(pipe)
+        assert [step.kind for step in handle.summary().steps] == ["dense"] * 2 + ["sparse"] * 4
+
+
+def test_nothing_is_skipped_and_that_is_said():
+    told = ras_compile.explain(sd3(), **inputs(num_inference_steps=3))
+    assert told.words.startswith("Nothing is skipped: none of the 3 steps can be sparse with warmup_steps=4")
+
+
+def test_what_cannot_be_explained_is_said_in_a_sentence():
+    with pytest.raises(TypeError, match="or a pipeline that has a transformer, not dict"):
+        ras_compile.explain({}, prompt="a red apple")
