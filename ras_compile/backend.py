@@ -17,7 +17,15 @@ from ras_compile.capture.subclasses import Entrance
 from ras_compile.config import RASConfig
 from ras_compile.dispatch import kinds
 from ras_compile.dispatch.callers import compiled_call
-from ras_compile.dispatch.dispatcher import Dispatcher, Entry, Refusal, key_of, without_traceback, worth_tracing
+from ras_compile.dispatch.dispatcher import (
+    Dispatcher,
+    Entry,
+    Refusal,
+    entries_at,
+    key_of,
+    without_traceback,
+    worth_tracing,
+)
 from ras_compile.dispatch.kinds import (
     GraphBreak,
     Kind,
@@ -36,7 +44,6 @@ from ras_compile.plans.family import Families
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.blocks import feeds_a_block
 from ras_compile.sampling.locate import note_reached
-from ras_compile.sampling.registry import Part
 
 
 def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode=None):
@@ -94,33 +101,31 @@ class CompiledGraph(Dispatcher[Entry]):
         super().__init__(config)
         described = describe_inputs(graph.graph)
         self.broken: GraphBreak | None = graph_break(graph) or part_of(described, examples, config)
-        # the weights' places among what Dynamo gives
-        self.held = [index for index, given in enumerate(described) if given.weight]
+        self.weights_of = entries_at([index for index, given in enumerate(described) if given.weight])
         self.entrance = Entrance(graph, examples)
         self.graph = graph = self.entrance.graph
         self.inputs = describe_inputs(graph.graph)
-        self.weights = [index for index, given in enumerate(self.inputs) if given.weight]
         # a size that nothing reads, such as a view's offset in `timesteps`, tells neither programs nor branches apart
         unread = {index for index, node in enumerate(graph.graph.find_nodes(op="placeholder")) if not node.users}
         sizes = {index for index, given in enumerate(self.inputs) if given.size}
         self.users = [i for i, given in enumerate(self.inputs) if not given.weight and i not in sizes & unread]
+        self.users_of = entries_at(self.users)
         self.numbers = number_positions(self.inputs)
         self.kind: Kind | None = None
         self.dense: dict[tuple, Compiled] = {}  # the graph compiled as it is, by the key of the call
         self._families = Families(graph, self.inputs, self.users)
 
     def __call__(self, *held: Any) -> Sequence[Any]:
-        values = self.entrance(held)
+        values = self.entrance(held) if self.entrance.changes else held
         plain = not (torch.is_grad_enabled() or here.falling_back or here.capturing)
         kind = self.kind if plain and self.kind is not None else self._kind(values)
         if kind is not kinds.WHOLE:
             return self._run_another(kind, values, held)
         given = as_tensors(values, self.numbers) if self.numbers else values
-        key = key_of([given[index] for index in self.users])
-        entries = self.plans.get(key)
-        if entries is None:
+        known = self.plans.get(key_of(self.users_of(given)))
+        if known is None:
             return self._first(values, held)
-        return self.run(entries[0], given, values, Part(held, self.held))
+        return self.run(known[0], given, values, self.weights_of(held))
 
     def _kind(self, values: Sequence[Any]) -> Kind:
         """What the call is, by the table's order."""
@@ -154,8 +159,9 @@ class CompiledGraph(Dispatcher[Entry]):
         if kind is kinds.RECORDING:
             error = gradients_recorded()
             self.refuse(error)
-            if self.weights and not here.falling_back:
-                self.tell_dense(Part(held, self.held), Refusal(error, self._timestep(values)), values)
+            weights = self.weights_of(held)
+            if weights and not here.falling_back:
+                self.tell_dense(weights, Refusal(error, self._timestep(values)), values)
         if kind in (kinds.RECORDING, kinds.CAPTURED):
             return self.graph(*values)
         if kind is kinds.PART:
@@ -166,13 +172,13 @@ class CompiledGraph(Dispatcher[Entry]):
                 # it is kept, and so never raised: its traceback would keep the frames of the call, and with them the model
                 self.refuse(self.broken.again())
         elif kind is kinds.BLOCK:
-            feeds_a_block(values[index] for index in self.users)
+            feeds_a_block(self.users_of(values))
         return self._run_dense(values)
 
     def _first(self, values: Sequence[Any], held: Sequence[Any]) -> Sequence[Any]:
         """A call of the whole model without a plan: makes one, or traces the model instead, or runs it dense."""
         note_reached()
-        key = key_of([values[index] for index in self.users])
+        key = key_of(self.users_of(values))
         refusal = self.refused.get(key)
         if refusal is None:
             try:
@@ -181,7 +187,7 @@ class CompiledGraph(Dispatcher[Entry]):
             except (UnsupportedGraph, SpecViolation) as error:
                 refusal = Refusal(without_traceback(error), self._timestep(values))
             else:
-                return self.run(entry, given, values, Part(held, self.held))
+                return self.run(entry, given, values, self.weights_of(held))
         why, warned, traced = refusal.error, key in self.refused, None
         if isinstance(why, UnsupportedGraph) and worth_tracing(why, values):
             traced = retry_by_tracing(self.config)
@@ -191,7 +197,7 @@ class CompiledGraph(Dispatcher[Entry]):
             self.refuse(why)  # else the traced model has told its refusal
         self.refused[key] = refusal
         outputs = self._run_dense(values)
-        self.tell_dense(Part(held, self.held), refusal, values)
+        self.tell_dense(self.weights_of(held), refusal, values)
         return outputs
 
     def _timestep(self, values: Sequence[Any]) -> int | None:
@@ -205,7 +211,7 @@ class CompiledGraph(Dispatcher[Entry]):
             ConfigError: the option `timestep` names no argument.
         """
         given = as_tensors(values, self.numbers)
-        key = key_of([given[index] for index in self.users])
+        key = key_of(self.users_of(given))
         if key in self.plans:  # another thread has made it
             return self.plans[key][0], given
         self._check_timestep(values)
@@ -238,7 +244,7 @@ class CompiledGraph(Dispatcher[Entry]):
         """The graph as it is, through the inner compiler where its sizes are static."""
         if any(given.size for given in self.inputs):
             return self.graph(*values)
-        key = key_of([values[index] for index in self.users])
+        key = key_of(self.users_of(values))
         if key not in self.dense:
             with compiling():
                 if key not in self.dense:

@@ -39,18 +39,21 @@ class Entrance:
 
     Attributes:
         graph: a copy of the graph that takes plain tensors; the graph itself where it does so already.
+        changes: whether inputs have to come through it; known after the first call, as fake tensors do not tell.
     """
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
         wholes = {i: _whole_of(value) for i, value in enumerate(inputs) if is_traceable_wrapper_subclass(value)}
         self._paths = {i: whole.paths() for i, whole in wholes.items()}
         self._dressed: list[int] | None = None
+        self.changes = True
         self.graph = _taking_parts(graph, inputs, wholes) if wholes else graph
 
     def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
         """The inputs of :attr:`graph` for those of Dynamo's graph."""
-        if self._dressed is None:  # fake tensors do not tell
+        if self._dressed is None:
             self._dressed = [index for index, value in enumerate(values) if _is_dressed(value)]
+            self.changes = bool(self._dressed or self._paths)
         if self._dressed:
             values = list(values)
             for index in self._dressed:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -28,68 +29,21 @@ from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.notices import fell_back, first_time, warn_once
 from ras_compile.plans.plan import Plan
-from ras_compile.sampling.locate import note_reached
-from ras_compile.sampling.registry import Part, state_for
-from ras_compile.sampling.state import CallInfo
+from ras_compile.sampling.locate import Place, locate
+from ras_compile.sampling.registry import probes_of, state_for
+from ras_compile.sampling.state import CallInfo, TransformerState
 
 __all__ = [
     "Dispatcher",
     "Entry",
-    "ModelCall",
     "Refusal",
-    "count_step",
-    "run_step",
+    "entries_at",
+    "key_of",
     "without_traceback",
     "worth_tracing",
 ]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class ModelCall:
-    """One call of a model, packed for :func:`run_step`.
-
-    Attributes:
-        plan: the plan that fits it.
-        given: the inputs, as the plan's graph takes them.
-        info: the call as the state of its transformer sees it, with the user's own objects.
-        weights: they say which transformer it is.
-        config: the options.
-    """
-
-    plan: Plan
-    given: Sequence[Any]
-    info: CallInfo
-    weights: Sequence[Tensor]
-    config: RASConfig
-
-
-def run_step(call: ModelCall) -> list[Any]:
-    """Runs the dense or the sparse program, as the step wants it; returns the graph's outputs."""
-    plan, info = call.plan, call.info
-    state = state_for(call.weights, call.config)
-    decision = state.decide(info)
-    try:
-        if decision.rows is None:
-            outputs = plan.dense(call.given, decision.slots, decision.spare)
-        else:
-            outputs = plan.run_sparse(call.given, decision.rows, decision.slots)
-    except BaseException:
-        state.fail(decision)
-        raise
-    state.record(info, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
-    state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
-    return outputs
-
-
-def count_step(call: ModelCall) -> None:
-    """Counts a call that runs dense past the plan, and so keeps nothing."""
-    state = state_for(call.weights, call.config)
-    decision = state.decide(call.info)
-    decision.kind, decision.rows, decision.active = "dense", None, call.info.tokens
-    decision.reason = "the model was captured in this call"
-    state.record(call.info, decision, None, None)
 
 
 class Entry:
@@ -113,15 +67,15 @@ class Entry:
     ) -> None:
         self.inputs, self.config = inputs, config
         self.timestep = find_timestep(inputs, values, config.timestep)
-        self.weights = [index for index, given in enumerate(inputs) if given.weight]
         self.windows: dict[tuple[int, int], Entry] = {}  # by the tokens that are the picture
         self._users = users
+        self._recent: tuple[tuple[weakref.ref, ...], weakref.ref] | None = None  # probes of a transformer, its state
         self._takes(plan)
 
     def _takes(self, plan: Plan) -> None:
         self.plan, frame = plan, plan.analysis.frame
         self._sizes = frame.samples, frame.tokens, frame.grid
-        self._context = [index for index in self._users if index not in (plan.latent, self.timestep)]
+        self._context = entries_at([index for index in self._users if index not in (plan.latent, self.timestep)])
 
     def with_plan(self, plan: Plan) -> Entry:
         """The same calls with another plan."""
@@ -133,19 +87,58 @@ class Entry:
         """FLOPs of the plan's programs."""
         return self.plan.cost
 
-    def call(self, given: Sequence[Any], own: Sequence[Any], weights: Part) -> ModelCall:
-        """Packs a call.
+    def run(self, given: Sequence[Any], own: Sequence[Any], weights: Sequence[Tensor], place: Place) -> list[Any]:
+        """Runs the dense or the sparse program for a call, as its step wants it; returns the graph's outputs.
 
         Args:
             given: the inputs, as the plan's graph takes them.
             own: the same as the user's own objects; Python numbers are tensors among ``given`` alone.
+            weights: they say which transformer it is.
+            place: where the call stands.
         """
+        plan, info, state = self.plan, self._info(own, weights), self._state(weights)
+        decision = state.decide(info, place)
+        try:
+            if decision.rows is None:
+                outputs = plan.dense(given, decision.slots, decision.spare)
+            else:
+                outputs = plan.run_sparse(given, decision.rows, decision.slots)
+        except BaseException:
+            state.fail(decision)
+            raise
+        state.record(info, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
+        if decision.time is not None:
+            state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
+        return outputs
+
+    def count(self, own: Sequence[Any], weights: Sequence[Tensor]) -> None:
+        """Counts a call that runs dense past the plan, and so keeps nothing."""
+        info, state = self._info(own, weights), self._state(weights)
+        decision = state.decide(info, locate())
+        decision.kind, decision.rows, decision.active = "dense", None, info.tokens
+        decision.reason = "the model was captured in this call"
+        state.record(info, decision, None, None)
+
+    def _info(self, own: Sequence[Any], weights: Sequence[Tensor]) -> CallInfo:
+        """The call as the state of its transformer sees it, with the user's own objects."""
         plan, time = self.plan, self.timestep
-        info = CallInfo(
-            plan.identity, own[plan.latent], tuple([own[index] for index in self._context]),
-            None if time is None else own[time], *self._sizes, plan.latent_view, self.cost, weights,
+        return CallInfo(
+            plan.identity, own[plan.latent], self._context(own), None if time is None else own[time], *self._sizes,
+            plan.latent_view, self.cost, weights,
         )  # fmt: skip
-        return ModelCall(plan, given, info, weights, self.config)
+
+    def _state(self, weights: Sequence[Tensor]) -> TransformerState:
+        """The state of the call's transformer; that of the last call, as a rule, and a weight never changes its owner."""
+        if self._recent is not None:
+            (first, middle, last), known = self._recent
+            if first() is weights[0] and middle() is weights[len(weights) // 2] and last() is weights[-1]:
+                state = known()
+                if state is not None:
+                    return state
+        state = state_for(weights, self.config)
+        if weights:
+            self._recent = tuple(map(weakref.ref, probes_of(weights))), weakref.ref(state)
+        return state
 
 
 @dataclass(frozen=True)
@@ -191,17 +184,17 @@ class Dispatcher(Generic[_AnEntry]):
         """
         raise NotImplementedError
 
-    def run(self, entry: _AnEntry, given: Sequence[Any], own: Sequence[Any], weights: Part) -> list[Any]:
-        """Runs the step of a call; see :meth:`Entry.call`."""
-        said, latent = note_reached(), own[entry.plan.latent]
-        if said is not None and self.config.region is None and latent.dim() == 3:
-            window = said.windows.get(latent.shape[1])
+    def run(self, entry: _AnEntry, given: Sequence[Any], own: Sequence[Any], weights: Sequence[Tensor]) -> list[Any]:
+        """Runs the step of a call; see :meth:`Entry.run`."""
+        place = locate()
+        if place.said is not None and self.config.region is None:
+            latent = own[entry.plan.latent]
+            window = place.said.windows.get(latent.shape[1]) if latent.dim() == 3 else None
             if window is not None:
-                place = window.start, window.stop
-                return run_step(
-                    (entry.windows.get(place) or self._windowed(entry, given, place)).call(given, own, weights)
-                )
-        return run_step(entry.call(given, own, weights))
+                tokens = window.start, window.stop
+                narrow = entry.windows.get(tokens) or self._windowed(entry, given, tokens)
+                return narrow.run(given, own, weights, place)
+        return entry.run(given, own, weights, place)
 
     def _windowed(self, entry: _AnEntry, given: Sequence[Any], place: tuple[int, int]) -> Entry:
         """The entry of a latent in which the attached scheduler knows only some tokens, the picture.
@@ -250,6 +243,13 @@ def key_of(values: Iterable[Any]) -> tuple:
     return tuple(
         [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else (type(v), str(v)) for v in values]
     )
+
+
+def entries_at(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes the entries at ``places`` out of a sequence; without Python for each of them: a call has hundreds of weights."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda whole: tuple([whole[place] for place in places])
 
 
 def worth_tracing(error: UnsupportedGraph, values: Iterable[Any]) -> bool:

@@ -27,7 +27,7 @@ from ras_compile.dispatch.dispatcher import (
     Dispatcher,
     Entry,
     Refusal,
-    count_step,
+    entries_at,
     key_of,
     places_given,
     without_traceback,
@@ -37,7 +37,6 @@ from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.locate import note_reached
-from ras_compile.sampling.registry import Part
 
 __all__ = ["Exchangeable", "TracedModel", "captured_in_this_call", "here", "retry_by_tracing", "specialise"]
 
@@ -63,7 +62,9 @@ class TracedEntry(Entry):
         super().__init__(plan, inputs, values, range(arguments), config)
         self.trace, self.state = trace, state
         # tables that the model keeps may be made anew, and do not tell which model it is
-        self.weights = [arguments + at for at, closed in enumerate(trace.closed) if closed.owner is not None]
+        self.weights_of = entries_at(
+            [arguments + place for place, closed in enumerate(trace.closed) if closed.owner is not None]
+        )
         # inputs that were seen to give the same facts, by identity and version
         self._seen: deque[tuple[list[weakref.ref], list[int]]] = deque(maxlen=8)
 
@@ -267,7 +268,7 @@ class TracedModel(Dispatcher[TracedEntry]):
             self._tell_dense(self.refused[key], leaves)
             return False
         entry, values = found
-        count_step(entry.call(values, values, Part(values, entry.weights)))
+        entry.count(values, entry.weights_of(values))
         return True
 
     def fall_back(self, args: tuple, kwargs: dict) -> Any:
@@ -295,7 +296,7 @@ class TracedModel(Dispatcher[TracedEntry]):
             self._tell_dense(self.refused[key], leaves)
             return result
         entry, values = found
-        outputs, traced = iter(self.run(entry, values, values, Part(values, entry.weights))), entry.trace
+        outputs, traced = iter(self.run(entry, values, values, entry.weights_of(values))), entry.trace
         flat = [
             next(outputs) if tensor else other for tensor, other in zip(traced.is_tensor, traced.others, strict=True)
         ]

@@ -57,14 +57,17 @@ class _Entry:
 class Replayed:
     """A pure function that is replayed as a CUDA graph from its second call with the same shapes and settings on.
 
-    Without CUDA, inside a capture of the user's own, or where a capture fails, it simply runs.
+    Inside a capture of the user's own, or where a capture fails, it simply runs. Without CUDA it is not for calling: see `plain`.
 
     Args:
         function: ``(*tensors, *settings) -> tuple of tensors``; draws no random numbers, reads nothing from the device.
+
+    Attributes:
+        plain: the function itself.
     """
 
     def __init__(self, function: Function) -> None:
-        self._function = function
+        self.plain = function
         self._local = threading.local()
         self._compiled: dict[Hashable, Function] = {}
 
@@ -80,13 +83,11 @@ class Replayed:
             fuse: compile the function with Inductor, for each set of shapes and settings, before it first runs.
         """
         device = tensors[0].device
-        if device.type != DEVICE:
-            return self._function(*tensors, *kept, *settings)
         key = (settings, fuse, tuple([(value.shape, value.dtype, value.device) for value in (*tensors, *kept)]))
         known: dict[Hashable, _Entry] = self._local.__dict__.setdefault("known", {})
         entry = known.get(key)
         if entry is None:  # the first call compiles kernels
-            function = self._fused(key, [*tensors, *kept], settings) if fuse else self._plain(settings)
+            function = self._fused(key, [*tensors, *kept], settings) if fuse else self._with(settings)
             known[key] = _Entry(next(_clock), function)
             if len(known) > LIMIT:
                 del known[min(known, key=lambda key: known[key].used)]
@@ -110,12 +111,12 @@ class Replayed:
 
     def apart(self) -> Replayed:
         """The same function, compiled once for both, with graphs of its own: they go when it goes."""
-        other = Replayed(self._function)
+        other = Replayed(self.plain)
         other._compiled = self._compiled
         return other
 
-    def _plain(self, settings: tuple) -> Function:
-        return lambda *tensors: self._function(*tensors, *settings)
+    def _with(self, settings: tuple) -> Function:
+        return lambda *tensors: self.plain(*tensors, *settings)
 
     def _fused(self, key: Hashable, tensors: Sequence[Tensor], settings: tuple) -> Function:
         """The function through Inductor, for all threads and for tensors of any strides; as it is where that fails."""
@@ -127,13 +128,13 @@ class Replayed:
                     with plain_mode(tensors[0].device):
                         # one tensor in two places would be traced as one input
                         given = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-                        graph = make_fx(self._plain(settings), tracing_mode="fake")(*given)
+                        graph = make_fx(self._with(settings), tracing_mode="fake")(*given)
                         compiled = compile_inner(graph, given, RASConfig())
                     self._compiled[key] = lambda *tensors: compiled(*[tensor.contiguous() for tensor in tensors])
                 except Exception as error:
                     fell_back("the selection run op by op", error)
                     log.info("the selection runs unfused", exc_info=True)
-                    self._compiled[key] = self._plain(settings)
+                    self._compiled[key] = self._with(settings)
             return self._compiled[key]
 
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from ras_compile.notices import warn_once
 from ras_compile.sampling.locate import owner
 
-__all__ = ["feeds_a_block", "is_block", "is_features", "is_known_block", "leave_output", "why_block"]
+__all__ = ["feeds_a_block", "is_block", "is_features", "known_blocks", "leave_output", "why_block"]
 
 _OUTPUTS = 64  # so many of the last calls' are remembered
-_blocks: set[Hashable] = set()
+known_blocks: set[Hashable] = set()  # graphs that have shown themselves to be blocks
 _TEXT = (
     "the compiled graph is one block of a transformer ({why}), as block-wise compilation and group offload make it; compile "
     "the whole transformer instead"
@@ -47,14 +47,9 @@ def is_block(state: object, graph: Hashable, latent: Tensor, context: Iterable[A
     before = _who_returned(latent)
     if before is not None and before[0] is not state:
         _add("the output of one instance is the input of the next", before[1], graph)
-    if graph in _blocks:
+    if graph in known_blocks:
         feeds_a_block(context)
-    return graph in _blocks
-
-
-def is_known_block(graph: Hashable) -> bool:
-    """Whether `graph` has shown itself to be a block."""
-    return graph in _blocks
+    return graph in known_blocks
 
 
 def feeds_a_block(values: Iterable[Any]) -> None:
@@ -74,8 +69,8 @@ def _who_returned(value: Tensor) -> tuple[object, Hashable] | None:
 
 
 def _add(why: str, *graphs: Hashable) -> None:
-    if not _blocks.issuperset(graphs):
-        _blocks.update(graphs)
+    if not known_blocks.issuperset(graphs):
+        known_blocks.update(graphs)
         warn_once(f"ras_compile: a model runs dense: {_TEXT.format(why=why)}")
 
 

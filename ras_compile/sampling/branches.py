@@ -12,9 +12,8 @@ What still cannot be told apart is reported as not sure, and runs dense.
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,38 +71,37 @@ class Contents:
         weights: of one graph, always in the same order.
     """
 
-    def __init__(self, weights: Iterable[Any]) -> None:
-        values = list(weights)
-        self._numbers = [place for place, value in enumerate(values) if value.ndim == 0 and not value.is_cuda]
-        buffers = [place for place, value in enumerate(values) if type(value) is Tensor]
-        self._prints = {place: _print_or_none(values[place]) for place in {*buffers} - {*self._numbers}}
+    def __init__(self, weights: Sequence[Any]) -> None:
+        self._numbers = [place for place, value in enumerate(weights) if value.ndim == 0 and not value.is_cuda]
+        buffers = [place for place, value in enumerate(weights) if type(value) is Tensor]
+        self._prints = {place: _print_or_none(weights[place]) for place in {*buffers} - {*self._numbers}}
         self._changes = 0
-        self._take_numbers(values)
+        values, _ = self._without_numbers(weights)
         self._see(values, _versions(values))
 
-    def mark(self, weights: Iterable[Any]) -> tuple[int, list[float]]:
-        """What is equal as long as nothing changes."""
-        values = list(weights)
-        numbers = self._take_numbers(values)
+    def mark(self, weights: Sequence[Any]) -> tuple[int, list[float]]:
+        """What is equal as long as nothing changes. Without Python for each weight: there are hundreds, and calls wait."""
+        values, numbers = self._without_numbers(weights) if self._numbers else (weights, [])
         versions = _versions(values)
-        if versions != self._seen or not all(
-            map(operator.is_, map(operator.call, self._refs), values)
-        ):  # no Python for each
+        # an id is another object's only when its first owner has died
+        if self._dead or list(map(id, values)) != self._ids or versions != self._seen:
             self._changes += self._differ(values, versions)
             self._see(values, versions)
         return self._changes, numbers
 
-    def _take_numbers(self, values: list[Any]) -> list[float]:
-        """Reads the numbers among the values, and leaves in each place what never changes."""
-        numbers = [values[place].item() for place in self._numbers]
+    def _without_numbers(self, weights: Sequence[Any]) -> tuple[Sequence[Any], list[float]]:
+        """The weights with what never changes in place of each number; and the numbers."""
+        values = list(weights)
         for place in self._numbers:
             values[place] = _TAKEN
-        return numbers
+        return values, [weights[place].item() for place in self._numbers]
 
-    def _see(self, values: list[Tensor], versions: list[int | None]) -> None:
-        self._refs, self._seen = list(map(weakref.ref, values)), versions
+    def _see(self, values: Sequence[Tensor], versions: list[int | None]) -> None:
+        self._dead: list[weakref.ref] = []  # those that have died since
+        self._refs = [weakref.ref(value, self._dead.append) for value in values]
+        self._ids, self._seen = list(map(id, values)), versions
 
-    def _differ(self, values: list[Tensor], versions: list[int | None]) -> bool:
+    def _differ(self, values: Sequence[Tensor], versions: list[int | None]) -> bool:
         """Whether some weight is another one than the last time, and not a buffer that holds the same."""
         other = [
             place
@@ -121,7 +119,7 @@ class Contents:
 _TAKEN = torch.zeros(())  # stands where a number was
 
 
-def _versions(tensors: list[Tensor]) -> list[int | None]:
+def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
     """How often each was written; None for inference tensors, which do not count it."""
     try:
         return list(map(version_of, tensors))

@@ -54,7 +54,7 @@ class Generation(Home):
         self.key = object()
         self.current: int | None = None
         self.ended = False
-        self._branch: str | None = None
+        self.branch_name: str | None = None
 
     def step(self) -> int:
         """Call once for each step, before the step's model calls. Returns the step's number, from 0.
@@ -84,11 +84,11 @@ class Generation(Home):
         if not isinstance(name, str):
             raise ConfigError(f"branch({name!r}): it takes the name of a guidance branch, such as 'cond'.")
         self.make_current()
-        before, self._branch = self._branch, name
+        before, self.branch_name = self.branch_name, name
         try:
             yield
         finally:
-            self._branch = before
+            self.branch_name = before
 
     def make_current(self) -> None:
         """From now on the model calls of this context are this generation's."""
@@ -104,10 +104,6 @@ class Generation(Home):
         _generations.set(_running())
         for state in list(self.runs):
             state.retire(self)
-
-    @property
-    def branch_name(self) -> str | None:
-        return self._branch
 
 
 @dataclass(frozen=True)
@@ -197,7 +193,7 @@ class AttachedCall:
     reached: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     """Where the present call stands, as far as somebody says it; `step` None: nobody does.
 
@@ -325,8 +321,10 @@ def owner() -> _Owner:
 
 def locate() -> Place:
     """Where the call stands that is running. Asked once for each call, which with that has reached the backend."""
-    here, call, running = owner(), _attached.get(), _generations.get()
-    explicit = next((generation for generation in reversed(running) if not generation.ended), None) if running else None
+    here, call = owner(), _attached.get()
+    explicit = None
+    for entered in _generations.get():  # the last one that has not ended
+        explicit = explicit if entered.ended else entered
     key = step = num_steps = branch = follower = said = None
     name: str = "transformer"
     home: Home = here

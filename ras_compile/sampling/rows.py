@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ras_compile.config import RASConfig
+from ras_compile.execute import replay
 from ras_compile.execute.replay import Replayed
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.drift import Drift
@@ -53,21 +54,24 @@ class Selection:
 
     def choose(self, config: RASConfig, changing: Sequence[Tensor], kept: tuple[Tensor, ...], *settings: Hashable):
         """:func:`choose` of ``(*changing, *kept, *settings)``."""
-        if not config.cuda_graphs:
-            return choose(*changing, *kept, *settings)
-        return self._choose(changing, *settings, kept=kept, fuse=_fuses(config))
+        return _run(self._choose, config, changing, *settings, kept=kept)
 
     def settle(self, config: RASConfig, tensors: Sequence[Tensor], view: TokenView | None) -> Sequence[Tensor]:
         """:func:`settle` of these."""
-        return self._settle(tensors, view, fuse=_fuses(config)) if config.cuda_graphs else settle(*tensors, view)
+        return _run(self._settle, config, tensors, view)
 
-    def extrapolation(self, config: RASConfig) -> Callable[[Sequence[Tensor], bool], Sequence[Tensor]] | None:
-        """What runs :func:`continued` for an `Extrapolation`; None: as it is."""
-        return partial(self._continued, fuse=_fuses(config)) if config.cuda_graphs else None
+    def extrapolation(self, config: RASConfig) -> Callable[[Sequence[Tensor], bool], Sequence[Tensor]]:
+        """What runs :func:`continued` for an `Extrapolation`."""
+        return partial(_run, self._continued, config)
 
 
-def _fuses(config: RASConfig) -> bool:
-    return config.inner_backend == "inductor"
+def _run(
+    function: Replayed, config: RASConfig, tensors: Sequence[Tensor], *settings: Hashable, kept: tuple[Tensor, ...] = ()
+) -> Sequence[Tensor]:
+    """A function as one launch on CUDA, and as it is elsewhere."""
+    if config.cuda_graphs and tensors[0].device.type == replay.DEVICE:
+        return function(tensors, *settings, kept=kept, fuse=config.inner_backend == "inductor")
+    return function.plain(*tensors, *kept, *settings)
 
 
 class RowChooser:
@@ -81,6 +85,7 @@ class RowChooser:
 
     def __init__(self, config: RASConfig, selection: Selection | None = None) -> None:
         self._config, self._selection = config, selection or Selection()
+        self._settings = config.high_share, config.starvation, config.max_absence
         self._step = 0
         self._loose: dict[tuple, dict] = {}  # what branches keep that say no place for it
         self._seen: dict[_Key, list[tuple[dict, Measure]]] = {}
@@ -169,7 +174,7 @@ class RowChooser:
         tokens: int,
         active: int,
         info: SelectionInfo,
-        known: Callable[[], Tensor | None] = lambda: None,
+        known: Callable[[], Tensor | None] | None = None,
     ) -> Tensor | None:
         """The active rows of this step for a call, int64 [batch, active]; None without noise of the step before.
 
@@ -187,7 +192,7 @@ class RowChooser:
             rows = first[0][_same_sample(latent, first[1], batch, len(first[0]))]
         elif seen := [entry for entry in self._before.get(key, ()) if _OBSERVED in entry[0]]:
             with _exact(latent.device):
-                rows = self._choice(latent, key, seen, active, info, known())
+                rows = self._choice(latent, key, seen, active, info, known() if known is not None else None)
         else:
             return None
         self._chosen[key] = (rows, latent)
@@ -217,8 +222,9 @@ class RowChooser:
                 if self._nothing is None:
                     self._nothing = groups.new_empty(0, dtype=torch.bool)
                 known = self._nothing
-            settings = tuple(measures), active, config.high_share, config.starvation, config.max_absence
-            results = self._selection.choose(config, [*tensors, counts], (groups, known), *settings)
+            results = self._selection.choose(
+                config, [*tensors, counts], (groups, known), tuple(measures), active, *self._settings
+            )
             rows, self._counts[key[1]], *kept = results
         else:
             metrics, remembered = rated(tensors, measures)

@@ -16,6 +16,7 @@ Kind = Literal["dense", "sparse"]
 
 # Each distinct count of active tokens is a compiled program of its own.
 LEVELS = 4
+_STEPS = 1024  # of which a schedule remembers what they are to do
 # Of "ends": the shares of the run at which its middle begins and ends, and how many times as many tokens are computed
 # outside of it. Measured on the trained model; within them, the expected change of the noise in a step is a U.
 EARLY, LATE = 0.3, 0.9
@@ -31,9 +32,14 @@ class Schedule:
 
     def __init__(self, config: RASConfig) -> None:
         self.config = config
+        self._ratio = config.ratio
         self._counts = lru_cache(maxsize=64)(self._plan)
+        # what a step is to do is worked out once: generations of one config ask the same at each of their calls
+        self.kind = lru_cache(maxsize=_STEPS)(self._kind)
+        self.active = lru_cache(maxsize=_STEPS)(self._active)
+        self.observes = lru_cache(maxsize=_STEPS)(self._observes)
 
-    def kind(self, step: int) -> Kind:
+    def _kind(self, step: int) -> Kind:
         """ "dense" in the warm-up and at an error reset, else "sparse"."""
         config = self.config
         if step < config.warmup_steps:
@@ -44,6 +50,12 @@ class Schedule:
         if config.reset_interval is not None and since > 0 and since % config.reset_interval == 0:
             return "dense"
         return "sparse"
+
+    def _observes(self, step: int) -> bool:
+        """Whether a later step chooses its tokens by the noise of `step`."""
+        # drift is measured between calls: that of the step before the one that is needed has to be known, too
+        ahead = (1, 2) if self.config.metric == "drift" else (1,)
+        return self._ratio < 1 and any(self.kind(step + steps) == "sparse" for steps in ahead)
 
     def ratio(self, step: int, num_steps: int | None = None) -> float:
         """Share of tokens that sparse step `step` of `num_steps` should compute, in (0, 1].
@@ -61,20 +73,20 @@ class Schedule:
             ConfigError: "linear" without a known number of steps.
         """
         if self._flat(num_steps):
-            return self.config.ratio
+            return self._ratio
         levels = self._levels(num_steps)
         return next((ratio for ratio, steps in levels if step in steps), levels[-1][0])
 
-    def active(self, step: int, tokens: int, num_steps: int | None = None) -> int:
+    def _active(self, step: int, tokens: int, num_steps: int | None = None) -> int:
         """Active rows of sparse step `step`, in 1..`tokens`: a multiple that suits the hardware when there are many.
 
         Raises:
             ConfigError: "linear" without a known number of steps.
         """
-        if self.config.ratio == 1.0:
+        if self._ratio == 1.0:
             return tokens
         if self._flat(num_steps):
-            return _rounded(self.config.ratio * tokens, tokens)
+            return _rounded(self._ratio * tokens, tokens)
         counts = self._counts(tokens, num_steps)
         return counts.get(step, counts[max(counts)])
 
@@ -139,7 +151,7 @@ class Schedule:
 
     def _line(self, sparse: list[int]) -> list[tuple[float, list[int]]]:
         """Up to four groups of nearly equal length along a falling line."""
-        mean, count = self.config.ratio, min(LEVELS, len(sparse))
+        mean, count = self._ratio, min(LEVELS, len(sparse))
         reach = min(1 - mean, mean / 2)
         edges = [len(sparse) * group // count for group in range(count + 1)]
         # the mean of the line's values over a group is the line's value at the group's middle
@@ -147,7 +159,7 @@ class Schedule:
 
     def _ends(self, sparse: list[int], num_steps: int) -> list[tuple[float, list[int]]]:
         """Few tokens between the ends of the run, `END_SHARE` times as many at its ends."""
-        mean, last = self.config.ratio, max(num_steps - 1, 1)
+        mean, last = self._ratio, max(num_steps - 1, 1)
         middle = [step for step in sparse if EARLY <= step / last <= LATE]
         ends = [step for step in sparse if step not in middle]
         most = min(mean * len(sparse) * END_SHARE / (len(ends) * END_SHARE + len(middle)), 1.0)

@@ -24,7 +24,7 @@ from ras_compile.execute.homes import Home
 from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.passes.analysis.cost import Cost
-from ras_compile.sampling.blocks import is_block, is_known_block, leave_output
+from ras_compile.sampling.blocks import is_block, known_blocks, leave_output
 from ras_compile.sampling.branches import Branch, Branches, Contents, Match
 from ras_compile.sampling.inference import TimeLine, read_call, read_time, sketch
 from ras_compile.sampling.locate import Evaluation, Generation, Place, generation, leave_attached, locate, owner
@@ -127,18 +127,12 @@ class _Run:
         default_factory=dict
     )  # by graph: of which step, the mark
 
-    def contents_of(self, call: CallInfo) -> Any:
-        """The mark of what the weights of a call's graph hold; looked at once in a step."""
-        known = self.contents.get(call.graph)
-        if known is None or known[1] != self.step:
-            return self.look_at_contents(call)
-        return known[2]
-
-    def look_at_contents(self, call: CallInfo) -> Any:
-        known = self.contents.get(call.graph)
-        found = Contents(call.weights) if known is None else known[0]
-        mark = found.mark(call.weights)
-        self.contents[call.graph] = found, self.step, mark
+    def contents_of(self, call: CallInfo, anew: bool = False) -> Any:
+        """The mark of what the weights of a call's graph hold; looked at once in a step, and where it is wanted anew."""
+        found, step, mark = self.contents.get(call.graph) or (Contents(call.weights), None, None)
+        if anew or step != self.step:
+            mark = found.mark(call.weights)
+            self.contents[call.graph] = found, self.step, mark
         return mark
 
 
@@ -163,18 +157,22 @@ class TransformerState:
         self.config = config
         self.records: list[Record] = []
         self._passed: _Passed | None = None
-        self._selection = Selection()
+        self._selection, self._schedule = Selection(), Schedule(config)
         self._epoch = 0
         self._lone = 0
 
-    def decide(self, call: CallInfo) -> Decision:
+    def decide(self, call: CallInfo, place: Place | None = None) -> Decision:
         """Say how `call` must run. Reads from the device only where nobody tells the step.
+
+        Args:
+            call: the call.
+            place: where it stands, for who has asked that already.
 
         Raises:
             ConfigError: an option that this run cannot have, such as `ratio_schedule="linear"` without a known number of
                 steps; or another call of the same generation is under way in another thread.
         """
-        place = locate()
+        place = place or locate()
         run = place.home.runs.get(self)
         here = threading.get_ident()
         if run is not None and run.pending not in (None, here):
@@ -216,10 +214,7 @@ class TransformerState:
         run.pending = None
         decision.of.last_step, decision.of.kept = run.step, noise is not None
         decision.of.spare = None
-        # drift is measured between calls: that of the step before the one that is needed has to be known, too
-        ahead = (1, 2) if run.config.metric == "drift" else (1,)
-        needed = any(run.schedule.kind(run.step - run.base + steps) == "sparse" for steps in ahead)
-        if noise is not None and needed and run.config.ratio < 1:
+        if noise is not None and run.schedule.observes(run.step - run.base):
             run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view, decision.slots)
         self.records = run.records
         self.records.append(
@@ -274,16 +269,14 @@ class TransformerState:
         decision.run.pending, decision.run.epoch = None, self._epoch - 1
 
     def extrapolate(self, decision: Decision, noise: Tensor, view: TokenView) -> None:
-        """With a `noise_reuse` that goes on along a line: writes what the tokens of a recorded call are to return.
+        """Writes what the tokens of a recorded call are to return, along their lines through the noises before.
 
         Args:
-            decision: as returned by `decide`.
+            decision: as returned by `decide`, with a time: its `noise_reuse` goes on along lines.
             noise: what the caller gets; its inactive tokens as last computed.
             view: its view [B, N, P, C].
         """
         config = decision.run.config
-        if config.noise_reuse not in _LINES:
-            return
         line = decision.slots.get("line")
         if line is None:
             run = self._selection.extrapolation(config)
@@ -329,7 +322,9 @@ class TransformerState:
             follower.check_clean()
         count = None if place.num_steps is None else place.num_steps - base
         config = _at_speedup(config, call.cost, count)
-        schedule = Schedule(config)
+        if config != self._schedule.config:
+            self._schedule = Schedule(config)
+        schedule = self._schedule
         schedule.check(count, late=base > 0 or (said is not None and said.late))
         check_named = place.step is None or config.context == "frozen"
         branches, chooser = Branches(check_named), RowChooser(config, self._selection)
@@ -373,7 +368,7 @@ class TransformerState:
             line.take(noises)
             match = run.branches.find(call.context, call.graph, place.branch, len(run.used), run.used, alone=True)
             move = line.place(time, call.latent, seen, match, run.used)
-            if match.branch is not None and match.branch.contents != run.look_at_contents(call):
+            if match.branch is not None and match.branch.contents != run.contents_of(call, anew=True):
                 move = "begin"  # as another graph does, which Dynamo may make of a model that has changed
             if move == "advance":
                 line.note(time, call.latent, seen)
@@ -411,7 +406,7 @@ class TransformerState:
         if not reason:
             active = run.schedule.active(run.step - run.base, call.tokens, count)
             info = SelectionInfo(run.step, run.num_steps, call.grid)
-            known = partial(_overwritten, place, call)
+            known = None if place.said is None or call.view is None else partial(_overwritten, place, call)
             rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info, known)
             reason = "" if rows is not None else "no noise of the step before to select from"
         run.chooser.computing(branch.slots, rows)
@@ -433,7 +428,7 @@ class TransformerState:
 
     def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo, place: Place) -> str:
         first = run.kind == "dense" or branch.last_step is None  # blocks show themselves in dense calls
-        if is_block(self, call.graph, call.latent, call.context) if first else is_known_block(call.graph):
+        if is_block(self, call.graph, call.latent, call.context) if first else call.graph in known_blocks:
             return "the graph is one block of a transformer"
         if run.kind == "dense":
             return "warm-up" if run.step - run.base < run.config.warmup_steps else "error reset"
@@ -461,9 +456,8 @@ class TransformerState:
 
 
 def _overwritten(place: Place, call: CallInfo) -> Tensor | None:
-    """Tokens whose noise the pipeline throws away, bool [B, N]; None: none."""
-    if place.said is None or place.follower is None or call.view is None:
-        return None
+    """Tokens whose noise the attached pipeline throws away, bool [B, N]; None: none."""
+    assert place.follower is not None and call.view is not None
     return place.follower.overwritten(call.view, call.latent)
 
 

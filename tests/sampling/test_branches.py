@@ -1,11 +1,12 @@
 """Matching a call to its guidance branch by what its context tensors are and do."""
 
 import gc
+import weakref
 
 import pytest
 import torch
 
-from ras_compile.sampling.branches import Branches, equal_prints, fingerprint, same_tensor, tensor_mark
+from ras_compile.sampling.branches import Branches, Contents, equal_prints, fingerprint, same_tensor, tensor_mark
 
 
 def step(branches, *calls, alone=False):
@@ -151,3 +152,26 @@ def test_fingerprints_of_nothing_and_of_much():
     before = fingerprint(much)
     much[2_999_999] = 1
     assert not equal_prints(before, fingerprint(much))
+
+
+def test_a_weight_where_another_one_was():
+    """A new weight may have the id of the one that it replaces, which has died, and the same version."""
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    contents, same_id = Contents(weights), 0
+    for value in range(20):
+        before, old = contents.mark(weights), id(weights[1])
+        assert contents.mark(weights) == before
+        weights[1] = None
+        weights[1] = torch.nn.Parameter(torch.full((2,), float(value)))
+        same_id += id(weights[1]) == old
+        assert contents.mark(weights) != before
+    assert same_id, "nothing was tried"
+
+
+def test_weights_are_not_kept_alive():
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    contents, ref = Contents(weights), weakref.ref(weights[0])
+    contents.mark(weights)
+    del weights
+    gc.collect()
+    assert ref() is None

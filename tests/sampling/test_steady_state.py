@@ -103,13 +103,13 @@ def test_what_a_step_launches(options, launches, monkeypatch):
                 seen[-1][name] += 1
             return func(*args, **(kwargs or {}))
 
-    real = dispatcher.run_step
+    real = dispatcher.Entry.run
 
     def counted(*args, **kwargs):
         seen.append(Counter())
         with Count():
             return real(*args, **kwargs)
 
-    monkeypatch.setattr(dispatcher, "run_step", counted)
+    monkeypatch.setattr(dispatcher.Entry, "run", counted)
     list(sparse_calls(2, **options))
     assert seen[-2] == launches
