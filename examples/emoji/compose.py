@@ -63,7 +63,7 @@ class Atlas:
                     sprites.append(torch.cat((_hsv_to_rgb(turned), tile[..., 3:]), -1))
         self.variant = variant.to(device)
         planes = self._planes(torch.stack(sprites))
-        self.levels = {size: F.interpolate(planes, size=(size, size), mode="area").to(device) for size in (TILE, 56)}
+        self.levels = {size: F.interpolate(planes, size=(size, size), mode="area").to(device) for size in (TILE, 56, 36)}
         self.digits = F.interpolate(self._planes(digits), size=(40, 40), mode="area").to(device)
 
     @staticmethod
@@ -123,14 +123,17 @@ def background(batch: dict[str, torch.Tensor], size: int = SIZE) -> torch.Tensor
     return base[:, :, None, None] * (1 - mix) + other[:, :, None, None] * mix
 
 
-def _paste(canvas: torch.Tensor, sprites: torch.Tensor, pose: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Blend premultiplied sprites `b 4 s s` at poses `b (x y size angle)` over the canvas `b 3 h w`, where `shown`."""
+def paste(canvas: torch.Tensor, sprites: torch.Tensor, pose: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Blend premultiplied sprites `b 4 s s` at poses `b (x y size angle)` over the canvas `b 3 h w`, where `shown`.
+
+    Poses are in pixels of a canvas of 128 x 128, whatever its size is.
+    """
     x, y, size, angle = pose.unbind(-1)
     scale = SIZE / size.clamp(min=1)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     dx, dy = 1 - 2 * x / SIZE, 1 - 2 * y / SIZE
     theta = torch.stack((cos, sin, cos * dx + sin * dy, -sin, cos, cos * dy - sin * dx), -1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [len(canvas), 4, SIZE, SIZE], align_corners=False)
+    grid = F.affine_grid(theta, [len(canvas), 4, *canvas.shape[-2:]], align_corners=False)
     layer = F.grid_sample(sprites, grid, align_corners=False) * shown[:, None, None, None]
     return canvas * (1 - layer[:, 3:]) + layer[:, :3]
 
@@ -143,13 +146,13 @@ def compose(atlas: Atlas, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         row = atlas.variant[item.clamp(min=0), batch["colour"][:, slot] + 1]
         large = pose[:, 2] > 62
         if slot == 0:  # only a single object is large
-            canvas = _paste(canvas, atlas.levels[TILE][row], pose, (item >= 0) & large)
-        canvas = _paste(canvas, atlas.levels[56][row], pose, (item >= 0) & ~large)
+            canvas = paste(canvas, atlas.levels[TILE][row], pose, (item >= 0) & large)
+        canvas = paste(canvas, atlas.levels[56][row], pose, (item >= 0) & ~large)
     shown = batch["number"] >= 0
     for place, digit in enumerate((batch["number"] // 10, batch["number"] % 10)):
         pose = torch.zeros(len(canvas), 4, device=canvas.device)
         pose[:, 0] = _NUMBER_CENTRE[0] + (place - 0.5) * _NUMBER_GAP + (batch["seed"][:, 5] - 0.5) * 4
         pose[:, 1] = _NUMBER_CENTRE[1] + (batch["seed"][:, 6] - 0.5) * 4
         pose[:, 2] = _NUMBER_SIZE
-        canvas = _paste(canvas, atlas.digits[digit.clamp(min=0)], pose, shown)
+        canvas = paste(canvas, atlas.digits[digit.clamp(min=0)], pose, shown)
     return canvas.clamp(0, 1) * 2 - 1

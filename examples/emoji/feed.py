@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from scenes import SceneSampler, collate
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 
 class Scenes(IterableDataset):
     """Collated training scenes with `tokens` `b t`; a tenth of the captions are empty, for classifier-free guidance."""
 
-    def __init__(self, batch: int, seed: int, tokenizer: CLIPTokenizer | None = None, dropout: float = 0.1) -> None:
+    def __init__(self, batch: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None, dropout: float = 0.1) -> None:
         self.batch, self.seed, self.tokenizer, self.dropout = batch, seed, tokenizer, dropout
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -30,7 +30,7 @@ class Scenes(IterableDataset):
             yield out
 
 
-def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+def tokens_of(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> torch.Tensor:
     """Captions -> ids `b t`, padded as the pipeline pads them."""
     return tokenizer(
         captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"

@@ -1,0 +1,127 @@
+"""The architecture: a PixArt-Sigma pipeline in small, 128 x 128 pixels, 32 x 32 x 8 latents, 1024 image tokens.
+
+    python examples/pixart/pixart.py --weights runs/pixart/pixart.safetensors --out examples/pixart/pipeline
+
+The autoencoder is that of `examples/emoji`: the folder holds a link to it, and no copy. This pipeline subtracts no
+mean from latents, so that the model learns them as they are, times `scaling_factor`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+EMOJI = HERE.parent / "emoji"
+if str(EMOJI) not in sys.path:
+    sys.path.append(str(EMOJI))  # the emoji example is a folder of scripts that import each other
+
+from scenes import SceneSampler  # noqa: E402  (found through the line above)
+from text import TEXT_WIDTH, t5, word_tokenizer  # noqa: E402
+
+VAE = EMOJI / "pipeline" / "vae"
+SCHEDULE = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+
+def tokenizer(captions: int = 20_000) -> PreTrainedTokenizerFast:
+    """All words of the captions of `scenes.py`."""
+    sampler = SceneSampler(seed=7, held_out=None)
+    return word_tokenizer(sampler.scene().caption for _ in range(captions))
+
+
+def transformer(layers: int = 5, heads: int = 3, head_dim: int = 64) -> PixArtTransformer2DModel:
+    """Text in cross-attention, one modulation for all blocks; at the start every block is the identity."""
+    model = PixArtTransformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=8,
+        out_channels=8,
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        cross_attention_dim=heads * head_dim,
+        caption_channels=TEXT_WIDTH,
+        use_additional_conditions=False,
+    )
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            zero = name in ("proj_out", "adaln_single.linear") or name.endswith("attn2.to_out.0")
+            nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    for name, param in model.named_parameters():
+        if name.endswith("scale_shift_table"):
+            nn.init.zeros_(param)
+    return model
+
+
+def scheduler(prediction: str = "v_prediction") -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ of second order, as PixArt has it, over the linear variances of DDPM."""
+    return DPMSolverMultistepScheduler(**SCHEDULE, prediction_type=prediction)
+
+
+class Model(nn.Module):
+    """What is trained: ids `b t`, noisy latents `b 8 32 32`, timesteps `b` -> prediction `b 8 32 32`."""
+
+    def __init__(self, tokens: PreTrainedTokenizerFast, **shape: int) -> None:
+        super().__init__()
+        self.text = t5(tokens)
+        self.transformer = transformer(**shape)
+
+    def encode(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `b t 128` and the mask `b t` of the words that there are."""
+        mask = (ids > 0).long()
+        return self.text(ids, attention_mask=mask).last_hidden_state, mask
+
+
+def pipeline(model: Model, tokens: PreTrainedTokenizerFast, prediction: str) -> PixArtSigmaPipeline:
+    """All components."""
+    return PixArtSigmaPipeline(
+        tokenizer=tokens,
+        text_encoder=model.text,
+        vae=AutoencoderKL.from_pretrained(VAE),
+        transformer=model.transformer,
+        scheduler=scheduler(prediction),
+    )
+
+
+def save(pipe: PixArtSigmaPipeline, folder: Path) -> None:
+    """Write the folder in half precision, the autoencoder as a link; a plain `from_pretrained` gives float32."""
+    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    for file in (folder / "vae").iterdir():
+        file.unlink()
+    (folder / "vae").rmdir()
+    (folder / "vae").symlink_to(os.path.relpath(VAE, folder), target_is_directory=True)
+    for name in ("text_encoder", "transformer"):
+        file = folder / name / "config.json"
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where the part lay before says nothing to anyone else
+        if name == "text_encoder":
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def export(weights: Path, out: Path, **shape: int) -> None:
+    """`pixart.safetensors` of train_pixart.py -> a `PixArtSigmaPipeline` folder."""
+    tokens = tokenizer()
+    model = Model(tokens, **shape)
+    model.load_state_dict(load_file(weights))
+    settings = json.loads(weights.with_suffix(".json").read_text())
+    save(pipeline(model, tokens, settings["prediction"]), out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=HERE / "pipeline")
+    args = parser.parse_args()
+    shape = json.loads(args.weights.with_suffix(".json").read_text())["shape"]
+    export(args.weights, args.out, **shape)

@@ -1,0 +1,201 @@
+"""Train, one after the other and for a given time in all: autoencoder, judge, transformer with its T5.
+
+The transformer learns a rectified flow, as in `examples/emoji/train.py`:
+x_s = (1 - s) x_0 + s e,   loss = | f(x_s, s, text) - (e - x_0) |^2,   s logit-normal, then shifted by `SHIFT`
+
+    python examples/emoji/data.py --cache .cache/emoji
+    python examples/wan/train_wan.py --cache .cache/emoji --out runs/wan --seconds 270
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from motion import Atlas, Clips, ClipSampler, collate, film  # puts the emoji scripts on the path
+from torch import Tensor
+from wan import Model, autoencoder, decoded, tokenizer
+from watch import Watcher, loss, verdict
+
+from feed import batches  # isort: skip
+from loop import Clock, Log, Pool, fit, optimizers  # isort: skip
+from vae import reconstruction  # isort: skip
+
+SHIFT = 2.0
+SHARES = {"vae": 0.30, "judge": 0.10}  # of the time; the transformer has what is left
+
+
+def adam(model: torch.nn.Module, rate: float, device: str) -> list[torch.optim.Optimizer]:
+    """One AdamW over all."""
+    return [torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=device == "cuda")]
+
+
+class Training:
+    """The three parts, what they share, and what is told of them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device, self.clock = args, args.device, Clock(args.seconds, args.steps)
+        self.atlas, self.tokens = Atlas(args.cache, args.device), tokenizer()
+        self.told: dict = {name: value for name, value in vars(args).items() if name not in ("cache", "out", "device")}
+
+    def part(self, share: float) -> Clock:
+        """The clock of a part that has `share` of all the time."""
+        return Clock(share * self.args.seconds, self.args.steps)
+
+    def clips(self, batch: int, seed: int, tokens: bool = False):
+        """Batches of training clips without end."""
+        return batches(Clips(batch, seed, self.tokens if tokens else None), self.device, self.args.workers)
+
+    def note(self, name: str, log: Log, **more: float) -> None:
+        """Keep the losses of a part and its figures; write all that is known."""
+        self.told[name] = more | {"log": log.entries}
+        self.told |= {
+            "machine": torch.cuda.get_device_name() if self.device == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "seconds_taken": round(self.clock.elapsed(), 1),
+        }
+        (self.args.out / "wan.json").write_text(json.dumps(self.told, indent=1) + "\n")
+
+    def held_out(self, count: int) -> dict[str, Tensor]:
+        """Clips that are not trained on."""
+        sampler = ClipSampler(9, split=True)
+        return {name: value.to(self.device) for name, value in collate([sampler.clip() for _ in range(count)]).items()}
+
+    def autoencoder(self) -> AutoencoderKLWan:
+        """Absolute error of pixels and of their gradients, and a light KL term, as `examples/emoji/vae.py`."""
+        args, model, feed = self.args, autoencoder().to(self.device), self.clips(self.args.vae_batch, 21)
+
+        def loss_of(step: int) -> Tensor:
+            video = film(self.atlas, next(feed))
+            with torch.autocast(self.device, torch.bfloat16):
+                found = model.encode(video).latent_dist
+                mean, logvar = found.mean.float(), found.logvar.float()
+                output = decoded(model, mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float()
+            divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            return reconstruction(output, video) + args.kl * divergence
+
+        clock, file = self.part(SHARES["vae"]), args.out / "wan_vae.safetensors"
+        average, log = fit("vae", model, adam(model, 2e-3, self.device), loss_of, clock, file, args.log_every)
+        average.eval()
+        with torch.no_grad():
+            video = film(self.atlas, self.held_out(args.look))
+            latents = average.encode(video).latent_dist.mode()
+            error = (average.decode(latents).sample - video).square().mean()
+        self.mean, self.std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+        self.told |= {"latents_mean": self.mean.tolist(), "latents_std": self.std.tolist()}
+        self.note("vae", log, psnr_db=round((10 * torch.log10(4 / error)).item(), 2), steps_done=clock.step)
+        return average
+
+    def judge(self, vae: AutoencoderKLWan) -> None:
+        """A quarter of its clips pass through the autoencoder, and all get a little noise."""
+        args, model, feed = self.args, Watcher().to(self.device), self.clips(self.args.judge_batch, 22)
+
+        def loss_of(step: int) -> Tensor:
+            batch = next(feed)
+            with torch.autocast(self.device, torch.bfloat16):
+                with torch.no_grad():
+                    video = film(self.atlas, batch)
+                    part = len(video) // 4
+                    passed = vae.decode(vae.encode(video[:part]).latent_dist.mode()).sample.float()
+                    video = torch.cat((passed, video[part:]))
+                    video = video + torch.randn_like(video) * 0.1 * torch.rand(len(video), 1, 1, 1, 1, device=self.device)
+                return loss(model, video, batch)
+
+        clock, file = self.part(SHARES["judge"]), args.out / "wan_judge.safetensors"
+        average, log = fit("judge", model, adam(model, 2e-3, self.device), loss_of, clock, file, args.log_every)
+        average.eval()
+        batch = self.held_out(args.look)
+        with torch.no_grad():
+            video = film(self.atlas, batch)
+            seen = {"real": video, "decoded": vae.decode(vae.encode(video).latent_dist.mode()).sample}
+        right = {
+            f"{name}_{what}": round(hit.float().mean().item(), 4)
+            for name, shown in seen.items()
+            for what, hit in verdict(average, shown, batch).items()
+        }
+        self.note("judge", log, **right, steps_done=clock.step)
+
+    def transformer(self, vae: AutoencoderKLWan) -> None:
+        """With the time that is left."""
+        args, device = self.args, self.device
+        shape = dict(layers=args.layers, heads=args.heads, head_dim=args.head_dim, feed_forward=args.feed_forward)
+        model = Model(self.tokens, **shape).to(device)
+        opts = optimizers(model, model.transformer.blocks, args.rate, args.muon_rate, device)
+        network = torch.compile(model.transformer, dynamic=False) if args.compile else model.transformer
+        feed, pool = self.clips(args.fresh, 23, tokens=True), Pool(args.pool)
+        mean, std = (value.view(1, -1, 1, 1, 1) for value in (self.mean, self.std))
+
+        @torch.no_grad()
+        def paint() -> None:
+            batch = next(feed)
+            with torch.autocast(device, torch.bfloat16):
+                clean = vae.encode(film(self.atlas, batch)).latent_dist.mode().float()
+            pool.add({"clean": ((clean - mean) / std).contiguous().bfloat16(), "ids": batch["tokens"]})
+
+        def loss_of(step: int) -> Tensor:
+            for _ in range(args.ahead if step == 0 else 1):
+                paint()
+            batch = pool.draw(args.batch)
+            clean = batch["clean"].float()
+            noise = torch.randn_like(clean)
+            level = torch.randn(len(clean), device=device).sigmoid()
+            level = SHIFT * level / (1 + (SHIFT - 1) * level)
+            noisy = clean + level[:, None, None, None, None] * (noise - clean)
+            with torch.autocast(device, torch.bfloat16):
+                velocity = network(
+                    hidden_states=noisy,
+                    timestep=level * 1000,
+                    encoder_hidden_states=model.encode(batch["ids"]),
+                    return_dict=False,
+                )[0]
+            return (velocity.float() - (noise - clean)).square().mean()
+
+        clock = Clock(max(1.0, args.seconds - self.clock.elapsed()), args.steps)
+        average, log = fit("wan", model, opts, loss_of, clock, args.out / "wan.safetensors", args.log_every)
+        self.told |= {"shape": shape, "parameters": sum(param.numel() for param in average.parameters())}
+        self.note("transformer", log, steps_done=clock.step)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Write `wan_vae.safetensors`, `wan_judge.safetensors`, `wan.safetensors` and `wan.json`."""
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    training = Training(args)
+    vae = training.autoencoder()
+    training.judge(vae)
+    training.transformer(vae)
+    print(f"{training.clock.elapsed():.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"))
+    parser.add_argument("--out", type=Path, default=Path("runs/wan"))
+    parser.add_argument("--seconds", type=float, default=270.0, help="of all, compilation included")
+    parser.add_argument("--steps", type=int, help="of each part instead")
+    parser.add_argument("--vae-batch", type=int, default=64)
+    parser.add_argument("--kl", type=float, default=2e-3, help="weight of the autoencoder's KL term")
+    parser.add_argument("--judge-batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--fresh", type=int, default=64, help="clips filmed a step")
+    parser.add_argument("--pool", type=int, default=200_000, help="clips that are kept to draw from")
+    parser.add_argument("--ahead", type=int, default=16, help="filmings before the first step")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--muon-rate", type=float, default=3e-3)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--feed-forward", type=int, default=512)
+    parser.add_argument("--look", type=int, default=512, help="held-out clips that autoencoder and judge are tried on")
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="by Inductor"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(args)

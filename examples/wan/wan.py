@@ -1,0 +1,140 @@
+"""The architecture: a Wan pipeline in small, nine frames of 64 x 64 pixels, 5 x 16 x 16 x 8 latents, 1280 video tokens.
+
+    python examples/wan/wan.py --runs runs/wan --out examples/wan/pipeline
+
+Wan appends zeros to the hidden states of a short prompt, and attends to them: `max_sequence_length=32`, as trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from motion import ClipSampler  # puts the emoji scripts on the path
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from text import TEXT_WIDTH, t5, word_tokenizer  # isort: skip
+
+HERE = Path(__file__).parent
+LATENTS = 8
+
+
+def tokenizer(captions: int = 20_000) -> PreTrainedTokenizerFast:
+    """All words of the captions of `motion.py`."""
+    sampler = ClipSampler(seed=7, split=None)
+    return word_tokenizer(sampler.clip().caption for _ in range(captions))
+
+
+def autoencoder(width: int = 12) -> AutoencoderKLWan:
+    """`b 3 9 64 64 <-> b 8 5 16 16`; means and deviations are set after training, from the latents' statistics."""
+    return AutoencoderKLWan(
+        base_dim=width,
+        z_dim=LATENTS,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * LATENTS,
+        latents_std=[1.0] * LATENTS,
+        scale_factor_temporal=2,
+        scale_factor_spatial=4,
+    )
+
+
+def decoded(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Latents -> videos that no clamp cuts off, which a gradient would stop at; else as `AutoencoderKLWan.decode`."""
+    vae.clear_cache()
+    hidden, frames = vae.post_quant_conv(latents), []
+    for frame in range(latents.shape[2]):
+        vae._conv_idx = [0]
+        frames.append(
+            vae.decoder(
+                hidden[:, :, frame : frame + 1],
+                feat_cache=vae._feat_map,
+                feat_idx=vae._conv_idx,
+                first_chunk=frame == 0,
+            )
+        )
+    vae.clear_cache()
+    return torch.cat(frames, 2)
+
+
+def transformer(layers: int = 4, heads: int = 3, head_dim: int = 64, feed_forward: int = 512) -> WanTransformer3DModel:
+    """One token a latent; at the start every block is the identity."""
+    model = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
+        text_dim=TEXT_WIDTH,
+        ffn_dim=feed_forward,
+        num_layers=layers,
+        rope_max_seq_len=64,
+    )
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            zero = name in ("proj_out", "condition_embedder.time_proj") or name.endswith("attn2.to_out.0")
+            nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    for name, param in model.named_parameters():
+        if name.endswith("scale_shift_table"):
+            nn.init.zeros_(param)
+    return model
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Rectified flow, Euler steps."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+
+
+class Model(nn.Module):
+    """What is trained: ids `b t`, noisy latents `b 8 5 16 16`, noise levels `b` -> velocity `b 8 5 16 16`."""
+
+    def __init__(self, tokens: PreTrainedTokenizerFast, **shape: int) -> None:
+        super().__init__()
+        self.text = t5(tokens)
+        self.transformer = transformer(**shape)
+
+    def encode(self, ids: torch.Tensor) -> torch.Tensor:
+        """As the pipeline does: hidden states `b t 128`, zero where there is no word."""
+        mask = (ids > 0).long()
+        return self.text(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+
+
+def save(pipe: WanPipeline, folder: Path) -> None:
+    """Write the folder in half precision; a plain `from_pretrained` gives float32."""
+    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    for name in ("text_encoder", "transformer", "vae"):
+        file = folder / name / "config.json"
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where the part lay before says nothing to anyone else
+        if name == "text_encoder":
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def export(runs: Path, out: Path) -> None:
+    """`wan.safetensors`, `wan_vae.safetensors` and `wan.json` of train_wan.py -> a `WanPipeline` folder."""
+    settings = json.loads((runs / "wan.json").read_text())
+    tokens = tokenizer()
+    model, vae = Model(tokens, **settings["shape"]), autoencoder()
+    model.load_state_dict(load_file(runs / "wan.safetensors"))
+    vae.load_state_dict(load_file(runs / "wan_vae.safetensors"))
+    vae.register_to_config(latents_mean=settings["latents_mean"], latents_std=settings["latents_std"])
+    pipe = WanPipeline(
+        tokenizer=tokens, text_encoder=model.text, vae=vae, scheduler=scheduler(), transformer=model.transformer
+    )
+    save(pipe, out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=HERE / "pipeline")
+    args = parser.parse_args()
+    export(args.runs, args.out)
