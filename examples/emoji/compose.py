@@ -63,7 +63,9 @@ class Atlas:
                     sprites.append(torch.cat((_hsv_to_rgb(turned), tile[..., 3:]), -1))
         self.variant = variant.to(device)
         planes = self._planes(torch.stack(sprites))
-        self.levels = {size: F.interpolate(planes, size=(size, size), mode="area").to(device) for size in (TILE, 56, 36)}
+        self.levels = {
+            size: F.interpolate(planes, size=(size, size), mode="area").to(device) for size in (TILE, 56, 36)
+        }
         self.digits = F.interpolate(self._planes(digits), size=(40, 40), mode="area").to(device)
 
     @staticmethod

@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 class Scenes(IterableDataset):
     """Collated training scenes with `tokens` `b t`; a tenth of the captions are empty, for classifier-free guidance."""
 
-    def __init__(self, batch: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None, dropout: float = 0.1) -> None:
+    def __init__(
+        self, batch: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None, dropout: float = 0.1
+    ) -> None:
         self.batch, self.seed, self.tokenizer, self.dropout = batch, seed, tokenizer, dropout
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """The architecture: a PixArt-Sigma pipeline in small, 128 x 128 pixels, 32 x 32 x 8 latents, 1024 image tokens.
 
-    python examples/pixart/pixart.py --weights runs/pixart/pixart.safetensors --out examples/pixart/pipeline
+    python examples/pixart/pixart.py --runs runs/pixart --out examples/pixart
 
 The autoencoder is that of `examples/emoji`: the folder holds a link to it, and no copy. This pipeline subtracts no
 mean from latents, so that the model learns them as they are, times `scaling_factor`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -95,11 +96,12 @@ def pipeline(model: Model, tokens: PreTrainedTokenizerFast, prediction: str) -> 
 
 def save(pipe: PixArtSigmaPipeline, folder: Path) -> None:
     """Write the folder in half precision, the autoencoder as a link; a plain `from_pretrained` gives float32."""
+    vae = folder / "vae"
+    if vae.is_symlink():  # left by an earlier call: the files behind it must not be written over
+        vae.unlink()
     pipe.to(dtype=torch.float16).save_pretrained(folder)
-    for file in (folder / "vae").iterdir():
-        file.unlink()
-    (folder / "vae").rmdir()
-    (folder / "vae").symlink_to(os.path.relpath(VAE, folder), target_is_directory=True)
+    shutil.rmtree(vae)
+    vae.symlink_to(os.path.relpath(VAE, folder), target_is_directory=True)
     for name in ("text_encoder", "transformer"):
         file = folder / name / "config.json"
         config = json.loads(file.read_text())
@@ -109,19 +111,20 @@ def save(pipe: PixArtSigmaPipeline, folder: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def export(weights: Path, out: Path, **shape: int) -> None:
-    """`pixart.safetensors` of train_pixart.py -> a `PixArtSigmaPipeline` folder."""
+def export(runs: Path, out: Path) -> None:
+    """What train_pixart.py left in `runs` -> `out/pipeline`, a `PixArtSigmaPipeline`, and `out/results/training.json`."""
+    told = json.loads((runs / "pixart.json").read_text())
     tokens = tokenizer()
-    model = Model(tokens, **shape)
-    model.load_state_dict(load_file(weights))
-    settings = json.loads(weights.with_suffix(".json").read_text())
-    save(pipeline(model, tokens, settings["prediction"]), out)
+    model = Model(tokens, **told["shape"])
+    model.load_state_dict(load_file(runs / "pixart.safetensors"))
+    save(pipeline(model, tokens, told["prediction"]), out / "pipeline")
+    (out / "results").mkdir(exist_ok=True)
+    shutil.copyfile(runs / "pixart.json", out / "results" / "training.json")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=HERE / "pipeline")
+    parser.add_argument("--runs", type=Path, default=Path("runs/pixart"))
+    parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
-    shape = json.loads(args.weights.with_suffix(".json").read_text())["shape"]
-    export(args.weights, args.out, **shape)
+    export(args.runs, args.out)

@@ -1,6 +1,6 @@
 """The frontier: what a picture costs in time, and how near it comes to the exact one, for every way of sampling.
 
-    python examples/quality/frontier.py --out OUT [--n 1000] [--only REGEX]
+    python examples/quality/frontier.py --out OUT [--model emoji|pixart|wan] [--n 1000] [--only REGEX]
 
 A turn draws one batch with each setting, so that what disturbs a machine for a while disturbs all settings alike. The
 first turns compile; the median of the `--turns` that follow is the time. One line is printed for each setting at its last turn:
@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import measure
 import torch
-from measure import EMOJI, likeness, look
+from measure import likeness
+from models import MODELS
 from run import machine
-from sampler import Sampler, scheduler_of
+from sampler import Sampler
 from settings import EXACT_STEPS, GUIDANCE, Setting, frontier
 from torch import Tensor
 
@@ -51,11 +51,11 @@ class Turns:
         if adaptive:
             self.kinds = self._sampler.kinds()
 
-    def row(self, judge: Any, facts: measure.Facts, exact: Tensor) -> Row:
+    def row(self, judge: Any, facts: dict[str, Tensor], exact: Tensor) -> Row:
         """What is measured on them."""
-        pictures = torch.cat([self.pictures[at] for at in sorted(self.pictures)])[: len(facts["number"])]
+        pictures = torch.cat([self.pictures[at] for at in sorted(self.pictures)])[: len(facts["item"])]
         near = likeness(pictures[: len(exact)], exact, self._sampler.batch)["psnr"]
-        right = look(judge, pictures, facts, self._sampler.batch).scores["accuracy"]
+        right = self._sampler.kind.right(judge, pictures, facts, self._sampler.batch)
         setting = self.setting
         return {
             "key": setting.key, "method": setting.method, "variant": setting.variant, "steps": setting.steps,
@@ -79,6 +79,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--out", type=Path, required=True, help="folder of frontier.json")
+    parser.add_argument("--model", choices=tuple(MODELS), default="emoji", help="its folder in examples/")
     parser.add_argument("--n", type=int, default=1000 if cuda else 2, help="pictures per setting")
     parser.add_argument("--batch", type=int, default=500, help="pictures at once; guidance doubles them")
     parser.add_argument("--turns", type=int, default=2, help="timed turns")
@@ -101,15 +102,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # past it, models would run uncompiled without a word
-    scenes = measure.scenes_of(args.n, PROMPT_SEED)
-    facts, judge = measure.facts_of(scenes, args.device), measure.load(EMOJI / "judge.safetensors", args.device)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    captions = [scene.caption for scene in scenes]
-    sampler = Sampler(captions, args.batch, args.device, dtype, args.inner_backend, GUIDANCE)
-    exact, *_ = sampler.one_batch(sampler.plain, scheduler_of("euler", sampler.shift), 0, args.exact_steps)
+    kind = MODELS[args.model]()
+    captions, facts = kind.asked(args.n, PROMPT_SEED, args.device)
+    judge, dtype = kind.judge(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
+    sampler = Sampler(captions, args.batch, args.device, dtype, args.inner_backend, GUIDANCE, kind)
+    exact, *_ = sampler.one_batch(sampler.plain, sampler.scheduler(kind.exact), 0, args.exact_steps)
     starts = list(range(0, args.n, args.batch))
     turns = [Turns(setting, sampler) for setting in chosen]
-    content: Row = {"meta": machine(args.device) | {"n": args.n, "batch": args.batch}, "rows": []}
+    content: Row = {"meta": machine(args.device) | {"model": args.model, "n": args.n, "batch": args.batch}, "rows": []}
     args.out.mkdir(parents=True, exist_ok=True)
     # the first turn compiles; pictures that are left are drawn in timed turns
     order = [starts[0], *(starts[turn % len(starts)] for turn in range(1, 1 + max(args.turns, len(starts) - 1)))]

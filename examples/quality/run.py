@@ -22,7 +22,7 @@ import measure
 import torch
 from measure import EMOJI, Distances, Facts, Looks, likeness, look, ndcg, summary
 from others import METHODS, module_flops
-from sampler import Drawn, Sampler, scheduler_of
+from sampler import Drawn, Sampler
 from settings import EXACT_STEPS, GUIDANCE, REFERENCE_STEPS, TABLES, Setting, settings
 from torch import Tensor
 from tqdm import tqdm
@@ -196,7 +196,7 @@ class Bench:
         plain = self.sampler.plain
         self.layers = self.layers or module_flops(plain, self.sampler.one_call())
         model = METHODS[setting.method](plain, self.args.inner_backend, **setting.options)
-        scheduler = scheduler_of(setting.sampler, self.sampler.shift)
+        scheduler = self.sampler.scheduler(setting.sampler)
         drawn = self.sampler.draw(model, scheduler, self.args.n, setting.steps, bar=bar.update, around=model.around)
         drawn.flops = model.flops(setting.steps, self.layers)
         return drawn

@@ -1,4 +1,4 @@
-"""Pictures in large batches from the shipped model: transformer, scheduler and decoder, without the pipeline's own loop.
+"""Pictures in large batches from a shipped model: transformer, scheduler and decoder, without the pipeline's own loop.
 
 The noise of picture i depends on i alone, so that settings are paired picture by picture. The conditions of a batch
 are one tensor through all of its steps; guidance runs in one batch, as in `StableDiffusion3Pipeline`.
@@ -11,53 +11,17 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    StableDiffusion3Pipeline,
-    UniPCMultistepScheduler,
-)
+from models import Emoji
 from torch import Tensor, nn
 
 import ras_compile
 from ras_compile.config import RUNTIME_OPTIONS
 
-PIPELINE = Path(__file__).parents[1] / "emoji" / "pipeline"
-SAMPLERS = ("euler", "even", "unipc", "dpm++")
 OnStep = Callable[[int, Tensor], None]  # (step, noise of uncond and cond [2 b, c, h, w])
-
-
-class EvenEuler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps that are equal before the shift, from 1 down to 0.
-
-    Left alone, diffusers' scheduler ends at a noise level just above 0, so that the last of few steps does nothing.
-    """
-
-    def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
-        """The schedule of a run; `kwargs` go on."""
-        sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
-        super().set_timesteps(device=device, sigmas=sigmas, **kwargs)
-
-
-def scheduler_of(name: str, shift: float) -> Any:
-    """A scheduler for flow models: "euler" (the pipeline's own), "even", "unipc" or "dpm++", equally shifted.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name in ("euler", "even"):
-        return (EvenEuler if name == "even" else FlowMatchEulerDiscreteScheduler)(num_train_timesteps=1000, shift=shift)
-    flow = dict(num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    if name == "unipc":
-        return UniPCMultistepScheduler(**flow)
-    if name == "dpm++":
-        return DPMSolverMultistepScheduler(**flow)
-    raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
 
 
 @dataclass
@@ -91,25 +55,26 @@ class Sampler:
         dtype: of the transformer; latents and decoder are float32.
         inner_backend: what compiles programs and the dense model ("eager" for tests).
         guidance: of classifier-free guidance.
+        kind: the model; that of `examples/emoji` where it is not given.
     """
 
     def __init__(
         self, captions: list[str], batch: int, device: str, dtype: torch.dtype, inner_backend: str = "inductor",
-        guidance: float = 4.0,
+        guidance: float = 4.0, kind: Emoji | None = None,
     ) -> None:  # fmt: skip
+        self.kind = kind or Emoji()
         self.batch, self.device, self.guidance, self.inner_backend = batch, device, guidance, inner_backend
-        pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE, dtype=torch.float32, local_files_only=True).to(device)
+        pipe = self.kind.pipeline(dtype).to(device)
         pipe.set_progress_bar_config(disable=True)
-        self.pipe = pipe
-        self.shift = pipe.scheduler.config.shift
-        self.texts = [self._encoded(captions[at : at + 500]) for at in range(0, len(captions), 500)]
-        self.prompts, self.pooled = (torch.cat(part).to(dtype) for part in zip(*self.texts, strict=True))
-        self.nothing, self.nothing_pooled = (part.to(dtype) for part in self._encoded([""]))
-        self.shape = (pipe.transformer.config.in_channels,) + (pipe.transformer.config.sample_size,) * 2
+        self.pipe, self.dtype, self._config = pipe, dtype, pipe.scheduler.config
+        texts = [self._encoded(captions[at : at + 500]) for at in range(0, len(captions), 500)]
+        self.given = {name: torch.cat([text[name] for text in texts]) for name in texts[0]}
+        self.nothing = self._encoded([""])
+        self.shape = self.kind.shape(pipe)
         self.noise = torch.stack([_noise(index, self.shape) for index in range(len(captions))]).to(device)
-        pipe.transformer.to(dtype).eval().requires_grad_(False)
+        pipe.transformer.eval().requires_grad_(False)
         pipe.vae.eval().requires_grad_(False)
-        if device == "cuda":
+        if device == "cuda" and len(self.shape) == 3:  # a format of pictures, not of videos
             pipe.vae.to(memory_format=torch.channels_last)
         # a compiled module and an attached one side by side
         self.plain: nn.Module = copy.deepcopy(pipe.transformer)
@@ -119,11 +84,13 @@ class Sampler:
         self._fixed: dict[str, Any] | None = None
 
     @torch.no_grad()
-    def _encoded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        prompts, _, pooled, _ = self.pipe.encode_prompt(
-            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=1
-        )
-        return prompts, pooled
+    def _encoded(self, captions: list[str]) -> dict[str, Tensor]:
+        found = self.kind.conditions(self.pipe, captions)
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in found.items()}
+
+    def scheduler(self, name: str) -> Any:
+        """The model's scheduler of a sampler of this name."""
+        return self.kind.scheduler(self._config, name)
 
     def attached(self, options: dict[str, Any]) -> ras_compile.Handle:
         """The pipeline, attached with `options`; compiled programs stay as long as only runtime options change."""
@@ -153,7 +120,7 @@ class Sampler:
 
     def ready(self, options: dict[str, Any] | None, sampler: str) -> tuple[nn.Module, Any]:
         """The model and the scheduler to draw with: attached with `options`, or the dense ones (None)."""
-        scheduler = scheduler_of(sampler, self.shift)
+        scheduler = self.scheduler(sampler)
         if options is None:
             return self.plain, scheduler
         self.pipe.scheduler = scheduler  # the handle follows the scheduler that the pipeline has
@@ -170,7 +137,7 @@ class Sampler:
         bar: Callable[[int], Any] = int,
     ) -> Drawn:  # fmt: skip
         """The first `count` pictures, every step whole."""
-        return self.draw(self.plain, scheduler_of(sampler, self.shift), count, steps, on_step, bar)
+        return self.draw(self.plain, self.scheduler(sampler), count, steps, on_step, bar)
 
     @torch.no_grad()
     def draw(
@@ -223,18 +190,15 @@ class Sampler:
     def _sampled(self, model: nn.Module, scheduler: Any, rows: Tensor, steps: int, on_step: OnStep | None) -> Tensor:
         """Latents [b, c, h, w] of pictures `rows` [b]."""
         count = len(rows)
-        prompts = torch.cat((self.nothing.expand(count, -1, -1), self.prompts[rows]))
-        pooled = torch.cat((self.nothing_pooled.expand(count, -1), self.pooled[rows]))
+        given = self._guided(rows)
         latents = self.noise[rows]
         scheduler.set_timesteps(steps, device=self.device)
-        # some schedulers round the timesteps that they tell; the sigmas that they step along are exact
-        times = (scheduler.sigmas * 1000).to(self.device, torch.float32)
+        times = self.kind.times(scheduler).to(self.device, torch.float32)
         for step, t in enumerate(scheduler.timesteps):
             noise = model(
-                hidden_states=torch.cat((latents, latents)).to(prompts.dtype),
+                hidden_states=torch.cat((latents, latents)).to(self.dtype),
                 timestep=times[step].expand(2 * count),
-                encoder_hidden_states=prompts,
-                pooled_projections=pooled,
+                **given,
                 return_dict=False,
             )[0]
             if on_step is not None:
@@ -243,11 +207,16 @@ class Sampler:
             latents = scheduler.step(uncond + self.guidance * (cond - uncond), t, latents, return_dict=False)[0]
         return latents
 
+    def _guided(self, rows: Tensor) -> dict[str, Tensor]:
+        """The conditions of uncond, then of cond samples."""
+        return {
+            name: torch.cat((self.nothing[name].expand(len(rows), *value.shape[1:]), value[rows]))
+            for name, value in self.given.items()
+        }
+
     def _decoded(self, latents: Tensor) -> Tensor:
         """uint8 [b, 3, h, w]."""
-        config = self.pipe.vae.config
-        pictures = self.pipe.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
-        return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return ((self.kind.decoded(self.pipe, latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     @torch.no_grad()
     def reconstructed(self, pictures: Tensor) -> Tensor:
@@ -262,10 +231,9 @@ class Sampler:
     def one_call(self) -> dict[str, Any]:
         """The arguments of the guided call for one picture, for `ras_compile.explain`."""
         return {
-            "hidden_states": self.noise[:1].repeat(2, 1, 1, 1).to(self.prompts.dtype),
+            "hidden_states": self.noise[:1].repeat(2, *[1] * len(self.shape)).to(self.dtype),
             "timestep": torch.full((2,), 500.0, device=self.device),
-            "encoder_hidden_states": torch.cat((self.nothing, self.prompts[:1])),
-            "pooled_projections": torch.cat((self.nothing_pooled, self.pooled[:1])),
+            **self._guided(torch.zeros(1, dtype=torch.long)),
             "return_dict": False,
         }
 

@@ -78,7 +78,7 @@ class Training:
             return reconstruction(output, video) + args.kl * divergence
 
         clock, file = self.part(SHARES["vae"]), args.out / "wan_vae.safetensors"
-        average, log = fit("vae", model, adam(model, 2e-3, self.device), loss_of, clock, file, args.log_every)
+        average, log = fit("vae", model, adam(model, 1.5e-3, self.device), loss_of, clock, file, args.log_every)
         average.eval()
         with torch.no_grad():
             video = film(self.atlas, self.held_out(args.look))
@@ -101,7 +101,9 @@ class Training:
                     part = len(video) // 4
                     passed = vae.decode(vae.encode(video[:part]).latent_dist.mode()).sample.float()
                     video = torch.cat((passed, video[part:]))
-                    video = video + torch.randn_like(video) * 0.1 * torch.rand(len(video), 1, 1, 1, 1, device=self.device)
+                    video = video + torch.randn_like(video) * 0.1 * torch.rand(
+                        len(video), 1, 1, 1, 1, device=self.device
+                    )
                 return loss(model, video, batch)
 
         clock, file = self.part(SHARES["judge"]), args.out / "wan_judge.safetensors"

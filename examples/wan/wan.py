@@ -1,6 +1,6 @@
 """The architecture: a Wan pipeline in small, nine frames of 64 x 64 pixels, 5 x 16 x 16 x 8 latents, 1280 video tokens.
 
-    python examples/wan/wan.py --runs runs/wan --out examples/wan/pipeline
+    python examples/wan/wan.py --runs runs/wan --out examples/wan
 
 Wan appends zeros to the hidden states of a short prompt, and attends to them: `max_sequence_length=32`, as trained.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -119,7 +120,7 @@ def save(pipe: WanPipeline, folder: Path) -> None:
 
 
 def export(runs: Path, out: Path) -> None:
-    """`wan.safetensors`, `wan_vae.safetensors` and `wan.json` of train_wan.py -> a `WanPipeline` folder."""
+    """What train_wan.py left in `runs` -> `out/pipeline`, a `WanPipeline`, `out/judge.safetensors`, `out/results/`."""
     settings = json.loads((runs / "wan.json").read_text())
     tokens = tokenizer()
     model, vae = Model(tokens, **settings["shape"]), autoencoder()
@@ -129,12 +130,15 @@ def export(runs: Path, out: Path) -> None:
     pipe = WanPipeline(
         tokenizer=tokens, text_encoder=model.text, vae=vae, scheduler=scheduler(), transformer=model.transformer
     )
-    save(pipe, out)
+    save(pipe, out / "pipeline")
+    shutil.copyfile(runs / "wan_judge.safetensors", out / "judge.safetensors")
+    (out / "results").mkdir(exist_ok=True)
+    shutil.copyfile(runs / "wan.json", out / "results" / "training.json")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=HERE / "pipeline")
+    parser.add_argument("--runs", type=Path, default=Path("runs/wan"))
+    parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     export(args.runs, args.out)

@@ -27,11 +27,11 @@ class Watcher(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3 * FRAMES, 48, 64, 80, 96)
-        blocks = [
-            Residual(a, b, 2 if at else 1) for at, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
-        ]
+        blocks = [Residual(a, b, 2 if at else 1) for at, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))]
         self.trunk = nn.Sequential(*blocks)  # [b, 96, 8, 8]
-        self.cells = nn.Sequential(nn.AdaptiveAvgPool2d(2 * GRID), nn.Conv2d(96, 128, 4, 2, 1), nn.ReLU())  # [b, 128, 3, 3]
+        self.cells = nn.Sequential(
+            nn.AdaptiveAvgPool2d(2 * GRID), nn.Conv2d(96, 128, 4, 2, 1), nn.ReLU()
+        )  # [b, 128, 3, 3]
         self.at = nn.ModuleDict({name: nn.Conv2d(128, size + 1, 1) for name, size in _CELL.items()})
         self.whole = nn.Sequential(nn.Flatten(), nn.Linear(128 * GRID * GRID, 64), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(64, size) for name, size in _WHOLE.items()})
@@ -63,7 +63,10 @@ def loss(watcher: Watcher, videos: torch.Tensor, batch: dict[str, torch.Tensor])
     """The sum of the cross-entropies of all answers."""
     logits, want = watcher(videos), targets(batch)
     return sum(
-        (nn.functional.cross_entropy(logits[name].flatten(0, -2).float(), index.flatten()) for name, index in want.items()),
+        (
+            nn.functional.cross_entropy(logits[name].flatten(0, -2).float(), index.flatten())
+            for name, index in want.items()
+        ),
         start=torch.zeros((), device=videos.device),
     )
 

@@ -18,9 +18,9 @@ from scripts import EXAMPLES, load
 import ras_compile
 from ras_compile.sampling.schedule import Schedule
 
-names = ("data", "measure", "others", "run", "sampler", "settings", "tables", "objects", "frontier")
-data, measure, others, run, sampler, chosen, tables, objects, frontier = load(["quality", "emoji"], names)
-Sampler, scheduler_of, OBJECTS = sampler.Sampler, sampler.scheduler_of, objects.OBJECTS
+names = ("data", "measure", "models", "others", "run", "sampler", "settings", "tables", "objects", "frontier")
+data, measure, models, others, run, sampler, chosen, tables, objects, frontier = load(["quality", "emoji"], names)
+Sampler, scheduler_of, OBJECTS = sampler.Sampler, models.scheduler_of, objects.OBJECTS
 
 
 def test_distance_is_that_of_the_formula():
