@@ -25,7 +25,7 @@ from loop import Clock, Pool, fit, optimizers  # isort: skip
 def train(args: argparse.Namespace) -> None:
     """Write `pixart.safetensors` (the moving average) and `pixart.json` (settings and losses)."""
     clock = Clock(args.seconds, args.steps)
-    device, on_gpu = args.device, args.device == "cuda"
+    device = args.device
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     atlas, tokens = Atlas(args.cache, device), tokenizer()
@@ -64,18 +64,18 @@ def train(args: argparse.Namespace) -> None:
             )[0]
         return (found.float() - target).square().mean()
 
-    average, log = fit("pixart", model, opts, loss_of, clock, args.out / "pixart.safetensors", args.log_every)
     chosen = ("prediction", "batch", "fresh", "pool", "ahead", "rate", "muon_rate", "seconds", "steps")
     settings = {name: getattr(args, name) for name in chosen} | {
         "shape": shape,
-        "parameters": sum(param.numel() for param in average.parameters()),
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "machine": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
-        "steps_done": clock.step,
-        "seconds_taken": round(clock.elapsed(), 1),
-        "log": log.entries,
     }
-    (args.out / "pixart.json").write_text(json.dumps(settings, indent=1) + "\n")
+    file = args.out / "pixart.json"
+    file.write_text(json.dumps(settings, indent=1) + "\n")  # if this is cut short, the last saved weights can be used
+    _, log = fit("pixart", model, opts, loss_of, clock, args.out / "pixart.safetensors", args.log_every)
+    settings |= {"steps_done": clock.step, "seconds_taken": round(clock.elapsed(), 1), "log": log.entries}
+    file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Training:
         self.args, self.device, self.clock = args, args.device, Clock(args.seconds, args.steps)
         self.atlas, self.tokens = Atlas(args.cache, args.device), tokenizer()
         self.told: dict = {name: value for name, value in vars(args).items() if name not in ("cache", "out", "device")}
+        names = ("layers", "heads", "head_dim", "feed_forward")
+        self.told["shape"] = {name: self.told.pop(name) for name in names}
 
     def part(self, share: float) -> Clock:
         """The clock of a part that has `share` of all the time."""
@@ -123,8 +125,7 @@ class Training:
     def transformer(self, vae: AutoencoderKLWan) -> None:
         """With the time that is left."""
         args, device = self.args, self.device
-        shape = dict(layers=args.layers, heads=args.heads, head_dim=args.head_dim, feed_forward=args.feed_forward)
-        model = Model(self.tokens, **shape).to(device)
+        model = Model(self.tokens, **self.told["shape"]).to(device)
         opts = optimizers(model, model.transformer.blocks, args.rate, args.muon_rate, device)
         network = torch.compile(model.transformer, dynamic=False) if args.compile else model.transformer
         feed, pool = self.clips(args.fresh, 23, tokens=True), Pool(args.pool)
@@ -157,8 +158,8 @@ class Training:
 
         clock = Clock(max(1.0, args.seconds - self.clock.elapsed()), args.steps)
         average, log = fit("wan", model, opts, loss_of, clock, args.out / "wan.safetensors", args.log_every)
-        self.told |= {"shape": shape, "parameters": sum(param.numel() for param in average.parameters())}
-        self.note("transformer", log, steps_done=clock.step)
+        count = sum(param.numel() for param in average.parameters())
+        self.note("transformer", log, steps_done=clock.step, parameters=count)
 
 
 def train(args: argparse.Namespace) -> None:
