@@ -195,7 +195,7 @@ def remembered(
         return None
     except Postponed:
         return (0.0,) * count
-    return None if times is None else tuple(math.inf if time is None else time for time in times)  # type: ignore[misc]
+    return tuple(math.inf if time is None else time for time in times) if isinstance(times, list) else None
 
 
 def _words(value: Any) -> object:

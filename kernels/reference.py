@@ -36,10 +36,11 @@ def epilogue_reference(
         z = z if norm_weight is None else z * norm_weight.to(wide)
         z = z if norm_bias is None else z + norm_bias.to(wide)
     if rope != "none":
+        assert cos is not None and sin is not None
         pairs = (-1, 2) if rope == "interleaved" else (2, -1)
         dim = -1 if rope == "interleaved" else -2
         a, b = z.unflatten(-1, pairs).unbind(dim)  # [B, A, H, D / 2]
-        (c, c2), (s, s2) = (_pair(table.to(wide), head_dim, pairs, dim) for table in (cos, sin))  # type: ignore[union-attr]
+        (c, c2), (s, s2) = (_pair(table.to(wide), head_dim, pairs, dim) for table in (cos, sin))
         z = torch.stack((a * c - b * s, b * c2 + a * s2), dim).flatten(-2)
     return z.flatten(-2).to(y.dtype)
 

@@ -198,7 +198,9 @@ def fastest(device: torch.device, key: str, names: Sequence[str], launch: Callab
         best = min(names, key=times.__getitem__, default=None)
         return None if best is None or math.isinf(times[best]) else best
 
-    return timings(device).recall(key, lambda found: found is None or found in names, measure)  # type: ignore[return-value]
+    name = timings(device).recall(key, lambda found: found is None or found in names, measure)
+    assert not isinstance(name, list)  # a list holds the times of `remembered`
+    return name
 
 
 Way = TypeVar("Way")

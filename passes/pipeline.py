@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import fx
 
@@ -56,7 +57,11 @@ def fused(fusion: Fusion | None, few_rows: FewRowsChoice | None, cuda: bool) -> 
 def _with(fusion: Fusion | None, *passes: tuple[str, Callable[[fx.Graph, Fusion], int]]) -> list[Pass]:
     if fusion is None:
         return []
-    return [Pass(name, lambda program, run=run: run(program.graph, fusion)) for name, run in passes]  # type: ignore[misc]
+    return [Pass(name, partial(_fuse, run, fusion)) for name, run in passes]
+
+
+def _fuse(run: Callable[[fx.Graph, Fusion], int], fusion: Fusion, program: fx.GraphModule) -> int:
+    return run(program.graph, fusion)
 
 
 # What a repeated block may hold, then the blocks.

@@ -13,7 +13,7 @@ from ras_compile._torch import OpOverload, is_composite, no_modes, schema_of
 from ras_compile.passes import rules  # noqa: F401  (fills the registry)
 from ras_compile.passes.analysis.layers import LAYERS
 from ras_compile.passes.rules.pointwise import is_pointwise
-from ras_compile.passes.rules.registry import RULES, Call, operands
+from ras_compile.passes.rules.registry import RULES, Call, named_arguments, operands
 
 aten = torch.ops.aten
 
@@ -92,10 +92,10 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
         for user in list(node.users):
             if user.target is not operator.getitem:
                 return False
-            user.replace_all_uses_with(env[result[user.args[1]]])  # type: ignore[index]
+            user.replace_all_uses_with(env[result[user.args[1]]])
             graph.erase_node(user)
     else:
-        node.replace_all_uses_with(env[result])  # type: ignore[index]
+        node.replace_all_uses_with(env[result])
     graph.erase_node(node)
     return True
 
@@ -106,15 +106,15 @@ CONCATENATIONS = (aten.cat.default, aten.concat.default, aten.concatenate.defaul
 def drop_empty_segments(node: fx.Node) -> None:
     """`cat([x[:, :n], x[:, n:]])  ->  cat([x[:, :n]])`, where x has n entries: what is padded on may be nothing."""
     value, (tensors, *rest) = node.meta["val"], node.args
-    dim = Call(node, {}, None).args["dim"]  # type: ignore[arg-type]
-    kept = [tensor for tensor in tensors if tensor.meta["val"].shape[dim]]  # type: ignore[union-attr, index]
+    dim = named_arguments(node)["dim"]
+    kept = [tensor for tensor in tensors if tensor.meta["val"].shape[dim]]
     if any(tensor.meta["val"].dtype == value.dtype for tensor in kept):
         node.args = (kept, *rest)
 
 
 def spell_causal_mask(graph: fx.Graph, node: fx.Node) -> None:
     """`sdpa(q, k, v, is_causal=True)  ->  sdpa(q, k, v, tril(ones(l, s)))`"""
-    call = Call(node, {}, None)  # type: ignore[arg-type]
+    call = Call(node, {}, None)
     if not call.args["is_causal"]:
         return
     query, key = (call.args[name].meta["val"] for name in ("query", "key"))
@@ -129,7 +129,7 @@ def spell_causal_mask(graph: fx.Graph, node: fx.Node) -> None:
 
 def drop_open_mask(node: fx.Node) -> None:
     """`sdpa(q, k, v, ones(...))  ->  sdpa(q, k, v)`, where the mask depends on no input: no weight, no argument."""
-    call = Call(node, {}, None)  # type: ignore[arg-type]
+    call = Call(node, {}, None)
     mask = call.args["attn_mask"]
     if mask is not None and is_open(mask):
         _, node.args, node.kwargs = call.with_args(attn_mask=None)

@@ -21,7 +21,7 @@ from ras_compile.errors import UnsupportedGraph
 from ras_compile.notices import fell_back
 from ras_compile.passes.algebra.layout import Atom, Axis, Frame, Layout, Restart, Sizes, opaque
 from ras_compile.passes.rules.pointwise import copies, find_rule, is_pointwise
-from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, operands
+from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, named_arguments, operands
 
 aten = torch.ops.aten
 
@@ -111,7 +111,7 @@ class Together:
         node.replace_all_uses_with(made)
         _refresh(self.graph, made, node)
         splits = [part.args[0] for part in self.parts if part.target is operator.getitem]
-        dead: set[fx.Node] = {node, *self.parts, *splits}  # type: ignore[arg-type]
+        dead: set[fx.Node] = {node, *self.parts, *splits}
         for gone in sorted(dead, key={n: k for k, n in enumerate(self.graph.nodes)}.__getitem__, reverse=True):
             if not gone.users and gone.op == "call_function":
                 self.graph.erase_node(gone)
@@ -134,7 +134,7 @@ class Together:
         return self.added[key]
 
     def _joined(self, node: fx.Node) -> fx.Node:
-        args, shape = Call(node, {}, None).args, tuple(node.meta["val"].shape)  # type: ignore[arg-type]
+        args, shape = named_arguments(node), tuple(node.meta["val"].shape)
         dim = args["dim"] % len(shape)
         if node.target is aten.slice_scatter.default:
             base, part = args["self"], self.part(args["src"])
@@ -241,7 +241,7 @@ class Together:
             mine = self.parts[operand]
             places = [index for index, dim in enumerate(mine.layout.dims) if dim == (Axis(1, TOKENS),)]
             dims |= {place + rank - len(mine.layout.dims) for place in places}
-        alone = is_pointwise(node.target) or RULES.get(node.target) is copies  # type: ignore[arg-type]
+        alone = is_pointwise(node.target) or RULES.get(node.target) is copies
         if len(dims) != 1 or not (alone or node.target in SAME_PLACE):
             raise Apart
         (dim,) = dims
@@ -285,13 +285,13 @@ def cut_of(node: fx.Node) -> Part | None:
     cut, index = (node.args[0], node.args[1]) if node.target is operator.getitem else (node, None)
     if not isinstance(cut, fx.Node) or cut.target not in (SLICES if index is None else SPLITS):
         return None
-    args, source = Call(cut, {}, None).args, cut.args[0]  # type: ignore[arg-type]
+    args, source = named_arguments(cut), cut.args[0]
     assert isinstance(source, fx.Node)
     shape = source.meta["val"].shape
     dim = args["dim"] % len(shape)
     length = node.meta["val"].shape[dim]
     if index is not None:
-        start = sum(piece.shape[dim] for piece in cut.meta["val"][:index])  # type: ignore[misc]
+        start = sum(piece.shape[dim] for piece in cut.meta["val"][:index])
     elif cut.target is aten.narrow.default:
         start = args["start"] % shape[dim]
     else:

@@ -47,7 +47,7 @@ class Analysis:
 
     @property
     def output_nodes(self) -> list[fx.Node]:
-        return list(next(iter(reversed(self.graph.nodes))).args[0])  # type: ignore[arg-type]
+        return list(next(iter(reversed(self.graph.nodes))).args[0])
 
 
 def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool = True) -> Analysis:
@@ -92,7 +92,7 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool, apart
             continue
         if node.target is operator.getitem:
             source, index = node.args
-            result: Result = layouts[source][index]  # type: ignore[index]
+            result: Result = layouts[source][index]
             steps[node] = Step(result, (Use.ROWS,))
         else:
             call = Call(node, layouts, frame, kv_cache=kv_cache, mixed=mixed)
@@ -100,7 +100,7 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool, apart
             if one is None:  # the graph is another from where the parts were cut
                 for known in (layouts, steps):
                     for gone in [erased for erased in known if erased._erased]:
-                        del known[gone]  # type: ignore[attr-defined]
+                        del known[gone]
                 following = source.next
                 continue
             step = one

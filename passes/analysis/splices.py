@@ -15,7 +15,7 @@ from torch import fx
 
 from ras_compile.passes.algebra.layout import Concat, Frame, Layout, Sizes
 from ras_compile.passes.analysis.propagate import Analysis
-from ras_compile.passes.rules.registry import Call, Gather, Step, Use, operands
+from ras_compile.passes.rules.registry import Gather, Step, Use, named_arguments, operands
 
 aten = torch.ops.aten
 
@@ -101,7 +101,7 @@ def plan(analysis: Analysis, *, frozen: bool = False) -> SparsePlan:
         node = analysis.output_nodes[index]
         rows(node)
         if node in seen:
-            result.splices[result.splice(node)] = Splice(node, analysis.layouts[node], True)  # type: ignore[arg-type]
+            result.splices[result.splice(node)] = Splice(node, analysis.layouts[node], True)
         else:
             splice(node, is_output=True)
     return result
@@ -163,10 +163,10 @@ def joined_dim(node: fx.Node, layout: Layout) -> int | None:
     """The dimension along which a node puts the region's segment beside others; None where it does not."""
     if node.target not in (aten.cat.default, aten.concat.default, aten.concatenate.default):
         return None
-    dim = Call(node, {}, None).args["dim"] % len(layout.dims)  # type: ignore[arg-type]
+    dim = named_arguments(node)["dim"] % len(layout.dims)
     return dim if any(isinstance(factor, Concat) for factor in layout.dims[dim]) else None
 
 
 def source(node: fx.Node) -> fx.Node:
     """The node that computes a value: the op behind a `getitem`."""
-    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+    return node.all_input_nodes[0] if node.target is operator.getitem else node

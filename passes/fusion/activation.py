@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ras_compile.passes.rules.registry import Call
+from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ def fuse_linear_gelu(graph: fx.Graph, dtypes: tuple[torch.dtype, ...] = (torch.b
     count = 0
     for node in list(graph.find_nodes(op="call_function", target=aten.gelu.default)):
         linear = node.args[0]
-        if Call(node, {}, None).args["approximate"] != "tanh" or linear.target is not aten.linear.default:  # type: ignore[arg-type]
+        if named_arguments(node)["approximate"] != "tanh" or linear.target is not aten.linear.default:
             continue
         operands = [*linear.args, *linear.kwargs.values()]
         if len(linear.users) != 1 or len(operands) != 3 or operands[2] is None:

@@ -14,8 +14,8 @@ from torch import fx
 
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.scatter import Fusion
-from ras_compile.passes.programs.emit import Emitter
-from ras_compile.passes.rules.registry import Call
+from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
     pays = Asked(fusion.attention_pays)
     emit, count = Emitter.of(graph), 0
     for node in list(graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)):
-        given = Call(node, {}, None).args  # type: ignore[arg-type]
+        given = named_arguments(node)
         operands = [given[name] for name in ("query", "key", "value")]
         q, k, v = (operand.meta["val"] for operand in operands)
         plain = given["attn_mask"] is None and not given["is_causal"] and not given["dropout_p"]

@@ -88,7 +88,7 @@ def source(x: fx.Node, first: dict[fx.Node, fx.Node]) -> fx.Node:
         x = first.get(x, x)
         if x.target not in RESHAPES or x.meta["val"].shape[-1] != x.args[0].meta["val"].shape[-1]:
             return x
-        x = x.args[0]  # type: ignore[assignment]
+        (x,) = x.all_input_nodes
 
 
 def join(graph: fx.Graph, x: fx.Node, members: dict[Parameters, list[fx.Node]]) -> None:

@@ -30,10 +30,10 @@ from ras_compile.passes.fusion.gathered import Gathered
 from ras_compile.passes.fusion.scatter import Fusion, addressed, writable
 from ras_compile.passes.fusion.sites import Target, draws_of, target_of
 from ras_compile.passes.fusion.walks import Walk, chained, contiguous, moves_entries
-from ras_compile.passes.programs.emit import Emitter
-from ras_compile.passes.programs.roles import rows_of
+from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.rules.convolution import per_dim
-from ras_compile.passes.rules.registry import Call
+from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -101,8 +101,8 @@ def fuse_gather_linear(graph: fx.Graph, fusion: Fusion) -> int:
 def arguments(site: Site, rows: fx.Node, emit: Emitter) -> tuple | None:
     """The fused op's arguments, in the order of its schema; None where an input has no such view."""
     _, weight, bias = (*site.product.args, None)[:3]
-    outputs, *inner = weight.meta["val"].shape  # type: ignore[union-attr]
-    channels = weight.meta["val"][0].numel()  # type: ignore[union-attr]
+    outputs, *inner = weight.meta["val"].shape
+    channels = weight.meta["val"][0].numel()
     x = site.x.view(emit, channels)
     table = None if site.table is None else site.table.view(emit, outputs)
     if x is None or (table is None) != (site.table is None):
@@ -136,13 +136,13 @@ class Finder:
     def experiment(self, product: fx.Node, kernel: list[int]) -> Site | None:
         """Runs what stands around a product on addresses."""
         x, weight, bias = (*product.args, None)[:3]
-        given, result = [node.meta["val"] for node in (x, weight, bias) if node is not None], product.meta["val"]  # type: ignore[union-attr]
+        given, result = [node.meta["val"] for node in (x, weight, bias) if node is not None], product.meta["val"]
         outputs, channels = len(given[1]), given[1][0].numel()
         samples, rest = divmod(result.numel(), self.active * outputs)
         if rest or self.samples not in (1, samples) or any(value.dtype != result.dtype for value in given):
             return None
         lead = (samples, self.active)
-        source = self.source(x, lead, channels, Walk.of(patches(contiguous(x), kernel)))  # type: ignore[arg-type]
+        source = self.source(x, lead, channels, Walk.of(patches(contiguous(x), kernel)))
         if source is None or (source.target.sample == 0 and samples > self.samples):
             return None
         # How the product counts: [samples, N, places], as a convolution does, or [B, A, N].
@@ -222,7 +222,7 @@ def kernel_of(node: fx.Node) -> list[int] | None:
         return []
     if node.target not in CONVOLUTIONS:
         return None
-    args = Call(node, {}, None).args  # type: ignore[arg-type]
+    args = named_arguments(node)
     given, kernel = args["input"].meta["val"].shape, list(args["weight"].meta["val"].shape[2:])
     rank = len(kernel)
     plain = per_dim(args["padding"], rank) == [0] * rank and per_dim(args["dilation"], rank) == [1] * rank

@@ -163,7 +163,7 @@ def linears_of(x: fx.Node, op: Op) -> list[tuple[fx.Node, fx.Node]]:
 
 def source(x: fx.Node) -> fx.Node:
     """What a scatter-GEMM reads, before it is made [B, A, K]."""
-    return x.args[0] if x.target is aten.reshape.default else x  # type: ignore[return-value]
+    return x.all_input_nodes[0] if x.target is aten.reshape.default else x
 
 
 def place(graph: fx.Graph, group: Group) -> fx.Node | None:
@@ -179,7 +179,7 @@ def place(graph: fx.Graph, group: Group) -> fx.Node | None:
     first = min([*(op.at for op in group.scatters), *readers], key=order.__getitem__)
     stack = [operand for linear, x in group.linears for operand in (x, *linear.all_input_nodes)]
     for op in group.scatters:
-        fx.node.map_arg(tuple(op.arguments), stack.append)  # type: ignore[arg-type]
+        fx.node.map_arg(tuple(op.arguments), stack.append)
     caches = {op.arguments.cache for op in group.scatters}
     if any(written(root(operand)) for operand in stack if operand not in caches):
         return None
@@ -206,14 +206,14 @@ def place(graph: fx.Graph, group: Group) -> fx.Node | None:
     return first
 
 
-def member(linear: fx.Node, x: fx.Node, cache: Any = None, rows: fx.Node | None = None) -> ScatterArguments[fx.Node]:
+def member(linear: fx.Node, x: fx.Node, cache: Any = None, rows: Any = None) -> ScatterArguments[fx.Node]:
     """A plain linear as a member: into a cache [B, A, N] of its own, row by row. Without nodes for these, their values."""
     _, weight, bias = (*linear.args, None)[:3]
     given: Tensor = x.meta["val"]
     if cache is None:
         cache = linear.meta["val"].new_empty(*given.shape[:2], linear.meta["val"].shape[-1])
-        rows = given.new_empty(1, given.shape[1], dtype=torch.int64)  # type: ignore[assignment]
-    return ScatterArguments(cache, x, weight, bias, rows)  # type: ignore[arg-type]
+        rows = given.new_empty(1, given.shape[1], dtype=torch.int64)
+    return ScatterArguments(cache, x, weight, bias, rows)
 
 
 def merge(graph: fx.Graph, group: Group, before: fx.Node, numbers: dict[int, fx.Node]) -> None:

@@ -28,8 +28,8 @@ from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.epilogues import Epilogue, table_shape
 from ras_compile.passes.fusion.group import GroupChoice, Op, join
 from ras_compile.passes.fusion.sites import Site, Target, sites
-from ras_compile.passes.programs.emit import Emitter
-from ras_compile.passes.programs.roles import rows_of
+from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.roles import rows_of
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -81,7 +81,7 @@ def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
         if offered and pays([op.arguments for op in offered]):
             for op in offered:
                 op.write(graph)
-            graph.erase_node(site.put)  # type: ignore[union-attr]  # there is a site where something is offered
+            graph.erase_node(site.put)
         ops += offered
     if fusion.grouped is not None:
         join(graph, ops, fusion.grouped)
@@ -117,25 +117,25 @@ class Writer:
         """The scatter-GEMMs that may take a splice's place, one for each of its linears; none where one of them cannot be."""
         put, products, samples = site.put, site.products, self.samples
         operands = [put.args[0], *products, *(operand for node in products for operand in node.all_input_nodes)]
-        kinds = {operand.meta["val"].dtype for operand in operands}  # type: ignore[union-attr]
+        kinds = {operand.meta["val"].dtype for operand in operands}
         if len(kinds) != 1 or not kinds <= self.dtypes or not all(writable(target) for _, target in site.found):
             return []
         lengths = [node.meta["val"].numel() // (samples * node.meta["val"].shape[-1]) for node in products]
         result: list[Op] = []
         with self.graph.inserting_before(put):
             for node, length, (epilogue, target) in zip(products, lengths, site.found, strict=True):
-                cache = addressed(self.emit, put.args[0], target, samples, node.meta["val"].shape[-1])  # type: ignore[arg-type]
+                cache = addressed(self.emit, put.args[0], target, samples, node.meta["val"].shape[-1])
                 if cache is None:
                     return []
                 x, weight, bias = (*node.args, None)[:3]
-                shape = (samples, length, x.meta["val"].shape[-1])  # type: ignore[union-attr]
-                if tuple(x.meta["val"].shape) != shape:  # type: ignore[union-attr]
+                shape = (samples, length, x.meta["val"].shape[-1])
+                if tuple(x.meta["val"].shape) != shape:
                     x = self.emit(aten.reshape.default, x, list(shape))
                 where = self.row_numbers(target, length)
                 tail = more(self.emit, epilogue, site.leaves, samples, length, sum(lengths))
                 result.append(
                     Op(ScatterArguments(cache[0], x, weight, bias, where, cache[1], *tail), put, result, node)
-                )  # type: ignore[arg-type]
+                )
         return result
 
     def row_numbers(self, target: Target, length: int) -> fx.Node:

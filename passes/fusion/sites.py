@@ -25,7 +25,7 @@ from ras_compile._torch import pytree
 from ras_compile.kernels import epilogue_reference
 from ras_compile.notices import fell_back
 from ras_compile.passes.fusion.epilogues import Epilogue, arguments, hypotheses
-from ras_compile.passes.programs.roles import rows_of
+from ras_compile.passes.analysis.roles import rows_of
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ras_compile.passes.programs.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter
 
 aten = torch.ops.aten
 

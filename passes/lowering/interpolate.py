@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ras_compile.passes.programs.roles import Role
+from ras_compile.passes.analysis.roles import Role
 
 Point = tuple[int, ...]  # one value for each length
 

@@ -50,7 +50,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
         return []
     found: list[fx.Node] = []
     for value in _marked(node, writing=True):
-        fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+        fx.node.map_arg(value, found.append)
     return found
 
 
@@ -64,7 +64,7 @@ def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
     found: list[fx.Node] = []
     if any(result.alias_info is not None for result in schema_of(target).returns):
         for value in _marked(node):
-            fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+            fx.node.map_arg(value, found.append)
     elif may and schema_of(target).name in MAY_BE_VIEWS:
         operands = node.all_input_nodes
         found = [] if target is torch.ops.aten.einsum.default and len(operands) > 1 else operands  # products are new

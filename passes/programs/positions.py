@@ -206,7 +206,7 @@ class PositionBuilder:
         """Positions of the sparse entries of one segment that holds the region: [B, S'] or [S']."""
         runs = self._runs(factors)
         if len(runs) == 1:
-            return self._digit(factors[0].atom, factors[-1].atom, math.prod(f.size for f in factors))  # type: ignore[arg-type]
+            return self._digit(factors[0].atom, factors[-1].atom, math.prod(f.size for f in factors))
         extents = [self.sizes.axis(factor) for factor in factors]
         lead = next(k for k, factor in enumerate(factors) if factor.atom == self.region[0])
         stride, total = math.prod(f.size for f in factors), None
@@ -215,7 +215,7 @@ class PositionBuilder:
             stride //= count
             atom = factors[run[0]].atom
             if atom in self.region:
-                value = self._digit(atom, factors[run[-1]].atom, count)  # type: ignore[arg-type]
+                value = self._digit(atom, factors[run[-1]].atom, count)
                 shape = [*lead_shape, *(1 if k != lead else self.sizes.active for k in range(len(factors)))]
             else:
                 value = self._arange(count)

@@ -20,9 +20,9 @@ from ras_compile.passes.algebra.layout import Layout
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan, joined_dim, plan
 from ras_compile.passes.programs.aliases import is_input, overlaps_itself
-from ras_compile.passes.programs.emit import Emitter, fake_mode
+from ras_compile.passes.analysis.emit import Emitter, fake_mode
 from ras_compile.passes.programs.positions import PositionBuilder
-from ras_compile.passes.programs.roles import Role, role_of
+from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.rules.registry import Gather, Step, Use, operands
 
 aten = torch.ops.aten
@@ -119,7 +119,7 @@ class _SparseBuilder:
         if node.target is operator.getitem:
             origin, index = node.args
             table = self.rows if origin in self.rows else self.env
-            value = self.emit(operator.getitem, table[origin], index)  # type: ignore[index]
+            value = self.emit(operator.getitem, table[origin], index)
             carries = self.analysis.layouts.get(node) is not None
             (self.rows if carries and origin in self.rows else self.env)[node] = value
             return
@@ -136,7 +136,7 @@ class _SparseBuilder:
             parts = [self.value(*pair) for pair in zip(operands(node), step.uses, strict=True) if pair[1] is Use.ROWS]
             value = self.emit(target, parts, dim)
         several = isinstance(step.out, tuple)
-        carries = any(out is not None for out in step.out) if several else step.out is not None  # type: ignore[union-attr]
+        carries = any(out is not None for out in step.out) if several else step.out is not None
         sparse = carries and not step.whole
         (self.rows if sparse else self.env)[node] = value
         if sparse and not several:
@@ -242,7 +242,7 @@ def dense_program(analysis: Analysis, sparse: SparsePlan) -> fx.GraphModule:
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(analysis.graph, env)  # type: ignore[arg-type]
+    graph.graph_copy(analysis.graph, env)
     for node in graph.find_nodes(op="placeholder"):
         node.meta.setdefault("role", Role.INPUT)
     emit = Emitter(fake_mode(analysis.graph), graph)

@@ -79,7 +79,7 @@ def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) 
             dims[label] = both
     carriers = [term for term in carriers if term not in whole]
     # nothing is contracted: what is spelled as a contraction is a permutation, or a product entry by entry
-    raw = all(call.layout(term.node).raw for term in carriers) and all({*term.labels} <= {*out} for term in terms)  # type: ignore[union-attr]
+    raw = all(call.layout(term.node).raw for term in carriers) and all({*term.labels} <= {*out} for term in terms)
     result = Layout.of([dims[label] for label in out], raw) if carriers else None
     if result is not None and not one_grid(call, result, [dims[label] for term in whole for label in term.labels]):
         return call.whole()

@@ -110,7 +110,7 @@ def find_rule(node: fx.Node) -> Rule:
     Raises:
         UnsupportedGraph: the op has none.
     """
-    rule = RULES.get(node.target)  # type: ignore[arg-type]
+    rule = RULES.get(node.target)
     if rule is None and is_pointwise(node.target):
         rule = pointwise
     if rule is None:

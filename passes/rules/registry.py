@@ -71,6 +71,14 @@ def operands(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of an op by its schema's names, defaults filled in."""
+    schema = schema_of(node.target).arguments
+    given = {argument.name: argument.default_value for argument in schema}
+    given.update(zip((argument.name for argument in schema), node.args, strict=False))
+    return given | node.kwargs
+
+
 def source_line(node: fx.Node) -> str | None:
     """The user's source line of a node: ``file:line in function: code``, of the last frame outside of PyTorch, if any."""
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)\n\s*(.*)', node.meta.get("stack_trace") or "")
@@ -105,11 +113,7 @@ class Call:
     def args(self) -> dict[str, Any]:
         """Arguments by the schema's names, defaults filled in."""
         if self._bound is None:
-            schema = schema_of(self.node.target).arguments
-            bound = {argument.name: argument.default_value for argument in schema}
-            bound.update(zip((argument.name for argument in schema), self.node.args, strict=False))
-            bound.update(self.node.kwargs)
-            self._bound = bound
+            self._bound = named_arguments(self.node)
         return self._bound
 
     def layout(self, operand: Any) -> Layout | None:
@@ -145,17 +149,18 @@ class Call:
 
     def with_args(self, **changes: Any) -> tuple[Callable, tuple, dict]:
         """``(target, args, kwargs)`` with some arguments replaced."""
-        schema = [argument.name for argument in schema_of(self.node.target).arguments]
+        target: Any = self.node.target
+        schema = [argument.name for argument in schema_of(target).arguments]
         args, kwargs = list(self.node.args), dict(self.node.kwargs)
         for name, value in changes.items():
             index = schema.index(name)
             if index < len(args):
                 args[index] = value
-            elif not schema_of(self.node.target).arguments[index].kwarg_only and index == len(args):
+            elif not schema_of(target).arguments[index].kwarg_only and index == len(args):
                 args.append(value)
             else:
                 kwargs[name] = value
-        return self.node.target, tuple(args), kwargs  # type: ignore[return-value]
+        return target, tuple(args), kwargs
 
     def whole(self, out: Result = None) -> Step:
         """The node runs on whole operands; with ``out`` its whole result still carries the region."""

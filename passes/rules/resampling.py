@@ -57,12 +57,12 @@ def pixel_unshuffle(call: Call) -> Step:
     """`b c (h r) (w s) -> b (c r s) h w`"""
     layout, factor = only_layout(call), call.args["downscale_factor"]
     *lead, channels, height, width = layout.dims
-    cuts = [patches(call, dim, factor) for dim in (height, width)]
+    high_cut, wide_cut = (patches(call, dim, factor) for dim in (height, width))
     if layout.raw:
         exclude(call, [channels])
-    if grid_atoms(call, [channels]) or None in cuts:
+    if grid_atoms(call, [channels]) or high_cut is None or wide_cut is None:
         return call.whole()
-    (high, pixel_rows), (wide, pixel_columns) = cuts  # type: ignore[misc]
+    (high, pixel_rows), (wide, pixel_columns) = high_cut, wide_cut
     exclude(call, [pixel_rows, pixel_columns])
     return Step(Layout.of([*lead, opaque(call.shape[-3]), high, wide], layout.raw), call.uses())
 
@@ -90,9 +90,10 @@ def im2col(call: Call) -> Step:
         exclude(call, [channels])
     if grid_atoms(call, [channels]):
         return call.whole()
-    cuts = [patches(call, dim, size) for dim, size in zip((height, width), kernel, strict=True)]
-    if kernel == stride and dilation == [1, 1] and padding == [0, 0] and None not in cuts:
-        (high, pixel_rows), (wide, pixel_columns) = cuts  # type: ignore[misc]
+    high_cut, wide_cut = (patches(call, dim, size) for dim, size in zip((height, width), kernel, strict=True))
+    plain = kernel == stride and dilation == [1, 1] and padding == [0, 0]
+    if plain and high_cut is not None and wide_cut is not None:
+        (high, pixel_rows), (wide, pixel_columns) = high_cut, wide_cut
         exclude(call, [pixel_rows, pixel_columns])
         return Step(Layout.of([*lead, opaque(call.shape[-2]), (*high, *wide)], layout.raw), call.uses())
     around = [p * 2 == d * (k - 1) for k, d, p in zip(kernel, dilation, padding, strict=True)]

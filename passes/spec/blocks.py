@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ras_compile._torch import FakeTensorMode
 from ras_compile.passes.programs.aliases import INVOKE, apart, fills, root, subgraph, viewers, writes
-from ras_compile.passes.programs.roles import Role, role_of
+from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.spec.demand import demand
 from ras_compile.passes.spec.values import kind
 
@@ -23,7 +23,7 @@ def check_blocks(program: fx.GraphModule) -> None:
     for call in program.graph.find_nodes(op="call_function", target=INVOKE):
         block = call.args[0]
         demand(isinstance(block, fx.Node) and block.op == "get_attr", call, "calls what is no block of the program")
-        calls.setdefault(str(block.target), []).append(call)  # type: ignore[union-attr]
+        calls.setdefault(str(block.target), []).append(call)
     last = next(iter(reversed(program.graph.nodes)))
     for name, block in program.named_children():
         if not isinstance(block, fx.GraphModule):
@@ -49,7 +49,7 @@ def check_call(call: fx.Node, block: fx.GraphModule) -> None:
         fits = roles[0] is roles[1] or not set(roles).intersection(FIXED)
         demand(fits, call, f"operand {place} is of role {roles[1]}, its block takes {roles[0]}")
     returned = next(iter(reversed(block.graph.nodes))).args[0]
-    wanted_results = [kind(node.meta["val"]) for node in returned]  # type: ignore[union-attr]
+    wanted_results = [kind(node.meta["val"]) for node in returned]
     results = [kind(value) for value in call.meta["val"]]
     demand(results == wanted_results, call, f"says {results}, its block returns {wanted_results}")
     for user in call.users:
@@ -65,7 +65,7 @@ def check_call(call: fx.Node, block: fx.GraphModule) -> None:
 def check_results(call: fx.Node, block: fx.GraphModule) -> None:
     """A block is run on fake tensors: each result fills its memory, and shares it with nothing."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        given = [_empty(operand.meta["val"]) for operand in call.args[2:]]  # type: ignore[union-attr]
+        given = [_empty(operand.meta["val"]) for operand in call.args[2:]]
         returned = fx.Interpreter(block).run(*given)
     demand(apart(returned, given), call, "its block returns memory that something else uses")
     demand(all(map(fills, returned)), call, "its block returns a part of some memory")

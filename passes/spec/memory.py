@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from ras_compile._torch import auto_functionalized_v2, memory_key, pytree, schema_of
 from ras_compile.passes.programs.aliases import root, shows, subgraph, writes
-from ras_compile.passes.programs.roles import Role, of_role, role_of
+from ras_compile.passes.analysis.roles import Role, of_role, role_of
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
 aten, own = torch.ops.aten, torch.ops.ras_compile
@@ -124,10 +124,10 @@ class Step:
             self._write(node, args, kwargs)
             return args[0] if shows(node) else None
         if target is aten.index.Tensor:
-            self._in_range(node, node.args[0].meta["val"].shape, args[1])  # type: ignore[union-attr]
+            self._in_range(node, node.args[0].meta["val"].shape, args[1])
         elif target is own.gather_linear.default:
             given = _named(target, args, kwargs)
-            self._rows_in_range(node, node.args[0].meta["val"].shape, given["rows"], given["grid_dims"])  # type: ignore[union-attr]
+            self._rows_in_range(node, node.args[0].meta["val"].shape, given["rows"], given["grid_dims"])
         held = _known(node, env)
         if any(isinstance(value, Shown) for value in held):
             return self._show_or_read(node, env)
@@ -270,7 +270,7 @@ class Step:
 
 
 def _with_values(node: fx.Node, env: dict[fx.Node, Any]) -> tuple[tuple, dict[str, Any]]:
-    return fx.node.map_arg(node.args, env.get), fx.node.map_arg(node.kwargs, env.get)  # type: ignore[return-value]
+    return fx.node.map_arg(node.args, env.get), fx.node.map_arg(node.kwargs, env.get)
 
 
 def _known(node: fx.Node, env: dict[fx.Node, Any]) -> list[Any]:

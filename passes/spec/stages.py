@@ -20,7 +20,7 @@ from ras_compile.passes.algebra.layout import Axis, Concat, Dim, Frame, Layout, 
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan, Splice
 from ras_compile.passes.programs.aliases import overlaps_itself, root, roots, shows, writes
-from ras_compile.passes.rules.registry import Gather, Step, Use, operands
+from ras_compile.passes.rules.registry import Gather, Step, Use, named_arguments, operands
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
 aten = torch.ops.aten
@@ -285,8 +285,8 @@ def sliced(node: fx.Node) -> tuple[int, int, int] | None:
     """``(dim, start, stop)`` of the slice of a cache that a view shows, or None where it shows all of it."""
     while node.op == "call_function":
         if node.target is aten.slice.Tensor:
-            _, dim, start, stop = node.args
-            return dim, start, stop  # type: ignore[return-value]
+            given = named_arguments(node)
+            return given["dim"], given["start"], given["end"]
         node = operands(node)[0]
     return None
 

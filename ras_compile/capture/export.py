@@ -28,7 +28,7 @@ from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.normalize import normalize
-from ras_compile.passes.programs.roles import Role
+from ras_compile.passes.analysis.roles import Role
 from ras_compile.passes.rules.registry import source_line
 
 log = logging.getLogger(__name__)

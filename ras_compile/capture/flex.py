@@ -91,7 +91,7 @@ def nodes_in(argument: Any) -> list[fx.Node]:
 def writes_into(node: fx.Node) -> fx.Node | None:
     """The value that a node writes into, as Dynamo's graphs spell it; None for most nodes."""
     method = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.args[0] if method or node.target is operator.setitem else None  # type: ignore[return-value]
+    return node.all_input_nodes[0] if method or node.target is operator.setitem else None
 
 
 def behind(graph: fx.Graph, wanted: Sequence[fx.Node]) -> set[fx.Node]:
@@ -176,29 +176,30 @@ class Constants:
 
 def replace(module: fx.GraphModule, node: fx.Node, constants: Constants, name: str) -> None:
     """Replaces one call."""
-    query, key, value, score, block_mask, scale, options, score_buffers, mask_buffers = node.args
-    body = getattr(module, str(score.target)).graph  # type: ignore[union-attr]
+    given: Any = node.args
+    query, key, value, score, block_mask, scale, options, score_buffers, mask_buffers = given
+    body = getattr(module, str(score.target)).graph
     first = next(iter(body.nodes))
     last = next(iter(reversed(body.nodes)))
     if score_buffers or last.args[0] not in (first, (first,)):
         raise refused(node, "with a function of the scores; a mask is supported")
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
         raise refused(node, "that returns more than the attention itself")
-    shape, other = (constants.shape(operand) for operand in (query, key))  # type: ignore[arg-type]
+    shape, other = (constants.shape(operand) for operand in (query, key))
     if shape[1] != other[1]:
         raise refused(node, "with fewer heads of keys than of queries")
-    function = getattr(module, str(block_mask[_FUNCTION].target))  # type: ignore[index, union-attr]
-    parts = constants.of((block_mask[_PARTIAL], block_mask[_FULL], block_mask[_SIZES], mask_buffers), node)  # type: ignore[index]
+    function = getattr(module, str(block_mask[_FUNCTION].target))
+    parts = constants.of((block_mask[_PARTIAL], block_mask[_FULL], block_mask[_SIZES], mask_buffers), node)
     partial, full, sizes, buffers = parts
     mask = dense_mask(function, partial, full, sizes, buffers, (*map(int, shape[:3]), int(other[2])), node)
     keep = mask.any(dim=-1, keepdim=True)
     with module.graph.inserting_before(node):
-        given: dict[str, Any] = {"scale": scale}
+        named: dict[str, Any] = {"scale": scale}
         if not mask.all():
             module.register_buffer(name, mask, persistent=False)
-            given["attn_mask"] = module.graph.get_attr(name)
+            named["attn_mask"] = module.graph.get_attr(name)
         attended = module.graph.call_function(
-            torch.nn.functional.scaled_dot_product_attention, (query, key, value), given
+            torch.nn.functional.scaled_dot_product_attention, (query, key, value), named
         )
         if not keep.all():  # a row that sees nothing is zero
             module.register_buffer(f"{name}_rows", keep, persistent=False)

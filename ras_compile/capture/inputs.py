@@ -88,8 +88,9 @@ def describe_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict) -
     names = argument_names(forward)
     found = []
     for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        keys: list[Any] = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))) for key in path[1:]]
-        positional = path[0].idx == 0  # type: ignore[attr-defined]  # the outermost structure is a pair
+        keys: list[Any] = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))) for key in path]
+        outer, *keys = keys
+        positional = outer == 0  # of the pair of positional and keyword arguments
         head = names[keys[0]] if positional and keys[0] < len(names) else str(keys[0])
         found.append(GraphInput(head, head + "".join(f"[{str(key)!r}]" for key in keys[1:])))
     return found

@@ -33,7 +33,7 @@ class PythonState:
 
     def __init__(self, root: nn.Module) -> None:
         self.containers: list[tuple[Collection, tuple, tuple]] = []  # a container, its keys, its values
-        self.empty: list[Collection] = []
+        self.empty: list[Any] = []  # containers, which have a `clear`
         self.weights: list[tuple[Mapping[str, Tensor | None], str, tuple | None]] = []
         seen: set[int] = set()
         pending: list[Any] = [root]
@@ -73,7 +73,7 @@ class PythonState:
         """Puts everything back as it was."""
         for container in self.empty:
             if container:
-                container.clear()  # type: ignore[attr-defined]
+                container.clear()
         for container, keys, known in self.containers:
             if isinstance(container, dict) and not unchanged(container, keys, known):
                 container.clear()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ras_compile.passes.programs.aliases import apart, memories
-from ras_compile.passes.programs.emit import described
+from ras_compile.passes.analysis.emit import described
 
 __all__ = ["Block", "NotRepeated", "block", "forget", "shortened", "written_out"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -228,14 +229,15 @@ def part_of(inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConf
         values: Dynamo's example inputs.
         config: names the timestep.
     """
-    frame, root, inner, caller = sys._getframe(1), None, None, None
+    root, inner, caller = None, None, None
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_call(frame.f_code):
         module = receiver(frame)
         if isinstance(module, nn.Module) and not isinstance(module, fx.GraphModule):
             root, inner = module, module if inner is None else inner
         if caller is None and not frame.f_code.co_filename.startswith(LIBRARIES):
             caller = frame
-        frame = frame.f_back  # type: ignore[assignment]  # the stack ends somewhere
+        frame = frame.f_back
     if frame is None or caller is None or root is None:
         return None
     weights, held = sum(given.weight for given in inputs), sum(1 for _ in root.parameters())

@@ -35,9 +35,10 @@ class Sized:
                 d for d in range(len(sizes)) if all(t.shape[d] > 1 and t.stride(d) * t.shape[d] == v for t, v in whole)
             )
             strides.append(fit(points, values) or next(inner, None))
-        if None in sizes or None in strides:
+        known_sizes, known_strides = [s for s in sizes if s is not None], [s for s in strides if s is not None]
+        if len(known_sizes) < len(sizes) or len(known_strides) < len(strides):
             raise NotAffine(f"a tensor of shape {tuple(tensors[0].shape)} and strides {tensors[0].stride()}")
-        return cls(tuple(sizes), tuple(strides))  # type: ignore[arg-type]
+        return cls(tuple(known_sizes), tuple(known_strides))
 
     @property
     def varies(self) -> bool:

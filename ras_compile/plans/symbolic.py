@@ -16,7 +16,7 @@ from ras_compile.capture.sizes import expression
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.normalize import is_open, normalize
 from ras_compile.passes.lowering.interpolate import Point
-from ras_compile.passes.rules.registry import Call
+from ras_compile.passes.rules.registry import named_arguments
 from ras_compile.plans.lengths import Lengths
 
 Number = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -128,7 +128,7 @@ class SymbolicGraph:
         for node in self.module.graph.find_nodes(
             op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
         ):
-            mask = Call(node, {}, None).args["attn_mask"]  # type: ignore[arg-type]
+            mask = named_arguments(node)["attn_mask"]
             if mask is None or mask in found:
                 continue
             parts, left = set(), [mask]

@@ -13,7 +13,7 @@ import ras_compile
 from ras_compile.capture import export as capturing
 from ras_compile.capture.export import capture
 from ras_compile.capture.repeats import NotRepeated, block, shortened
-from ras_compile.passes.programs.emit import described
+from ras_compile.passes.analysis.emit import described
 
 
 class Block(nn.Module):

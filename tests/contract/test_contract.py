@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import NOT_RUN, ZOO
 
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.passes.programs.emit import fake_mode
+from ras_compile.passes.analysis.emit import fake_mode
 
 aten = torch.ops.aten
 EXPERTS = (aten.index.Tensor, aten.scatter_add.default)  # they pick tokens, and work on each alone

@@ -32,7 +32,7 @@ from ras_compile.passes.algebra.layout import (  # fmt: skip
     opaque,
 )
 from ras_compile.passes.algebra.tokens import channel_count, token_view
-from ras_compile.passes.programs.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.positions import PositionBuilder
 
 TEXT = -7  # what a text segment holds instead of an index into the latent

@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ras_compile.passes.programs import aliases
-from ras_compile.passes.programs.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter
 
 aten = torch.ops.aten
 SHAPE = (2, 3, 4)

@@ -58,9 +58,9 @@ from ras_compile.passes.fusion.scatter import Fusion
 from ras_compile.passes.lowering.interpolate import interpolate
 from ras_compile.passes.lowering.matrices import flatten_linears
 from ras_compile.passes.programs.aliases import INVOKE
-from ras_compile.passes.programs.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.program import sparse_program
-from ras_compile.passes.programs.roles import Role, of_role, rows_of
+from ras_compile.passes.analysis.roles import Role, of_role, rows_of
 from ras_compile.passes.spec.legal import check_program
 
 aten, own = torch.ops.aten, torch.ops.ras_compile

@@ -3,7 +3,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ras_compile.passes.programs.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from ras_compile._torch import FakeTensorMode, OpOverload, schema_of
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.passes.programs.roles import Role
+from ras_compile.passes.analysis.roles import Role
 from ras_compile.passes.rules.registry import source_line
 
 
