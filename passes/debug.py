@@ -22,8 +22,8 @@ from torch import fx
 
 from ras_compile._torch import OpOverload, schema_of
 from ras_compile.notices import warn_once
-from ras_compile.passes.programs.aliases import INVOKE
 from ras_compile.passes.analysis.roles import Role, of_role, role_of
+from ras_compile.passes.programs.aliases import INVOKE
 from ras_compile.passes.rules.registry import source_line
 
 

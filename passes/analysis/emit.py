@@ -39,19 +39,33 @@ class Emitter:
         return node
 
     def __call__(self, target: Callable, *args, **kwargs) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
         try:
-            node.meta["val"] = self._value(target, args, kwargs)
+            value = self._value(target, args, kwargs)  # first: what cannot run is no node
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             source = None if self.origin is None else source_line(self.origin)
             reason = f"{target} cannot run at the sparse sizes: {str(error).splitlines()[0]}"
             raise UnsupportedGraph(reason, op=str(target), source=source) from error
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
         if self.origin is not None:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
                 if key in self.origin.meta:
                     node.meta[key] = self.origin.meta[key]
             node.meta["dense"] = self.origin.name
         return node
+
+    def like(self, node: fx.Node, target: Callable, *args, **kwargs) -> fx.Node:
+        """A call that has all but its value from another node's ``meta``: what that one is known to be for."""
+        made = self(target, *args, **kwargs)
+        made.meta = {**node.meta, "val": made.meta["val"]}
+        return made
+
+    def instead(self, node: fx.Node, target: Callable, *args, **kwargs) -> fx.Node:
+        """Puts a call in the place of a node, which goes."""
+        with self.graph.inserting_before(node):
+            made = self.like(node, target, *args, **kwargs)
+        self.replace(node, made)
+        return made
 
     def replace(self, node: fx.Node, by: fx.Node) -> None:
         """Puts ``by`` in the place of a node, which goes. What is made of it has the strides that it has from then on."""

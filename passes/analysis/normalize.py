@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ras_compile._torch import OpOverload, is_composite, no_modes, schema_of
 from ras_compile.passes import rules  # noqa: F401  (fills the registry)
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.layers import LAYERS
 from ras_compile.passes.rules.pointwise import is_pointwise
 from ras_compile.passes.rules.registry import RULES, Call, named_arguments, operands
@@ -87,16 +88,15 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
             for key in ("stack_trace", "nn_module_stack"):
                 if key in node.meta:
                     new.meta[key] = node.meta[key]
-    (result,) = next(iter(reversed(parts.nodes))).args
+    emit, (result,) = Emitter.of(graph), next(iter(reversed(parts.nodes))).args
     if isinstance(result, (tuple, list)):
         for user in list(node.users):
             if user.target is not operator.getitem:
                 return False
-            user.replace_all_uses_with(env[result[user.args[1]]])
-            graph.erase_node(user)
+            emit.replace(user, env[result[user.args[1]]])
+        graph.erase_node(node)
     else:
-        node.replace_all_uses_with(env[result])
-    graph.erase_node(node)
+        emit.replace(node, env[result])
     return True
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.notices import fell_back
 from ras_compile.passes.algebra.layout import Atom, Axis, Frame, Layout, Restart, Sizes, opaque
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.rules.pointwise import copies, find_rule, is_pointwise
 from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, named_arguments, operands
 
@@ -91,12 +92,13 @@ class Together:
 
     def __init__(self, graph: fx.Graph, derived: dict[fx.Node, None], source: fx.Node) -> None:
         self.graph, self.derived, self.source = graph, dict(derived), source
+        self.emitter = Emitter.of(graph)
         self.parts: dict[fx.Node, Part] = {}
         self.added: dict[str, fx.Node] = {}
         self.narrow = self.wide = 0.0
 
     def join(self, node: fx.Node) -> bool:
-        self.before = node
+        self.emitter.origin = node
         try:
             made = self._joined(node)
             if self.wide > MOST_WORK * self.narrow:
@@ -108,29 +110,20 @@ class Together:
                 if not added.users:
                     self.graph.erase_node(added)
             return False
-        node.replace_all_uses_with(made)
-        _refresh(self.graph, made, node)
         splits = [part.args[0] for part in self.parts if part.target is operator.getitem]
-        dead: set[fx.Node] = {node, *self.parts, *splits}
+        self.emitter.replace(node, made)
+        dead: set[fx.Node] = {*self.parts, *splits}
         for gone in sorted(dead, key={n: k for k, n in enumerate(self.graph.nodes)}.__getitem__, reverse=True):
             if not gone.users and gone.op == "call_function":
                 self.graph.erase_node(gone)
         return True
 
     def emit(self, target, *args, **kwargs) -> fx.Node:
-        """A node before the join; the same call is one node."""
+        """A call before the join; the same call is one node."""
         key = repr((str(target), args, kwargs))
         if key not in self.added:
-            values = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
-            with self.source.meta["val"].fake_mode, torch.no_grad():
-                value = target(*values[0], **values[1])  # first: what cannot run is no node
-            with self.graph.inserting_before(self.before):
-                made = self.graph.call_function(target, args, kwargs)
-            made.meta["val"] = value
-            for name in ("stack_trace", "nn_module_stack"):
-                if name in self.before.meta:
-                    made.meta[name] = self.before.meta[name]
-            self.added[key] = made
+            with self.graph.inserting_before(self.emitter.origin):
+                self.added[key] = self.emitter(target, *args, **kwargs)
         return self.added[key]
 
     def _joined(self, node: fx.Node) -> fx.Node:
@@ -316,14 +309,3 @@ def _pictures(node: fx.Node) -> set[fx.Node]:
         seen.update(new)
         left += new
     return found
-
-
-def _refresh(graph: fx.Graph, made: fx.Node, before: fx.Node) -> None:
-    """What is made of a value that took another one's place has the strides that it has from then on."""
-    changed = {made} if made.meta["val"].stride() != before.meta["val"].stride() else set()
-    for user in graph.nodes if changed else ():
-        if user.op == "call_function" and "val" in user.meta and changed.intersection(user.all_input_nodes):
-            values = fx.node.map_arg((user.args, user.kwargs), lambda operand: operand.meta["val"])
-            with made.meta["val"].fake_mode, torch.no_grad():
-                user.meta["val"] = user.target(*values[0], **values[1])
-            changed.add(user)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ def fuse_linear_gelu(graph: fx.Graph, dtypes: tuple[torch.dtype, ...] = (torch.b
     It does not fire without a bias, on the exact form of GELU, where the linear's result has another use, or where dtypes
     differ (a custom op is not under autocast).
     """
-    count = 0
+    emit, count = Emitter.of(graph), 0
     for node in list(graph.find_nodes(op="call_function", target=aten.gelu.default)):
         linear = node.args[0]
         if named_arguments(node)["approximate"] != "tanh" or linear.target is not aten.linear.default:
@@ -35,11 +36,7 @@ def fuse_linear_gelu(graph: fx.Graph, dtypes: tuple[torch.dtype, ...] = (torch.b
         kinds = {operand.meta["val"].dtype for operand in (*operands, node)}
         if len(kinds) != 1 or not kinds <= set(dtypes):
             continue
-        with graph.inserting_before(node):
-            fused = graph.call_function(torch.ops.ras_compile.linear_gelu.default, tuple(operands))
-        fused.meta = dict(node.meta)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
+        emit.instead(node, torch.ops.ras_compile.linear_gelu.default, *operands)
         graph.erase_node(linear)
         count += 1
     return count

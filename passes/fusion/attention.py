@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.scatter import Fusion
-from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
@@ -43,9 +43,6 @@ def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
         args = (*operands, float(scale))
         if not pays([args]):
             continue
-        with graph.inserting_before(node):
-            fused = emit(torch.ops.ras_compile.attention.default, *args)
-        fused.meta = {**node.meta, "val": fused.meta["val"]}
-        emit.replace(node, fused)
+        emit.instead(node, torch.ops.ras_compile.attention.default, *args)
         count += 1
     return count

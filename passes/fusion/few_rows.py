@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.aliases import movable
 from ras_compile.passes.programs.equals import equals
 
@@ -95,19 +96,14 @@ def join(graph: fx.Graph, x: fx.Node, members: dict[Parameters, list[fx.Node]]) 
     """Writes the launch behind its input, and takes the linears away."""
     place = x.next if x.op == "call_function" else next(n for n in graph.nodes if n.op == "call_function")
     weights, biases = map(list, zip(*members, strict=True))
-    kinds = [linears[0].meta for linears in members.values()]
-    values = [meta["val"].new_empty(*x.meta["val"].shape[:-1], meta["val"].shape[-1]) for meta in kinds]
+    emit, firsts = Emitter.of(graph), [linears[0] for linears in members.values()]
     with graph.inserting_before(place):
-        launch = graph.call_function(own.many_linears.default, (x, weights, biases))
-        launch.meta = {**kinds[0], "val": values}
-        results = [graph.call_function(operator.getitem, (launch, index)) for index in range(len(members))]
-    for linears, result, meta, value in zip(members.values(), results, kinds, values, strict=True):
-        result.meta = {**meta, "val": value}
+        launch = emit.like(firsts[0], own.many_linears.default, x, weights, biases)
+        results = [emit.like(first, operator.getitem, launch, index) for index, first in enumerate(firsts)]
+    for linears, result in zip(members.values(), results, strict=True):
         for linear in linears:
-            shown = result
-            if value.shape != linear.meta["val"].shape:  # made where the linear stood: repeated blocks stay alike
-                with graph.inserting_before(linear):
-                    shown = graph.call_function(aten.view.default, (result, list(linear.meta["val"].shape)))
-                shown.meta = {**linear.meta}
-            linear.replace_all_uses_with(shown)
-            graph.erase_node(linear)
+            shape = linear.meta["val"].shape
+            if shape == result.meta["val"].shape:
+                emit.replace(linear, result)
+            else:  # made where the linear stood: repeated blocks stay alike
+                emit.instead(linear, aten.view.default, result, list(shape))

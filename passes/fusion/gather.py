@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.notices import fell_back
+from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.gathered import Gathered
 from ras_compile.passes.fusion.scatter import Fusion, addressed, writable
 from ras_compile.passes.fusion.sites import Target, draws_of, target_of
 from ras_compile.passes.fusion.walks import Walk, chained, contiguous, moves_entries
-from ras_compile.passes.analysis.emit import Emitter
-from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.rules.convolution import per_dim
 from ras_compile.passes.rules.registry import named_arguments
 
@@ -88,11 +88,11 @@ def fuse_gather_linear(graph: fx.Graph, fusion: Fusion) -> int:
                 args = arguments(site, finder.rows, emit)
                 if args is None or not pays([args]):
                     continue  # what was emitted has no user, and goes with the dead code
-                y = emit(torch.ops.ras_compile.gather_linear.default, *args)
-                y.meta = {**site.last.meta, "val": y.meta["val"]}
+                y = emit.like(site.last, torch.ops.ras_compile.gather_linear.default, *args)
                 if site.turned:
                     y = emit(aten.transpose.int, emit(aten.reshape.default, y, [*site.turned, -1]), 1, 2)
-                site.last.replace_all_uses_with(emit(aten.reshape.default, y, list(site.last.meta["val"].shape)))
+                y = emit(aten.reshape.default, y, list(site.last.meta["val"].shape))
+            emit.replace(site.last, y)
             count += 1
     graph.eliminate_dead_code()
     return count

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.kernels.arguments import ScatterArguments
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.programs.aliases import is_view, movable, root, written
 
@@ -218,42 +219,36 @@ def member(linear: fx.Node, x: fx.Node, cache: Any = None, rows: Any = None) -> 
 
 def merge(graph: fx.Graph, group: Group, before: fx.Node, numbers: dict[int, fx.Node]) -> None:
     """Writes the launch in front of a node, and takes its members away."""
-    listed = []
+    emit, listed = Emitter.of(graph), []
     with graph.inserting_before(before):
         for linear, x in group.linears:
             value: Tensor = linear.meta["val"]
             samples, length, _ = x.meta["val"].shape
             shape = [samples, length, value.shape[-1]]
             made = {"dtype": value.dtype, "device": value.device}
-            cache = graph.call_function(aten.empty.memory_format, (shape,), made)
-            cache.meta = {**linear.meta, "val": value.new_empty(shape)}
-            listed.append((linear, cache, member(linear, x, cache, counted(graph, length, value, numbers))))
+            cache = emit.like(linear, aten.empty.memory_format, shape, **made)
+            listed.append((linear, cache, member(linear, x, cache, counted(emit, length, value, numbers))))
         members = [arguments for _, _, arguments in listed] + [op.arguments for op in group.scatters]
         columns = map(list, zip(*members, strict=True))
         fused = graph.call_function(own.grouped_scatter_linear.default, tuple(columns))
         fused.meta = group.scatters[0].meta
         for linear, cache, _ in listed:
-            result, value = cache, linear.meta["val"]
-            if value.shape != cache.meta["val"].shape:
-                result = graph.call_function(aten.view.default, (cache, list(value.shape)))
-                result.meta = {**linear.meta}
-            linear.replace_all_uses_with(result)
-            graph.erase_node(linear)
+            shape = linear.meta["val"].shape
+            same = shape == cache.meta["val"].shape
+            emit.replace(linear, cache if same else emit.like(linear, aten.view.default, cache, list(shape)))
     for node in {op.at: None for op in group.scatters}:
         graph.erase_node(node)
     for op in group.scatters:
         op.written = True
 
 
-def counted(graph: fx.Graph, length: int, like: Tensor, known: dict[int, fx.Node]) -> fx.Node:
+def counted(emit: Emitter, length: int, like: Tensor, known: dict[int, fx.Node]) -> fx.Node:
     """`[[0, 1, .., length - 1]]`, one node for all groups."""
     if length not in known:
+        graph = emit.graph
         with graph.inserting_before(next(node for node in graph.nodes if node.op == "call_function")):
-            made = {"dtype": torch.int64, "device": like.device}
-            row = graph.call_function(aten.arange.start, (0, length), made)
-            row.meta["val"] = like.new_empty(length, dtype=torch.int64)
-            known[length] = graph.call_function(aten.unsqueeze.default, (row, 0))
-            known[length].meta["val"] = like.new_empty(1, length, dtype=torch.int64)
+            row = emit(aten.arange.start, 0, length, dtype=torch.int64, device=like.device)
+            known[length] = emit(aten.unsqueeze.default, row, 0)
     return known[length]
 
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.kernels.arguments import ScatterArguments
+from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.epilogues import Epilogue, table_shape
 from ras_compile.passes.fusion.group import GroupChoice, Op, join
 from ras_compile.passes.fusion.sites import Site, Target, sites
-from ras_compile.passes.analysis.emit import Emitter
-from ras_compile.passes.analysis.roles import rows_of
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)

@@ -24,8 +24,8 @@ from torch import Tensor, fx
 from ras_compile._torch import pytree
 from ras_compile.kernels import epilogue_reference
 from ras_compile.notices import fell_back
-from ras_compile.passes.fusion.epilogues import Epilogue, arguments, hypotheses
 from ras_compile.passes.analysis.roles import rows_of
+from ras_compile.passes.fusion.epilogues import Epilogue, arguments, hypotheses
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)

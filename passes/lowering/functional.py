@@ -21,6 +21,7 @@ from torch import fx
 
 from ras_compile._torch import OpOverload, auto_functionalized_v2, schema_of
 from ras_compile.passes.programs.aliases import root
+from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
 
@@ -55,10 +56,7 @@ def writes_by_itself(node: fx.Node) -> bool:
 
 def arguments(node: fx.Node) -> tuple[dict[str, Any], list[fx.Node]]:
     """The arguments of such an op by name, what it writes into as views of tensors that fill their memory; and those."""
-    schema = schema_of(node.target)
-    defaults = {argument.name: argument.default_value for argument in schema.arguments}
-    names = [argument.name for argument in schema.arguments]
-    given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    schema, given = schema_of(node.target), named_arguments(node)
     bases: list[fx.Node] = []
 
     def view(prefix: str, operand: fx.Node) -> None:

@@ -48,8 +48,7 @@ def write_in_place(graph: fx.Graph) -> int:
                 continue
             with graph.inserting_before(node):
                 indices, values = (_put if puts else _copy)(emit, node, part)
-                put = emit(aten.index_put_.default, part.cache, indices, values)
-                put.meta = {**node.meta, "val": put.meta["val"]}
+                put = emit.like(node, aten.index_put_.default, part.cache, indices, values)
             emit.replace(node, put)
             count += 1
     graph.eliminate_dead_code()

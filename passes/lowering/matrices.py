@@ -13,26 +13,23 @@ import math
 import torch
 from torch import fx
 
+from ras_compile.passes.analysis.emit import Emitter
+
 aten = torch.ops.aten
 
 
 def flatten_linears(graph: fx.Graph) -> int:
     """Rewrites every linear of more than two dimensions; returns how many there were."""
-    count = 0
+    emit, count = Emitter.of(graph), 0
     for node in list(graph.find_nodes(op="call_function", target=aten.linear.default)):
         x, *others = node.args
-        value, result = x.meta["val"], node.meta["val"]
+        value = x.meta["val"]
         if value.ndim < 3:
             continue
         rows = math.prod(value.shape[:-1])
         with graph.inserting_before(node):
-            flat = graph.call_function(aten.reshape.default, (x, [rows, value.shape[-1]]))
-            product = graph.call_function(aten.linear.default, (flat, *others), node.kwargs)
-            whole = graph.call_function(aten.reshape.default, (product, list(result.shape)))
-        flat.meta = {**node.meta, "val": value.new_empty(rows, value.shape[-1])}
-        product.meta = {**node.meta, "val": result.new_empty(rows, result.shape[-1])}
-        whole.meta = dict(node.meta)
-        node.replace_all_uses_with(whole)
-        graph.erase_node(node)
+            flat = emit.like(node, aten.reshape.default, x, [rows, value.shape[-1]])
+            product = emit.like(node, aten.linear.default, flat, *others, **node.kwargs)
+        emit.instead(node, aten.reshape.default, product, list(node.meta["val"].shape))
         count += 1
     return count

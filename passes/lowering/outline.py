@@ -27,9 +27,9 @@ import torch
 from torch import fx
 
 from ras_compile._torch import FakeTensorMode
+from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.programs.aliases import apart, fills, is_view, viewers, writes
 from ras_compile.passes.programs.aliases import root as memory
-from ras_compile.passes.analysis.roles import Role, role_of
 
 aten = torch.ops.aten
 

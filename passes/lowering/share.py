@@ -17,9 +17,9 @@ import torch
 from torch import fx
 
 from ras_compile._torch import OpOverload, schema_of
+from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.programs.aliases import root, writes
 from ras_compile.passes.programs.equals import equals, word
-from ras_compile.passes.analysis.roles import Role, role_of
 
 aten = torch.ops.aten
 NUMBERS = (operator.add, operator.mul)  # how `interpolate.py` spells what depends on a length

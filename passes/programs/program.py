@@ -17,12 +17,12 @@ from torch import fx
 
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Layout
+from ras_compile.passes.analysis.emit import Emitter, fake_mode
 from ras_compile.passes.analysis.propagate import Analysis
+from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.analysis.splices import SparsePlan, joined_dim, plan
 from ras_compile.passes.programs.aliases import is_input, overlaps_itself
-from ras_compile.passes.analysis.emit import Emitter, fake_mode
 from ras_compile.passes.programs.positions import PositionBuilder
-from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.rules.registry import Gather, Step, Use, operands
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ each tensor operand how the sparse program uses it. An op with no region operand
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -73,10 +73,15 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call of an op by its schema's names, defaults filled in."""
-    schema = schema_of(node.target).arguments
+    return by_name(node.target, node.args, node.kwargs)
+
+
+def by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that an op is called with, by its schema's names, defaults filled in."""
+    schema = schema_of(target).arguments
     given = {argument.name: argument.default_value for argument in schema}
-    given.update(zip((argument.name for argument in schema), node.args, strict=False))
-    return given | node.kwargs
+    given.update(zip((argument.name for argument in schema), args, strict=False))
+    return given | dict(kwargs)
 
 
 def source_line(node: fx.Node) -> str | None:

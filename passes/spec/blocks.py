@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import FakeTensorMode
-from ras_compile.passes.programs.aliases import INVOKE, apart, fills, root, subgraph, viewers, writes
 from ras_compile.passes.analysis.roles import Role, role_of
+from ras_compile.passes.programs.aliases import INVOKE, apart, fills, root, subgraph, viewers, writes
 from ras_compile.passes.spec.demand import demand
 from ras_compile.passes.spec.values import kind
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection
 import torch
 from torch import fx
 
+from ras_compile.passes.analysis.roles import Role, of_role, role_of
 from ras_compile.passes.lowering.functional import writes_by_itself
 from ras_compile.passes.lowering.inplace import part_of
-from ras_compile.passes.analysis.roles import Role, of_role, role_of
 from ras_compile.passes.spec.blocks import check_blocks
 from ras_compile.passes.spec.demand import demand
 from ras_compile.passes.spec.memory import check_memory

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import auto_functionalized_v2, memory_key, pytree, schema_of
-from ras_compile.passes.programs.aliases import root, shows, subgraph, writes
 from ras_compile.passes.analysis.roles import Role, of_role, role_of
+from ras_compile.passes.programs.aliases import root, shows, subgraph, writes
+from ras_compile.passes.rules.registry import by_name
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
 aten, own = torch.ops.aten, torch.ops.ras_compile
@@ -126,7 +127,7 @@ class Step:
         if target is aten.index.Tensor:
             self._in_range(node, node.args[0].meta["val"].shape, args[1])
         elif target is own.gather_linear.default:
-            given = _named(target, args, kwargs)
+            given = by_name(target, args, kwargs)
             self._rows_in_range(node, node.args[0].meta["val"].shape, given["rows"], given["grid_dims"])
         held = _known(node, env)
         if any(isinstance(value, Shown) for value in held):
@@ -187,7 +188,7 @@ class Step:
         held = dict(zip(_flat(node.args), _flat(args), strict=True))
         for operand in writes(node):
             demand(isinstance(held[operand], Shown), node, f"writes into `{root(operand).name}`, which is no cache")
-        for memory, places in self._places(node, target, _named(target, args, kwargs)):
+        for memory, places in self._places(node, target, by_name(target, args, kwargs)):
             self._written(node, memory, places)
 
     def _places(self, node: fx.Node, target: Any, given: dict[str, Any]) -> list[tuple[Memory, Tensor]]:
@@ -248,7 +249,7 @@ class Step:
                 views = [view(name) for name in names]
                 given[argument.name] = views[0] if count is None else views
         found: dict[int, list[Tensor]] = {}
-        for memory, places in self._places(node, target, {**_named(target, (), {}), **given}):
+        for memory, places in self._places(node, target, {**by_name(target, (), {}), **given}):
             found.setdefault(id(memory), []).append(places.reshape(-1))
         none = torch.zeros(0, dtype=torch.int64)
         pending = [Pending(base.memory, torch.cat(found.get(id(base.memory), [none]))) for base in bases]
@@ -282,13 +283,6 @@ def _flat(given: Any) -> list[Any]:
     if isinstance(given, (tuple, list)):
         return [entry for part in given for entry in _flat(part)]
     return [given]
-
-
-def _named(target: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an op by name, with its defaults."""
-    arguments = schema_of(target).arguments
-    named = {argument.name: argument.default_value for argument in arguments}
-    return {**named, **dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
 
 
 def draws(rows: fx.Node) -> tuple[list[Tensor], bool]:

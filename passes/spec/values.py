@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import OpOverload, auto_functionalized_v2, exit_autocast
-from ras_compile.passes.programs.aliases import INVOKE, memories, shows
 from ras_compile.passes.analysis.emit import Emitter, described
+from ras_compile.passes.programs.aliases import INVOKE, memories, shows
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
 NUMBERS = (operator.add, operator.mul)  # how a program for several lengths computes sizes

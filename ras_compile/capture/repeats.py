@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile.passes.programs.aliases import apart, memories
 from ras_compile.passes.analysis.emit import described
+from ras_compile.passes.programs.aliases import apart, memories
 
 __all__ = ["Block", "NotRepeated", "block", "forget", "shortened", "written_out"]
 

@@ -8,10 +8,10 @@ import torch
 from joint import analysed, captured
 from torch import fx
 
+from ras_compile.passes.analysis.roles import Role, of_role, role_of, rows_of
 from ras_compile.passes.fusion.scatter import Fusion, fuse_scatter_linear
 from ras_compile.passes.lowering.interpolate import interpolate
 from ras_compile.passes.programs.program import dense_program, sparse_program
-from ras_compile.passes.analysis.roles import Role, of_role, role_of, rows_of
 
 
 def roles(graph: fx.Graph) -> list[Role | None]:

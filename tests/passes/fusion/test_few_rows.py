@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from zoo import redraw
 
 import ras_compile
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.fusion.few_rows import join_linears
 from ras_compile.passes.lowering.outline import outline
-from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.program import dense_program, sparse_program
 
 aten, own = torch.ops.aten, torch.ops.ras_compile

@@ -10,11 +10,11 @@ from contract import by_model, error, of_zoo
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ras_compile.kernels.arguments import ScatterArguments
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.fusion.group import Op, join, launches
 from ras_compile.passes.fusion.scatter import Fusion, fuse_scatter_linear
 from ras_compile.passes.lowering.inplace import write_in_place
 from ras_compile.passes.lowering.outline import outline
-from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.program import sparse_program
 
 aten, own = torch.ops.aten, torch.ops.ras_compile

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ras_compile.passes.lowering.inplace import write_in_place
 from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.lowering.inplace import write_in_place
 
 aten = torch.ops.aten
 B, H, S, D, A = 3, 4, 11, 5, 6

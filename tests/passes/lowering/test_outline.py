@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from ras_compile.capture.export import capture
 from ras_compile.passes.algebra.layout import Frame
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.propagate import propagate
 from ras_compile.passes.analysis.splices import plan
 from ras_compile.passes.lowering.outline import outline
-from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.program import dense_program, sparse_program
 
 outlining = importlib.import_module("ras_compile.passes.lowering.outline")

@@ -7,11 +7,11 @@ from contract import subject
 from torch import fx
 from zoo import ZOO, redraw
 
+from ras_compile.passes.analysis.roles import Role
 from ras_compile.passes.fusion.scatter import Fusion, fuse_scatter_linear
 from ras_compile.passes.lowering.interpolate import interpolate, sample_points
 from ras_compile.passes.lowering.share import share_tables
 from ras_compile.passes.programs.program import sparse_program
-from ras_compile.passes.analysis.roles import Role
 
 aten = torch.ops.aten
 POINTS = sample_points((4,), [-1], (2,))

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ras_compile.passes.programs import aliases
 from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.programs import aliases
 
 aten = torch.ops.aten
 SHAPE = (2, 3, 4)

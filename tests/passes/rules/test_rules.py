@@ -26,9 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Frame, Sizes
+from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.propagate import Analysis, propagate
 from ras_compile.passes.analysis.splices import plan
-from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.program import dense_program, sparse_program
 from ras_compile.passes.rules.pointwise import is_pointwise
 from ras_compile.passes.rules.registry import RULES, Gather, Use

@@ -53,14 +53,14 @@ from torch import fx
 from ras_compile._torch import auto_functionalized_v2
 from ras_compile.errors import SpecViolation
 from ras_compile.passes import pipeline
+from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.roles import Role, of_role, rows_of
 from ras_compile.passes.fusion.activation import fuse_linear_gelu
 from ras_compile.passes.fusion.scatter import Fusion
 from ras_compile.passes.lowering.interpolate import interpolate
 from ras_compile.passes.lowering.matrices import flatten_linears
 from ras_compile.passes.programs.aliases import INVOKE
-from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.program import sparse_program
-from ras_compile.passes.analysis.roles import Role, of_role, rows_of
 from ras_compile.passes.spec.legal import check_program
 
 aten, own = torch.ops.aten, torch.ops.ras_compile
