@@ -100,7 +100,8 @@ def run_interpreted(request):
         pytest.skip("needs Triton")
 
     def run(file):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        environment |= {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}  # the package that is installed, not the folder
         command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", file]
         found = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
         assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
