@@ -25,9 +25,8 @@ from ways import Setup, Way, set_up
 
 from ras_compile.backend import CompiledGraph
 from ras_compile.execute.cudagraphs import ProgramGraphs, Slot
-from ras_compile.execute.replay import Replayed
 from ras_compile.plans.plan import Plan
-from ras_compile.sampling.rows import RowChooser
+from ras_compile.sampling.rows import RowChooser, Selection
 from ras_compile.sampling.state import TransformerState
 
 __all__ = ["main"]
@@ -36,7 +35,7 @@ PLACES: dict[str, tuple[type, str]] = {
     "backend": (CompiledGraph, "__call__"),
     "decide": (TransformerState, "decide"),
     "choose rows": (RowChooser, "rows"),
-    "selection": (Replayed, "__call__"),
+    "selection": (Selection, "choose"),
     "program": (Plan, "run_sparse"),
     "addresses of weights": (ProgramGraphs, "_addresses"),
     "copies in": (Slot, "fill"),
