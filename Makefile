@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests are split over this many processes, each with one thread: on two cores that beats one process with two threads.
 JOBS ?= 2
 
-.PHONY: demo test quick fuzz check format clean shuffled
+.PHONY: demo test quick fuzz check docs format clean shuffled
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,10 @@ check: .venv/.installed build/typed
 	MYPYPATH=build/typed $(BIN)/mypy build/typed/ras_compile tests/support/typed_user.py
 	cd build/typed && $(CURDIR)/$(BIN)/lint-imports --no-cache $(CURDIR)/pyproject.toml
 
+# The documentation as a site, into build/site. A warning, and with that a dead link, is an error.
+docs: .venv/.docs build/typed
+	PYTHONPATH=build/typed $(BIN)/mkdocs build --strict
+
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -42,6 +46,10 @@ clean:
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 # The package as it is installed, as links: mypy and import-linter cannot see through setuptools' package-dir mapping.

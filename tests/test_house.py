@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -153,6 +154,27 @@ def test_documents_name_what_exists(document):
     missing = [name for name in named(text) if not is_there(name)]
     missing += [target for target in linked(text) if not (folder / target).exists()]
     assert not missing
+
+
+def test_readme_is_short():
+    """A newcomer reads it in four minutes; what is longer belongs on a page of docs/."""
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def of_the_repository(text: str) -> list[str]:
+    """Files that absolute links into this repository name, by the address that pyproject.toml gives it."""
+    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    raw = home.replace("github.com", "raw.githubusercontent.com")
+    return re.findall(rf"\]\((?:{re.escape(home)}/(?:blob|tree)|{re.escape(raw)})/main/([^)#\s]+)", text)
+
+
+def test_links_of_the_readme_work_outside_of_the_repository():
+    """The package index shows it, too: links are absolute, and those into this repository name files that exist."""
+    text = (ROOT / "README.md").read_text()
+    assert not linked(text)
+    found = of_the_repository(text)
+    assert len(found) > 10 and not [name for name in found if not (ROOT / name).exists()]
+    assert text.count("/ras_compile/") == len(found), "another address of this repository"
 
 
 def test_a_missing_file_is_seen():

@@ -1,6 +1,6 @@
-"""The README's benchmark tables, generated from the JSON between two markers.
+"""The benchmark tables of docs/benchmarks.md, generated from the JSON between two markers.
 
-python examples/benchmarks/table.py            # rewrites the README
+python examples/benchmarks/table.py            # rewrites the page
 python examples/benchmarks/table.py --print    # only shows the tables
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from rows import load
 
-__all__ = ["BEGIN", "END", "README", "RESULTS", "put", "tables"]
+__all__ = ["BEGIN", "END", "PAGE", "RESULTS", "put", "tables"]
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results" / "h200.json"
 BEGIN, END = "<!-- benchmark -->\n", "<!-- /benchmark -->\n"
 NAMES = {
@@ -95,15 +95,15 @@ def _cells(row: dict, latest: str) -> list[str]:
     ]  # fmt: skip
 
 
-def put(readme: str, text: str) -> str:
-    """The README with `text` between the markers.
+def put(page: str, text: str) -> str:
+    """The page with `text` between the markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"the README needs the lines {BEGIN.strip()} and {END.strip()}, once each and in this order")
-    before, rest = readme.split(BEGIN)
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"the page needs the lines {BEGIN.strip()} and {END.strip()}, once each and in this order")
+    before, rest = page.split(BEGIN)
     return before + BEGIN + text + END + rest.split(END)[1]
 
 
@@ -118,7 +118,7 @@ def main() -> None:
     if args.shown:
         print(text)
     else:
-        README.write_text(put(README.read_text(), text))
+        PAGE.write_text(put(PAGE.read_text(), text))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ras_compile.config import RASConfig
 from ras_compile.dispatch.callers import LIBRARIES, caller_is_known, holder, is_call, receiver
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.sampling.blocks import is_features, why_block
+from ras_compile.versions import TESTED
 
 __all__ = [
     "KINDS",
@@ -153,7 +154,7 @@ def kind_of_graph(
     if not caller_is_known():
         return UNKNOWN, UnsupportedGraph(
             "PyTorch does not show who calls the compiled graph, so that one block of a transformer could not be told from the "
-            f"whole; this version of PyTorch ({torch.__version__}) is not known, another one of those in the README is supported"
+            f"whole; this version of PyTorch ({torch.__version__}) is not known; PyTorch {TESTED} is supported"
         )
     time = find_timestep(inputs, values, config.timestep)
     why = why_block(holder, None if time is None else values[time])

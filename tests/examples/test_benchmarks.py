@@ -277,10 +277,10 @@ def test_put_needs_its_markers():
 
 
 @pytest.mark.skipif(not table.RESULTS.exists(), reason="nothing has been measured yet")
-def test_readme_shows_the_measured_figures():
-    readme = table.README.read_text()
+def test_the_page_shows_the_measured_figures():
+    page = table.PAGE.read_text()
     text = table.tables(rows.load(table.RESULTS))
-    assert table.put(readme, text) == readme, "run python examples/benchmarks/table.py"
+    assert table.put(page, text) == page, "run python examples/benchmarks/table.py"
 
 
 TINY_SITES = (

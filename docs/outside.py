@@ -1,0 +1,57 @@
+"""For MkDocs: links of a page to files outside of docs/ work on the site, too.
+
+A file of the repository is linked where the repository is published; a picture is copied to the site. One that is not there is a
+warning, and with that an error of `make docs`.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)\s#]+)(#[^)\s]*)?\)")
+CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+log = logging.getLogger("mkdocs.hooks.outside")
+
+
+def _outside(page: str, target: str) -> str | None:
+    """The path from the root of what a page links to; None if that is a page of docs/."""
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
+    return None if path.startswith("docs/") else path
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Copies the pictures that pages show from elsewhere."""
+    for page in [file for file in files if file.src_uri.endswith(".md")]:
+        for picture, _, target, _ in LINK.findall(Path(page.abs_src_path).read_text()):
+            path = _outside(page.src_uri, target)
+            if picture and path and files.get_file_from_path(f"pictures/{path}") is None and (ROOT / path).exists():
+                files.append(File.generated(config, f"pictures/{path}", abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Rewrites the links, those in blocks of code left as they are."""
+    source = page.file.src_uri
+
+    def rewritten(link: re.Match) -> str:
+        picture, text, target, anchor = link.groups()
+        path = _outside(source, target)
+        if path is None:
+            return link.group(0)
+        if not (ROOT / path).exists():
+            log.warning("%s links to %s, which is not there", source, path)
+        if picture:
+            return f"![{text}]({posixpath.relpath(f'pictures/{path}', posixpath.dirname(source) or '.')})"
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"[{text}]({config.repo_url}/{kind}/main/{path}{anchor or ''})"
+
+    blocks = CODE.findall(markdown)
+    parts = [LINK.sub(rewritten, part) for part in CODE.split(markdown)]
+    return "".join(part + block for part, block in zip(parts, [*blocks, ""], strict=True))
