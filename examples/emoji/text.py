@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 TEXT_LENGTH = 32  # tokens; the longest caption has 27
 TEXT_WIDTH = 128
@@ -33,10 +33,12 @@ def word_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def t5(tokens: PreTrainedTokenizerFast, layers: int = 2) -> T5EncoderModel:
-    """Token ids `b t` and their mask `b t` -> hidden states `b t 128`."""
-    return T5EncoderModel(
-        T5Config(
+def t5(
+    tokens: PreTrainedTokenizerFast, layers: int = 2, config: type = T5Config, model: type = T5EncoderModel
+) -> T5EncoderModel | UMT5EncoderModel:
+    """Token ids and their mask `b t` -> hidden states `b t 128`."""
+    return model(
+        config(
             vocab_size=-(-len(tokens) // 64) * 64,
             d_model=TEXT_WIDTH,
             d_kv=32,
@@ -47,6 +49,11 @@ def t5(tokens: PreTrainedTokenizerFast, layers: int = 2) -> T5EncoderModel:
             dropout_rate=0.0,
         )
     )
+
+
+def umt5(tokens: PreTrainedTokenizerFast, layers: int = 2) -> UMT5EncoderModel:
+    """The same with distances learned by each layer, which is what Wan's pipeline expects."""
+    return t5(tokens, layers, UMT5Config, UMT5EncoderModel)
 
 
 def ids_of(tokens: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from text import TEXT_WIDTH, t5, word_tokenizer  # isort: skip
+from text import TEXT_WIDTH, umt5, word_tokenizer  # isort: skip
 
 HERE = Path(__file__).parent
 LATENTS = 8
@@ -98,7 +98,7 @@ class Model(nn.Module):
 
     def __init__(self, tokens: PreTrainedTokenizerFast, **shape: int) -> None:
         super().__init__()
-        self.text = t5(tokens)
+        self.text = umt5(tokens)
         self.transformer = transformer(**shape)
 
     def encode(self, ids: torch.Tensor) -> torch.Tensor:

@@ -42,9 +42,10 @@ def test_words_are_tokens_and_digits_stand_alone():
     assert tokens.convert_ids_to_tokens(ids[2, :3]) == ["a", "<unk>", "</s>"]
 
 
-def test_text_does_not_depend_on_its_padding():
+@pytest.mark.parametrize("encoder", [text.t5, text.umt5])
+def test_text_does_not_depend_on_its_padding(encoder):
     tokens = text.word_tokenizer(["a red apple"])
-    model = text.t5(tokens).eval()
+    model = encoder(tokens).eval()
     short, long = (tokens(["a red apple"], padding="max_length", max_length=n, return_tensors="pt") for n in (8, 40))
     first, second = (model(given.input_ids, attention_mask=given.attention_mask)[0][0, :4] for given in (short, long))
     assert torch.allclose(first, second, atol=1e-5)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from scripts import EXAMPLES, load
 
@@ -203,12 +201,14 @@ def test_caches_skip_blocks_and_forget(name, options):
 def tiny(tmp_path, monkeypatch):
     """Arguments of a run of two pictures, with artwork of coloured noise and the transformer's last block alone."""
 
-    def load(*args, **kwargs):
-        pipe = StableDiffusion3Pipeline.from_pretrained(*args, **kwargs)
+    whole = models.Emoji.pipeline
+
+    def load(self, dtype):
+        pipe = whole(self, dtype)
         pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[-1:]
         return pipe
 
-    monkeypatch.setattr(sampler, "StableDiffusion3Pipeline", SimpleNamespace(from_pretrained=load))
+    monkeypatch.setattr(models.Emoji, "pipeline", load)
     rows = -(-(len(OBJECTS) + 10) // data.COLUMNS)
     noise = np.random.default_rng(0).integers(0, 256, (rows * data.TILE, data.COLUMNS * data.TILE, 4), np.uint8)
     Image.fromarray(noise).save(tmp_path / "atlas.png")
