@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -21,7 +24,16 @@ from ras_compile.errors import ConfigError
 from ras_compile.history import past_of
 from ras_compile.notices import warn_once
 from ras_compile.options import Options, RuntimeOptions
-from ras_compile.pipelines.follow import SchedulerFollower, follow_branches, present_branch, unfollow_branches
+from ras_compile.pipelines.follow import (
+    SchedulerFollower,
+    follow_branches,
+    follow_pictures,
+    present_branch,
+    unfollow_branches,
+    unfollow_pictures,
+)
+from ras_compile.report.run import collect
+from ras_compile.report.write import checked, write
 from ras_compile.sampling.locate import AttachedCall, attached_call
 from ras_compile.sampling.models import release, transformers_of
 from ras_compile.summary import Summary, summarise
@@ -50,6 +62,8 @@ class Handle:
             assert compiled is not None
             set_compiled_call(module, _Followed(compiled, self.follower, name, type(module).__name__))
             follow_branches(module)
+        self._pipe = weakref.ref(pipe)
+        follow_pictures(pipe, self.follower)
 
     @property
     def transformers(self) -> list[nn.Module]:
@@ -91,6 +105,39 @@ class Handle:
         clock = self.follower.clock
         return summarise(past_of(self.transformers), self.config, clock.seconds(), clock.compiled(), clock.changes())
 
+    def report(self, path: str | PathLike[str], *, image: Any = None, dense: Any = None, prompt: str = "") -> Path:
+        """Writes what the last generation did as one file that needs nothing else; waits for the device.
+
+        ::
+
+            handle.report("out.html", dense=dense_picture, prompt="a red apple")
+
+        Args:
+            path: a page (.html) to step through, with the tokens of each step, its time and the budget; a picture (.png) of
+                how often each token was computed; an animation (.gif) of the steps; or the data of all (.json).
+            image: the picture or the frames of the video, in any form that pipelines return; by default what the pipeline
+                returned, which is held until the next generation begins. Of a batch the first is shown.
+            dense: the same with all steps dense, to compare.
+            prompt: what to write above.
+
+        Returns:
+            the path.
+
+        Raises:
+            ConfigError: no generation yet, no such folder or kind of file, what is no picture, or no Pillow.
+        """
+        found, follower = checked(path), self.follower
+        picture, summary = follower.picture if image is None else image, self.summary()
+        video = follower.video or len(summary.grid) == 3
+        try:
+            data = collect(summary, picture, dense, prompt, video)
+        except ConfigError:
+            if image is not None or picture is None or dense is not None:
+                raise
+            data = collect(summary, None, None, prompt, video)  # the pipeline was asked for latents
+        write(data, found)
+        return found
+
     def __str__(self) -> str:
         return str(self.summary())
 
@@ -104,6 +151,7 @@ class Handle:
         for module in self._attached.values():
             set_compiled_call(module, None)
             unfollow_branches(module)
+        unfollow_pictures(self._pipe())
         self.follower.stop()
         self._attached = {}
 

@@ -31,7 +31,14 @@ from ras_compile.pipelines.samplers import check_clean
 from ras_compile.sampling.branches import intact, same_tensor, tensor_mark
 from ras_compile.sampling.locate import Evaluation, Said, owner
 
-__all__ = ["SchedulerFollower", "follow_branches", "present_branch", "unfollow_branches"]
+__all__ = [
+    "SchedulerFollower",
+    "follow_branches",
+    "follow_pictures",
+    "present_branch",
+    "unfollow_branches",
+    "unfollow_pictures",
+]
 
 _branch: ContextVar[str | None] = ContextVar("ras_compile_cache_context", default=None)
 _STEPS = "_ras_compile_steps"
@@ -215,6 +222,7 @@ class SchedulerFollower:
         self._returned: tuple[weakref.ref, int | None] | None = None
         self._handed_on = self._missed = False
         self._runner: weakref.ref | None = None
+        self.picture: Any = None
         self._left = False
         self._begin()
         self._watch(getattr(pipe, "scheduler", None))
@@ -344,6 +352,11 @@ class SchedulerFollower:
         self._previous = self._overwritten = self._returned = None
         self._handed_on = self._missed = False
         self._runner, self._left = None, False
+        self.picture, self.video = None, False
+
+    def pictured(self, picture: Any, video: bool) -> None:
+        """The pipeline has decoded what it drew: it is held, as it is, until the next generation begins."""
+        self.picture, self.video = picture, video
 
     def _untouched(self) -> None:
         self._overwrites, self._previous, self._overwritten = False, None, None
@@ -429,6 +442,31 @@ def follow_branches(transformer: nn.Module) -> None:
     if hasattr(type(transformer), "cache_context"):
         # a bound method, so that a deep copy of the module gets its own
         vars(transformer)["cache_context"] = MethodType(cache_context, transformer)
+
+
+def follow_pictures(pipe: Any, follower: SchedulerFollower) -> None:
+    """Notice the pictures that a pipeline returns, where its processor makes them from what the decoder gave."""
+    for processor, name in _processors(pipe):
+
+        def processed(self, *args, _name=name, **kwargs):
+            result = getattr(type(self), _name)(self, *args, **kwargs)
+            follower.pictured(result, _name == "postprocess_video")
+            return result
+
+        vars(processor)[name] = MethodType(processed, processor)
+
+
+def unfollow_pictures(pipe: Any) -> None:
+    """Undo `follow_pictures`."""
+    for processor, name in _processors(pipe):
+        vars(processor).pop(name, None)
+
+
+def _processors(pipe: Any) -> list[tuple[Any, str]]:
+    """What makes a pipeline's pictures and videos, with the name of the method that does."""
+    places = {"image_processor": "postprocess", "video_processor": "postprocess_video"}
+    found = [(getattr(pipe, place, None), name) for place, name in places.items()]
+    return [(processor, name) for processor, name in found if callable(getattr(type(processor), name, None))]
 
 
 def unfollow_branches(transformer: nn.Module) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipelines import EAGER, normal, sd3, seeded
+from pipelines import EAGER, normal, sd3, seeded, vae
 
 import ras_compile
+from ras_compile.report.pictures import from_uri
+from ras_compile.report.run import load, masks_of
 
 
 def draw(pipe, steps=6):
@@ -95,3 +97,27 @@ def test_nothing_is_skipped_and_that_is_said():
 def test_what_cannot_be_explained_is_said_in_a_sentence():
     with pytest.raises(TypeError, match="or a pipeline that has a transformer, not dict"):
         ras_compile.explain({}, prompt="a red apple")
+
+
+def test_a_report_shows_what_the_pipeline_returned(tmp_path):
+    pipe = sd3(vae=vae())
+    handle = ras_compile.attach(pipe, **EAGER)
+    with pytest.raises(ras_compile.ConfigError, match="no run to report"):
+        handle.report(tmp_path / "out.html")
+    pipe.set_progress_bar_config(disable=True)
+    given = {**inputs(num_inference_steps=4, generator=seeded()), "height": 32, "width": 32}
+    drawn = pipe(**given).images[0]
+    assert handle.report(tmp_path / "run.json", prompt="a red apple") == tmp_path / "run.json"
+    data = load(tmp_path / "run.json")
+    assert from_uri(data["picture"][0]).tobytes() == drawn.tobytes() and data["prompt"] == "a red apple"
+    for place, step in enumerate(handle.summary().steps[2:], 2):
+        assert masks_of(data)[place].nonzero().flatten().tolist() == step.rows.tolist()
+    pipe(**given, output_type="latent")  # no picture, and not that of the run before
+    handle.report(tmp_path / "run.json")
+    assert load(tmp_path / "run.json")["picture"] == []
+    handle.report(tmp_path / "run.json", image=drawn, dense=drawn)
+    handle.detach()
+    assert "postprocess" not in vars(pipe.image_processor)
+    handle.report(tmp_path / "out.html", image=drawn)
+    with pytest.raises(ras_compile.ConfigError, match="is no picture"):
+        handle.report(tmp_path / "out.html", image=torch.zeros(1, 16, 8, 8))
