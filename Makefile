@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests are split over this many processes, each with one thread: on two cores that beats one process with two threads.
 JOBS ?= 2
 
-.PHONY: demo test quick fuzz check docs format clean shuffled
+.PHONY: audit demo test quick fuzz mutants check docs format clean shuffled
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,16 @@ GRAPHS ?= 1000
 SEED ?= 1000
 fuzz: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(GRAPHS) --seed $(SEED)
+
+# Small defects, put into what decides, one at a time: which of them does no test see? make mutants COUNT=200 SEED=1
+COUNT ?= 100
+mutants: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants $(COUNT) --seed $(SEED)
+
+# Ranges of dependencies, nothing unpickled, and known vulnerabilities where pip-audit's database can be reached.
+audit: .venv/.installed
+	$(BIN)/pytest -q tests/test_dependencies.py
+	$(BIN)/python tests/audit.py
 
 # What changes most, in a minute or two: no zoo of models, no pipelines, no compilation.
 quick: .venv/.installed

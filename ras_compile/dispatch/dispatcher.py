@@ -27,11 +27,12 @@ from ras_compile.dispatch.callers import compiled_call
 from ras_compile.dispatch.kinds import GraphBreak
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
+from ras_compile.execute.memory import free_memory
 from ras_compile.notices import fell_back, first_time, warn_once
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.locate import Place, locate
 from ras_compile.sampling.registry import probes_of, state_for
-from ras_compile.sampling.state import CallInfo, TransformerState
+from ras_compile.sampling.state import CallInfo, Decision, TransformerState
 
 __all__ = [
     "Dispatcher",
@@ -98,14 +99,19 @@ class Entry:
         """
         plan, info, state = self.plan, self._info(own, weights), self._state(weights)
         decision = state.decide(info, place)
+        outputs: list[Any] | None = None
         try:
             if decision.rows is None:
                 outputs = plan.dense(given, decision.slots, decision.spare)
             else:
                 outputs = plan.run_sparse(given, decision.rows, decision.slots)
+        except torch.OutOfMemoryError as error:
+            fell_back("a step run dense and without caches, for which there was no memory", error)
         except BaseException:
             state.fail(decision)
             raise
+        if outputs is None:  # outside of the handler: the error's traceback holds the tensors of the call that failed
+            return self._without_caches(given, info, state, decision)
         state.record(info, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
         if decision.time is not None:
             state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
@@ -114,10 +120,25 @@ class Entry:
     def count(self, own: Sequence[Any], weights: Sequence[Tensor]) -> None:
         """Counts a call that runs dense past the plan, and so keeps nothing."""
         info, state = self._info(own, weights), self._state(weights)
-        decision = state.decide(info, locate())
-        decision.kind, decision.rows, decision.active = "dense", None, info.tokens
-        decision.reason = "the model was captured in this call"
-        state.record(info, decision, None, None)
+        _kept_nothing(info, state, state.decide(info, locate()), "the model was captured in this call")
+
+    def _without_caches(
+        self, given: Sequence[Any], info: CallInfo, state: TransformerState, decision: Decision
+    ) -> list[Any]:
+        """Runs a step whose caches did not fit: what nobody needs is given up, nothing is kept, and the next step tries again."""
+        warn_once(
+            "ras_compile: the device has no memory left for the caches: such steps run dense, and the picture is right. Lower "
+            "cache_budget, make the batch or the picture smaller, or offload other models."
+        )
+        try:
+            decision.slots.clear()  # half written
+            free_memory()
+            outputs = self.plan.bare(given)
+        except BaseException:
+            state.fail(decision)
+            raise
+        _kept_nothing(info, state, decision, "there was no memory for the caches")
+        return outputs
 
     def _info(self, own: Sequence[Any], weights: Sequence[Tensor]) -> CallInfo:
         """The call as the state of its transformer sees it, with the user's own objects."""
@@ -139,6 +160,12 @@ class Entry:
         if weights:
             self._recent = tuple(map(weakref.ref, probes_of(weights))), weakref.ref(state)
         return state
+
+
+def _kept_nothing(info: CallInfo, state: TransformerState, decision: Decision, reason: str) -> None:
+    """Records a call that ran dense and left no caches."""
+    decision.kind, decision.rows, decision.active, decision.reason = "dense", None, info.tokens, reason
+    state.record(info, decision, None, None)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 
 from ras_compile.execute.homes import homes, listed
 
-__all__ = ["GraphOwner", "Keeper", "default_budget", "keepers_of"]
+__all__ = ["GraphOwner", "Keeper", "default_budget", "free_memory", "keepers_of"]
 
 _clock = itertools.count()
 keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
@@ -114,6 +114,14 @@ class Keeper:
 def default_budget(device: torch.device) -> int | None:
     """A quarter of a CUDA device's memory, in bytes; no limit elsewhere."""
     return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else None
+
+
+def free_memory() -> None:
+    """Gives up all that no running generation holds, of every plan, and hands the memory back to the device."""
+    for keeper in listed(keepers):
+        keeper.give_up()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def keepers_of(held: Sequence[Any]) -> list[Keeper]:

@@ -222,7 +222,7 @@ class Family:
         """The inputs of a program: the graph's, then for a sparse one its rows and the caches."""
         given = [plan.captured.graph.find_nodes(op="placeholder") for plan in self.samples]
         taken = [[node.meta["val"] for node in nodes] for nodes in zip(*given, strict=True)]
-        if active != "dense":
+        if not isinstance(active, str):
             taken += [[inputs[len(taken)]] * len(self.points), *map(list, zip(*self._caches, strict=True))]
         return [Sized.of(self.points, tensors) for tensors in taken]
 

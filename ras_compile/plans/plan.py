@@ -266,6 +266,11 @@ class Plan:
             outputs[index] = outputs[index].clone()
         return outputs
 
+    def bare(self, values: Sequence[Any]) -> list[Any]:
+        """Runs the model as it is and keeps nothing: where there is no memory for caches, nor for a CUDA graph."""
+        inputs = self.tensors(values)
+        return list(self.program("bare", inputs)(*inputs))
+
     def run_sparse(self, values: Sequence[Any], rows: Tensor, slots: dict) -> list[Any]:
         """Runs the sparse program on ``rows`` (int64 [B, A]); the caches in ``slots`` are updated in place."""
         caches = slots["caches"]
@@ -358,7 +363,8 @@ class Plan:
         return compile_or_run(lambda: self.build(active, outline_blocks=False), inputs, self.config)
 
     def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
-        """The program's graph as the inner compiler gets it: ``"dense"``, or the sparse one for ``active`` rows.
+        """The program's graph as the inner compiler gets it: ``"dense"``, ``"bare"`` (dense, and leaves no caches), or the
+        sparse one for ``active`` rows.
 
         Kernels that have yet to be timed are compiled side by side before the first of them is.
         """
@@ -373,8 +379,9 @@ class Plan:
 
     def _prepared(self, active: int | str, outline_blocks: bool) -> fx.GraphModule:
         few_rows = partial(self._choose, kernels.many_pays)
-        if active == "dense":
-            program, fusion = dense_program(self.analysis, self.sparse), None
+        if active in ("dense", "bare"):
+            left = self.sparse if active == "dense" else SparsePlan()
+            program, fusion = dense_program(self.analysis, left), None
         else:
             assert isinstance(active, int)
             program = sparse_program(self.analysis, active, self.sparse)

@@ -1,0 +1,40 @@
+"""The key of a call: whatever a program was made for tells calls apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ras_compile.dispatch.dispatcher import key_of
+
+X = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(4, 3), torch.zeros(2, 3, 1), torch.zeros(3, 2).t(), torch.zeros(2, 3, dtype=torch.float64),
+        torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 3, device="meta"), 0.0, None,
+    ],
+    ids=["shape", "rank", "strides", "dtype", "whole numbers", "device", "a number", "nothing"],
+)  # fmt: skip
+def test_tensors_that_differ_in_what_programs_are_made_for(other):
+    assert key_of([X, 1]) != key_of([other, 1]) and key_of([1, X]) != key_of([1, other])
+
+
+def test_tensors_that_differ_in_their_values_alone():
+    assert key_of([X]) == key_of([torch.ones(2, 3)]) and hash(key_of([X])) == hash(key_of([X + 1]))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1, 2), (1, 1.0), (1, True), (0, False), (1, "1"), (None, "None"), (0.1, 0.2), ("a", "b")],
+    ids=repr,
+)
+def test_other_arguments_differ_by_type_and_text(one, other):
+    assert key_of([one]) != key_of([other]) and key_of([one]) == key_of([one])
+    assert key_of([float("nan")]) == key_of([float("nan")])
+
+
+def test_the_order_of_arguments_counts():
+    assert key_of([1, 2]) != key_of([2, 1]) and key_of([X]) != key_of([X, X])
