@@ -74,7 +74,7 @@ def _run_again(node: fx.Node, mode: Any, regions: str) -> None:
             _known.pop(next(iter(_known)))
         _known[key] = _ran(node, mode)
     result, shared = _known[key]
-    says = repr(kind(node.meta["val"]))
+    says = repr(kind(node.meta["val"], view=bool(shared)))
     demand(says == result, node, f"says {says} and gives {result}")
     shown = shows(node, may=True)
     for place in shared:
@@ -98,15 +98,15 @@ def _ran(node: fx.Node, mode: Any) -> tuple[str, tuple[int, ...]]:
             demand(False, node, f"cannot run: {(str(error).splitlines() or [type(error).__name__])[0]}")
     found = set(memories(result))
     shared = [place for place, operand in enumerate(given) if found.intersection(memories(given[operand]))]
-    return repr(kind(result)), tuple(shared)
+    return repr(kind(result, view=bool(shared))), tuple(shared)
 
 
-def kind(value: Any) -> Any:
-    """What must agree of two values: all but where in its memory a tensor begins, which a graph for all lengths does not say."""
+def kind(value: Any, *, view: bool = False) -> Any:
+    """What must agree of two values: where in its memory a tensor begins only if it is a view of another."""
     if isinstance(value, Tensor):
-        dtype, shape, strides, _, device = described(value)
-        return dtype, shape, strides, device
-    return [kind(item) for item in value] if isinstance(value, (tuple, list)) else value
+        dtype, shape, strides, offset, device = described(value)
+        return (dtype, shape, strides, offset, device) if view else (dtype, shape, strides, device)
+    return [kind(item, view=view) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _fresh(value: Any) -> Any:

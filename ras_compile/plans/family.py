@@ -266,6 +266,8 @@ class Families:
                 self._captured[rest] = SymbolicGraph(self._graph, lengths, values)
             graph = self._captured[rest]
             return None if graph is None else Family(graph, self._inputs, values, config)
+        except SpecViolation:
+            raise
         except Exception as error:  # a plan of its own will say what is wrong with the call, if anything is
             fell_back("a plan for each length of the context", error)
             log.info("each length of the context has a plan of its own: %s", error, exc_info=True)
@@ -282,10 +284,12 @@ class Member(Plan):
     """
 
     def __init__(self, family: Family, point: Point, values: Sequence[Any]) -> None:
-        self.__dict__.update(vars(family.samples[0]))  # what does not depend on lengths
-        self.__dict__.pop("cost", None)
-        self.config, self.family, self.point = family.config, family, point
-        self._start(values, family.cache_bytes(point))
+        self.family, self.point = family, point
+        first = family.samples[0]
+        super().__init__(first.captured, family.inputs, values, family.config, like=first)
+
+    def _cache_bytes(self) -> int:
+        return self.family.cache_bytes(self.point)
 
     def dense(self, values: Sequence[Any], slots: dict, spare: dict | None = None) -> list[Any]:
         self.family.entering(self)

@@ -137,6 +137,7 @@ class Plan:
         values: concrete inputs.
         config: the options.
         proved: the same graph was proved right at other lengths of the context.
+        like: a plan of the same graph at other lengths, whose analysis serves this one, too; then ``graph`` is its capture.
 
     Raises:
         UnsupportedGraph: the graph cannot be proved right.
@@ -150,30 +151,36 @@ class Plan:
         config: RASConfig,
         *,
         proved: bool = False,
+        like: Plan | None = None,
     ) -> None:
         self.config, self.inputs = config, inputs
         self.chosen: Callable[..., bool] | None = None  # answers in place of kernels' measurements, which it is given
         self.captured = graph if "constants" in graph.meta else capture_numbers(graph, values)
         self.constants: list[Tensor] = self.captured.meta["constants"]
-        self.analysis: Analysis = analyse(self.captured.graph, inputs, values, config)
-        self.sparse: SparsePlan = plan(self.analysis, frozen=config.context == "frozen")
+        self.analysis: Analysis
+        self.sparse: SparsePlan
+        if like is None:
+            self.analysis = analyse(self.captured.graph, inputs, values, config)
+            self.sparse = plan(self.analysis, frozen=config.context == "frozen")
+            if not proved:
+                self._prove_or_thaw()
+        else:
+            self.analysis, self.sparse = like.analysis, like.sparse
         placeholders = self.captured.graph.find_nodes(op="placeholder")
         self._is_tensor = [isinstance(value, Tensor) for value in values]
         self._only_tensors = all(self._is_tensor)
         tensors = list(compress(range(len(values)), self._is_tensor))
         self.latent = tensors[placeholders.index(self.analysis.latent)]
-        if not proved:
-            self._prove_or_thaw()
-        self._start(values, sum(cache.numel() * cache.element_size() for cache in self.cached))
-
-    def _start(self, values: Sequence[Any], cache_bytes: int) -> None:
-        """What belongs to this set of shapes alone: programs, CUDA graphs, and what branches keep."""
-        self._graphs = self._program_graphs(values) if self.config.cuda_graphs else None
+        # what belongs to this set of shapes alone: programs, CUDA graphs, and what branches keep
+        self._graphs = self._program_graphs(values) if config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
         self.identity = weakref.ref(self)  # what a branch remembers the plan by, without keeping it alive
-        given = self.config.cache_budget
-        budget = default_budget(values[self.latent].device) if given is None else given
-        self.kept = Keeper(self, cache_bytes, budget)
+        budget = default_budget(values[self.latent].device) if config.cache_budget is None else config.cache_budget
+        self.kept = Keeper(self, self._cache_bytes(), budget)
+
+    def _cache_bytes(self) -> int:
+        """Bytes of the caches of one guidance branch."""
+        return sum(cache.numel() * cache.element_size() for cache in self.cached)
 
     @property
     def cached(self) -> list[Tensor]:

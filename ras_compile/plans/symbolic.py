@@ -165,8 +165,11 @@ class SymbolicGraph:
                 return kind(value.node.expr.xreplace(now))
             if isinstance(value, Tensor):
                 sizes, strides = ([static(part) for part in parts] for parts in (value.shape, value.stride()))
+                begin = static(value.storage_offset())
+                span = begin + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
                 with mode:
-                    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+                    memory = torch.empty(max(span, 0), dtype=value.dtype, device=value.device)
+                    return memory.as_strided(sizes, strides, begin)
             return value
 
         new = fx.Graph()

@@ -23,6 +23,7 @@ from ras_compile.capture.inputs import GraphInput, describe_inputs
 from ras_compile.capture.numbers import capture_numbers
 from ras_compile.config import RASConfig
 from ras_compile.execute.memory import keepers
+from ras_compile.passes.analysis.emit import described
 from ras_compile.plans import shared
 from ras_compile.plans.family import KEPT, Family
 from ras_compile.plans.lengths import Lengths
@@ -225,7 +226,7 @@ def test_the_captured_sizes_decide_and_not_a_few_samples():
 
 
 def spelled(graph) -> list:
-    """A graph's ops, arguments and sizes, without names."""
+    """A graph's ops, arguments, and the sizes, strides and beginnings of all values, without names."""
     numbers: dict = {}
     lines = []
     for node in graph.nodes:
@@ -235,7 +236,7 @@ def spelled(graph) -> list:
             continue
         numbers[node] = len(lines)
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda operand: f"%{numbers[operand]}")
-        sizes = (tuple(value.shape), value.stride()) if isinstance(value, torch.Tensor) else None
+        sizes = described(value) if isinstance(value, (torch.Tensor, list, tuple)) else None
         lines.append((node.op, str(node.target) if node.op == "call_function" else "", str(args), sizes))
     return lines
 
