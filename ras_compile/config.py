@@ -5,13 +5,24 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Unpack
 
 from ras_compile.errors import ConfigError
+from ras_compile.options import Options
 
-__all__ = ["MODES", "PRESETS", "RUNTIME_OPTIONS", "RASConfig", "is_whole"]
+__all__ = [
+    "METRICS",
+    "MODES",
+    "NOISE_REUSES",
+    "PRESETS",
+    "RATIO_SCHEDULES",
+    "RUNTIME_OPTIONS",
+    "RASConfig",
+    "fitting",
+    "is_whole",
+]
 
 # Options that no compiled program depends on: each generation may have others, see `RASConfig.with_runtime`.
 RUNTIME_OPTIONS = (
@@ -21,6 +32,7 @@ RUNTIME_OPTIONS = (
     "reset_interval",
     "reset_steps",
     "ratio_schedule",
+    "tolerance",
     "metric",
     "focus",
     "starvation_scale",
@@ -32,6 +44,20 @@ RUNTIME_OPTIONS = (
 # torch.compile's modes; torch hands `mode=` to the backend instead of options, never beside them.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+# What these options may be called. The types in options.py are the same lists.
+METRICS = ("drift", "std", "l2norm", "random")
+RATIO_SCHEDULES = ("constant", "ends", "linear", "sigmas")
+NOISE_REUSES = ("hold", "linear", "forecast", "x0")
+
+# Defaults that follow the metric. Drift tells which tokens matter, so that few of them do, and the time goes to dense
+# steps, between which a forecast holds. Other metrics measured best (examples/quality) with more tokens and fewer dense
+# steps, and a forecast makes their pictures worse: the tokens that they leave out change as much as any.
+_WITH_DRIFT: Mapping[str, Any] = dict(
+    sample_ratio=0.22, ratio_schedule="ends", reset_interval=3, noise_reuse="forecast"
+)
+_WITH_OTHERS: Mapping[str, Any] = dict(
+    sample_ratio=0.5, ratio_schedule="constant", reset_interval=8, noise_reuse="hold"
+)
 
 # What `preset=` stands for. Each sets all runtime options: those that it does not name have their defaults.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -40,48 +66,57 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         sample_ratio=0.5, warmup_steps=4, reset_interval=8, metric="std", focus="high", starvation_scale=0.1,
         max_absence=1_000_000,
     ),
-    "fast": dict(sample_ratio=0.125, reset_interval=4, metric="drift"),
-    "balanced": dict(
-        sample_ratio=0.22, ratio_schedule="ends", reset_interval=3, metric="drift", noise_reuse="forecast"
+    "fast": dict(
+        sample_ratio=0.125, ratio_schedule="constant", reset_interval=4, metric="drift", noise_reuse="hold"
     ),
-    "quality": dict(
-        sample_ratio=0.22, ratio_schedule="ends", reset_interval=2, metric="drift", noise_reuse="forecast"
-    ),
+    "balanced": dict(metric="drift", **_WITH_DRIFT),  # what nobody's options are, too
+    "quality": dict(metric="drift", **{**_WITH_DRIFT, "reset_interval": 2}),
 }  # fmt: skip
 
-# What is taken where nobody gives it.
-_RATIO = 0.5
 _STARVATION = 2.0  # of any metric but "drift", which has a factor of age in it
 
 
-@dataclass(frozen=True)
+def fitting(metric: Any) -> Mapping[str, Any]:
+    """The defaults of the options that follow the metric."""
+    return _WITH_DRIFT if isinstance(metric, str) and metric == "drift" else _WITH_OTHERS
+
+
+@dataclass(frozen=True, init=False)
 class RASConfig:
     """Every option of region-adaptive sampling (RAS, arXiv 2502.10389). Compared and hashed by value.
 
-    `preset=` is an option of :meth:`from_options`, and so of `ras_compile.attach`, of its handle's `configure` and of
-    `torch.compile`: a name for a set of runtime options that was measured (examples/quality), over which options that are
-    given beside it rule. "fast", "balanced" and "quality" take more time for pictures nearer to the exact ones; "paper" is
-    the published method.
-
     Args:
-        sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1]; 0.5 where nothing is
-            given. None with `speedup`, which is solved for it.
+        preset: a name for a set of runtime options that was measured (examples/quality), over which options that are given
+            beside it rule. "fast", "balanced" (the defaults) and "quality" take more time for pictures nearer to the exact
+            ones; "paper" is the published method.
+        sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1]; 0.22 where nothing is
+            given, 0.5 with another metric than "drift". None with `speedup`, which is solved for it.
         speedup: instead of `sample_ratio`: the speed-up over dense steps that a whole run is to have, at least 1. The
             cost model solves for the ratio, so this counts FLOPs and is no promise about time; needs the number of steps.
+            Where the default's dense steps leave too little to save, they come every 4, 6 or 8 steps, or not at all.
         warmup_steps: dense steps at the start of a generation, at least 1.
-        reset_interval: a dense step every so many steps after the warm-up (section 3.3), or None.
+        reset_interval: a dense step every so many steps after the warm-up (section 3.3), or None for no such step. 3,
+            or 8 with another metric than "drift".
         reset_steps: exactly these steps are dense error resets; rules over `reset_interval` when given.
         ratio_schedule: how the ratio runs over the steps, with the same average: "constant", "ends" (more tokens at the
-            beginning and at the end of a run, few between; constant where nobody says the number of steps), or "linear"
-            (falls over the run, section 3.3).
+            beginning and at the end of a run, few between; constant where nobody says the number of steps), "linear"
+            (falls over the run, section 3.3), or "sigmas" (by the error that is expected of each step from the noise
+            levels of the scheduler, which are read from the device once in a run; "ends" without `ras_compile.attach`).
+            The default is "ends", or "constant" with another metric than "drift".
+        tolerance: None, or for research, in place of a ratio: how far a step's noise may be expected to be off, as a share
+            of its own spread, above 0. Each step behind the warm-up then computes the fewest of 1/16, 1/4, 1/2 or all of
+            the tokens with which the drift of the others, summed, stays below that share. This reads one number from the
+            device in each step. Needs "drift"; `sample_ratio`, `ratio_schedule` and `reset_interval` are not used.
         metric: what tells which tokens need computing: "drift" (how far the noise that a token holds should be off by
             now, from how much it last changed: see `ras_compile.sampling.drift`), "std" (the paper's: how its noise
             spreads over channels), "l2norm", "random", or a callable ``(noise [B, N, P * C], info) -> [B, N]``,
-            non-negative. With guidance, a metric sees the noise of each branch before guidance joins them, and the mean
-            over the branches counts (where the branches are samples of one batch, the callable sees them in that
-            batch). A callable is called once for each model call whose next step is sparse, and may keep a state: an
-            object with ``__call__``, which begins anew where ``info.step`` falls or the shapes change. It is given what
-            each token last computed, so that a token whose noise has not changed was not computed.
+            non-negative. The defaults of `sample_ratio`, `reset_interval`, `ratio_schedule`, `noise_reuse` and
+            `starvation_scale` are those that measured best with "drift" or with the others.
+            With guidance, a metric sees the noise of each branch before guidance joins them, and the mean over the
+            branches counts (where the branches are samples of one batch, the callable sees them in that batch). A
+            callable is called once for each model call whose next step is sparse, and may keep a state: an object with
+            ``__call__``, which begins anew where ``info.step`` falls or the shapes change. It is given what each token
+            last computed, so that a token whose noise has not changed was not computed.
         focus: which end of the metric is computed: "low", "high", or the share of the dropped tokens that is taken
             from the high end, in [0, 1] ("low" is 1.0, "high" is 0.0).
         starvation_scale: k of eq. 1, at least 0: how strongly a drop count raises a token's priority. None: what fits
@@ -93,8 +128,8 @@ class RASConfig:
         context: "fresh", or "frozen": text and reference tokens are computed in dense steps only.
         noise_reuse: what an inactive token returns: "hold" (the noise last computed for it), "linear" (its last two
             computed noises continued in time), "forecast" (that line, as far as it has come true so far: see
-            `ras_compile.sampling.reuse`) or "x0" (the noise that implies the clean sample it had). Under
-            `ras_compile.attach`, a scheduler that adds noise at each step makes it "x0", with a warning.
+            `ras_compile.sampling.reuse`; the default with "drift") or "x0" (the noise that implies the clean sample it
+            had). Under `ras_compile.attach`, a scheduler that adds noise at each step makes it "x0", with a warning.
         kv_cache: False lets active tokens attend among themselves only (ablation).
         inner_backend: "inductor", "eager" or "aot_eager", or any other backend's name.
         inner_options: options of the inner backend; the key "mode" holds torch.compile's mode, if one was given.
@@ -111,17 +146,17 @@ class RASConfig:
 
     sample_ratio: float | None = None
     warmup_steps: int = 4
-    reset_interval: int | None = 8
+    reset_interval: int | None = 3
     reset_steps: tuple[int, ...] | None = None
-    ratio_schedule: str = "constant"
-    metric: str | Callable[..., Any] = "std"
+    ratio_schedule: str = "ends"
+    metric: str | Callable[..., Any] = "drift"
     focus: str | float = "high"
     starvation_scale: float | None = None
     max_absence: int = 8
     selector: Callable[..., Any] | None = None
     region: slice | None = field(default=None, hash=False)  # a slice has no hash before Python 3.12
     context: str = "fresh"
-    noise_reuse: str = "hold"
+    noise_reuse: str = "forecast"
     kv_cache: bool = True
     inner_backend: str = "inductor"
     inner_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -131,11 +166,23 @@ class RASConfig:
     latent: str | None = None
     timestep: str | None = None
     speedup: float | None = None
+    tolerance: float | None = None
 
-    def __post_init__(self) -> None:
+    def __init__(self, **options: Unpack[Options]) -> None:
         put = object.__setattr__
-        if self.sample_ratio is None and self.speedup is None:
-            put(self, "sample_ratio", _RATIO)
+        given = _given(options)
+        fit = fitting(given.get("metric", "drift"))
+        for option in fields(self):
+            plain = {} if option.default is MISSING else option.default  # inner_options alone
+            put(self, option.name, given.get(option.name, fit.get(option.name, plain)))
+        if self.speedup is not None and "sample_ratio" not in given:
+            put(self, "sample_ratio", None)
+        elif self.speedup is None and self.sample_ratio is None:
+            put(self, "sample_ratio", fit["sample_ratio"])
+        self._check()
+
+    def _check(self) -> None:
+        put = object.__setattr__
         if self.sample_ratio is not None:
             put(self, "sample_ratio", _number(self, "sample_ratio", low=0.0, high=1.0, open_low=True))
         if self.starvation_scale is not None:
@@ -147,18 +194,21 @@ class RASConfig:
                     f"options sample_ratio={self.sample_ratio:g} and speedup={self.speedup:g} exclude each other: a "
                     "speed-up is reached by choosing the ratio."
                 )
+        if self.tolerance is not None:
+            put(self, "tolerance", _number(self, "tolerance", low=0.0, open_low=True))
+            if self.speedup is not None or not isinstance(self.metric, str) or self.metric != "drift":
+                why = "excludes speedup" if self.speedup is not None else "needs metric='drift', whose errors it bounds"
+                raise ConfigError(f"option tolerance={self.tolerance:g} {why}.")
         for name, low in (("warmup_steps", 1), ("max_absence", 1), ("cache_budget", 0), ("reset_interval", 1)):
             if getattr(self, name) is not None or name in ("warmup_steps", "max_absence"):
                 put(self, name, _integer(self, name, low))
         put(self, "reset_steps", _steps(self.reset_steps))
-        _one_of(self, "ratio_schedule", ("constant", "ends", "linear"))
+        _one_of(self, "ratio_schedule", RATIO_SCHEDULES)
         _one_of(self, "context", ("fresh", "frozen"))
-        _one_of(self, "noise_reuse", ("hold", "linear", "forecast", "x0"))
+        _one_of(self, "noise_reuse", NOISE_REUSES)
         _one_of(self, "unsupported", ("dense", "error"))
         if not callable(self.metric):
-            _one_of(
-                self, "metric", ("drift", "std", "l2norm", "random"), "a callable (noise [B, N, C], info) -> [B, N]"
-            )
+            _one_of(self, "metric", METRICS, "a callable (noise [B, N, C], info) -> [B, N]")
         if isinstance(self.focus, str):
             _one_of(self, "focus", ("low", "high"), "a number in [0, 1]")
         else:
@@ -196,45 +246,39 @@ class RASConfig:
         """
         if not isinstance(options, Mapping | None):
             raise ConfigError(f"options takes a dictionary, not {type(options).__name__}.")
-        options = dict(options or {})
-        mode = options.pop("mode", None)
-        options = _preset(options)
-        _known(options)
-        if mode is not None:
-            inner = options.get("inner_options", {})
-            options["inner_options"] = {**inner, "mode": mode} if isinstance(inner, Mapping) else inner
-        return cls(**options)
+        return cls(**_given(options or {}))
 
     def with_runtime(self, **options: Any) -> RASConfig:
-        """This config with other runtime options; all others stay.
+        """This config with other runtime options; all others stay, but a `preset` sets them all.
+
+        With another `metric`, those that had the defaults of the one before get those of the new one.
 
         Raises:
             ConfigError: an option that compiled programs depend on, an unknown one, or a bad value.
         """
-        if "preset" in options:
-            plain = {option.name: option.default for option in fields(self) if option.name in RUNTIME_OPTIONS}
-            options = {**plain, **_preset(options)}
-        _known(options)
-        fixed = [name for name in options if name not in RUNTIME_OPTIONS]
+        given = _given(options)
+        fixed = [name for name in given if name not in RUNTIME_OPTIONS]
         if fixed:
             raise ConfigError(
                 f"option {fixed[0]} changes what is compiled; detach and attach anew. Options that may change between "
                 f"generations: {', '.join(RUNTIME_OPTIONS)}."
             )
-        if options.get("speedup") is not None:
-            options.setdefault("sample_ratio", None)
-        elif "sample_ratio" in options:
-            options["speedup"] = None
-        return replace(self, **options)
-
-    def at_ratio(self, ratio: float) -> RASConfig:
-        """This config with the ratio that its `speedup` was solved for."""
-        return replace(self, sample_ratio=ratio, speedup=None)
+        kept = {option.name: getattr(self, option.name) for option in fields(self)}
+        if "preset" in options:
+            kept = {name: value for name, value in kept.items() if name not in RUNTIME_OPTIONS}
+        elif "metric" in given:
+            fit = fitting(self.metric)
+            kept = {name: value for name, value in kept.items() if name not in fit or value != fit[name]}
+        if given.get("speedup") is not None:
+            given.setdefault("sample_ratio", None)
+        elif "sample_ratio" in given:
+            given["speedup"] = None
+        return RASConfig(**{**kept, **given})
 
     @property
     def ratio(self) -> float:
         """`sample_ratio` as a number, also before a `speedup` has been solved for it."""
-        return _RATIO if self.sample_ratio is None else self.sample_ratio
+        return fitting(self.metric)["sample_ratio"] if self.sample_ratio is None else self.sample_ratio
 
     @property
     def starvation(self) -> float:
@@ -249,10 +293,19 @@ class RASConfig:
         return {"low": 1.0, "high": 0.0}[self.focus] if isinstance(self.focus, str) else float(self.focus)
 
 
-def _preset(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with those that their preset stands for; what is given beside it rules."""
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by the names of fields: a preset is what it stands for, over which what is given beside it rules."""
     given = dict(options)
-    name = given.pop("preset", None)
+    known = ["preset", *(option.name for option in fields(RASConfig))]
+    for name in given:
+        if name not in (*known, "mode"):
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown option {name!r}.{hint} Options: {', '.join(known)}.")
+    mode, name = given.pop("mode", None), given.pop("preset", None)
+    if mode is not None:
+        inner = given.get("inner_options", {})
+        given["inner_options"] = {**inner, "mode": mode} if isinstance(inner, Mapping) else inner
     if name is None:
         return given
     if not isinstance(name, str) or name not in PRESETS:
@@ -261,15 +314,6 @@ def _preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("speedup") is not None:  # it is reached by choosing the ratio
         del preset["sample_ratio"]
     return {**preset, **given}
-
-
-def _known(options: Mapping[str, Any]) -> None:
-    known = ["preset", *(option.name for option in fields(RASConfig))]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown option {name!r}.{hint} Options: {', '.join(known)}.")
 
 
 def _bad(config: RASConfig, name: str, allowed: str) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -30,7 +31,7 @@ from ras_compile.passes.fusion.group import launches
 from ras_compile.passes.rules.registry import operands, source_line
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.models import transformers_of
-from ras_compile.sampling.schedule import Schedule
+from ras_compile.sampling.schedule import Schedule, at_speedup
 
 __all__ = ["Explanation", "SplicePoint", "explain", "points_of", "record_call"]
 
@@ -172,16 +173,17 @@ class Explanation:
         """
         if self.cost is None:
             raise UnsupportedGraph(self.reason)
-        if sample_ratio is not None:
-            self.config.with_runtime(sample_ratio=sample_ratio)
+        given = (
+            self.config if sample_ratio is None else self.config.with_runtime(sample_ratio=sample_ratio, tolerance=None)
+        )
         _check_steps(num_steps)
-        ratio = self.config.ratio if sample_ratio is None else sample_ratio
-        if sample_ratio is None and self.config.speedup is not None:
-            ratio = self.ratio_for(self.config.speedup, num_steps)
-        return self.cost.speedup(ratio, num_steps, self.dense_steps(num_steps))
+        config = self._solved(given, num_steps)
+        return self.cost.speedup(config.ratio, num_steps, Schedule(config).dense_steps(num_steps))
 
     def ratio_for(self, speedup: float, num_steps: int = 28) -> float:
         """The sample ratio that gives ``speedup`` (by FLOPs) under the schedule of ``config``.
+
+        Where the option `speedup` would space the dense steps further apart, it is the ratio that goes with those.
 
         Raises:
             UnsupportedGraph: the call is not supported.
@@ -190,10 +192,41 @@ class Explanation:
         if self.cost is None:
             raise UnsupportedGraph(self.reason)
         _check_steps(num_steps)
+        return self._solved(self.config.with_runtime(speedup=speedup, tolerance=None), num_steps).ratio
+
+    def budget(self, num_steps: int = 28) -> tuple[int, ...]:
+        """How many of the tokens each step of a run computes under ``config``; all of them where a step is dense.
+
+        `ratio_schedule="sigmas"` needs the scheduler of a run, and counts as "ends" here.
+
+        Raises:
+            UnsupportedGraph: the call is not supported.
+            ConfigError: no step, a `speedup` in ``config`` that is out of reach, or a `tolerance`, which plans nothing.
+        """
+        if self.cost is None:
+            raise UnsupportedGraph(self.reason)
+        _check_steps(num_steps)
+        schedule = Schedule(self._solved(self.config, num_steps))
+        return tuple(
+            self.tokens if schedule.kind(step) == "dense" else schedule.active(step, self.tokens, num_steps)
+            for step in range(num_steps)
+        )
+
+    def _planned(self, num_steps: int) -> str:
+        """The budget in words."""
         try:
-            return self.cost.ratio_for(speedup, num_steps, self.dense_steps(num_steps), Schedule.fewest(self.tokens))
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+            counts = Counter(self.budget(num_steps))
+        except ConfigError as error:
+            return str(error)
+        whole = counts.pop(self.tokens, 0)
+        sparse = ", ".join(f"{steps} of {tokens} tokens" for tokens, steps in sorted(counts.items(), reverse=True))
+        return f"{num_steps} steps: {whole} dense" + (f", {sparse}" if sparse else "")
+
+    def _solved(self, config: RASConfig, num_steps: int) -> RASConfig:
+        if config.tolerance is not None:
+            raise ConfigError("option tolerance chooses the tokens of each step as it comes, so no run can be planned.")
+        cost = self.cost
+        return at_speedup(config, None if cost is None else lambda: cost, num_steps)
 
     def __str__(self) -> str:
         slower = [f"fell back {fallback}" for fallback in self.fallbacks]
@@ -209,6 +242,7 @@ class Explanation:
             f"kernels   {self.fused} splices as scatter-GEMMs",
             "predicted " + ", ".join(f"{r:.1%} of tokens: {self.speedup(r):.2f}x" for r in (0.5, 0.25, 0.125)),
             "          (by FLOPs, 28 steps)",
+            f"planned   {self._planned(28)}",
             *slower,
             "",
             f"{'splice':<24} {'needed by':<44} layout",
@@ -224,10 +258,14 @@ class Explanation:
         if self.cost is None:
             return f"Nothing is skipped: every step computes the whole picture, because {self.reason}."
         steps = self.num_steps
-        dense = self.dense_steps(steps)
-        if dense == steps:
+        if self.dense_steps(steps) == steps:
             return f"Nothing is skipped: {'; '.join(Schedule(self.config).none_sparse(steps))}."
-        ratio = self.config.ratio if self.config.speedup is None else self.ratio_for(self.config.speedup, steps)
+        if self.config.tolerance is not None:
+            return (
+                "How much is skipped is decided in each step, by the tolerance; handle.summary() says how much it was."
+            )
+        config = self._solved(self.config, steps)
+        dense, ratio = Schedule(config).dense_steps(steps), config.ratio
         return (
             f"In a run of {steps} steps, {dense} compute the whole picture, and {steps - dense} compute {100 * ratio:.3g} % of its "
             f"{self.tokens:,} tokens on average and skip the others, which keep the noise that they had. The transformer has "

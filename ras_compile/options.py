@@ -25,7 +25,8 @@ class RuntimeOptions(TypedDict, total=False):
     warmup_steps: int
     reset_interval: int | None
     reset_steps: Sequence[int] | None
-    ratio_schedule: Literal["constant", "ends", "linear"]
+    ratio_schedule: Literal["constant", "ends", "linear", "sigmas"]
+    tolerance: float | None
     metric: Literal["drift", "std", "l2norm", "random"] | Metric
     focus: Literal["low", "high"] | float
     starvation_scale: float | None

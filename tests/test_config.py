@@ -8,26 +8,26 @@ import numpy as np
 import pytest
 
 from ras_compile import RASConfig, RASError
-from ras_compile.config import PRESETS, RUNTIME_OPTIONS
+from ras_compile.config import METRICS, NOISE_REUSES, PRESETS, RATIO_SCHEDULES, RUNTIME_OPTIONS
 from ras_compile.options import Options, RuntimeOptions
 from ras_compile.sampling.locate import Generation
 
 
 def test_defaults_are_the_documented_ones():
     assert dataclasses.asdict(RASConfig()) == {
-        "sample_ratio": 0.5,
+        "sample_ratio": 0.22,
         "warmup_steps": 4,
-        "reset_interval": 8,
+        "reset_interval": 3,
         "reset_steps": None,
-        "ratio_schedule": "constant",
-        "metric": "std",
+        "ratio_schedule": "ends",
+        "metric": "drift",
         "focus": "high",
         "starvation_scale": None,
         "max_absence": 8,
         "selector": None,
         "region": None,
         "context": "fresh",
-        "noise_reuse": "hold",
+        "noise_reuse": "forecast",
         "kv_cache": True,
         "inner_backend": "inductor",
         "inner_options": {},
@@ -37,6 +37,7 @@ def test_defaults_are_the_documented_ones():
         "latent": None,
         "timestep": None,
         "speedup": None,
+        "tolerance": None,
     }
 
 
@@ -62,6 +63,7 @@ BAD = {
     "cache_budget": [-1, 1.5, "1GB", True],
     "latent": ["", "two words", 3],
     "timestep": [0, "a.b"],
+    "tolerance": [0, 0.0, -1.0, float("nan"), float("inf"), "0.1", True],
     "speedup": [0.9, 0, "2", True, float("nan")],
 }
 
@@ -84,7 +86,7 @@ def test_an_unknown_option_lists_all_and_suggests_the_nearest():
 
 
 def test_a_choice_lists_what_is_allowed():
-    with pytest.raises(ValueError, match="'constant' or 'ends' or 'linear'"):
+    with pytest.raises(ValueError, match="'constant' or 'ends' or 'linear' or 'sigmas'"):
         RASConfig(ratio_schedule="cosine")
 
 
@@ -121,7 +123,14 @@ def test_a_ratio_or_a_speedup():
     config = RASConfig(sample_ratio=0.5).with_runtime(speedup=1.5)
     assert config.speedup == 1.5 and config.with_runtime(warmup_steps=2).speedup == 1.5
     assert config.with_runtime(sample_ratio=0.5) == RASConfig(sample_ratio=0.5)
-    assert config.at_ratio(0.3) == RASConfig(sample_ratio=0.3)
+
+
+def test_a_tolerance_needs_drift_and_excludes_a_speedup():
+    assert RASConfig(tolerance=0.1).tolerance == 0.1
+    with pytest.raises(ValueError, match="option tolerance=0.1 needs metric='drift'"):
+        RASConfig(tolerance=0.1, metric="std")
+    with pytest.raises(ValueError, match="option tolerance=0.1 excludes speedup"):
+        RASConfig(tolerance=0.1, speedup=2)
 
 
 def test_a_speedup_outlives_a_copy():
@@ -129,13 +138,44 @@ def test_a_speedup_outlives_a_copy():
     for other in (pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
         assert other == config and other.with_runtime(warmup_steps=2) == RASConfig(speedup=2, warmup_steps=2)
         assert other.with_runtime(speedup=None) == RASConfig(warmup_steps=3)
-    assert config.sample_ratio is None and config.ratio == 0.5
+    assert config.sample_ratio is None and config.ratio == 0.22
+    assert RASConfig(speedup=2, metric="std").ratio == 0.5
 
 
 def test_a_starvation_scale_fits_the_metric():
     assert [RASConfig(metric=metric).starvation for metric in ("std", "l2norm", len, "drift")] == [2.0, 2.0, 2.0, 0.0]
     assert RASConfig(metric="drift", starvation_scale=0.3).starvation == 0.3
     assert RASConfig(metric="drift").with_runtime(metric="std").starvation == 2.0
+
+
+OLD = dict(sample_ratio=0.5, reset_interval=8, ratio_schedule="constant", noise_reuse="hold")
+
+
+@pytest.mark.parametrize("metric", ["std", "l2norm", "random", len])
+def test_other_defaults_follow_the_metric(metric):
+    """A metric given alone means what it did when "std" was the default; what is given beside it rules."""
+    assert RASConfig(metric=metric) == RASConfig(metric=metric, **OLD)
+    assert RASConfig(metric=metric, reset_interval=3).ratio_schedule == "constant"
+    assert RASConfig(metric="drift") == RASConfig() == RASConfig(preset="balanced")
+    # also from one generation to the next, but for what was given
+    assert RASConfig().with_runtime(metric=metric) == RASConfig(metric=metric)
+    assert RASConfig(metric=metric).with_runtime(metric="drift") == RASConfig()
+    assert RASConfig(sample_ratio=0.3).with_runtime(metric=metric) == RASConfig(metric=metric, sample_ratio=0.3)
+    assert RASConfig(metric=metric).with_runtime(warmup_steps=2) == RASConfig(metric=metric, warmup_steps=2)
+    assert RASConfig(speedup=2).with_runtime(metric=metric) == RASConfig(speedup=2, metric=metric)
+    assert RASConfig(reset_interval=None).with_runtime(metric=metric).reset_interval is None
+
+
+def test_a_config_takes_what_options_take():
+    assert RASConfig(preset="fast", sample_ratio=0.22).sample_ratio == 0.22
+    assert RASConfig(preset="fast") == RASConfig.from_options({"preset": "fast"})
+    assert RASConfig(mode="max-autotune").inner_options == {"mode": "max-autotune"}
+    with pytest.raises(RASError, match="sample_ratio=0.3 and speedup=2 exclude each other"):
+        RASConfig(preset="fast", sample_ratio=0.3, speedup=2)
+    with pytest.raises(RASError, match="option preset='best'"):
+        RASConfig(preset="best")
+    with pytest.raises(RASError, match="Did you mean 'sample_ratio'"):
+        RASConfig(sampel_ratio=0.3)
 
 
 def test_presets_are_options_and_what_is_given_rules():
@@ -175,4 +215,8 @@ def test_options_by_name_are_those_of_the_config():
     names = {option.name for option in dataclasses.fields(RASConfig)}
     assert set(Options.__annotations__) == names | {"preset", "mode"}
     assert set(RuntimeOptions.__annotations__) == {*RUNTIME_OPTIONS, "preset"}
-    assert get_args(get_args(get_type_hints(Options)["preset"])[0]) == tuple(PRESETS)
+    hints = get_type_hints(Options)
+    assert get_args(get_args(hints["preset"])[0]) == tuple(PRESETS)
+    assert get_args(get_args(hints["metric"])[0]) == METRICS
+    assert get_args(hints["ratio_schedule"]) == RATIO_SCHEDULES
+    assert get_args(hints["noise_reuse"]) == NOISE_REUSES

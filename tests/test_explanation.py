@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 from tiny import EAGER, LATENT, TEXT, model, run
 
@@ -59,3 +60,26 @@ def test_an_argument_that_is_written_is_told_with_its_line():
     told = ras_compile.explain(Writes().eval(), hidden_states=LATENT, timestep=torch.ones(2), text=TEXT.clone())
     assert "writes into its inputs or buffers (text)" in told.reason
     assert "test_explanation.py" in told.reason and "text[:, -1:] = text[:, -1:] * 0" in told.reason
+
+
+def test_the_budget_of_a_run_is_told():
+    def explained(**options):
+        given = dict(hidden_states=LATENT, timestep=torch.ones(2), text=TEXT)
+        return ras_compile.explain(model(), options={"inner_backend": "eager", **options}, **given)
+
+    told = explained()
+    budget = told.budget(14)
+    assert len(budget) == 14 and budget.count(24) == told.dense_steps(14) == 7
+    assert sum(budget) == pytest.approx(7 * 24 + 7 * 24 * 0.22, abs=4)
+    assert "planned   28 steps: 11 dense, 6 of " in str(told)
+    assert explained(sample_ratio=0.25, metric="std").budget(6) == (24, 24, 24, 24, 6, 6)
+    # the option changes the plan as it does the run
+    target = told.speedup(1 / 24) + 0.05
+    fast = explained(speedup=target)
+    assert fast.budget().count(24) < told.budget().count(24) and fast.speedup() == pytest.approx(target, rel=0.05)
+    tolerant = explained(tolerance=0.1)
+    assert tolerant.speedup(0.25) == told.speedup(0.25) and "no run can be planned" in str(tolerant)
+    with pytest.raises(ras_compile.ConfigError, match="no run can be planned"):
+        tolerant.budget()
+    with pytest.raises(ras_compile.ConfigError, match="num_steps=0"):
+        told.budget(0)

@@ -144,6 +144,8 @@ def _ras(work: Workload, way: Way, inner_backend: str, options: dict[str, Any]) 
     chosen = dict(
         sample_ratio=way.sample_ratio, context=way.context, warmup_steps=WARMUP, reset_steps=work.resets,
         unsupported="error", inner_backend=inner_backend,
+        # as many tokens in each sparse step, so that a row has one ratio; the metric hardly counts in the time
+        metric="std", ratio_schedule="constant", noise_reuse="hold",
     )  # fmt: skip
     handle = ras_compile.attach(pipe, **chosen | options)
     compiled, work.transformer._compiled_call_impl = work.transformer._compiled_call_impl, None

@@ -64,7 +64,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(PIPELINE, dtype=torch.float32, local_files_only=True)
     pipe.to(device).set_progress_bar_config(disable=True)
-    options = {"sample_ratio": args.ratio, "inner_backend": args.inner_backend}
+    options = {
+        "sample_ratio": args.ratio, "inner_backend": args.inner_backend, "metric": "std", "reset_interval": 8,
+        "noise_reuse": "hold", "ratio_schedule": "constant",
+    }  # fmt: skip
 
     def draw(first: int) -> Tensor:
         """Statistics of the pictures of the seeds from `first` on."""

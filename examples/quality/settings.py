@@ -17,6 +17,8 @@ REFERENCE_STEPS, EXACT_STEPS = 28, 200
 WARMUP = RASConfig().warmup_steps
 AUTHORS_SCALE = 0.1  # what microsoft/RAS always uses
 GUIDANCE = 4.0
+# What tables A to C measure: the paper's metric, with what fits it. Rows may have others of these.
+PAPERS_METRIC = dict(metric="std", reset_interval=8, noise_reuse="hold", ratio_schedule="constant")
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class Setting:
 
 
 def ras(steps: int, ratio: float, variant: str = "default", default: str = "", **options: Any) -> Setting:
-    """Region-adaptive sampling; dense for the first four steps, or for fewer where it says so."""
-    return Setting("RAS", steps, options=dict(sample_ratio=ratio, **options), variant=variant, default=default)
+    """Region-adaptive sampling, by the paper's metric where nothing else is said; dense for the first four steps."""
+    given = {**PAPERS_METRIC, "sample_ratio": ratio, **options}
+    return Setting("RAS", steps, options=given, variant=variant, default=default)
 
 
 def table_a() -> list[Setting]:
@@ -101,8 +104,8 @@ def table_b() -> list[Setting]:
 
 
 def resets(steps: int) -> list[int]:
-    """Dense steps after the warm-up at default options."""
-    interval = RASConfig().reset_interval or steps
+    """Dense steps after the warm-up of those runs."""
+    interval = RASConfig(metric="std").reset_interval or steps
     return list(range(WARMUP + interval, steps, interval))
 
 
@@ -146,20 +149,18 @@ def table_c() -> list[Setting]:
 
 def frontier() -> list[Setting]:
     """What a picture costs and how near it comes to the exact one: dense steps of three solvers, the paper's choice of
-    tokens, drift, drift with its budget at the ends of the run, forecasts and frequent dense steps; and the presets.
+    tokens, drift, drift with its budget at the ends of the run, forecasts and frequent dense steps; budgets that follow from
+    the expected error, by step or by a tolerance; and the presets.
     """
     dense = [Setting("dense", steps, sampler) for sampler, counts in (
         ("euler", (28,)), ("even", (7, 10, 14, 20)), ("dpm++", (8, 10, 14, 20, 28, 40)),
     ) for steps in counts]  # fmt: skip
     shares = ((28, 0.125), (28, 0.25), (28, 0.5), (20, 0.25), (14, 0.25))
-    chosen = [
-        ras(steps, ratio, metric, metric=metric, noise_reuse="hold", ratio_schedule="constant", reset_interval=8)
-        for steps, ratio in shares
-        for metric in ("std", "drift")
-    ]
-    cheap = dict(metric="drift", noise_reuse="hold", ratio_schedule="constant")
+    chosen = [ras(steps, ratio, metric, metric=metric) for steps, ratio in shares for metric in ("std", "drift")]
     few = [
-        replace(ras(steps, ratio, f"drift, dense every {every}", reset_interval=every, **cheap), sampler=sampler)
+        replace(
+            ras(steps, ratio, f"drift, dense every {every}", reset_interval=every, metric="drift"), sampler=sampler
+        )
         for steps, ratio, every, sampler in (
             (14, 0.125, 4, "euler"), (14, 0.25, 3, "dpm++"), (20, 0.125, 3, "dpm++"),
         )
@@ -175,6 +176,14 @@ def frontier() -> list[Setting]:
         for every in (2, 3, 4)
         for reuse in (("forecast", "hold") if (steps, every) in ((20, 3), (28, 2), (28, 3)) else ("forecast",))
     ]  # fmt: skip
+    by_error = [
+        replace(ras(steps, 0.22, f"drift, sigmas, forecast, dense every {every}", metric="drift", reset_interval=every,
+                    ratio_schedule="sigmas", noise_reuse="forecast"), sampler=sampler)
+        for steps, every, sampler in ((28, 3, "euler"), (28, 3, "dpm++"), (20, 3, "dpm++"), (28, 2, "dpm++"))
+    ] + [
+        ras(28, 0.22, f"drift, tolerance {bound:g}, forecast", metric="drift", noise_reuse="forecast", tolerance=bound)
+        for bound in (0.02, 0.05, 0.1)
+    ]  # fmt: skip
     named = [
         Setting("RAS", steps, sampler, dict(preset=name), f"preset {name}")
         for name, steps, sampler in (
@@ -182,7 +191,7 @@ def frontier() -> list[Setting]:
             ("balanced", 28, "euler"), ("quality", 20, "dpm++"), ("quality", 28, "dpm++"),
         )
     ]  # fmt: skip
-    return [*dense, *chosen, *few, *ends, *named]
+    return [*dense, *chosen, *few, *ends, *by_error, *named]
 
 
 def at_ends(steps: int, every: int) -> float:

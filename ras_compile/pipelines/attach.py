@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 import weakref
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from ras_compile.config import RASConfig
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.errors import ConfigError
 from ras_compile.history import past_of
-from ras_compile.notices import warn_once
+from ras_compile.notices import first_time, warn_once
 from ras_compile.options import Options, RuntimeOptions
 from ras_compile.pipelines.follow import (
     SchedulerFollower,
@@ -42,6 +43,10 @@ __all__ = ["Handle", "attach"]
 
 # 40 of diffusers' transformer classes share one code object, each with its options and batch sizes: 8 is soon used up.
 _RECOMPILE_LIMIT = 64
+# Deterministic solvers of first order, and the one that measured best in their place (examples/quality).
+_FIRST_ORDER, _SECOND_ORDER = ("EulerDiscreteScheduler", "DDIMScheduler"), "DPMSolverMultistepScheduler"
+
+log = logging.getLogger(__name__)
 
 
 class Handle:
@@ -179,6 +184,7 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
     `pipe.scheduler` points to at a call; pipelines that share this transformer and scheduler (`from_pipe`) are
     followed too. One with a scheduler of its own (a copy for each thread) is not: its steps are inferred, as they are
     without `attach`; let its runs not take turns with this one's, step by step in one thread.
+    The scheduler stays what it is; where one that needs fewer steps may take its place, the log says so at level INFO.
 
     Args:
         pipe: the pipeline.
@@ -221,7 +227,20 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
                 "detach() on its handle first."
             )
         check_timestep(config.timestep, type(module))
+    _advise(getattr(pipe, "scheduler", None))
     return Handle(pipe, config, found, chosen)
+
+
+def _advise(scheduler: Any) -> None:
+    """Log once, at level INFO, that a solver of second order may be put in the place of this scheduler of first order."""
+    name = type(scheduler).__name__
+    known = {kind.__name__ for kind in getattr(scheduler, "compatibles", None) or ()}
+    if name in _FIRST_ORDER and _SECOND_ORDER in known and first_time((_SECOND_ORDER, name)):
+        log.info(
+            "%s needs fewer steps for the same quality than %s, and may take its place here: pipe.scheduler = "
+            "diffusers.%s.from_config(pipe.scheduler.config)",
+            *(_SECOND_ORDER, name, _SECOND_ORDER),
+        )
 
 
 def _chosen(config: RASConfig | None) -> dict[str, Any]:
@@ -237,13 +256,15 @@ def _chosen(config: RASConfig | None) -> dict[str, Any]:
             f"attach takes a RASConfig as its second argument, not {type(config).__name__}; options are given by name: "
             "attach(pipe, sample_ratio=0.5)."
         )
-    default, names = vars(RASConfig()), set(vars(config))
+    names = set(vars(config))
+    default = vars(RASConfig.from_options({"metric": config.metric} if "metric" in names else {}))
     if names != set(default):
         strange = ", ".join(sorted(names ^ set(default)))
         raise ConfigError(f"this RASConfig is of another version of ras_compile ({strange}); make it anew.")
-    return {
+    changed = {
         name: value for name, value in vars(config).items() if value is not default[name] and value != default[name]
     }
+    return changed if config.metric == RASConfig().metric else {"metric": config.metric, **changed}
 
 
 def _limits() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.pipelines.clean import CleanHold, Draws
 from ras_compile.pipelines.clock import Clock
 from ras_compile.pipelines.sample import picture_window, sample_map
-from ras_compile.pipelines.samplers import check_clean
+from ras_compile.pipelines.samplers import check_clean, noise_levels
 from ras_compile.sampling.branches import intact, same_tensor, tensor_mark
 from ras_compile.sampling.locate import Evaluation, Said, owner
 
@@ -280,6 +280,10 @@ class SchedulerFollower:
             ConfigError: the text lists those of which it can.
         """
         check_clean(self._scheduler)
+
+    def noise_levels(self) -> Sequence[float]:
+        """How much of the latent is noise, in [0, 1], at each of the timesteps and at the end; read from the device."""
+        return noise_levels(self._scheduler)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""

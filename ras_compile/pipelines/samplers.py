@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ras_compile.errors import ConfigError
 
-__all__ = ["PREDICTIONS", "SCHEDULERS", "check_clean", "clean_coefficients"]
+__all__ = ["PREDICTIONS", "SCHEDULERS", "check_clean", "clean_coefficients", "noise_levels"]
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction", "sample")
 
@@ -105,3 +105,24 @@ def clean_coefficients(scheduler: Any, timestep: Any, index: int | None = None) 
         case "flow_prediction":
             return torch.ones_like(alpha), -sigma
     return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+
+def noise_levels(scheduler: Any) -> list[float]:
+    """sigma / (alpha + sigma) at each of a scheduler's timesteps and at the end: 1 is noise alone, 0 none.
+
+    Read from the device where the scheduler has its table there. Empty where the scheduler is not one of `SCHEDULERS`.
+    """
+    family = _family(scheduler)
+    if family is None:
+        return []
+    if family == "preserving":
+        kept = scheduler.alphas_cumprod[scheduler.timesteps.long().to(scheduler.alphas_cumprod.device)]
+        alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
+    else:
+        sigma = scheduler.sigmas
+        if family == "own":
+            alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigma)
+        else:
+            alpha = 1 - sigma if family == "flow" else torch.ones_like(sigma)
+    levels = (sigma / (alpha + sigma)).double().tolist()
+    return levels + [0.0] * (len(scheduler.timesteps) + 1 - len(levels))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -164,6 +164,9 @@ class Follower(Protocol):
 
     def check_clean(self) -> None:
         """Refuse a scheduler of which the clean sample cannot be told."""
+
+    def noise_levels(self) -> Sequence[float]:
+        """How much of the latent is noise, in [0, 1], at each of the timesteps and at the end; empty where unknown."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""

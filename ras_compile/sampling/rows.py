@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ras_compile.config import RASConfig
+from ras_compile.config import METRICS, RASConfig
 from ras_compile.execute import replay
 from ras_compile.execute.replay import Replayed
 from ras_compile.passes.algebra.tokens import TokenView
-from ras_compile.sampling.drift import Drift
+from ras_compile.sampling.drift import Drift, spread
 from ras_compile.sampling.reuse import active_tokens, continued
 from ras_compile.sampling.selection import (
     Measure,
@@ -31,7 +31,8 @@ from ras_compile.sampling.selection import (
 
 __all__ = ["RowChooser", "Selection"]
 
-_REPLAYED_METRICS = ("drift", "std", "l2norm")  # a callable may do anything, and "random" draws numbers
+# a callable may do anything, and "random" draws numbers
+_REPLAYED_METRICS = tuple(metric for metric in METRICS if metric != "random")
 # of all transformers: what is compiled for one serves the others
 _FUNCTIONS = Replayed(choose), Replayed(settle), Replayed(continued)
 # their places among what a branch keeps
@@ -92,6 +93,7 @@ class RowChooser:
         self._before: dict[_Key, list[tuple[dict, Measure]]] = {}
         self._counts: dict[int, Tensor] = {}  # by tokens [2, B, N]: drop counts, absences
         self._chosen: dict[_Key, tuple[Tensor, Tensor]] = {}
+        self._wanted: dict[int, int] = {}  # by tokens: of this step, where a tolerance chooses
         self._groups: dict[_Key, Tensor] = {}  # samples that share a latent do so for the whole generation
         self._nothing: Tensor | None = None  # an empty tensor on the device
 
@@ -101,7 +103,7 @@ class RowChooser:
         for tokens in list(self._counts):
             if dense or tokens in ran_dense:
                 self._all_computed(tokens)
-        self._before, self._seen, self._chosen = self._seen, {}, {}
+        self._before, self._seen, self._chosen, self._wanted = self._seen, {}, {}, {}
         self._step += 1
 
     def _all_computed(self, tokens: int) -> None:
@@ -198,6 +200,36 @@ class RowChooser:
         self._chosen[key] = (rows, latent)
         return rows
 
+    def wanted(
+        self,
+        latent: Tensor,
+        batch: int,
+        tokens: int,
+        counts: Sequence[int],
+        known: Callable[[], Tensor | None] | None = None,
+    ) -> int:
+        """The first of `counts` of active tokens that keeps this step's expected error within `tolerance`; else `tokens`.
+
+        Asked once in a step for all calls; reads one number from the device. A noise that is not a number has no error
+        that could be told, and asks for all tokens.
+        """
+        seen = [entry for entry in self._before.get((batch, tokens), ()) if _OBSERVED in entry[0]]
+        if tokens not in self._wanted and seen:
+            with _exact(latent.device):
+                groups = self._grouping((batch, tokens), latent)
+                tensors, measures, _ = _gathered(seen)
+                errors = mean_metric(rated(tensors, measures)[0], groups)
+                noises = [(slots[_OBSERVED], measure[1] if measure else None) for slots, measure in seen]
+                spreads = mean_metric([spread(view(noise) if view else noise) for noise, view in noises], groups)
+                if known is not None and (unused := known()) is not None:
+                    errors = torch.where(unused, 0.0, errors)
+                left = errors.sort(dim=1).values.cumsum(dim=1)
+                left = torch.nn.functional.pad(left, (1, 0))[:, [tokens - count for count in counts]]
+                fits = (left <= (self._config.tolerance or 0.0) * spreads.sum(dim=1, keepdim=True)).all(dim=0)
+                place = int((~fits).int().cumprod(dim=0).sum())
+            self._wanted[tokens] = (*counts, tokens)[place]
+        return self._wanted.get(tokens, counts[0])
+
     def _choice(
         self,
         latent: Tensor,
@@ -207,14 +239,8 @@ class RowChooser:
         info: SelectionInfo,
         known: Tensor | None,
     ) -> Tensor:
-        config, tensors, drifts, measures = self._config, [], [], []
-        for slots, measure in seen:
-            tensors.append(slots[_OBSERVED])
-            measures.append(measure)
-            if measure is not None and measure[0] == "drift":
-                drift = slots[_DRIFT]
-                drifts.append(drift)
-                tensors += [drift.last, drift.state]
+        config = self._config
+        tensors, measures, drifts = _gathered(seen)
         counts = self._counts_of(key, latent.device)
         groups = self._grouping(key, latent)
         if config.selector is None:
@@ -253,6 +279,18 @@ class RowChooser:
         if counts.shape[1] == batch:
             return counts
         return counts[:, torch.arange(batch, device=device) % counts.shape[1]]
+
+
+def _gathered(seen: Sequence[tuple[dict, Measure]]) -> tuple[list[Tensor], list[Measure], list[Drift]]:
+    """Of all branches: what `rated` takes, and what those that measure drift remember."""
+    tensors: list[Tensor] = []
+    drifts: list[Drift] = []
+    for slots, measure in seen:
+        tensors.append(slots[_OBSERVED])
+        if measure is not None and measure[0] == "drift":
+            drifts.append(slots[_DRIFT])
+            tensors += [drifts[-1].last, drifts[-1].state]
+    return tensors, [measure for _, measure in seen], drifts
 
 
 def _exact(device: torch.device) -> AbstractContextManager:

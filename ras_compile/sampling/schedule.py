@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
-from ras_compile.config import RASConfig
+from ras_compile.config import RASConfig, fitting
 from ras_compile.errors import ConfigError
 from ras_compile.notices import warn_once
+from ras_compile.passes.analysis.cost import Cost
 
-__all__ = ["Kind", "Schedule"]
+__all__ = ["Kind", "Schedule", "at_speedup"]
 
 Kind = Literal["dense", "sparse"]
 
@@ -21,6 +24,11 @@ _STEPS = 1024  # of which a schedule remembers what they are to do
 # outside of it. Measured on the trained model; within them, the expected change of the noise in a step is a U.
 EARLY, LATE = 0.3, 0.9
 END_SHARE = 8
+# Where a speed-up is out of reach with the default's dense steps, they come so far apart, or not at all.
+WIDER: tuple[int | None, ...] = (4, 6, 8, None)
+# Of "sigmas": how fast the error of a step falls with the share p of its tokens that is computed, exp(-p / FALL), where
+# those that change most come first; the least share; and where noise levels are cut off, whose logarithms end nowhere.
+FALL, LEAST, CUT = 0.3, 1 / 16, 1e-3
 
 
 class Schedule:
@@ -28,10 +36,11 @@ class Schedule:
 
     Args:
         config: `warmup_steps`, `reset_interval`, `reset_steps`, `sample_ratio` and `ratio_schedule` are read.
+        levels: of each step, and of the end of the run, how much of the latent is noise, in [0, 1]; where known.
     """
 
-    def __init__(self, config: RASConfig) -> None:
-        self.config = config
+    def __init__(self, config: RASConfig, levels: Sequence[float] = ()) -> None:
+        self.config, self._noise_levels = config, levels
         self._ratio = config.ratio
         self._counts = lru_cache(maxsize=64)(self._plan)
         # what a step is to do is worked out once: generations of one config ask the same at each of their calls
@@ -44,8 +53,10 @@ class Schedule:
         config = self.config
         if step < config.warmup_steps:
             return "dense"
-        if config.reset_steps is not None:
+        if config.reset_steps is not None:  # with a tolerance, too
             return "dense" if step in config.reset_steps else "sparse"
+        if config.tolerance is not None:
+            return "sparse"  # or dense, if the error asks for it
         since = step - config.warmup_steps
         if config.reset_interval is not None and since > 0 and since % config.reset_interval == 0:
             return "dense"
@@ -68,6 +79,8 @@ class Schedule:
         - "ends": in the first 30 % and the last 10 % of the run eight times as many as between, or all of them: there the
           noise changes most from step to step, times the step in noise level (measured on the trained model). Without a
           known number of steps it is "constant".
+        - "sigmas": as many as the expected error of each step asks for, see `_by_error`, in at most three levels; like
+          "ends" where nobody knows the noise levels.
 
         Raises:
             ConfigError: "linear" without a known number of steps.
@@ -93,7 +106,12 @@ class Schedule:
     def _flat(self, num_steps: int | None) -> bool:
         """Whether every sparse step computes as many tokens as any other."""
         kind = self.config.ratio_schedule
-        return kind == "constant" or (kind == "ends" and num_steps is None)
+        return kind == "constant" or (kind in ("ends", "sigmas") and num_steps is None)
+
+    @staticmethod
+    def tolerable(tokens: int) -> list[int]:
+        """Active rows of the sparse programs among which a `tolerance` chooses, the fewest first."""
+        return sorted({_rounded(share * tokens, tokens) for share in (1 / 16, 1 / 4, 1 / 2)})
 
     @staticmethod
     def fewest(tokens: int) -> int:
@@ -127,7 +145,12 @@ class Schedule:
         if num_steps is None:
             if self.config.ratio_schedule == "linear":
                 self._levels(None)
-        elif not any(self.kind(step) == "sparse" for step in range(num_steps)):
+        else:
+            self.warn_if_dense(num_steps)
+
+    def warn_if_dense(self, num_steps: int) -> None:
+        """Say once that a run of so many steps has no sparse one."""
+        if not any(self.kind(step) == "sparse" for step in range(num_steps)):
             why, advice = self.none_sparse(num_steps)
             warn_once(f"ras_compile: {why}; every step runs dense. {advice.capitalize()}.")
 
@@ -147,7 +170,11 @@ class Schedule:
                 "ras_compile.generation(num_steps=...)."
             )
         sparse = [step for step in range(num_steps) if self.kind(step) == "sparse"] or [num_steps]
-        return self._ends(sparse, num_steps) if self.config.ratio_schedule == "ends" else self._line(sparse)
+        if self.config.ratio_schedule == "linear":
+            return self._line(sparse)
+        if self.config.ratio_schedule == "sigmas" and len(self._noise_levels) > num_steps:
+            return self._by_error(sparse)
+        return self._ends(sparse, num_steps)
 
     def _line(self, sparse: list[int]) -> list[tuple[float, list[int]]]:
         """Up to four groups of nearly equal length along a falling line."""
@@ -167,6 +194,45 @@ class Schedule:
         # of levels that are rounded to whole tokens, the last one makes up for the others
         return [(share, steps) for share, steps in ((most, ends), (least, middle)) if steps]
 
+    def _by_error(self, sparse: list[int]) -> list[tuple[float, list[int]]]:
+        """Shares that make the sum of all steps' expected errors least, drawn together in three levels.
+
+        From one step to the next a model's noise changes by about as much as the logarithm of the signal-to-noise ratio,
+        lambda = log((1 - s) / s) at noise level s; measured on the trained model within a factor of 1.5 over a run. A held
+        noise is off by that, times the step in noise level that it is used for:
+
+            w_t = |lambda_t - lambda_(t-1)| * |s_(t+1) - s_t|
+
+        With a share p_t of the tokens computed w_t * exp(-p_t / FALL) is left, and the sum of that is least where
+        p_t = FALL * log(w_t) + a constant, between `LEAST` and 1.
+        """
+        levels, mean = self._noise_levels, self.config.ratio
+        least = min(LEAST, mean)
+        signal = [math.log((1 - s) / s) for s in (min(max(level, CUT), 1 - CUT) for level in levels)]
+        # of solvers that evaluate a level more than once, each evaluation stands for its level
+        places = [0, *accumulate(int(one != two) for one, two in pairwise(levels))]
+        firsts = [places.index(place) for place in range(places[-1] + 1)]
+        ends = [*firsts, firsts[-1]]
+        wanted = {}
+        for t in sparse:
+            before, here, after = ends[max(places[t] - 1, 0)], ends[places[t]], ends[places[t] + 1]
+            error = abs(signal[here] - signal[before]) * abs(levels[after] - levels[here])
+            wanted[t] = FALL * math.log(max(error, 1e-9))
+
+        def shares(shift: float) -> dict[int, float]:
+            return {t: min(max(share + shift, least), 1.0) for t, share in wanted.items()}
+
+        low, high = least - max(wanted.values()), 1 - min(wanted.values())
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(shares(middle).values()) < mean * len(sparse) else (low, middle)
+        found = shares(high)
+        bottom, width = min(found.values()), (max(found.values()) - min(found.values())) / (LEVELS - 1)
+        groups: dict[int, list[int]] = {}
+        for t, share in found.items():
+            groups.setdefault(min(int((share - bottom) / width), LEVELS - 2) if width else 0, []).append(t)
+        return [(sum(found[t] for t in steps) / len(steps), steps) for _, steps in sorted(groups.items(), reverse=True)]
+
     def _plan(self, tokens: int, num_steps: int | None) -> dict[int, int]:
         """Rows of each sparse step; what rounding takes from one level the next gets back, so that the sum stays right."""
         counts, owed = {}, 0.0
@@ -182,3 +248,36 @@ def _rounded(wanted: float, tokens: int) -> int:
     """`wanted` rows as a multiple of 64, 32, 16 or 8 where that moves the ratio by less than 1 %."""
     multiple = next((m for m in (64, 32, 16, 8) if tokens >= 64 * m), 1)
     return max(min(round(wanted / multiple) * multiple, tokens), min(multiple, tokens))
+
+
+def at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: int | None) -> RASConfig:
+    """The config with the ratio that gives its `speedup` in this run, by FLOPs; without one, as it is.
+
+    Where "drift" decides and the default's frequent dense steps leave too little to save, they come further apart.
+
+    Raises:
+        ConfigError: nobody says how many steps there are, or the speed-up is out of reach.
+    """
+    if config.speedup is None:
+        return config
+    if num_steps is None:
+        raise ConfigError(
+            "option speedup needs the number of steps: use ras_compile.attach(pipe, ...) or "
+            "ras_compile.generation(num_steps=...)."
+        )
+    if cost is None:
+        raise ConfigError("option speedup needs the costs of the compiled programs; give a sample_ratio instead.")
+    schedule = Schedule(config)
+    if schedule.dense_steps(num_steps) == num_steps:
+        raise ConfigError(f"option speedup={config.speedup}: {'; '.join(schedule.none_sparse(num_steps))}.")
+    price = cost()
+    usual = config.metric == "drift" and config.reset_interval == fitting("drift")["reset_interval"]
+    for interval in (config.reset_interval, *(WIDER if usual and config.reset_steps is None else ())):
+        dense = Schedule(config.with_runtime(reset_interval=interval)).dense_steps(num_steps)
+        try:
+            ratio = price.ratio_for(config.speedup, num_steps, dense, Schedule.fewest(price.tokens))
+        except ValueError as error:
+            refused = error
+        else:
+            return config.with_runtime(sample_ratio=ratio, reset_interval=interval)
+    raise ConfigError(f"option speedup: {refused} (by FLOPs).")

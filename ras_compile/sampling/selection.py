@@ -85,6 +85,8 @@ def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionI
         metric = spread(noise)
     elif kind == "l2norm":
         metric = noise.float().flatten(2).norm(dim=-1)
+    elif kind != "random":
+        raise ConfigError(f"token_metric takes 'std', 'l2norm', 'random' or a callable, not {kind!r}.")
     else:
         generator = torch.Generator(noise.device).manual_seed(_RANDOM_SEED + info.step)
         metric = torch.rand(batch, tokens, device=noise.device, generator=generator)

@@ -31,7 +31,7 @@ from ras_compile.sampling.locate import Evaluation, Generation, Place, generatio
 from ras_compile.sampling.records import Record
 from ras_compile.sampling.reuse import Extrapolation
 from ras_compile.sampling.rows import RowChooser, Selection
-from ras_compile.sampling.schedule import Kind, Schedule
+from ras_compile.sampling.schedule import Kind, Schedule, at_speedup
 from ras_compile.sampling.selection import SelectionInfo
 
 __all__ = ["CallInfo", "Decision", "Generation", "TransformerState", "generation"]
@@ -321,8 +321,10 @@ class TransformerState:
                 )
             follower.check_clean()
         count = None if place.num_steps is None else place.num_steps - base
-        config = _at_speedup(config, call.cost, count)
-        if config != self._schedule.config:
+        config = at_speedup(config, call.cost, count)
+        if config.ratio_schedule == "sigmas" and follower is not None and said is not None:
+            self._schedule = Schedule(config, follower.noise_levels()[said.entry :])
+        elif config != self._schedule.config:
             self._schedule = Schedule(config)
         schedule = self._schedule
         schedule.check(count, late=base > 0 or (said is not None and said.late))
@@ -376,6 +378,8 @@ class TransformerState:
             if move != "begin":
                 return run, match
             self._lone = self._lone + 1 if line.evaluations == 1 else 0
+            if run.step > run.base:
+                run.schedule.warn_if_dense(run.step - run.base + 1)  # their number is known only now
             if self._lone == _LONE_EVALUATIONS:
                 warn_once(
                     "ras_compile: every transformer call looks like the first of a generation, so all run dense. Use "
@@ -404,11 +408,18 @@ class TransformerState:
             reason = "its weights have changed"
         rows = None
         if not reason:
-            active = run.schedule.active(run.step - run.base, call.tokens, count)
             info = SelectionInfo(run.step, run.num_steps, call.grid)
             known = None if place.said is None or call.view is None else partial(_overwritten, place, call)
-            rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info, known)
-            reason = "" if rows is not None else "no noise of the step before to select from"
+            if run.config.tolerance is None:
+                active = run.schedule.active(run.step - run.base, call.tokens, count)
+            else:
+                counts = run.schedule.tolerable(call.tokens)
+                active = run.chooser.wanted(call.latent, call.batch, call.tokens, counts, known)
+            if active == call.tokens and run.config.tolerance is not None:
+                reason = "the expected error is above the tolerance"
+            else:
+                rows = run.chooser.rows(call.latent, call.batch, call.tokens, active, info, known)
+                reason = "" if rows is not None else "no noise of the step before to select from"
         run.chooser.computing(branch.slots, rows)
         return Decision(
             kind="dense" if rows is None else "sparse",
@@ -471,31 +482,3 @@ def _time(run: _Run, call: CallInfo, place: Place) -> Any:
             return run.step
         return time.detach().reshape(call.batch, -1).amax(1) if time.shape[:1] == (call.batch,) else time.detach().max()
     return run.step if time is None else float(time)
-
-
-def _at_speedup(config: RASConfig, cost: Callable[[], Cost] | None, num_steps: int | None) -> RASConfig:
-    """The config with the ratio that gives its `speedup` in this run, by FLOPs.
-
-    Raises:
-        ConfigError: nobody says how many steps there are, or the speed-up is out of reach.
-    """
-    if config.speedup is None:
-        return config
-    if num_steps is None:
-        raise ConfigError(
-            "option speedup needs the number of steps: use ras_compile.attach(pipe, ...) or "
-            "ras_compile.generation(num_steps=...)."
-        )
-    if cost is None:
-        raise ConfigError("option speedup needs the costs of the compiled programs; give a sample_ratio instead.")
-    schedule = Schedule(config)
-    if schedule.dense_steps(num_steps) == num_steps:
-        raise ConfigError(f"option speedup={config.speedup}: {'; '.join(schedule.none_sparse(num_steps))}.")
-    try:
-        price = cost()
-        ratio = price.ratio_for(
-            config.speedup, num_steps, schedule.dense_steps(num_steps), schedule.fewest(price.tokens)
-        )
-    except ValueError as error:
-        raise ConfigError(f"option speedup: {error} (by FLOPs).") from None
-    return config.at_ratio(ratio)

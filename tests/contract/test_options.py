@@ -60,6 +60,8 @@ RUNTIME = [
     {"reset_steps": [3, 6]},
     {"ratio_schedule": "linear"},
     {"ratio_schedule": "ends"},
+    {"ratio_schedule": "sigmas"},
+    {"tolerance": 10.0},
     {"metric": "std"},
     {"metric": "l2norm"},
     {"metric": "random"},
@@ -104,9 +106,13 @@ def check(handle, bound: float = 1.0) -> None:
     pipe, plain = pipeline()
     picture = draw_sd3(pipe, steps=STEPS)
     records = ras_compile.trace(handle)
-    schedule = Schedule(handle.config)
-    assert kinds(records) == "".join(schedule.kind(step)[0] for step in range(STEPS))
-    if handle.config.speedup is None:
+    schedule = Schedule(handle.config, handle.follower.noise_levels())
+    if handle.config.tolerance is not None:
+        assert {record.active for record in records} <= {*schedule.tolerable(TOKENS), TOKENS}
+        assert kinds(records).startswith("d" * handle.config.warmup_steps) and "s" in kinds(records)
+    else:
+        assert kinds(records) == "".join(schedule.kind(step)[0] for step in range(STEPS))
+    if handle.config.speedup is None and handle.config.tolerance is None:
         wanted = [schedule.active(record.step, TOKENS, STEPS) for record in records if record.kind == "sparse"]
         assert [record.active for record in records if record.kind == "sparse"] == wanted
     gap = float((picture - plain).norm() / plain.norm())
@@ -142,7 +148,8 @@ def test_a_sparse_step_on_the_inputs_of_the_dense_one_before(preset):
     """
     torch._dynamo.reset()
     model = TinyDiT().double().eval()
-    compiled = torch.compile(model, backend="ras", options={**EAGER, "preset": preset, "warmup_steps": 3})
+    options = {"inner_backend": "eager", "unsupported": "error", "preset": preset, "reset_interval": None}
+    compiled = torch.compile(model, backend="ras", options={**options, "warmup_steps": 3})
     first, other, text = LATENT.double(), torch.randn_like(LATENT).double(), TEXT.double()
     with torch.no_grad(), ras_compile.generation(num_steps=20) as gen:
         outputs = []
@@ -171,6 +178,10 @@ def test_runtime_options_in_pairs():
                 assert error([draw_sd3(pipe, steps=STEPS)], [plain]) < 1e-4  # all tokens: the dense picture
         for one, two in itertools.combinations(RUNTIME, 2):
             if set(one) & set(two) or {*one, *two} == {"sample_ratio", "speedup"}:
+                continue
+            if {*one, *two} & {"metric", "speedup"} and "tolerance" in {*one, *two}:
+                with pytest.raises(ras_compile.ConfigError, match="option tolerance=10"):
+                    handle.configure(**{**DEFAULTS, **one, **two})
                 continue
             try:
                 handle.configure(**{**DEFAULTS, "reset_interval": None, **one, **two})
@@ -260,7 +271,8 @@ def test_a_speedup_is_reached():
     hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
     draw_sd3(pipe, steps=1)
     hook.remove()
-    explained = ras_compile.explain(pipe.transformer, options={"inner_backend": "eager"}, **calls[0])
+    options = {"inner_backend": "eager", "reset_interval": 8}
+    explained = ras_compile.explain(pipe.transformer, options=options, **calls[0])
     cost = explained.cost
 
     def run(records, shift: float) -> float:
@@ -268,14 +280,16 @@ def test_a_speedup_is_reached():
         sparse = [float(cost.sparse_flops.subs(ACTIVE, r.active + shift)) for r in records if r.kind == "sparse"]
         return len(records) * cost.dense_flops / ((len(records) - len(sparse)) * cost.dense_flops + sum(sparse))
 
-    with ras_compile.attach(pipe, inner_backend="eager") as handle:
+    with ras_compile.attach(pipe, **options) as handle:
         for steps, share in itertools.product((9, 28), (0.0, 0.3, 0.6, 0.9)):
             most = explained.speedup(1 / TOKENS, num_steps=steps)
             target = 1 + share * (most - 1)
             handle.configure(speedup=target)
             draw_sd3(pipe, steps=steps)
             records = ras_compile.trace(handle)
-            assert kinds(records) == "".join(Schedule(RASConfig()).kind(step)[0] for step in range(steps))
+            assert kinds(records) == "".join(
+                Schedule(RASConfig(reset_interval=8)).kind(step)[0] for step in range(steps)
+            )
             assert run(records, 0.51) <= target <= run(records, -0.51), (steps, target)
         handle.configure(speedup=2 * most)
         with pytest.raises(ras_compile.ConfigError, match=f"option speedup.*1.00 to {most:.2f} can be had"):

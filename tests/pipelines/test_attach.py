@@ -16,6 +16,8 @@ from ras_compile.config import RUNTIME_OPTIONS
 from ras_compile.errors import RASWarning
 from ras_compile.sampling.state import TransformerState
 
+# most tests tell what the warm-up does from what an error reset does
+EIGHT = {"reset_interval": 8, "sample_ratio": 0.5, "ratio_schedule": "constant"}
 DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps
 
 
@@ -85,7 +87,7 @@ def kinds(handle, transformer=None):
 def test_a_pipeline_is_followed():
     pipe = sd3()
     expected = draw(pipe)
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         pictures = draw(pipe)
         assert kinds(handle) == DEFAULT
         records = ras_compile.trace(handle)
@@ -102,7 +104,7 @@ def test_steps_are_told_without_reading_the_timestep(monkeypatch):
 
     monkeypatch.setattr(inspect.getmodule(TransformerState), "read_call", refuse)
     pipe = sd3()
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         draw(pipe, steps=6)
         assert kinds(handle) == "ddddss"
 
@@ -119,7 +121,7 @@ def test_interrupt_and_exceptions():
             raise KeyboardInterrupt
         return {}
 
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         draw(pipe, callback_on_step_end=stop)
         assert kinds(handle) == DEFAULT[:9]
         draw(pipe, steps=6)
@@ -138,7 +140,7 @@ def test_a_callback_that_replaces_the_prompt(context):
     def replace(pipe, step, time, tensors):
         return {"prompt_embeds": other} if step == 5 else {}
 
-    with ras_compile.attach(pipe, context=context) as handle:
+    with ras_compile.attach(pipe, context=context, **EIGHT) as handle:
         draw(pipe, steps=9, callback_on_step_end=replace)
         assert kinds(handle) == "ddddss" + "d" + "ss"
 
@@ -155,7 +157,7 @@ def test_a_callback_that_replaces_the_latent(how, expected):
             tensors["latents"].add_(1)
         return {"latents": tensors["latents"] + 1} if step == 5 and how == "another" else {}
 
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         draw(pipe, steps=10, callback_on_step_end=replace)
         assert kinds(handle) == "ddddss" + expected + "ss"
 
@@ -163,7 +165,7 @@ def test_a_callback_that_replaces_the_latent(how, expected):
 def test_a_pipeline_with_a_scheduler_of_its_own_is_not_taken_for_this_one():
     pipe = sd3()
     second = diffusers.StableDiffusion3Pipeline(**{**pipe.components, "scheduler": sd3().scheduler})
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         draw(pipe, steps=8)
         draw(second, steps=7)
         assert kinds(handle) == "ddddsss"
@@ -172,7 +174,7 @@ def test_a_pipeline_with_a_scheduler_of_its_own_is_not_taken_for_this_one():
 def test_skip_layer_guidance_is_a_branch_of_its_own():
     pipe = sd3()
     options = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.9}
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         draw(pipe, steps=10, **options)
         records = ras_compile.trace(handle)
     main = "".join(record.kind[0] for record in records if record.branch == "0")
@@ -194,7 +196,7 @@ def test_a_swapped_scheduler(scheduler):
 
 def test_image_to_image_starts_late():
     pipe = sd3()
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, shift_factor=0.0)
         second = diffusers.StableDiffusion3Img2ImgPipeline(**{**pipe.components, "vae": vae})
         image = torch.rand(1, 3, 8, 8)
@@ -244,7 +246,7 @@ def draw_video(pipe, steps):
 
 def test_two_transformers_warm_up_apart_and_name_their_branches():
     pipe = wan()
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         assert len(handle.transformers) == 2
         draw_video(pipe, 20)
         records = ras_compile.trace(handle)
@@ -287,7 +289,7 @@ def test_runtime_options_change_from_the_next_generation_on(monkeypatch):
             handle.configure(sample_ratio=0.25, warmup_steps=2, reset_steps=[5], metric="l2norm")
         return {}
 
-    with ras_compile.attach(pipe) as handle:
+    with ras_compile.attach(pipe, **EIGHT) as handle:
         draw(pipe, steps=7, callback_on_step_end=configure)
         assert kinds(handle) == "ddddsss" and ras_compile.trace(handle)[-1].active == 32
         draw(pipe, steps=7)
@@ -355,7 +357,7 @@ def test_another_transformer_in_the_place_of_the_attached_one_is_told():
 def test_a_loop_that_leaves_the_scheduler_alone_runs_dense():
     pipe = sd3()
     pipe.scheduler.set_timesteps(28)
-    with ras_compile.attach(pipe) as handle, pytest.warns(RASWarning, match="not the attached scheduler's"):
+    with ras_compile.attach(pipe, **EIGHT) as handle, pytest.warns(RASWarning, match="not the attached scheduler's"):
         for time in pipe.scheduler.timesteps:
             by_hand(pipe, time)
         assert "s" not in kinds(handle)
@@ -364,7 +366,7 @@ def test_a_loop_that_leaves_the_scheduler_alone_runs_dense():
 def test_generation_rules_over_the_scheduler():
     pipe = sd3()
     pipe.scheduler.set_timesteps(28)
-    with ras_compile.attach(pipe) as handle, ras_compile.generation() as gen:
+    with ras_compile.attach(pipe, **EIGHT) as handle, ras_compile.generation() as gen:
         for time in pipe.scheduler.timesteps[:6]:
             gen.step()
             by_hand(pipe, time)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import diffusers
 import pytest
 import torch
 from pipelines import EAGER, draw_sd3, kinds, sd3
@@ -127,3 +128,20 @@ def test_a_compilation_is_told(caplog):
     told = [record.getMessage() for record in caplog.records]
     assert any(text.startswith("compiling a program of") for text in told)
     assert any(text.startswith("compiled it in") and text.endswith(" s") for text in told)
+
+
+def test_a_solver_of_second_order_is_advised_once_and_never_taken(caplog):
+    notices.reset()
+    for scheduler, told in (
+        (diffusers.FlowMatchEulerDiscreteScheduler(), 0),  # diffusers names no other that may take its place
+        (diffusers.DPMSolverMultistepScheduler(), 0),
+        (diffusers.DDIMScheduler(), 1),
+        (diffusers.DDIMScheduler(), 1),
+    ):
+        pipe = sd3()
+        pipe.scheduler, kind = scheduler, type(scheduler)
+        with caplog.at_level("INFO", logger="ras_compile"), ras_compile.attach(pipe, **EAGER):
+            assert isinstance(pipe.scheduler, kind)
+        advice = [record.getMessage() for record in caplog.records if "needs fewer steps" in record.getMessage()]
+        assert len(advice) == told
+    assert "pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)" in advice[0]

@@ -186,7 +186,13 @@ def test_a_noise_that_stands_still_is_computed_in_turns():
 def test_branches_that_come_and_go(batches, kinds, reset_interval):
     """Rows are those of the formula, over the calls of the step before, each with all that its branch has computed."""
     model = FakeTransformer(
-        metric="drift", warmup_steps=2, reset_interval=reset_interval, cuda_graphs=False, max_absence=100
+        metric="drift",
+        warmup_steps=2,
+        reset_interval=reset_interval,
+        cuda_graphs=False,
+        max_absence=100,
+        sample_ratio=0.5,
+        ratio_schedule="constant",
     )
     contexts, references, seen, called = prompts("cond", "uncond", "both"), {}, "", {}
     with ras_compile.generation(num_steps=10) as gen:

@@ -63,7 +63,7 @@ def test_a_shared_embedding_does_not_make_two_models_one(where):
 
 def test_each_config_has_its_own_state():
     one = model()
-    assert state_for(weights(one), CONFIG) is state_for(weights(one), RASConfig(sample_ratio=0.5))
+    assert state_for(weights(one), CONFIG) is state_for(weights(one), RASConfig(sample_ratio=CONFIG.sample_ratio))
     assert state_for(weights(one), CONFIG) is not state_for(weights(one), RASConfig(sample_ratio=0.25))
 
 

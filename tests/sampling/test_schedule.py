@@ -3,12 +3,13 @@
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ras_compile import RASConfig, notices
 from ras_compile.errors import RASWarning
-from ras_compile.sampling.schedule import Schedule
+from ras_compile.passes.analysis.cost import ACTIVE, Cost
+from ras_compile.sampling.schedule import Schedule, at_speedup
 
 
 def kinds(steps, **options):
@@ -21,7 +22,22 @@ def dense_steps(steps, **options):
 
 
 def test_default_on_28_steps():
-    assert dense_steps(28) == [0, 1, 2, 3, 12, 20]
+    assert dense_steps(28) == [0, 1, 2, 3, 7, 10, 13, 16, 19, 22, 25]
+    assert dense_steps(28, metric="std") == dense_steps(28, reset_interval=8) == [0, 1, 2, 3, 12, 20]
+    schedule = Schedule(RASConfig())
+    counts = [schedule.active(step, 1024, 28) for step in range(28) if schedule.kind(step) == "sparse"]
+    # four steps in the first 30 % of the run and two in the last 10 % have half of the tokens
+    assert counts == [512] * 4 + [64] * 11 + [512] * 2
+
+
+def test_the_defaults_of_old_given_as_options_make_the_schedule_of_old():
+    for options in (
+        dict(metric="std"),
+        dict(reset_interval=8, metric="std", noise_reuse="hold", ratio_schedule="constant", sample_ratio=0.5),
+    ):
+        schedule = Schedule(RASConfig(**options))
+        assert dense_steps(28, **options) == [0, 1, 2, 3, 12, 20]
+        assert {schedule.active(step, tokens=1024, num_steps=28) for step in range(4, 28)} == {512}
 
 
 def test_explicit_resets_rule_over_the_interval():
@@ -85,7 +101,7 @@ def test_linear_falls_in_four_levels_with_the_right_sum(ratio, steps, tokens, in
 
 
 def test_linear_really_falls():
-    schedule = Schedule(RASConfig(ratio_schedule="linear"))
+    schedule = Schedule(RASConfig(ratio_schedule="linear", sample_ratio=0.5, reset_interval=8))
     assert schedule.ratio(4, 28) == pytest.approx(0.6931818) and schedule.ratio(27, 28) == pytest.approx(0.3181818)
 
 
@@ -169,3 +185,68 @@ def test_ends_without_a_number_of_steps_or_without_a_middle_are_flat():
     schedule.check(None)
     assert schedule.ratio(9) == 0.3 and schedule.active(9, 4096) == flat.active(9, 4096)
     assert schedule.active(4, 4096, 5) == flat.active(4, 4096, 5)
+
+
+def flow_levels(steps, shift=3.0):
+    times = [1 - step / steps for step in range(steps + 1)]
+    return [shift * time / (1 + (shift - 1) * time) for time in times]
+
+
+@settings(deadline=None)
+@given(
+    ratio=st.floats(0.02, 1),
+    steps=st.integers(1, 60),
+    tokens=st.integers(16, 8192),
+    twice=st.booleans(),
+    stands=st.booleans(),
+    rising=st.booleans(),
+)
+def test_sigmas_have_the_right_sum_in_three_levels(ratio, steps, tokens, twice, stands, rising):
+    levels = flow_levels(steps)
+    levels = [0.5] * (steps + 1) if stands else levels[::-1] if rising else levels
+    levels = [level for level in levels[:-1] for _ in range(1 + twice)] + levels[-1:]
+    steps = len(levels) - 1
+    schedule = Schedule(RASConfig(sample_ratio=ratio, ratio_schedule="sigmas"), levels)
+    sparse = [step for step in range(steps) if schedule.kind(step) == "sparse"]
+    if not sparse:
+        return
+    ratios = [schedule.ratio(step, steps) for step in sparse]
+    assert all(0 < value <= 1 + 1e-9 for value in ratios) and len(set(ratios)) <= 3
+    assert sum(ratios) / len(sparse) == pytest.approx(ratio, rel=1e-3)
+    counts = [schedule.active(step, tokens, steps) for step in sparse]
+    assert len(set(counts)) <= 3 and min(counts) >= 1 and max(counts) <= tokens
+
+
+def test_sigmas_follow_the_error_that_is_expected():
+    options = dict(sample_ratio=0.25, ratio_schedule="sigmas", reset_interval=None)
+    schedule = Schedule(RASConfig(**options), flow_levels(28))
+    counts = {step: schedule.active(step, 4096, 28) for step in range(4, 28)}
+    assert counts[26] == max(counts.values()) > 4 * counts[14] and counts[4] >= counts[14] == min(counts.values())
+    # evaluated twice at each level, both count alike
+    levels = [level for level in flow_levels(28)[:-1] for _ in range(2)] + [0.0]
+    twice = Schedule(RASConfig(**options), levels)
+    assert twice.active(30, 4096, 56) == twice.active(31, 4096, 56) < twice.active(52, 4096, 56)
+
+
+def test_sigmas_of_nobody_are_ends():
+    ends, sigmas = (Schedule(RASConfig(ratio_schedule=kind)) for kind in ("ends", "sigmas"))
+    assert [ends.active(step, 1024, 28) for step in range(28)] == [sigmas.active(step, 1024, 28) for step in range(28)]
+    assert ends.active(9, 1024) == sigmas.active(9, 1024)
+
+
+PRICE = Cost(1000, 10 * ACTIVE, 0, 0 * ACTIVE, 0, 100)
+
+
+@pytest.mark.parametrize(("speedup", "interval"), [(1.5, 3), (2.4, 3), (2.8, 4), (3.5, 6), (4, 8), (6.5, None)])
+def test_a_speedup_spaces_the_dense_steps_of_the_defaults_as_far_as_it_must(speedup, interval):
+    solved = at_speedup(RASConfig(speedup=speedup), lambda: PRICE, 28)
+    assert solved.reset_interval == interval and solved.speedup is None
+    assert PRICE.speedup(solved.ratio, 28, Schedule(solved).dense_steps(28)) == pytest.approx(speedup, rel=0.03)
+
+
+@pytest.mark.parametrize("options", [{"preset": "quality"}, {"metric": "std"}, {"reset_steps": range(4, 20)}])
+def test_a_speedup_leaves_dense_steps_alone_that_somebody_chose(options):
+    with pytest.raises(ValueError, match="option speedup: a speed-up of 6.5 is out of reach"):
+        at_speedup(RASConfig(speedup=6.5, **options), lambda: PRICE, 28)
+    with pytest.raises(ValueError, match="option speedup: a speed-up of 60 is out of reach with 4 dense steps of 28"):
+        at_speedup(RASConfig(speedup=60), lambda: PRICE, 28)

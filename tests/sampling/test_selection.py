@@ -56,6 +56,12 @@ def test_random_metric_repeats_and_leaves_the_global_generator_alone():
     assert not torch.equal(first, token_metric(noise, "random", SelectionInfo(step=4)))
 
 
+def test_a_metric_that_one_noise_does_not_tell_is_refused():
+    for unknown in ("drift", "st", None):
+        with pytest.raises(ValueError, match="token_metric takes 'std'"):
+            token_metric(torch.zeros(2, 6, 1, 3), unknown, INFO)
+
+
 def test_callable_metric_sees_flat_tokens_and_info():
     seen = []
 
@@ -109,8 +115,8 @@ def test_equation_one_decides_between_two_tokens():
 
 def test_large_drop_counts_do_not_overflow():
     drops = torch.tensor([5000, 4000, 3000])
-    assert select([1.0, 1.0, 1.0], 2, drops=drops, focus="high").tolist() == [[0, 1]]
-    assert select([1.0, 1.0, 1.0], 2, drops=drops, focus="low").tolist() == [[0, 1]]
+    for focus in ("high", "low"):
+        assert select([1.0, 1.0, 1.0], 2, drops=drops, focus=focus, starvation_scale=2).tolist() == [[0, 1]]
 
 
 def test_the_overdue_go_first_and_the_oldest_of_them():
@@ -250,7 +256,7 @@ def test_a_bad_value_of_a_metric_names_the_option(value, complaint):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_drop_counts_outlive_a_change_of_the_batch(batch):
     """Guidance ends, or begins: a token that was dropped before is still the next to be computed."""
-    chooser = RowChooser(RASConfig(cuda_graphs=False, max_absence=99))
+    chooser = RowChooser(RASConfig(cuda_graphs=False, metric="std", max_absence=99))
     noise = torch.tensor([[1.0, -1.0]]) * torch.tensor([3.0, 2.9, 2.8, 1.0, 0.9, 0.8])[None, :, None, None]
 
     def choose(batch):
@@ -264,7 +270,7 @@ def test_drop_counts_outlive_a_change_of_the_batch(batch):
 
 def chosen_with(batches, noises, autocast=False):
     """Rows of the first sample at each step; all samples share a latent, and their noise."""
-    chooser, rows = RowChooser(RASConfig(cuda_graphs=False, max_absence=2)), []
+    chooser, rows = RowChooser(RASConfig(cuda_graphs=False, metric="std", max_absence=2)), []
     for batch, noise in zip(batches, noises, strict=True):
         chooser.observe(noise.expand(batch, -1, -1, -1), INFO)
         chooser.advance(dense=False)

@@ -9,18 +9,22 @@ from fakes import CHANNELS, TOKENS, FakeTransformer, denoise, falling, prompts
 
 import ras_compile
 from ras_compile import RASConfig
+from ras_compile.errors import RASWarning
 from ras_compile.sampling.rows import RowChooser
 from ras_compile.sampling.selection import SelectionInfo
-from ras_compile.sampling.state import CallInfo, Decision
+from ras_compile.sampling.state import CallInfo, Decision, TransformerState
 
-DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps: dense at 0..3, 12 and 20
+DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps of the fake: dense at 0..3, 12 and 20
 
 
 def test_default_plan():
-    model = FakeTransformer()
-    with ras_compile.generation(num_steps=28) as gen:
-        denoise(model, falling(28), prompts("cond"), gen=gen)
-    assert model.kinds() == DEFAULT
+    for model, wanted in (
+        (FakeTransformer(), DEFAULT),
+        (FakeTransformer(preset="balanced"), "dddd" + "sss" + "dss" * 7),
+    ):
+        with ras_compile.generation(num_steps=28) as gen:
+            denoise(model, falling(28), prompts("cond"), gen=gen)
+        assert model.kinds() == wanted
 
 
 def test_branches_have_their_own_caches_and_share_rows():
@@ -98,7 +102,7 @@ def test_steps_that_begin_anew_are_another_generation():
     ("between", "expected"), [("nothing", 3), ("a dense step", 0), ("one that nobody planned", 0), ("all tokens", 0)]
 )
 def test_after_a_dense_step_no_token_is_absent(between, expected):
-    chooser = RowChooser(RASConfig(max_absence=2, starvation_scale=0.0, focus="low"))
+    chooser = RowChooser(RASConfig(metric="std", max_absence=2, starvation_scale=0.0, focus="low"))
     latent, noise = torch.randn(1, 4, 1), torch.tensor([[1.0, -1.0]]) * torch.arange(1.0, 5)[:, None]
     for step in range(3):
         chooser.observe(noise.reshape(1, 4, 1, 2), SelectionInfo())
@@ -299,7 +303,7 @@ def test_a_context_written_in_place_has_changed():
 
 
 def test_linear_ratio_uses_the_number_of_steps():
-    model = FakeTransformer(ratio_schedule="linear")
+    model = FakeTransformer(ratio_schedule="linear", sample_ratio=0.5)
     with ras_compile.generation(num_steps=28) as gen:
         denoise(model, falling(28), prompts("cond"), gen=gen)
     counts = [record.active for record in model.state.records if record.kind == "sparse"]
@@ -400,3 +404,55 @@ def test_a_trace_reads_the_time_late():
     with ras_compile.generation() as gen:
         denoise(model, [torch.tensor([7.0, 3.0]), 5, None], prompts("cond"), gen=gen)
     assert [record.timestep for record in model.state.records] == [7.0, 5.0, None]
+
+
+def active_with(tolerance, noise, names=("cond", "uncond"), **options):
+    """Tokens that each step of a run computes, of two branches whose noise in a step is `noise` of the step."""
+    state, active = TransformerState(RASConfig(tolerance=tolerance, cuda_graphs=False, **options)), []
+    with ras_compile.generation(num_steps=12) as gen:
+        for step in range(12):
+            gen.step()
+            latent, counts = torch.full((1, 64, 4), float(step)), set()
+            for name in names:
+                with gen.branch(name):
+                    call = CallInfo(name, latent, (), None, 1, 64, (8, 8))
+                    decision = state.decide(call)
+                    found = noise(step)
+                    if decision.rows is not None:
+                        found = decision.slots["noise"].scatter(
+                            1, decision.rows[..., None, None].expand(-1, -1, 1, 4), 0
+                        )
+                    decision.slots["noise"] = found
+                    state.record(call, decision, found, found)
+                counts.add(decision.active)
+            assert len(counts) == 1, "the branches of a step agree"
+            active += counts
+    return active
+
+
+def test_a_tolerance_chooses_among_four_programs():
+    noises = torch.randn(12, 1, 64, 1, 4)
+
+    def drifting(step):
+        return noises[0] + 0.01 * step * noises[1]
+
+    huge, tight = active_with(1e9, drifting), active_with(1e-9, drifting)
+    assert huge == [64] * 4 + [4] * 8, "mostly held"
+    assert tight == [64] * 12
+    between = {count for tolerance in (0.01, 0.02, 0.05) for count in active_with(tolerance, drifting)}
+    assert {4, 64} < between <= {4, 16, 32, 64}
+    assert active_with(1e9, drifting, reset_steps=[6]) == [64] * 4 + [4] * 2 + [64] + [4] * 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_noise_that_is_not_a_number_is_within_no_tolerance(value):
+    assert active_with(1e9, lambda step: torch.full((1, 64, 1, 4), value)) == [64] * 12
+
+
+def test_a_run_too_short_for_a_sparse_step_is_told_where_nobody_says_the_steps():
+    """Once the next one begins: until then nobody knows how many steps there are."""
+    model = FakeTransformer()
+    with pytest.warns(RASWarning, match="none of the 4 steps can be sparse with warmup_steps=4"):
+        for _ in range(2):
+            denoise(model, falling(4), prompts("cond"))
+    assert model.kinds() == "dddd"

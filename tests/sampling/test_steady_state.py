@@ -84,7 +84,7 @@ def test_no_python_runs_for_each_weight(monkeypatch):
         # at once, being of one dtype: latent, time and text; then the rows; before them the noise and the counts they come from
         ({"metric": "std"}, {"_foreach_copy_ of 3": 1, "copy_": 1 + 2, "clone": 1 + 2}),
         # before them the noise, the one before and the rates, at once, and the counts; what is remembered leaves, too
-        ({"metric": "drift"}, {"_foreach_copy_ of 3": 1 + 1, "copy_": 1 + 1, "clone": 1 + 4}),
+        ({"metric": "drift", "noise_reuse": "hold"}, {"_foreach_copy_ of 3": 1 + 1, "copy_": 1 + 1, "clone": 1 + 4}),
     ],
     ids=str,
 )
