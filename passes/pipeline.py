@@ -26,6 +26,7 @@ from ras_compile.passes.lowering.matrices import flatten_linears
 from ras_compile.passes.lowering.outline import outline
 from ras_compile.passes.lowering.share import share_tables
 from ras_compile.passes.spec import legal
+from ras_compile.passes.spec.sources import Sources, check_sources, sources_of
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,25 @@ def for_all_lengths(
 def run(program: fx.GraphModule, passes: Sequence[Pass], done: Sequence[str] = ()) -> fx.GraphModule:
     """Runs passes one after the other. ``done`` names those that the program has been through."""
     journal, names = Journal.of(program), list(done)
-    _check(program, names)
+    before = sources_of(program) if legal.EVERY_PASS else {}
+    _check(program, names, before)
     for step in passes:
         if not step.applies:
             continue
         step.run(program)
         names.append(step.name)
         journal.after(step.name)  # first: what is illegal is written down, too
-        _check(program, names)
+        _check(program, names, before)
     program.graph.lint()
     program.recompile()
     return program
 
 
-def _check(program: fx.GraphModule, done: Sequence[str]) -> None:
+def _check(program: fx.GraphModule, done: Sequence[str], before: Sources) -> None:
     if not legal.EVERY_PASS:
         return
     try:
         legal.check_program(program, done)
+        check_sources(program, before)
     except SpecViolation as error:
         raise SpecViolation(f"after the pass {done[-1] if done else 'that built it'}: {error}") from error

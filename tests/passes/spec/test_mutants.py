@@ -59,9 +59,10 @@ from ras_compile.passes.fusion.activation import fuse_linear_gelu
 from ras_compile.passes.fusion.scatter import Fusion
 from ras_compile.passes.lowering.interpolate import interpolate
 from ras_compile.passes.lowering.matrices import flatten_linears
-from ras_compile.passes.programs.aliases import INVOKE
+from ras_compile.passes.programs.aliases import INVOKE, root, writes
 from ras_compile.passes.programs.program import sparse_program
 from ras_compile.passes.spec.legal import check_program
+from ras_compile.passes.spec.sources import check_sources, sources_of
 
 aten, own = torch.ops.aten, torch.ops.ras_compile
 ACTIVE = 3  # of six tokens
@@ -367,6 +368,71 @@ MUTANTS: dict[tuple[str, str], tuple[Callable[[fx.GraphModule], object], str]] =
     ("outline", "a block that nobody calls"): (call_nobody, "called 0 times"),
     ("interpolate", "a length is another one"): (another_length, "says .* gives"),
 }
+
+
+def exchanged(node: fx.Node, first: fx.Node, second: fx.Node) -> None:
+    other = {first: second, second: first}
+    node.args = fx.node.map_arg(node.args, lambda operand: other.get(operand, operand))
+    node.kwargs = fx.node.map_arg(node.kwargs, lambda operand: other.get(operand, operand))
+
+
+def exchange_caches(program):
+    """Two caches of one shape take each other's place in all that writes or reads them."""
+    shapes = [cache.meta["val"].shape for cache in caches(program)]
+    first, second = caches(program)[0], caches(program)[shapes.index(shapes[0], 1)]
+    for node in list(program.graph.nodes):
+        if any(root(operand) in (first, second) for operand in writes(node)):
+            exchanged(node, first, second)
+            for view in node.all_input_nodes:
+                if view.op == "call_function" and root(view) in (first, second):
+                    exchanged(view, first, second)
+
+
+def exchange_results(program):
+    launch = find(program, own.many_linears.default)
+    items = {node.args[1]: node for node in launch.users}
+    first, second = next(
+        (a, b) for a in items for b in items if a < b and items[a].meta["val"].shape == items[b].meta["val"].shape
+    )
+    replaced(items[first], 1, second)
+    replaced(items[second], 1, first)
+
+
+def exchange_weights(program):
+    op = find(program, own.grouped_scatter_linear.default)
+    weights = list(op.args[2])
+    first, second = next(
+        (a, b)
+        for a in range(len(weights))
+        for b in range(a)
+        if weights[a].meta["val"].shape == weights[b].meta["val"].shape
+    )
+    weights[first], weights[second] = weights[second], weights[first]
+    replaced(op, 2, weights)
+
+
+# All sizes agree, each entry is written once: what is wrong is where it comes from.
+EXCHANGES: dict[tuple[str, str], Callable[[fx.GraphModule], object]] = {
+    ("that built it", "two caches are exchanged"): exchange_caches,
+    ("scatter in groups", "two caches are exchanged"): exchange_caches,
+    ("functional", "two caches are exchanged"): exchange_caches,
+    ("outline", "two caches are exchanged"): exchange_caches,
+    ("few rows", "two results of a launch are exchanged"): exchange_results,
+    ("scatter in groups", "two weights are exchanged"): exchange_weights,
+}
+
+
+@pytest.mark.parametrize(("after", "mutant"), EXCHANGES, ids=[f"{a}: {m}" for a, m in EXCHANGES])
+def test_an_exchange_is_refused(after: str, mutant: str):
+    program, done = behind(after)
+    before = sources_of(program)
+    assert any(name.startswith("cache") and len(found) > 2 for name, found in before.items())
+    program = copy.deepcopy(program)
+    check_sources(program, before)
+    EXCHANGES[after, mutant](program)
+    program.graph.lint()
+    with pytest.raises(SpecViolation, match="now comes from"):
+        check_sources(program, before)
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(after for after, _ in MUTANTS))
