@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import sysconfig
@@ -11,6 +10,8 @@ import warnings
 from collections.abc import Hashable
 from types import FrameType
 from typing import TYPE_CHECKING
+
+import torch
 
 from ras_compile.errors import RASWarning
 
@@ -21,7 +22,7 @@ __all__ = ["LIBRARIES", "fallbacks", "fell_back", "first_time", "reset", "user_f
 
 # Code that is nobody's model: PyTorch's and ours.
 LIBRARIES = (
-    os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin), ""),  # type: ignore[union-attr, arg-type]  # it is installed
+    os.path.join(os.path.dirname(torch.__file__), ""),
     os.path.join(os.path.dirname(__file__), ""),
 )
 _INSTALLED = os.path.join(sysconfig.get_path("purelib"), "")  # a pipeline's code, which calls a model for the user

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ras_compile.errors import RASError
@@ -13,8 +15,9 @@ TESTED = " to ".join(".".join(map(str, version)) for version in (FIRST, LAST))
 
 
 def is_tested() -> bool:
-    """Whether this PyTorch is among them; a nightly build counts as the version that it is to be."""
-    return FIRST <= tuple(int(part) for part in torch.__version__.split(".")[:2]) <= LAST
+    """Whether this PyTorch is among them; a nightly build counts as the version that it is to be, a name of no numbers as none."""
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    return found is not None and FIRST <= tuple(map(int, found.groups())) <= LAST
 
 
 def cannot_run(reason: str) -> RASError:

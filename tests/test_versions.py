@@ -40,7 +40,7 @@ def test_tested_versions_are_not_talked_about(pytorch, version):
     assert said_by(canaries.check) == []
 
 
-@pytest.mark.parametrize("version", ["2.99.0.dev20300101+cpu", "2.10.1", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.99.0.dev20300101+cpu", "2.10.1", "3.0.0", "garbage"])
 def test_other_versions_are_named_once(pytorch, version):
     pytorch(version)
     (said,) = said_by(lambda: (canaries.check(), canaries.check()))

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ras_compile import _torch
+from ras_compile.notices import LIBRARIES
 
-__all__ = ["LIBRARIES", "caller_is_known", "compiled_call", "compiled_modules", "holder", "is_call", "receiver"]
+__all__ = ["caller_is_known", "compiled_call", "compiled_modules", "holder", "is_call", "receiver"]
 
 _DYNAMO = str(Path(torch.__file__).parent / "_dynamo")
 _CALLS = (
@@ -21,7 +22,6 @@ _CALLS = (
     "_wrapped_call_impl",
     "__call__",
 )  # what is compiled of a module, if it is not its forward alone
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # code that is nobody's model
 
 
 def compiled_call() -> tuple[nn.Module, tuple, dict] | None:

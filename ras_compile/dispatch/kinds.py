@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 from ras_compile._torch import RESUME_PREFIX, pytree, why_graph_ends
 from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep
 from ras_compile.config import RASConfig
-from ras_compile.dispatch.callers import LIBRARIES, caller_is_known, holder, is_call, receiver
+from ras_compile.dispatch.callers import caller_is_known, holder, is_call, receiver
 from ras_compile.errors import UnsupportedGraph
+from ras_compile.notices import LIBRARIES
 from ras_compile.sampling.blocks import is_features, why_block
 from ras_compile.versions import TESTED
 

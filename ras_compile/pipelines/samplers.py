@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ras_compile.errors import ConfigError
+from ras_compile.pipelines._diffusers import alpha_and_sigma, begin_step
 
 __all__ = ["PREDICTIONS", "SCHEDULERS", "check_clean", "clean_coefficients", "noise_levels"]
 
@@ -89,10 +90,10 @@ def clean_coefficients(scheduler: Any, timestep: Any, index: int | None = None) 
         alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
     else:
         if index is None and scheduler.step_index is None:  # `step` does the same in a moment
-            scheduler._init_step_index(timestep)
+            begin_step(scheduler, timestep)
         sigma = scheduler.sigmas[scheduler.step_index if index is None else index]
         if family == "own":
-            alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigma)
+            alpha, sigma = alpha_and_sigma(scheduler, sigma)
         else:
             alpha = 1 - sigma if family == "flow" else torch.ones_like(sigma)
     alpha, sigma = alpha.float(), sigma.float()

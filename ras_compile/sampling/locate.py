@@ -40,7 +40,7 @@ __all__ = [
 
 
 class Generation(Home):
-    """One denoising run of a hand-written loop; made by `ras_compile.generation`.
+    """One denoising run of a hand-written loop; made by `ras_compile.generation`, and entered by `with`.
 
     Args:
         num_steps: how many steps the run has, where known; "linear" ratios need it.
@@ -53,8 +53,16 @@ class Generation(Home):
         self.num_steps = None if num_steps is None else int(num_steps)
         self.key = object()
         self.current: int | None = None
-        self.ended = False
+        self.entered = self.ended = False
         self.branch_name: str | None = None
+
+    def __enter__(self) -> Generation:
+        self.entered = True
+        self.make_current()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
     def step(self) -> int:
         """Call once for each step, before the step's model calls. Returns the step's number, from 0.
@@ -63,7 +71,7 @@ class Generation(Home):
         take turns) and where the thread is another one (a server that runs each step of a generator in some thread).
 
         Raises:
-            ConfigError: the generation has ended.
+            ConfigError: the generation has ended, or was not entered by `with`.
         """
         self.make_current()
         self.current = 0 if self.current is None else self.current + 1
@@ -79,7 +87,7 @@ class Generation(Home):
         """Name the guidance branch ("cond", "uncond", ...) of the model calls inside; else the contexts tell.
 
         Raises:
-            ConfigError: the name is no string, or the generation has ended.
+            ConfigError: the name is no string, or the generation is not running.
         """
         if not isinstance(name, str):
             raise ConfigError(f"branch({name!r}): it takes the name of a guidance branch, such as 'cond'.")
@@ -92,9 +100,11 @@ class Generation(Home):
 
     def make_current(self) -> None:
         """From now on the model calls of this context are this generation's."""
-        if self.ended:
+        if self.ended or not self.entered:
+            why = "ended" if self.ended else "not begun"
             raise ConfigError(
-                "this generation has ended: step(), branch() and the model calls belong inside `with ras_compile.generation(...)`."
+                f"this generation has {why}: step(), branch() and the model calls belong inside "
+                "`with ras_compile.generation(...)`."
             )
         _generations.set((*(other for other in _running() if other is not self), self))
 
@@ -255,8 +265,7 @@ _here = _Here()
 _owner: ContextVar[_Owner | None] = ContextVar("ras_compile_owner", default=None)
 
 
-@contextmanager
-def generation(num_steps: int | None = None) -> Iterator[Generation]:
+def generation(num_steps: int | None = None) -> Generation:
     """Mark one denoising run, and say which step is which.
 
     ::
@@ -272,12 +281,7 @@ def generation(num_steps: int | None = None) -> Iterator[Generation]:
     Raises:
         ConfigError: `num_steps` is not a positive whole number.
     """
-    found = Generation(num_steps)
-    found.make_current()
-    try:
-        yield found
-    finally:
-        found.end()
+    return Generation(num_steps)
 
 
 def _running() -> tuple[Generation, ...]:

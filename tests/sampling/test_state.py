@@ -357,6 +357,16 @@ def test_a_loop_that_forgets_its_steps_runs_dense_and_is_told():
     assert "s" not in model.kinds()
 
 
+def test_a_generation_is_entered_by_with():
+    run = ras_compile.generation(num_steps=3)
+    with pytest.raises(ras_compile.ConfigError, match="has not begun: .* belong inside `with"):
+        run.step()
+    with run as entered:
+        assert entered is run and run.step() == 0
+    with pytest.raises(ras_compile.ConfigError, match="has ended"):
+        run.step()
+
+
 def test_nested_generations_keep_apart():
     model = FakeTransformer()
     contexts = prompts("cond")
