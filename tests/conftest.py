@@ -20,6 +20,7 @@ pytest.register_assert_rewrite("properties")
 
 # What `make quick` leaves out, by files and folders; a test that runs Triton's interpreter is `compiles`, too.
 LANES = {
+    "cli": "pipelines",
     "contract/test_contract.py": "zoo",
     "contract/test_handwritten.py": "zoo",
     "contract/test_inductor.py": "compiles",
