@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import ras_compile
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("diffusers", "torch._dynamo", "torch._inductor", "transformers", "triton")
 
@@ -29,6 +31,10 @@ print(*[name for name in {HEAVY} if name in set(sys.modules) - before])
 @pytest.mark.parametrize("module", ["ras_compile", "ras_compile.passes.algebra.layout", "ras_compile.config"])
 def test_an_import_brings_no_compiler(module):
     assert brought(module) == []
+
+
+def test_the_package_lists_its_public_names():
+    assert dir(ras_compile) == sorted(ras_compile.__all__)
 
 
 def test_what_compiles_brings_it():

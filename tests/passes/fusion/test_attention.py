@@ -125,6 +125,7 @@ def test_asks_whether_it_pays():
 MODELS = {"SD3": 2, "Flux": 3, "PixArt": 2}
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", by_model(MODELS))
 def test_known_models(name):
     case = of_zoo(name)

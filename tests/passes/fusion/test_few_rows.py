@@ -51,6 +51,7 @@ def modulations(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> bool:
 MODELS = {"SD3": [5], "SD3.5": [7], "Flux": [5], "Lumina-Next": [3]}
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", by_model(MODELS))
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_modulations_of_known_models(name, kind):

@@ -271,6 +271,7 @@ MODELS = {
 
 
 @pytest.mark.skipif(INTERPRETED, reason="slow there, and the same again")
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", by_model(MODELS))
 def test_sites_of_known_models(name, active=6):
     case = of_zoo(name)

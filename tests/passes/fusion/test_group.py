@@ -80,6 +80,7 @@ MODELS = {
 }
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", by_model(MODELS))
 def test_groups_of_known_models(name):
     case = of_zoo(name)

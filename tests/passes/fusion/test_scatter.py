@@ -316,6 +316,7 @@ def test_the_last_linear_writes_pixels(batch):
 MODELS = {"SD3": (9, 0), "SD3.5": (17, 0), "Flux": (9, 0), "QwenImageTransformer2DModel": (9, 0), "Wan": (3, 2)}
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", by_model(MODELS))
 def test_sites_of_known_models(name, active=7):
     case = of_zoo(name)

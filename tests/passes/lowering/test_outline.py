@@ -125,6 +125,7 @@ def test_four_blocks_become_four_calls_of_one_subgraph():
         assert size(short) < 0.6 * size(program)
 
 
+@pytest.mark.compiles
 def test_through_inductor_caches_are_written_in_place():
     dense, sparse, values = programs(Model())
     with torch.no_grad():
@@ -151,6 +152,7 @@ class Rotated(Model):
         return self.head(x).transpose(1, 2).reshape(latent.shape)
 
 
+@pytest.mark.compiles
 def test_through_inductor_complex_numbers_are_handed_over_as_pairs():
     """Inductor stops at a call that takes complex numbers and writes into a cache."""
     dense, sparse, values = programs(Rotated())
