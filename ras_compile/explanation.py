@@ -15,7 +15,7 @@ from torch import fx, nn
 from ras_compile._torch import call_uncompiled, compiled_call, original, pytree, set_compiled_call
 from ras_compile.capture.inputs import GraphInput, check_timestep, describe_inputs
 from ras_compile.capture.subclasses import Entrance
-from ras_compile.capture.unusable import told_plainly
+from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import RASConfig, is_whole
 from ras_compile.dispatch.dispatcher import worth_tracing
 from ras_compile.dispatch.kinds import GraphBreak, arguments_of, graph_break, part_of
@@ -79,7 +79,7 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
     # Dynamo keeps what it compiled with the code object: one of our own leaves the module's alone, and never fills up
     fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
     try:
-        with torch.no_grad(), told_plainly((), inputs):
+        with torch.no_grad(), translate_dynamo_errors((), inputs):
             torch.compile(fresh, backend=record, dynamic=False)(**inputs)
     except _Recorded:
         pass
@@ -390,7 +390,7 @@ def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -
         leaves = pytree.tree_leaves(((), inputs))
         if not worth_tracing(error, leaves):
             raise
-    with compiling(told=False):  # the model's own code runs
+    with compiling(announced=False):  # the model's own code runs
         entry = specialise(original(transformer), (), inputs, config)
     return entry.plan, list(entry.inputs), inputs_of(entry.trace, leaves)
 

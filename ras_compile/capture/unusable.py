@@ -11,7 +11,7 @@ from torch import Tensor
 from ras_compile._torch import TorchRuntimeError, pytree
 from ras_compile.errors import UnusableInput
 
-__all__ = ["told_plainly", "unusable"]
+__all__ = ["translate_dynamo_errors", "unusable"]
 
 
 def unusable(reason: str, args: tuple, kwargs: dict) -> UnusableInput:
@@ -27,7 +27,7 @@ def unusable(reason: str, args: tuple, kwargs: dict) -> UnusableInput:
 
 
 @contextmanager
-def told_plainly(args: tuple, kwargs: dict) -> Iterator[None]:
+def translate_dynamo_errors(args: tuple, kwargs: dict) -> Iterator[None]:
     """Turns Dynamo's report of a failing model into an :class:`UnusableInput`; the report is its cause.
 
     Raises:

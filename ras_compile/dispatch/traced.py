@@ -261,7 +261,7 @@ class TracedModel(Dispatcher[TracedEntry]):
     def prepare(self, args: tuple, kwargs: dict) -> bool:
         """Whether a call can be made; makes its entry. The present call runs by Dynamo's parts, and counts as a step."""
         leaves, structure = flattened(args, kwargs)
-        with compiling(told=False):
+        with compiling(announced=False):
             key = self.key(leaves, structure)
             found = self.make(key, leaves, args, kwargs)
         if found is None:
@@ -289,7 +289,7 @@ class TracedModel(Dispatcher[TracedEntry]):
         key = self.key(leaves, structure)
         found = self.find(key, leaves)
         if found is None and not self._is_refused(key):
-            with compiling(told=False):  # the model's own code runs
+            with compiling(announced=False):  # the model's own code runs
                 found = self.find(key, leaves) or self.make(key, leaves, args, kwargs)
         if found is None:
             result = self.fall_back(args, kwargs)

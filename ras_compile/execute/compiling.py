@@ -23,13 +23,13 @@ _spent = _Spent()
 
 
 @contextmanager
-def compiling(told: bool = True) -> Iterator[None]:
+def compiling(announced: bool = True) -> Iterator[None]:
     """While it is open no other thread compiles, through Dynamo neither. May be nested.
 
     Args:
-        told: `torch.compiler.is_compiling()` says so; not to be where code of the model runs.
+        announced: whether `torch.compiler.is_compiling()` is True meanwhile; it must not be where the model's own code runs.
     """
-    with compile_lock, compile_session() if told else nullcontext():
+    with compile_lock, compile_session() if announced else nullcontext():
         began, _spent.depth = time.perf_counter(), _spent.depth + 1
         try:
             yield

@@ -109,7 +109,7 @@ class Replayed:
             recorded.graph.replay()
             return tuple([result.clone() for result in recorded.graph.results])
 
-    def apart(self) -> Replayed:
+    def sharing_code(self) -> Replayed:
         """The same function, compiled once for both, with graphs of its own: they go when it goes."""
         other = Replayed(self.plain)
         other._compiled = self._compiled

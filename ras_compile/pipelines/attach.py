@@ -18,7 +18,7 @@ from torch import nn
 from ras_compile._torch import OptimizedModule, compiled_call, raise_recompile_limit, set_compiled_call
 from ras_compile.backend import ras
 from ras_compile.capture.inputs import check_timestep
-from ras_compile.capture.unusable import told_plainly
+from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.errors import ConfigError
@@ -285,7 +285,7 @@ class _Followed(Exchangeable):
         said = self._follower.locate()
         aside = not self._follower.sites.is_loop(self._name, sys._getframe(1))
         call = AttachedCall(self._follower, self._name, present_branch(), None if aside else said, aside)
-        with told_plainly(args, kwargs), attached_call(call):
+        with translate_dynamo_errors(args, kwargs), attached_call(call):
             result = self.compiled(*args, **kwargs)
         if not call.reached:
             warn_once(

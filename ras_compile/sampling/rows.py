@@ -51,7 +51,7 @@ class Selection:
     """
 
     def __init__(self, functions: tuple[Replayed, Replayed, Replayed] = _FUNCTIONS) -> None:
-        self._choose, self._settle, self._continued = (function.apart() for function in functions)
+        self._choose, self._settle, self._continued = (function.sharing_code() for function in functions)
 
     def choose(self, config: RASConfig, changing: Sequence[Tensor], kept: tuple[Tensor, ...], *settings: Hashable):
         """:func:`choose` of ``(*changing, *kept, *settings)``."""
