@@ -88,7 +88,7 @@ def test_nested_compilations_count_once(monkeypatch):
     now = iter([0.0, 7.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now, 100.0))
     before = seconds_spent()
-    with compiling(announced=False), compiling(told=False):
+    with compiling(announced=False), compiling(announced=False):
         pass
     assert seconds_spent() - before == pytest.approx(100.0)  # the outer one's end, less its beginning
 
