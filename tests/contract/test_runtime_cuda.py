@@ -8,6 +8,7 @@ from ras_compile import RASConfig
 from ras_compile.sampling.state import CallInfo, TransformerState
 
 pytestmark = pytest.mark.gpu
+HALF = {"sample_ratio": 0.5, "ratio_schedule": "constant", "reset_interval": 8}
 
 
 @pytest.fixture
@@ -16,12 +17,12 @@ def no_sync():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("metric", ["std", "l2norm", "random"])
+@pytest.mark.parametrize("metric", ["drift", "std", "l2norm", "random"])
 @pytest.mark.parametrize("focus", ["low", 0.5])
 @pytest.mark.parametrize("named", [False, True])
 def test_no_host_read(no_sync, metric, focus, named):
     """In the steady state: capturing the selection, in the first generation, does wait."""
-    state = TransformerState(RASConfig(metric=metric, focus=focus))
+    state = TransformerState(RASConfig(metric=metric, focus=focus, **HALF))
     generate(state, named)
     no_sync()
     generate(state, named)
@@ -32,7 +33,7 @@ def test_no_host_read(no_sync, metric, focus, named):
 def test_the_replayed_selection_is_the_plain_one(focus):
     rows = []
     for cuda_graphs in (True, False):
-        state = TransformerState(RASConfig(focus=focus, cuda_graphs=cuda_graphs))
+        state = TransformerState(RASConfig(focus=focus, cuda_graphs=cuda_graphs, **HALF))
         torch.manual_seed(0)
         generate(state, named=True)
         generate(state, named=True)

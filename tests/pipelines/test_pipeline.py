@@ -12,7 +12,10 @@ from contract import Subject, active_mask, error, subject
 import ras_compile
 
 FOLDER = Path(__file__).parents[2] / "examples" / "emoji" / "pipeline"
-EAGER = {"inner_backend": "eager", "warmup_steps": 2, "reset_interval": None, "sample_ratio": 0.5}
+EAGER = {
+    "inner_backend": "eager", "warmup_steps": 2, "reset_interval": None, "sample_ratio": 0.5,
+    "ratio_schedule": "constant",
+}  # fmt: skip
 
 
 @cache

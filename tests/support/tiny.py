@@ -34,7 +34,10 @@ class TinyDiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-EAGER = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "reset_interval": None}
+EAGER = {
+    "inner_backend": "eager", "sample_ratio": 0.5, "ratio_schedule": "constant", "warmup_steps": 2,
+    "reset_interval": None,
+}  # fmt: skip
 
 
 def model() -> TinyDiT:
