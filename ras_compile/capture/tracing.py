@@ -11,13 +11,24 @@ the same values at a later call, or the graph is not the graph of that call.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile._torch import OpOverload, call_uncompiled, pytree, tables_of
+from ras_compile._torch import (
+    OpOverload,
+    OptimizedModule,
+    call_uncompiled,
+    compiled_call,
+    original,
+    pytree,
+    set_compiled_call,
+    tables_of,
+)
 from ras_compile.capture.export import export
 from ras_compile.capture.facts import Fact, Guard
 from ras_compile.capture.python_state import PythonState
@@ -57,6 +68,32 @@ def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> 
         UnsupportedGraph: it cannot be traced.
         UnusableInput: the model itself fails on these inputs.
     """
+    with parts_uncompiled(root):
+        return _trace(root, args, kwargs, runs)
+
+
+@contextmanager
+def parts_uncompiled(root: nn.Module) -> Iterator[None]:
+    """While it is open, parts of a model that were compiled by themselves (regional compilation) run as they are.
+
+    The whole model is compiled in their place, and what a tracer runs must be the model's own code.
+    """
+    called = [(part, compiled_call(part)) for part in root.modules() if part is not root and compiled_call(part)]
+    wrapped = [(part, part.forward) for part in root.modules() if isinstance(part, OptimizedModule)]
+    try:
+        for part, _ in called:
+            set_compiled_call(part, None)
+        for wrapper, _ in wrapped:
+            wrapper.forward = original(wrapper).__call__  # a method: a module would become a child of the wrapper
+        yield
+    finally:
+        for part, call in called:
+            set_compiled_call(part, call)
+        for wrapper, forward in wrapped:
+            wrapper.forward = forward
+
+
+def _trace(root: nn.Module, args: tuple, kwargs: dict, runs: bool) -> Trace:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     with torch.no_grad():

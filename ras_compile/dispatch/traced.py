@@ -152,6 +152,8 @@ def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) ->
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says: what that is must happen at each call, and not be traced."""
+    if isinstance(module, OptimizedModule):  # a part that is compiled by itself; its own module is asked, too
+        return False
     forward = vars(module).get("forward")  # hooks that have been taken away may leave the class's own there
     own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
     return _torch.has_forward_hooks(module) or (forward is not None and not own)

@@ -62,6 +62,7 @@ class Handle:
         self.follower = SchedulerFollower(pipe, config, transformers)
         self._attached, self._ended = transformers, Summary()
         for name, module in transformers.items():
+            _say_replaced(module)
             module.compile(backend=ras, options=options, **_limits())
             compiled = compiled_call(module)
             assert compiled is not None
@@ -273,6 +274,15 @@ def _limits() -> dict[str, Any]:
         return {"recompile_limit": _RECOMPILE_LIMIT}
     raise_recompile_limit(_RECOMPILE_LIMIT)
     return {}
+
+
+def _say_replaced(module: nn.Module) -> None:
+    """Says once that what was compiled by parts is compiled as a whole now; the parts stay as they are, for `detach`."""
+    if any(isinstance(part, OptimizedModule) or compiled_call(part) is not None for part in module.modules()):
+        warn_once(
+            f"ras_compile: parts of {type(module).__name__} are compiled by themselves, as compile_repeated_blocks() does; the "
+            "whole model is compiled in their place until detach()."
+        )
 
 
 class _Followed(Exchangeable):

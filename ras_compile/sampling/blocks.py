@@ -26,7 +26,7 @@ __all__ = ["feeds_a_block", "is_block", "is_features", "known_blocks", "leave_ou
 _OUTPUTS = 64  # so many of the last calls' are remembered
 known_blocks: set[Hashable] = set()  # graphs that have shown themselves to be blocks
 _TEXT = (
-    "the compiled graph is one block of a transformer ({why}), as block-wise compilation and group offload make it; compile "
+    "the compiled graph is one block of a transformer ({why}), as block-wise compilation makes it; compile "
     "the whole transformer instead"
 )
 
