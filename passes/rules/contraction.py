@@ -176,10 +176,6 @@ def matmul_labels(first: int, second: int) -> tuple[tuple[str, ...], tuple[str, 
     batch = [f"b{index}" for index in range(max(first, second) - 2)]
     left = (*batch[max(0, len(batch) - (first - 2)) :], "m", "k") if first > 1 else ("k",)
     right = (*batch[max(0, len(batch) - (second - 2)) :], "k", "n") if second > 1 else ("k",)
-    if first <= 2:
-        left = left[-first:]
-    if second <= 2:
-        right = right[-second:]
     return left, right, (*batch, *(["m"] if first > 1 else []), *(["n"] if second > 1 else []))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ras_compile.dispatch.dispatcher import key_of
+from ras_compile.dispatch.dispatcher import key_of, places_given
 
 X = torch.zeros(2, 3)
 
@@ -38,3 +38,15 @@ def test_other_arguments_differ_by_type_and_text(one, other):
 
 def test_the_order_of_arguments_counts():
     assert key_of([1, 2]) != key_of([2, 1]) and key_of([X]) != key_of([X, X])
+
+
+@pytest.mark.parametrize("places", [torch.arange(3), torch.arange(2, dtype=torch.int32)], ids=str)
+def test_a_vector_of_whole_numbers_may_be_places(places):
+    assert places_given([X, 1.0, places]) and places_given([places])
+
+
+@pytest.mark.parametrize(
+    "other", [X, X[0], torch.arange(1), torch.arange(4)[None], torch.arange(3) > 1, 3, [1, 2]], ids=str
+)
+def test_other_arguments_are_no_places(other):
+    assert not places_given([other]) and not places_given([])

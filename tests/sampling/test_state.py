@@ -250,6 +250,21 @@ def test_a_call_that_fails_is_no_longer_under_way():
     assert [(decision.kind, decision.slots) for decision in decisions] == [("dense", {})]
 
 
+def test_a_call_that_failed_is_not_taken_up_after_a_reset():
+    """Which counts one on: a generation that failed must not look like a new one."""
+    model = FakeTransformer()
+    contexts = prompts("cond")
+    with ras_compile.generation() as gen:
+        _, latent = denoise(model, falling(6), contexts, gen=gen)
+        gen.step()
+        call = CallInfo(("x", latent.shape), latent, contexts["cond"], None, 1, TOKENS)
+        model.state.fail(model.state.decide(call))
+        model.state.reset()
+        decision = model.state.decide(call)
+    assert (decision.kind, decision.slots, len(model.state.records)) == ("dense", {}, 0)
+    assert decision.reason == "warm-up"
+
+
 @pytest.mark.parametrize("how", ["abort", "reset"])
 def test_abort_and_reset_forget(how):
     model = FakeTransformer()

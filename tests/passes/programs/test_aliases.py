@@ -85,6 +85,14 @@ def test_what_is_written_is_seen_through_views_and_is_not_moved():
     assert not aliases.movable(emit(aten.bernoulli.default, turned)), "each draws anew"
 
 
+def test_what_is_no_op_of_pytorch_is_not_moved():
+    """Nothing is known of what a repeated block draws or reads."""
+    emit, x = emitted()
+    assert not aliases.movable(x) and not aliases.movable(emit.graph.call_function(aliases.INVOKE, (None, "block", x)))
+    pair = emit(aten.split.Tensor, x, 1)
+    assert aliases.movable(emit(operator.getitem, pair, 1))
+
+
 def test_lists_that_are_written_count_one_by_one():
     emit, x = emitted()
     y = emit.placeholder("y", x.meta["val"].new_empty(SHAPE))

@@ -1,0 +1,38 @@
+"""Where the active rows stand when the context beside them is not computed: the region's places stay those of the whole."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Frame, Layout, Sizes
+from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.programs.positions import PositionBuilder
+
+FRAME = Frame((2, 5, 3), ((2,), (5,), (3,)), excluded=frozenset([Atom(2, 1)]))  # [B, N, C]
+BATCH, TOKENS = FRAME.atoms(0)[0], FRAME.atoms(1)[0]
+ROWS = torch.tensor([[0, 3], [1, 4]])
+
+
+def places(before: list[int], after: list[int], *, context: bool) -> torch.Tensor:
+    """Where the sparse entries of a joint sequence stand in the whole one: [B, S']."""
+    emit = Emitter(contextlib.nullcontext())  # type: ignore[arg-type]  # tensors here have values
+    rows = emit.placeholder("rows", ROWS)
+    builder = PositionBuilder(FRAME, Sizes(FRAME, 2, context=context), rows, emit)
+    segments = [(Axis(size),) for size in before] + [(TOKENS,)] + [(Axis(size),) for size in after]
+    positions = builder.of(Layout(((BATCH,), (Concat(tuple(segments)),), (Axis(3),))))
+    assert positions.dims == (0, 1)
+    return positions.indices[1].meta["val"].expand(2, -1)
+
+
+@pytest.mark.parametrize(("before", "after"), [([], [4]), ([7], []), ([7], [4]), ([7, 6], [4, 2])], ids=str)
+def test_a_frozen_context_moves_no_row(before, after):
+    assert torch.equal(places(before, after, context=False), ROWS + sum(before))
+
+
+def test_a_context_that_is_computed_stands_beside_them():
+    found = places([7, 6], [4], context=True)
+    wanted = [[*range(13), *(13 + row for row in rows.tolist()), *range(18, 22)] for rows in ROWS]
+    assert found.tolist() == wanted
