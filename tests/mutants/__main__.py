@@ -11,9 +11,11 @@ from collections import Counter
 os.environ.setdefault("RAS_SPEC", "1")  # the spec holds after every pass of every program
 
 from equivalents import EQUIVALENT
-from forked import Picked, preload, run_tests
+from forked import Picked, Short, preload, run_tests
 from mutations import Mutant, all_mutants, sample
-from nearest import Nearest
+from nearest import FURTHER, SEEDS, Nearest
+
+LONGEST = 600.0  # seconds of further tests
 
 
 def tried(mutant: Mutant, nearest: Nearest) -> tuple[str, str]:
@@ -21,13 +23,18 @@ def tried(mutant: Mutant, nearest: Nearest) -> tuple[str, str]:
     if mutant.name in EQUIVALENT:
         return "equivalent", EQUIVALENT[mutant.name]
     tests = nearest.to(mutant.path, mutant.function)
-    if not tests:
-        return "survived", "no test calls it"
     files = dict.fromkeys(name.split("::")[0] for name in tests)
     limit = 60 + 3 * sum(nearest.seconds[name] for name in tests)
-    found = run_tests(files, Picked(tests), change=(mutant.path, mutant.source), limit=limit)
+    change = mutant.path, mutant.source
+    found = run_tests(files, Picked(tests), change=change, limit=limit)
     if found.ended == "passed":
-        return "survived", f"{len(tests)} tests in {found.seconds:.0f} s"
+        more = run_tests(FURTHER[mutant.path.split("/")[0]], Short(SEEDS), change=change, limit=LONGEST)
+        if more.ended != "failed":
+            return (
+                "survived",
+                f"{len(tests)} tests in {found.seconds:.0f} s, and {more.ended} further in {more.seconds:.0f} s",
+            )
+        found = more
     return ("broken", found.said) if found.ended == "nothing" else ("killed", found.said)
 
 

@@ -52,6 +52,20 @@ class Picked:
 
 
 @dataclass(eq=False)
+class Short:
+    """A plugin of pytest: of random models the first ones alone."""
+
+    seeds: int
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if not (item.path.name == "test_fuzz.py" and _first(item) >= self.seeds)]
+
+
+def _first(item: pytest.Item) -> int:
+    return item.callspec.params.get("first", 0) if hasattr(item, "callspec") else 0
+
+
+@dataclass(eq=False)
 class Watched:
     """A plugin of pytest: which functions of the repository's library each test calls, and how long it takes."""
 
