@@ -18,7 +18,7 @@ from nearest import FURTHER, SEEDS, Nearest
 LONGEST = 600.0  # seconds of further tests
 
 
-def tried(mutant: Mutant, nearest: Nearest) -> tuple[str, str]:
+def tried(mutant: Mutant, nearest: Nearest, near: bool = False) -> tuple[str, str]:
     """What became of a mutant, and which test saw it."""
     if mutant.name in EQUIVALENT:
         return "equivalent", EQUIVALENT[mutant.name]
@@ -27,6 +27,8 @@ def tried(mutant: Mutant, nearest: Nearest) -> tuple[str, str]:
     limit = 60 + 3 * sum(nearest.seconds[name] for name in tests)
     change = mutant.path, mutant.source
     found = run_tests(files, Picked(tests), change=change, limit=limit)
+    if found.ended == "passed" and near:
+        return "survived", f"{len(tests)} tests in {found.seconds:.0f} s"
     if found.ended == "passed":
         more = run_tests(FURTHER[mutant.path.split("/")[0]], Short(SEEDS), change=change, limit=LONGEST)
         if more.ended != "failed":
@@ -43,6 +45,7 @@ def main() -> int:
     parser.add_argument("count", type=int, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones: the same seed, the same mutants")
     parser.add_argument("--only", default="", help="those whose name (file:function:change) begins so")
+    parser.add_argument("--near", action="store_true", help="the nearest tests alone: minutes, not hours")
     given = parser.parse_args()
     start = time.perf_counter()
     preload()
@@ -51,7 +54,7 @@ def main() -> int:
     counts: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}
     for number, mutant in enumerate(sample(mutants, given.count, given.seed), 1):
-        what, why = tried(mutant, nearest)
+        what, why = tried(mutant, nearest, given.near)
         counts[what] += 1
         kinds.setdefault(mutant.kind, Counter())[what] += 1
         print(f"{number:4d} {what:10s} {mutant.name}\n                {why}", flush=True)

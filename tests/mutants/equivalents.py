@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
-EQUIVALENT: dict[str, str] = {}
+_STATE, _JOINED = "ras_compile/sampling/state.py", "passes/rules/concatenation.py"
+
+EQUIVALENT: dict[str, str] = {
+    f"{_STATE}:TransformerState.fail:1 -> 2": "any count below the present one says that the generation is over; counts only rise",
+    f"{_JOINED}:sparse_offset:offset < size -> offset <= size": "a border between segments ends one and begins the next: one place",
+}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ras_compile import RASConfig, notices
-from ras_compile.errors import RASWarning
+from ras_compile.errors import ConfigError, RASWarning
 from ras_compile.passes.analysis.cost import ACTIVE, Cost
 from ras_compile.sampling.schedule import Schedule, at_speedup
 
@@ -130,6 +130,16 @@ def test_the_advice_of_a_dense_run_can_be_followed(options, steps, advice):
     notices.reset()
     with pytest.warns(RASWarning, match=advice):
         Schedule(RASConfig(**options)).check(steps)
+
+
+def test_resets_beyond_the_run():
+    """An error, unless the run begins late and is shorter than it was asked for: then they are said to be left out."""
+    schedule = Schedule(RASConfig(reset_steps=[6, 9]))
+    with pytest.raises(ConfigError, match=r"this run has 9 steps, from 0 to 8"):
+        schedule.check(9)
+    schedule.check(10)
+    with pytest.warns(RASWarning, match=r"reset_steps \[9\] do not come"):
+        schedule.check(9, late=True)
 
 
 def test_no_sparse_step_is_said_once():
