@@ -94,15 +94,3 @@ def test_nothing_is_unpickled():
 )
 def test_unpickling_is_seen(line):
     assert loads(line)
-
-
-def test_files_are_written_whole():
-    """A file that another process reads is put in place at once; programs and reports are written for people."""
-    written = {
-        path.relative_to(ROOT).as_posix()
-        for folder in FOLDERS
-        for path in (ROOT / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr in ("write_text", "write_bytes", "dump", "fdopen")
-    }
-    assert written == {"kernels/tiles.py", "passes/debug.py", "ras_compile/report/write.py"}
