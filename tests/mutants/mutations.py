@@ -85,7 +85,7 @@ def changed(node: ast.AST) -> Iterator[str]:
         case ast.Constant(value=int(value)):
             yield repr(value + 1)
         case ast.Constant(value=float(value)):
-            yield repr(value * 2)
+            yield repr(value * 2 if value else 0.5)
         case ast.IfExp(test=test, body=body, orelse=other):
             yield ast.unparse(ast.IfExp(test, other, body))
         case ast.Call(func=ast.Name(id="all" | "any" as name), args=[given]):
