@@ -58,7 +58,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inner-backend", default="inductor", help="eager: nothing is compiled, to try things out")
     parser.add_argument("--options", type=json.loads, default={}, help="further options of RAS, as JSON")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further row is begun")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder of the JSON")
     parser.add_argument("--merge", action="store_true", help="keep the rows of an existing file that are not measured")
     parser.add_argument("--start-of", type=json.loads, help=argparse.SUPPRESS)  # a process of `--measure starts`
     args = parser.parse_args(argv)

@@ -7,8 +7,8 @@ python examples/pipelines/audio.py --pipeline stabilityai/stable-audio-open-1.0 
 import wave
 from collections.abc import Sequence
 
+from random_weights import audio
 from shared import arguments, load, say, seeded
-from tiny import audio
 
 import ras_compile
 

@@ -6,8 +6,8 @@ python examples/pipelines/inpainting.py
 from collections.abc import Sequence
 
 from PIL import Image
+from random_weights import text_to_image
 from shared import arguments, load, picture, say, seeded
-from tiny import text_to_image
 
 import ras_compile
 
@@ -19,11 +19,9 @@ def main(argv: Sequence[str] | None = None) -> list[ras_compile.Record]:
     pipe = load(KIND, args, lambda: text_to_image(KIND))  # the pipeline wants 16 channels, and the shipped model has 8
     mask = Image.new("L", (args.side, args.side), 0)
     mask.paste(255, (0, 0, args.side // 2, args.side))  # white is drawn anew
-    given = {"image": picture(args.side), "mask_image": mask, "height": args.side, "width": args.side}
+    given = {"image": picture(args.side), "mask_image": mask, "height": args.side, "width": args.side, "strength": 1.0}
     with ras_compile.attach(pipe, preset=args.preset, inner_backend=args.inner_backend) as handle:
-        image = pipe(args.prompt, num_inference_steps=args.steps, strength=1.0, generator=seeded(args), **given).images[
-            0
-        ]
+        image = pipe(args.prompt, num_inference_steps=args.steps, generator=seeded(args), **given).images[0]
         records = say(handle)
     image.save(args.output / "inpainting.png")
     return records

@@ -1,11 +1,13 @@
 """Tiny pipelines of diffusers' own classes with random weights, for what the shipped model cannot do: edit, film, sing.
 
 They draw nothing that one could look at, and take seconds on a CPU: what they show is that the same lines run on real weights.
-A text becomes random numbers that are always the same for it, so that no text encoder is needed.
+A text becomes random numbers that are always the same for it, so that no text encoder is needed, and each has one size, whatever
+size it is asked for.
 """
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +42,7 @@ def text_to_image(kind: str = "StableDiffusion3Pipeline") -> Any:
         parts = _embedded(said, 3, 16), _embedded(unsaid, 3, 16), _embedded(said, 8), _embedded(unsaid, 8)
         return tuple(part.repeat_interleave(num_images_per_prompt, 0) for part in parts)
 
-    return _speaking(pipe, encode)
+    return _speaking(pipe, encode, height=32, width=32)
 
 
 def editing() -> Any:
@@ -59,7 +61,7 @@ def editing() -> Any:
     def encode(prompt: Any, **given: Any) -> tuple:
         return _embedded(prompt, 3, 16), _embedded(prompt, 8), torch.zeros(3, 3)
 
-    return _speaking(pipe, encode)
+    return _speaking(pipe, encode, height=16, width=16, max_area=256, _auto_resize=False)
 
 
 def video() -> Any:
@@ -80,7 +82,7 @@ def video() -> Any:
     def encode(prompt: Any, negative_prompt: Any = None, **given: Any) -> tuple:
         return _embedded(prompt, 3, 16), _embedded(negative_prompt or "", 3, 16)
 
-    return _speaking(pipe, encode)
+    return _speaking(pipe, encode, height=32, width=32, num_frames=5, output_type="latent")
 
 
 def audio() -> Any:
@@ -136,8 +138,14 @@ def _embedded(prompt: Any, *shape: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def _speaking(pipe: Any, encode: Callable[..., Any]) -> Any:
+def _speaking(pipe: Any, encode: Callable[..., Any], **size: Any) -> Any:
+    """The pipeline with `encode` in the place of its text encoders, and of one size."""
     kind = type(pipe)
-    pipe.__class__ = type(kind.__name__, (kind,), {"encode_prompt": staticmethod(encode)})
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **given: Any) -> Any:
+        return kind.__call__(self, *args, **{**given, **size})
+
+    pipe.__class__ = type(kind.__name__, (kind,), {"encode_prompt": staticmethod(encode), "__call__": call})
     pipe.set_progress_bar_config(disable=True)
     return pipe
