@@ -28,6 +28,7 @@ from ras_compile.dispatch.dispatcher import (
     without_traceback,
     worth_tracing,
 )
+from ras_compile.dispatch.fixed import Fixed
 from ras_compile.dispatch.kinds import (
     GraphBreak,
     Kind,
@@ -138,6 +139,7 @@ class CompiledGraph(Dispatcher[Entry]):
         self.users_of = entries_at(self.users)
         self.numbers = number_positions(self.inputs)
         self.kind: Kind | None = None
+        self.fixed: Fixed | None = None
         self.dense: dict[tuple, Compiled] = {}  # the graph compiled as it is, by the key of the call
         self._families = Families(graph, self.inputs, self.users)
 
@@ -148,7 +150,10 @@ class CompiledGraph(Dispatcher[Entry]):
         if kind is not kinds.WHOLE:
             return self._run_another(kind, values, held)
         given = as_tensors(values, self.numbers) if self.numbers else values
-        known = self.plans.get(key_of(self.users_of(given)))
+        key = key_of(self.users_of(given))
+        if self.fixed is not None:
+            key = (*key, self.fixed.token(values))
+        known = self.plans.get(key)
         if known is None:
             return self._first(values, held)
         return self.run(known[0], given, values, self.weights_of(held))
@@ -204,7 +209,9 @@ class CompiledGraph(Dispatcher[Entry]):
     def _first(self, values: Sequence[Any], held: Sequence[Any]) -> Sequence[Any]:
         """A call of the whole model without a plan: makes one, or traces the model instead, or runs it dense."""
         note_reached()
-        key = key_of(self.users_of(values))
+        if self.fixed is None and (fixed := Fixed(self.inputs, values)).places:
+            self.fixed = fixed
+        key = self._key(values, values)
         refusal = self.refused.get(key)
         if refusal is None:
             try:
@@ -226,6 +233,10 @@ class CompiledGraph(Dispatcher[Entry]):
         self.tell_dense(self.weights_of(held), refusal, values)
         return outputs
 
+    def _key(self, given: Sequence[Any], values: Sequence[Any]) -> tuple:
+        key = key_of(self.users_of(given))
+        return key if self.fixed is None else (*key, self.fixed.token(values))
+
     def _timestep(self, values: Sequence[Any]) -> int | None:
         return find_timestep(self.inputs, values, self.config.timestep)
 
@@ -237,7 +248,7 @@ class CompiledGraph(Dispatcher[Entry]):
             ConfigError: the option `timestep` names no argument.
         """
         given = as_tensors(values, self.numbers)
-        key = key_of(self.users_of(given))
+        key = self._key(given, values)
         if key in self.plans:  # another thread has made it
             return self.plans[key][0], given
         self._check_timestep(values)
@@ -260,7 +271,8 @@ class CompiledGraph(Dispatcher[Entry]):
 
     def _plan(self, values: Sequence[Any], config: RASConfig) -> Plan:
         """The plan for a call, one that it shares with other lengths of the context if it can."""
-        shared = self._families.plan(values, config, self.numbers)
+        fixed = None if self.fixed is None else self.fixed.token(values)
+        shared = self._families.plan(values, config, self.numbers, fixed)
         return Plan(self.graph, self.inputs, values, config) if shared is None else shared
 
     def plan_for(self, entry: Entry, values: Sequence[Any], config: RASConfig) -> Plan:

@@ -421,10 +421,10 @@ def _point(plan: Plan, splice: Splice) -> SplicePoint:
 
 
 def _context(plan: Plan) -> tuple[int, ...]:
-    region = {atom for atom, _ in plan.analysis.frame.region}
+    counts = plan.analysis.frame.counts_tokens
     for layout in plan.analysis.layouts.values():
         if isinstance(layout, Layout):
             for factor in (factor for dim in layout.dims for factor in dim if isinstance(factor, Concat)):
-                plain = [s for s in factor.segments if not any(getattr(axis, "atom", None) in region for axis in s)]
+                plain = [s for s in factor.segments if not any(counts(getattr(axis, "atom", None)) for axis in s)]
                 return tuple(Concat((segment,)).size for segment in plain)
     return ()

@@ -20,12 +20,18 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from ras_compile.passes.algebra.order import Order, factors
+
 
 class Atom(NamedTuple):
-    """A part of one latent dimension: entry ``i`` of the dimension has the index ``(i // stride) % size`` in the atom."""
+    """A part of one latent dimension: entry ``i`` of the dimension has the index ``(i // stride) % size`` in the atom.
+
+    With an ``order`` it is a part of tokens that stand in that order, in place of those of a dimension (``dim`` is then -1).
+    """
 
     dim: int
     stride: int
+    order: Order | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,13 @@ class Unbatch(Restart):
         return frame.unbatched(self.apart)
 
 
+class Shifted(Restart):
+    """Windows are cut in two orders: each token is one, where windows of the one order alone would have been."""
+
+    def apply(self, frame: Frame) -> Frame:
+        return frame.windowed()
+
+
 class Coarsen(Restart):
     """Convolutions with strides that overlap take tokens together: the finer ones, left as they are, reach no output."""
 
@@ -146,6 +159,23 @@ def atoms_of(dim: Iterable[Factor]) -> Iterator[Atom]:
             yield from atoms_of(factor.inner)
         elif factor.atom is not None:
             yield factor.atom
+
+
+def leads(axis: Axis) -> bool:
+    """Whether a factor of tokens that stand in an order is the first of its parts."""
+    return (
+        axis.atom is not None and axis.atom.order is not None and axis.atom.stride * axis.size == axis.atom.order.size
+    )
+
+
+def axes_of(dim: Iterable[Factor]) -> Iterator[Axis]:
+    """The plain factors of a dimension, those inside segments included."""
+    for factor in dim:
+        if isinstance(factor, Axis):
+            yield factor
+        else:
+            for part in factor.segments if isinstance(factor, Concat) else (factor.inner,):
+                yield from axes_of(part)
 
 
 def opaque(size: int) -> Dim:
@@ -300,7 +330,8 @@ def describe(dim: Dim) -> str:
             words.append(str(factor.size))
         else:
             stride = f"/{factor.atom.stride}" if factor.atom.stride > 1 else ""
-            words.append(f"d{factor.atom.dim}{stride}:{factor.size}")
+            side = f"d{factor.atom.dim}" if factor.atom.order is None else str(factor.atom.order)
+            words.append(f"{side}{stride}:{factor.size}")
     return f"({' '.join(words)})" if len(words) != 1 else words[0]
 
 
@@ -315,6 +346,8 @@ class Frame:
         batch_dim: dimension of the latent that counts the samples, or None.
         window: ``(start, stop)`` along the region's dimension 1, where the latent's other tokens are context.
         coarse: what a convolution's stride takes together is one token, also where its kernels overlap.
+        cuts: orders in which tokens stand, with the sizes of the parts that views cut them into, outermost first.
+        shifted: windows of tokens are cut in two orders, so that attention in windows takes no token for a part of another.
         padded: whether what pads the grid with its own entries is looked at as context, until it is cut into patches.
         shared_rows: the model takes the samples apart, so that all of them have the same active rows.
     """
@@ -327,6 +360,8 @@ class Frame:
     coarse: bool = False
     padded: bool = False
     shared_rows: bool = False
+    cuts: tuple[tuple[Order, tuple[int, ...]], ...] = ()
+    shifted: bool = False
 
     @staticmethod
     def of(shape: Sequence[int], batch_dim: int | None = 0, window: tuple[int, int] | None = None) -> Frame:
@@ -345,7 +380,17 @@ class Frame:
             axes.append(Axis(size, None if atom in self.excluded else atom))
         return tuple(axes)
 
+    def ordered(self, order: Order) -> tuple[Axis, ...]:
+        """The factors of tokens that stand in an order."""
+        axes, stride = [], order.size
+        for size in dict(self.cuts).get(order, (order.size,)):
+            stride //= size
+            axes.append(Axis(size, Atom(-1, stride, order)))
+        return tuple(axes)
+
     def refined(self, atom: Atom, outer: int) -> Frame:
+        if atom.order is not None:
+            return self._refined_order(atom.order, atom.stride, outer)
         parts, stride = list(self.parts[atom.dim]), math.prod(self.parts[atom.dim])
         for index, size in enumerate(parts):
             stride //= size
@@ -353,6 +398,30 @@ class Frame:
                 parts[index : index + 1] = [outer, size // outer]
                 break
         return self._with(parts=self.parts[: atom.dim] + (tuple(parts),) + self.parts[atom.dim + 1 :])
+
+    def _refined_order(self, order: Order, stride: int, outer: int) -> Frame:
+        parts = [axis.size for axis in self.ordered(order)]
+        index = next(k for k, axis in enumerate(self.ordered(order)) if axis.atom and axis.atom.stride == stride)
+        inner = parts[index] // outer
+        if len(parts) == 1 and len(order.base) == 1 and factors(order.places, inner):
+            return self.refined(order.base[0][0], outer)  # patches in another order, and their pixels
+        parts[index : index + 1] = [outer, inner]
+        return self._with(cuts=tuple({**dict(self.cuts), order: tuple(parts)}.items()))
+
+    def plain(self, atoms: Iterable[Atom]) -> frozenset[Atom] | None:
+        """The latent's own atoms that are behind these; None where an order has only some of its parts among them."""
+        found: set[Atom] = set()
+        for atom in (given := set(atoms)):
+            if atom.order is None:
+                found.add(atom)
+            elif {axis.atom for axis in self.ordered(atom.order)} <= given:
+                found |= {base for base, _ in atom.order.base}
+            else:
+                return None
+        return frozenset(found)
+
+    def windowed(self) -> Frame:
+        return self._with(shifted=True, excluded=frozenset(), cuts=())
 
     def without(self, atoms: frozenset[Atom]) -> Frame:
         return self._with(excluded=self.excluded | atoms)
@@ -412,21 +481,42 @@ class Frame:
             if axis.atom is not None and axis.size > 1
         )
 
+    @cached_property
+    def _own(self) -> frozenset[Atom]:
+        return frozenset(atom for atom, _ in self.region)
+
+    def counts_tokens(self, atom: Atom | None) -> bool:
+        """Whether an atom is a part of the region, in the latent's order or in another one."""
+        return atom is not None and (atom in self._own or atom.order is not None)
+
+    def tokens_in(self, dims: Iterable[Dim]) -> list[Atom]:
+        """The region's own atoms in these dimensions, as often as they stand there: behind an order are those that it has."""
+        found: list[Atom] = []
+        for axis in (axis for dim in dims for axis in axes_of(dim)):
+            if axis.atom in self._own:
+                found.append(axis.atom)  # type: ignore[arg-type]
+            elif leads(axis):
+                found += [atom for atom, _ in axis.atom.order.base]  # type: ignore[union-attr]
+        return found
+
+    def twice(self, dims: Sequence[Dim]) -> bool:
+        """Whether an atom stands twice in these dimensions, be it in two orders: what has one entry for all pairs of tokens."""
+        atoms, tokens = [atom for dim in dims for atom in atoms_of(dim)], self.tokens_in(dims)
+        return len(atoms) != len(set(atoms)) or len(tokens) != len(set(tokens))
+
     def carries(self, layout: Layout) -> bool:
         """Whether a tensor read by ``layout`` has entries of its own for each token (of a part of the grid, at least)."""
-        region = {atom for atom, _ in self.region}
-        return any(atom in region for dim in layout.dims for atom in atoms_of(dim))
+        return any(self.counts_tokens(atom) for dim in layout.dims for atom in atoms_of(dim))
 
     def separable(self, layout: Layout) -> bool:
         """Whether a tensor holds each token once: no atom twice, and beside other segments all of the region in one."""
-        region = {atom for atom, _ in self.region}
-        found = [atom for dim in layout.dims for atom in atoms_of(dim) if atom in region]
+        found = self.tokens_in(layout.dims)
         for factor in (factor for dim in layout.dims for factor in dim if isinstance(factor, Concat)):
-            inside = [{atom for atom in atoms_of(segment) if atom in region} for segment in factor.segments]
-            held = [atoms for atoms in inside if atoms]
+            held = [atoms for atoms in (set(self.tokens_in([segment])) for segment in factor.segments) if atoms]
             if held and (len(held) > 1 or held[0] != set(found)):
                 return False
-        return len(found) == len(set(found))
+        own = [atom for dim in layout.dims for atom in atoms_of(dim) if self.counts_tokens(atom)]
+        return len(found) == len(set(found)) and len(own) == len(set(own))
 
     @cached_property
     def tokens(self) -> int:
@@ -458,12 +548,16 @@ class Sizes:
 
     def __init__(self, frame: Frame, active: Any, *, context: bool = True) -> None:
         self.frame, self.active, self.context = frame, active, context
-        self._region = [atom for atom, _ in frame.region]
+        self._lead = frame.region[0][0]
+
+    def leads(self, axis: Axis) -> bool:
+        """Whether a factor is the one that counts the active rows: of tokens in an order, the first part of the order."""
+        return axis.atom == self._lead or leads(axis) and self._lead in dict(axis.atom.order.base)  # type: ignore
 
     def axis(self, axis: Axis) -> Any:
-        if axis.atom is None or axis.atom not in self._region:
+        if not self.frame.counts_tokens(axis.atom):
             return axis.size
-        return self.active if axis.atom == self._region[0] else 1
+        return self.active if self.leads(axis) else 1
 
     def dim(self, dim: Dim) -> Any:
         size: Any = 1
@@ -481,7 +575,7 @@ class Sizes:
         return self.dim(segment) if self.context or self.holds_region(segment) else 0
 
     def holds_region(self, dim: Dim) -> bool:
-        return any(atom in self._region for atom in atoms_of(dim))
+        return any(map(self.frame.counts_tokens, atoms_of(dim)))
 
     def shape(self, layout: Layout) -> tuple[Any, ...]:
         return tuple(self.dim(dim) for dim in layout.dims)

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Dim, Frame, Layout, atoms_of, dim_size, normal, opened
+from ras_compile.passes.algebra.layout import (
+    Atom,
+    Axis,
+    Concat,
+    Dim,
+    Frame,
+    Layout,
+    atoms_of,
+    axes_of,
+    dim_size,
+    normal,
+    opened,
+)
 
 
 @dataclass(frozen=True)
@@ -103,10 +115,12 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
             exploded.append(axis.size)
             if axis.atom is not None and axis.atom == frame.batch:
                 samples.append(place)
-            elif axis.atom in region:
+            elif axis.atom is not None and axis.atom in region:
                 tokens[axis.atom] = place
             else:
                 (pixels if beside else rest).append(place)
+    if any(axis.atom is not None and axis.atom.order is not None for axis in axes_of(f for dim in dims for f in dim)):
+        raise UnsupportedGraph("the noise's tokens stand in another order than the latent's; undo the order at the end")
     if len(tokens) != len(region):
         raise UnsupportedGraph(f"an output, {layout}, that has only a part of the token grid")
     order = [*samples, *(tokens[atom] for atom in region), *pixels, *rest]

@@ -9,10 +9,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ras_compile._torch import OpOverload, is_composite, no_modes, schema_of
+from ras_compile._torch import OpOverload, is_composite, schema_of
 from ras_compile.passes import rules  # noqa: F401  (fills the registry)
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.layers import LAYERS
+from ras_compile.passes.rules.constants import constant
 from ras_compile.passes.rules.pointwise import is_pointwise
 from ras_compile.passes.rules.registry import RULES, Call, named_arguments, operands
 
@@ -146,33 +147,3 @@ def is_open(mask: fx.Node) -> bool:
         )
     ]
     return bool(value.all() if value.dtype is torch.bool else (value == 0).all())
-
-
-LARGEST_CONSTANT = 2**28  # bytes: what is larger is not computed at compile time
-
-
-def constant(node: fx.Node) -> torch.Tensor | None:
-    """The value of a node that is computed from no placeholder, not at random, and not from large tensors; else None."""
-    found: dict[fx.Node, None] = {}
-    left = [node]
-    while left:
-        one = left.pop()
-        if one in found:
-            continue
-        target = one.target
-        if one.op != "call_function" or not (isinstance(target, OpOverload) or target is operator.getitem):
-            return None
-        if isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
-            return None
-        value = one.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > LARGEST_CONSTANT:
-            return None
-        found[one] = None
-        left += one.all_input_nodes
-    known: dict[fx.Node, Any] = {}
-    with no_modes(), torch.no_grad():
-        for one in node.graph.nodes:
-            if one in found:
-                args, kwargs = fx.node.map_arg((one.args, one.kwargs), known.__getitem__)
-                known[one] = one.target(*args, **kwargs)
-    return known[node]

@@ -151,14 +151,31 @@ def one_step(graph: fx.Graph, call: Call, apart: set[fx.Node]) -> Step | None:
     """
     node = call.node
     if node.target not in CUTS:
-        return find_rule(node)(call)
+        return applied(call)
     try:
-        step = find_rule(node)(call)
+        step = applied(call)
     except (Exclude, Unbatch):
         if together(graph, node, apart):
             return None
         raise
     return None if step.whole and together(graph, node, apart) else step
+
+
+def applied(call: Call) -> Step:
+    """The step of a node's rule.
+
+    Raises:
+        Restart: the rule says so. Tokens that stand in an order leave the region all at once; where only some would, the op
+            runs whole.
+    """
+    try:
+        return find_rule(call.node)(call)
+    except Exclude as fact:
+        plain = call.frame.plain(fact.atoms)
+        if plain is not None:
+            raise Exclude(plain) from None
+        value = call.node.meta["val"]
+        return call.whole((None,) * len(value) if isinstance(value, (tuple, list)) else None)
 
 
 def together(graph: fx.Graph, node: fx.Node, apart: set[fx.Node]) -> bool:

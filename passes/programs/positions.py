@@ -20,9 +20,11 @@ from ras_compile.passes.algebra.layout import (
     Layout,
     Sizes,
     atoms_of,
+    axes_of,
     dim_size,
     opened,
 )
+from ras_compile.passes.algebra.order import Order
 
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
@@ -60,10 +62,12 @@ class PositionBuilder:
         sizes: the sparse sizes.
         rows: node of the active rows, int64 [B, A].
         emit: ``emit(target, *args, **kwargs)`` appends a node to the sparse graph.
+        table: ``table(name, tensor)`` is the node of a constant of the sparse graph.
     """
 
-    def __init__(self, frame: Frame, sizes: Sizes, rows: fx.Node, emit: Emit) -> None:
-        self.frame, self.sizes, self.emit = frame, sizes, emit
+    def __init__(self, frame: Frame, sizes: Sizes, rows: fx.Node, emit: Emit, table: Callable[..., fx.Node]) -> None:
+        self.frame, self.sizes, self.emit, self.table = frame, sizes, emit, table
+        self.orders: dict[Order, fx.Node] = {}
         self.region = [atom for atom, _ in frame.region]
         self.weights = {
             atom: math.prod(size for _, size in frame.region[index + 1 :])
@@ -88,7 +92,7 @@ class PositionBuilder:
         return self.known[key]
 
     def _addressed(self, dim: Dim) -> bool:
-        return any(atom in self.region or atom == self.frame.batch for atom in atoms_of(dim))
+        return any(self.frame.counts_tokens(atom) or atom == self.frame.batch for atom in atoms_of(dim))
 
     def _indices(self, clipped: list[Dim]) -> tuple[fx.Node, ...]:
         dims = [opened(dim) for dim in clipped]
@@ -102,9 +106,9 @@ class PositionBuilder:
             batch = None
         elif batch is None:
             raise UnsupportedGraph("tokens of different samples stand in one dimension; a batch of one is supported")
-        if not {atom for dim in dims for atom in atoms_of(dim)} >= set(self.region):
+        if not set(self.frame.tokens_in(dims)) >= set(self.region):
             raise UnsupportedGraph("a value with a part of the token grid beside values with all of it")
-        lead = next(k for k, (_, axis) in enumerate(axes) if self.region[0] in atoms_of((axis,)))
+        lead = next(k for k, (_, axis) in enumerate(axes) if any(map(self.sizes.leads, axes_of((axis,)))))
         extents = [self.sizes.dim((axis,)) for _, axis in axes]
         indices = [self._index(place, dims, axes, extents, batch, lead) for place in range(len(dims))]
         for place, (dim, whole) in enumerate(zip(clipped, dims, strict=True)):
@@ -128,7 +132,7 @@ class PositionBuilder:
             if isinstance(axis, Concat):
                 term = self._on(self._concat(axis), [batch, group[0]] if batch is not None else [group[0]], axes)
                 needed |= {axes[batch][0]} if batch is not None else set()
-            elif axis.atom in self.region:
+            elif self.frame.counts_tokens(axis.atom):
                 digit = self._digit(axis.atom, axes[group[-1]][1].atom, count)
                 term = self._on(digit, [batch, lead] if batch is not None else [lead], axes)
                 needed |= {axes[lead][0]} | ({axes[batch][0]} if batch is not None else set())
@@ -149,24 +153,48 @@ class PositionBuilder:
         runs: list[list[int]] = []
         for index, factor in enumerate(factors):
             last = factors[index - 1] if index else None
-            follows = (
-                isinstance(factor, Axis) and factor.atom in self.region and isinstance(last, Axis) and last.atom in self.region
-                and self.region.index(factor.atom) == self.region.index(last.atom) + 1
-            )  # fmt: skip
-            if follows:
+            if (
+                isinstance(factor, Axis)
+                and isinstance(last, Axis)
+                and self._follows(last.atom, factor.atom, factor.size)
+            ):
                 runs[-1].append(index)
             else:
                 runs.append([index])
         return runs
 
+    def _follows(self, last: Atom | None, atom: Atom | None, size: int) -> bool:
+        if atom is None or last is None or atom.order != last.order or not self.frame.counts_tokens(last):
+            return False
+        if atom.order is not None:
+            return last.stride == atom.stride * size
+        return atom in self.region and self.region.index(atom) == self.region.index(last) + 1
+
     def _digit(self, first: Atom, last: Atom, count: int) -> fx.Node:
         """Index of every active row in a run of region atoms, of the shape of ``self.rows``."""
-        value, weight = self.rows, self.weights[last]
+        order = last.order
+        value = self.rows if order is None else self._ordered(order)
+        weight, total = (self.weights[last], self.frame.tokens) if order is None else (last.stride, order.size)
         if weight > 1:
             value = self.emit(aten.div.Tensor_mode, value, weight, rounding_mode="floor")
-        if first != self.region[0]:
+        if weight * count < total:
             value = self.emit(aten.remainder.Scalar, value, count)
         return value
+
+    def _ordered(self, order: Order) -> fx.Node:
+        """Where every active row stands in an order, of the shape of ``self.rows``."""
+        if order not in self.orders:
+            value, weight = None, order.size
+            for run in self._runs([Axis(size, atom) for atom, size in order.base]):
+                atoms = [order.base[k] for k in run]
+                count = math.prod(size for _, size in atoms)
+                weight //= count
+                digit = self._digit(atoms[0][0], atoms[-1][0], count)
+                digit = digit if weight == 1 else self.emit(aten.mul.Tensor, digit, weight)
+                value = digit if value is None else self.emit(aten.add.Tensor, value, digit)
+            table = self.table(f"order_{order.digest}", order.inverse)
+            self.orders[order] = self.emit(aten.index.Tensor, table, [value])
+        return self.orders[order]
 
     def _arange(self, size: int) -> fx.Node:
         return self.emit(aten.arange.default, size, dtype=torch.int64, device=self.device)
@@ -186,7 +214,7 @@ class PositionBuilder:
         lead_shape = list(self.rows.meta["val"].shape[:-1])
         for segment in axis.segments:
             size = math.prod(factor.size for factor in segment)
-            inside = [factor for factor in segment if isinstance(factor, Axis) and factor.atom in self.region]
+            inside = any(map(self.frame.counts_tokens, atoms_of(segment)))
             if any(isinstance(factor, Concat) for factor in segment):
                 raise UnsupportedGraph("segments inside a product of segments")
             if not self.sizes.segment(segment):
@@ -208,13 +236,13 @@ class PositionBuilder:
         if len(runs) == 1:
             return self._digit(factors[0].atom, factors[-1].atom, math.prod(f.size for f in factors))
         extents = [self.sizes.axis(factor) for factor in factors]
-        lead = next(k for k, factor in enumerate(factors) if factor.atom == self.region[0])
+        lead = next(k for k, factor in enumerate(factors) if self.sizes.leads(factor))
         stride, total = math.prod(f.size for f in factors), None
         for run in runs:
             count = math.prod(factors[k].size for k in run)
             stride //= count
             atom = factors[run[0]].atom
-            if atom in self.region:
+            if self.frame.counts_tokens(atom):
                 value = self._digit(atom, factors[run[-1]].atom, count)
                 shape = [*lead_shape, *(1 if k != lead else self.sizes.active for k in range(len(factors)))]
             else:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
+from ras_compile._torch import no_modes
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Layout
 from ras_compile.passes.analysis.emit import Emitter, fake_mode
@@ -46,6 +47,7 @@ class _SparseBuilder:
         self.analysis, self.plan = analysis, sparse
         self.sizes = sparse.sizes(analysis.frame, active)
         self.emit = Emitter(fake_mode(analysis.graph))
+        self.owner = analysis.graph.owning_module or torch.nn.Module()
         self.env: dict[fx.Node, fx.Node] = {}  # values without the region, and whole values
         self.rows: dict[fx.Node, fx.Node] = {}  # active rows of values with the region
         self.gathered: dict[tuple[fx.Node, Layout], fx.Node] = {}
@@ -71,7 +73,7 @@ class _SparseBuilder:
         self.caches = [emit.placeholder(f"cache_{index}", value, Role.CACHE) for index, value in enumerate(values)]
         for index, (node, value) in enumerate(zip(self.plan.frozen, frozen, strict=True)):
             self.env[node] = emit.placeholder(f"frozen_{index}", value, Role.FROZEN)
-        self.positions = PositionBuilder(frame, self.sizes, rows, emit)
+        self.positions = PositionBuilder(frame, self.sizes, rows, emit, self._table)
         for layout in self._addressed():
             self.positions.of(layout)
         for node in [*inputs, *self.plan.frozen]:
@@ -92,8 +94,16 @@ class _SparseBuilder:
         results = [self._result(n) for i, n in enumerate(analysis.output_nodes) if i not in analysis.outputs]
         emit.graph.output(tuple(results))
         emit.graph.eliminate_dead_code()
-        owner = analysis.graph.owning_module
-        return fx.GraphModule(owner if owner is not None else torch.nn.Module(), emit.graph)
+        return fx.GraphModule(self.owner, emit.graph)
+
+    def _table(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A constant of the program, on the latent's device."""
+        if not hasattr(self.owner, name):
+            with no_modes():
+                self.owner.register_buffer(name, value.to(self.analysis.latent.meta["val"].device), persistent=False)
+        node = self.emit.graph.get_attr(name)
+        node.meta["val"] = self.emit.mode.from_tensor(getattr(self.owner, name))  # type: ignore[union-attr]
+        return node
 
     def _result(self, node: fx.Node) -> fx.Node:
         """An output without the region; one that is kept from the dense step is copied, as the next step reads it again."""

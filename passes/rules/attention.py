@@ -18,7 +18,7 @@ from ras_compile.passes.algebra.layout import (
     opaque,
     paired,
 )  # fmt: skip
-from ras_compile.passes.rules.contraction import counts_samples, region_atoms, smaller
+from ras_compile.passes.rules.contraction import apart, counts_samples, region_atoms, smaller
 from ras_compile.passes.rules.pointwise import dense_use
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
 
@@ -33,7 +33,7 @@ def attention(call: Call) -> Step:
         raise call.unsupported("dropout in training mode: region-adaptive sampling runs a model in eval mode")
     split = split_region(call, [query, key, value])
     if split is None:
-        return call.whole()
+        return call.whole(of_rows(call, query))
     in_batch, layout = split
     if call.args["is_causal"] and not in_batch:
         raise call.unsupported("causal attention among tokens: spell it as a mask")
@@ -84,6 +84,8 @@ def split_region(call: Call, nodes: Sequence[fx.Node]) -> tuple[bool, Layout] | 
         if counts_samples(call, layout.dims[-2:]):
             raise Unbatch
         batch, sequence = region_atoms(call, layout.dims[:-2]), region_atoms(call, layout.dims[-2:-1])
+        if batch and sequence and (apart(call, batch | sequence)):
+            return None
         if batch and sequence:
             raise Exclude(smaller(call, batch, sequence))
         if region_atoms(call, layout.dims[-1:]):
@@ -96,6 +98,15 @@ def split_region(call: Call, nodes: Sequence[fx.Node]) -> tuple[bool, Layout] | 
     if query is None or not region_atoms(call, query.dims[-2:-1]):
         return None
     return False, query
+
+
+def of_rows(call: Call, query: fx.Node) -> Layout | None:
+    """The layout of attention that runs whole: row l of the result belongs to the token of query l, whatever it attends to."""
+    layout = call.layout(query)
+    if layout is None or region_atoms(call, layout.dims[-1:]) or counts_samples(call, layout.dims[-1:]):
+        return None
+    out = Layout((*layout.dims[:-1], opaque(call.shape[-1])))
+    return out if out.shape == call.shape else None
 
 
 def paired_batch(call: Call, nodes: Sequence[fx.Node]) -> list[Dim] | None:
@@ -116,8 +127,7 @@ def paired_batch(call: Call, nodes: Sequence[fx.Node]) -> list[Dim] | None:
             if both is None:
                 return None
             dims[index] = both
-    found = [atom for dim in dims for atom in atoms_of(dim)]
-    return dims if len(found) == len(set(found)) else None
+    return None if call.frame.twice(dims) else dims
 
 
 def grouped(call: Call, node: fx.Node) -> int:

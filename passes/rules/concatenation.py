@@ -157,6 +157,8 @@ def exclude_minor(call: Call, dims: Sequence[Dim]) -> None:
     if counts_samples(call, dims) and call.frame.samples**2 <= call.frame.tokens:
         raise Unbatch(apart=True)
     here, sizes = region_atoms(call, dims), dict(call.frame.region)
+    if any(atom.order is not None for atom in here):
+        return
     count = math.prod(sizes[atom] for atom in here)
     channels = len(call.frame.shape) >= 4 and call.frame.batch_dim == 0 and {atom.dim for atom in here} == {1}
     if here and (count if channels else count**2) <= call.frame.tokens // count:
@@ -405,6 +407,7 @@ def pad(call: Call) -> Step:
         if before == after == 0:
             continue
         inside = grid_atoms(call, [dims[dim]])
+        held = set(call.frame.tokens_in([dims[dim]]))
         patches = filled(dims[dim], before, after)
         if patches is not None:
             dims[dim], whole = patches, True
@@ -412,7 +415,8 @@ def pad(call: Call) -> Step:
             dims[dim] = opaque(call.shape[dim])
         elif (
             min(before, after) >= 0
-            and (inside == region or layout.raw and inside <= region)
+            and not counts_samples(call, [dims[dim]])
+            and (held == region or layout.raw and held <= region)
             and (constant or call.frame.padded and layout.raw and before == 0)
         ):
             dims[dim] = concat([(Axis(before),), dims[dim], (Axis(after),)])

@@ -50,6 +50,8 @@ def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) 
         channels = any(isinstance(f, Axis) and f.atom is None for dim in gone if region_atoms(call, [dim]) for f in dim)
         if layout.raw or (len(carriers) == 1 and channels):
             raise Exclude(lost)
+        if kept and apart(call, lost | kept):
+            return call.whole(of_terms(call, carriers, out))
         if kept:
             raise Exclude(smaller(call, lost, kept))
         whole.append(term)
@@ -60,11 +62,13 @@ def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) 
             if place(call, term) != place(call, keep):
                 shared = set(place(call, term)) & set(place(call, keep))
                 if shared:
-                    apart = {
+                    alone = {
                         a for label in place(call, keep) if label not in shared for a in atoms_at(call, keep, label)
                     }
                     together = {a for label in shared for a in atoms_at(call, keep, label)}
-                    raise Exclude(smaller(call, together, apart))
+                    if apart(call, together | alone):
+                        return call.whole(of_terms(call, [keep], out))
+                    raise Exclude(smaller(call, together, alone))
                 whole.append(term)
     uses: dict[int, Use | Gather] = {}
     dims: dict[str, Dim] = {}
@@ -100,16 +104,37 @@ def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) 
     return Step(result, tuple(listed))
 
 
+def apart(call: Call, atoms: set[Atom]) -> bool:
+    """Whether windows of tokens are not to become tokens: others are cut of them, in another order."""
+    return call.frame.shifted or any(atom.order is not None for atom in atoms)
+
+
+def of_terms(call: Call, terms: Sequence[Term], out: tuple[str, ...]) -> Layout | None:
+    """The layout of a contraction that runs whole: that of an operand all of whose tokens stand in the result."""
+    for term in terms:
+        layout = call.layout(term.node)
+        assert layout is not None
+        dims = dict(zip(term.labels, layout.dims, strict=True))
+        gone = [dim for label, dim in dims.items() if label not in out]
+        if grid_atoms(call, gone):
+            continue
+        held = [dims.get(label, ()) for label in out]
+        whole = [dim if grid_atoms(call, [dim]) else opaque(size) for dim, size in zip(held, call.shape, strict=True)]
+        result = Layout.of(whole)
+        if result.shape == call.shape:
+            return result
+    return None
+
+
 def one_grid(call: Call, result: Layout, spliced: Sequence[Dim]) -> bool:
     """Whether a result has each atom once (it is not between all pairs), and no whole operand meets its rows."""
-    atoms = [atom for dim in result.dims for atom in atoms_of(dim)]
-    return len(atoms) == len(set(atoms)) and not region_atoms(call, spliced)
+    return not call.frame.twice(result.dims) and not region_atoms(call, spliced)
 
 
 def complete(call: Call, layout: Layout) -> bool:
     """Whether a layout has every atom of the grid, the one that counts the samples included."""
-    wanted = {atom for atom, _ in call.frame.region} | ({call.frame.batch} - {None})
-    return wanted <= {atom for dim in layout.dims for atom in atoms_of(dim)}
+    held = {*call.frame.tokens_in(layout.dims), *(atom for dim in layout.dims for atom in atoms_of(dim))}
+    return {atom for atom, _ in call.frame.region} | ({call.frame.batch} - {None}) <= held
 
 
 def bias_use(call: Call, result: Layout, node: fx.Node) -> Use | Gather:
@@ -125,8 +150,7 @@ def bias_use(call: Call, result: Layout, node: fx.Node) -> Use | Gather:
 
 def region_atoms(call: Call, dims: Sequence[Dim]) -> set[Atom]:
     """Atoms of the region that stand in these dimensions: where there are none, there are no tokens."""
-    region = {atom for atom, _ in call.frame.region}
-    return {atom for dim in dims for atom in atoms_of(dim) if atom in region}
+    return {atom for dim in dims for atom in atoms_of(dim) if call.frame.counts_tokens(atom)}
 
 
 def counts_samples(call: Call, dims: Sequence[Dim]) -> bool:
@@ -156,7 +180,13 @@ def keeper(call: Call, carriers: Sequence[Term], out: tuple[str, ...]) -> Term:
 
 
 def smaller(call: Call, first: set[Atom], second: set[Atom]) -> set[Atom]:
-    """Of two parts of the region that an op treats apart, the one with fewer entries leaves the region (ties: the first)."""
+    """Of two parts of the region that an op treats apart, the one with fewer entries leaves the region (ties: the first).
+
+    What stands in an order cannot leave by itself; it is told, and the op then runs whole.
+    """
+    ordered = {atom for atom in first | second if atom.order is not None}
+    if ordered:
+        return ordered
     sizes = dict(call.frame.region)
     count = {id(part): math.prod(sizes[atom] for atom in part) for part in (first, second)}
     return first if count[id(first)] <= count[id(second)] else second

@@ -14,7 +14,6 @@ from ras_compile.passes.algebra.layout import (
     Layout,
     Refine,
     Unbatch,
-    atoms_of,
     clip_of,
     dim_size,
     normal,
@@ -101,7 +100,7 @@ def convolution(call: Call) -> Step:
             dims.append(dim if size == dim_size(dim) and stride[index] == 1 else opaque(size))
     if mixes and not (dropped and coarse):
         out = Layout.of(dims)
-        kept = {atom for dim in out.dims for atom in atoms_of(dim)} >= {atom for atom, _ in call.frame.region}
+        kept = {*call.frame.tokens_in(out.dims)} >= {atom for atom, _ in call.frame.region}
         return call.whole(out if kept and not dropped else None)
     if dropped:
         raise Exclude(dropped)

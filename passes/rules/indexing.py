@@ -6,6 +6,7 @@ import torch
 
 from ras_compile.passes.algebra.layout import Layout, opaque
 from ras_compile.passes.rules.contraction import grid_atoms
+from ras_compile.passes.rules.ordering import order_of, reordered, rolled
 from ras_compile.passes.rules.pointwise import rows_or_gather
 from ras_compile.passes.rules.registry import Call, Step, rule_for
 from ras_compile.passes.rules.resampling import exclude
@@ -32,6 +33,8 @@ def index(call: Call) -> Step:
     places = call.layout(node)
     if len(given) != 1 or node.meta["val"].dtype in (torch.bool, torch.uint8):
         return call.whole()
+    if base is not None and places is None and (order := order_of(node)) is not None:
+        return reordered(call, base, {given[0]: order}) or call.whole()
     if (base is None) == (places is None) or base is not None and grid_atoms(call, [base.dims[given[0]]]):
         return call.whole()
     dims = [opaque(size) for size in call.shape_of(call.args["self"])] if base is None else list(base.dims)
@@ -43,15 +46,25 @@ def index(call: Call) -> Step:
 def index_select(call: Call) -> Step:
     """`a n b, k -> a k b`"""
     layout = call.layout(call.args["self"])
-    dim = call.args["dim"]
-    if layout is None or call.layout(call.args["index"]) is not None or grid_atoms(call, [layout.dims[dim]]):
+    if layout is None or call.layout(call.args["index"]) is not None:
         return call.whole()
+    dim = call.args["dim"] % len(layout.dims)
+    if grid_atoms(call, [layout.dims[dim]]):
+        order = order_of(call.args["index"])
+        return (None if order is None else reordered(call, layout, {dim: order})) or call.whole()
     return Step(layout.replace(dim, opaque(call.shape[dim])), call.uses())
 
 
 @rule_for(aten.gather.default)
 def gather(call: Call) -> Step:
     """`a n b, a k b -> a k b`: along a dimension without tokens."""
+    base, node = call.layout(call.args["self"]), call.args["index"]
+    if base is not None and node not in call.layouts:
+        dim = call.args["dim"] % len(call.shape)
+        same = call.shape == base.shape and grid_atoms(call, [base.dims[dim]])
+        order = order_of(node, dim) if same else None
+        if order is not None:
+            return reordered(call, base, {dim: order}) or call.whole()
     return along(call, call.shape) or call.whole()
 
 
@@ -76,8 +89,8 @@ def flip(call: Call) -> Step:
     """`a b -> a b`, reversed along dimensions without tokens."""
     layout = only_layout(call)
     dims = [dim % len(layout.dims) for dim in call.args["dims"]]
-    if grid_atoms(call, [layout.dims[dim] for dim in dims]):  # tokens, or the samples of a batch, would change places
-        return call.whole()
+    if grid_atoms(call, [layout.dims[dim] for dim in dims]):  # tokens, or the samples of a batch, change places
+        return reordered(call, layout, {dim: torch.arange(call.shape[dim]).flip(0) for dim in dims}) or call.whole()
     return Step(Layout(layout.dims, layout.raw), call.uses())
 
 
@@ -86,7 +99,16 @@ def roll(call: Call) -> Step:
     """`a b -> a b`, shifted along dimensions without tokens."""
     layout = only_layout(call)
     dims = [dim % len(layout.dims) for dim in call.args["dims"]] or list(range(len(layout.dims)))
-    return call.whole() if grid_atoms(call, [layout.dims[dim] for dim in dims]) else Step(layout, call.uses())
+    if not grid_atoms(call, [layout.dims[dim] for dim in dims]):
+        return Step(layout, call.uses())
+    if not call.args["dims"]:
+        return call.whole()
+    shifts = dict.fromkeys(dims, 0)
+    for dim, shift in zip(dims, call.args["shifts"], strict=True):
+        shifts[dim] += shift
+    return (
+        reordered(call, layout, {dim: rolled(call.shape[dim], shift) for dim, shift in shifts.items()}) or call.whole()
+    )
 
 
 @rule_for(aten.channel_shuffle.default, aten.native_channel_shuffle.default)

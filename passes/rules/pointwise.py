@@ -21,13 +21,9 @@ def dense_use(call: Call, out: Layout, shape: Sequence[int]) -> Use | Gather:
     dims = [() if index < offset or shape[index - offset] == 1 else dim for index, dim in enumerate(out.dims)]
     if not call.frame.carries(Layout(tuple(dims))):
         return Use.SAME
-    grid = {
-        call.frame.batch,
-        *(atom for atom, _ in call.frame.region),
-    }  # a part of the grid is repeated along the others
-    return Gather(
-        Layout(tuple(full if grid & set(atoms_of(full)) else dim for full, dim in zip(out.dims, dims, strict=True)))
-    )
+    # a part of the grid is repeated along the others
+    grid = [any(a == call.frame.batch or call.frame.counts_tokens(a) for a in atoms_of(full)) for full in out.dims]
+    return Gather(Layout(tuple(full if held else dim for held, full, dim in zip(grid, out.dims, dims, strict=True))))
 
 
 def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Layout | None:
@@ -45,8 +41,7 @@ def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Lay
             if both is None:
                 return None
             dims[index] = both
-    found = [atom for dim in dims for atom in atoms_of(dim)]
-    if len(found) != len(set(found)):  # an operation between all pairs of tokens
+    if call.frame.twice(dims):  # an operation between all pairs of tokens
         return None
     return Layout.of(dims, raw)
 

@@ -84,6 +84,8 @@ class Step:
         for node in graph.nodes:
             if node.op == "placeholder" and given is None:
                 env[node] = self._input(node)
+            elif node.op == "get_attr":
+                env[node] = _table(node)
             elif node.op == "call_function":
                 env[node] = None if node.target in AMBIENT else self._call(node, env)
                 if node in made and env[node] is None:
@@ -268,6 +270,13 @@ class Step:
             count = math.prod(sizes[1 : 1 + grid_dims])
             low, high = int(rows.min()), int(rows.max())
             demand(0 <= low <= high < count, node, f"rows {low} to {high} of {count}")
+
+
+def _table(node: fx.Node) -> Tensor | None:
+    """A constant of few integers, such as an order of tokens; None for any other."""
+    value = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    few = isinstance(value, Tensor) and value.dtype in INTEGERS and value.numel() <= LARGEST
+    return value.cpu() if few else None
 
 
 def _with_values(node: fx.Node, env: dict[fx.Node, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -110,17 +110,17 @@ def holds_grid(dims: Sequence[Dim], frame: Frame, raw: bool = False) -> bool:
     """
     dims = [opened(dim) for dim in dims]
     wanted = sorted([atom for atom, _ in frame.region] + ([frame.batch] if frame.batch is not None else []))
-    plain = [factor.atom for dim in dims for factor in dim if isinstance(factor, Axis) and factor.atom in wanted]
-    joint = [
-        factor
-        for dim in dims
-        for factor in dim
-        if isinstance(factor, Concat) and any(a in wanted for a in atoms_of((factor,)))
-    ]
+    outside = [[factor for factor in dim if isinstance(factor, Axis)] for dim in dims]
+
+    def held(parts: Sequence[Sequence[Any]]) -> list[Any]:
+        return [*frame.tokens_in(parts), *(a for part in parts for a in atoms_of(part) if a == frame.batch)]
+
+    plain = held(outside)
+    joint = [factor for dim in dims for factor in dim if isinstance(factor, Concat) and held([(factor,)])]
     if not joint or raw:
-        found = sorted({a for dim in dims for a in atoms_of(dim) if a in wanted} if raw else plain)
+        found = sorted(set(held(dims)) if raw else plain)
         return found == wanted
-    inside = [[atom for atom in atoms_of(segment) if atom in wanted] for segment in joint[0].segments]
+    inside = [held([segment]) for segment in joint[0].segments]
     return len(joint) == 1 and any(inside) and all(sorted([*plain, *part]) == wanted for part in inside if part)
 
 

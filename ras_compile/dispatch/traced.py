@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ras_compile import _torch
-from ras_compile._torch import OptimizedModule, pytree, version_of
+from ras_compile._torch import OptimizedModule, pytree
 from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep
 from ras_compile.capture.python_state import PythonState
 from ras_compile.capture.tracing import Trace, trace
@@ -32,6 +32,7 @@ from ras_compile.dispatch.dispatcher import (
     places_given,
     without_traceback,
 )
+from ras_compile.dispatch.fixed import Fixed, same_objects, versions_of
 from ras_compile.dispatch.kinds import gradients_recorded, records_gradients
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
@@ -67,6 +68,7 @@ class TracedEntry(Entry):
         )
         # inputs that were seen to give the same facts, by identity and version
         self._seen: deque[tuple[list[weakref.ref], list[int]]] = deque(maxlen=8)
+        self.fixed = Fixed(inputs, values)
 
     def fitting(self, given: Sequence[Any]) -> list[Any] | None:
         """The plan's inputs for a call with these arguments; None where the plan is not one for it.
@@ -76,6 +78,8 @@ class TracedEntry(Entry):
         if not self.state.holds():
             return None
         values = inputs_of(self.trace, given)
+        if self.fixed.places and self.fixed.token(values):
+            return None
         tensors = [value for value in values if isinstance(value, Tensor)]
         read = [tensors[index] for index in self.trace.guard.reads]
         versions = versions_of(read)
@@ -91,17 +95,6 @@ class TracedEntry(Entry):
 def inputs_of(trace: Trace, given: Sequence[Any]) -> list[Any]:
     """The inputs of a traced graph for a call: the leaves of its arguments, then the tensors that are no arguments."""
     return [*given, *[c.tensor if c.owner is None else c.owner[c.name] for c in trace.closed]]
-
-
-def same_objects(tensors: Sequence[Tensor], seen: Sequence[weakref.ref]) -> bool:
-    return all(value is other() for value, other in zip(tensors, seen, strict=True))
-
-
-def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
-    """How often each tensor was written to; None where that is not counted (tensors made under inference_mode)."""
-    if any(value.is_inference() for value in tensors):
-        return None
-    return [version_of(value) for value in tensors]
 
 
 class _Here(threading.local):

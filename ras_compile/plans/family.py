@@ -34,7 +34,7 @@ from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolat
 from ras_compile.passes.pipeline import for_all_lengths
 from ras_compile.passes.programs.program import dense_program
 from ras_compile.plans.lengths import Lengths
-from ras_compile.plans.plan import Plan
+from ras_compile.plans.plan import Plan, is_fixed
 from ras_compile.plans.shared import Shared, Sized, all_fit
 from ras_compile.plans.symbolic import SymbolicGraph, Symbols
 
@@ -64,7 +64,8 @@ class Family:
         self.graph, self.inputs, self.config = graph, inputs, config
         self.points = self._points()
         self._as_static = replace(config, cuda_graphs=False)  # of plans that are looked at and not run
-        self._described = [described(v) if isinstance(v, Tensor) else v for v in values]
+        pairs = zip(inputs, values, strict=True)
+        self._described = [described(v) if isinstance(v, Tensor) and not is_fixed(i, v) else v for i, v in pairs]
         first = self.exact(self.points[0], proved=False)
         if first.latent in graph.lengths.sizes:
             raise UnsupportedGraph("the latent's size depends on the context's length")
@@ -241,18 +242,21 @@ class Families:
         self._captured: dict[Hashable, SymbolicGraph | None] = {}
         self._found: dict[Hashable, Family | None] = {}
 
-    def plan(self, values: Sequence[Any], config: RASConfig, numbers: Sequence[int]) -> Plan | None:
+    def plan(
+        self, values: Sequence[Any], config: RASConfig, numbers: Sequence[int], fixed: int | None = None
+    ) -> Plan | None:
         """The plan for a call as a member of a family; None where it has to have a plan of its own.
 
         Args:
             values: the inputs.
             config: the options.
             numbers: positions of integers that are tensors among the values.
+            fixed: which values the whole numbers among the weights have.
         """
         lengths = Lengths.of(self._graph, self._inputs, values, numbers)
         if lengths is None:
             return None
-        rest = lengths.rest(values, self._users)
+        rest: Hashable = (lengths.rest(values, self._users), fixed)
         region = config.region and (config.region.start, config.region.stop, config.region.step)
         if (rest, region) not in self._found and len(self._found) < FAMILIES:
             self._found[rest, region] = self._make(rest, lengths, values, config)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile import kernels
+from ras_compile._torch import FakeTensor
 from ras_compile.capture.inputs import GraphInput, latent_candidates
 from ras_compile.capture.numbers import capture_numbers
 from ras_compile.config import RASConfig
@@ -31,6 +32,8 @@ from ras_compile.passes.analysis.splices import SparsePlan, plan
 from ras_compile.passes.fusion.scatter import Fusion
 from ras_compile.passes.pipeline import prepare
 from ras_compile.passes.programs.program import dense_program, sparse_program
+from ras_compile.passes.rules.constants import FIXED
+from ras_compile.passes.rules.ordering import KNOWN
 from ras_compile.passes.spec import legal
 from ras_compile.passes.spec.stages import check_analysis, check_captured, check_dense, check_sparse
 
@@ -38,6 +41,7 @@ log = logging.getLogger(__name__)
 
 # Active rows of the program on which fusion sites are found, likely no other size of the model: fewer for many samples.
 PROBED_ROWS = (61, 31, 13, 7)
+LARGEST_FIXED = 2**20  # entries
 PROBED = 8192  # rows of all samples
 
 
@@ -61,8 +65,12 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
         ) from None
     placeholders = iter(graph.find_nodes(op="placeholder"))
     nodes = {index: next(placeholders) for index, value in enumerate(values) if isinstance(value, Tensor)}
+    for node in graph.nodes:
+        node.meta.pop(KNOWN, None)
     for index, node in nodes.items():
         node.meta["argument"] = inputs[index].path
+        if is_fixed(inputs[index], values[index]):
+            node.meta[FIXED] = values[index]
     outputs = [node.meta["val"] for node in _outputs(graph)]
     ranked = sorted(candidates, key=lambda index: _likeness(values[index], outputs))
     found: list[tuple[int, int, Analysis]] = []
@@ -89,6 +97,13 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
     if not found:
         raise reasons[0] if reasons else UnsupportedGraph("no token grid: the model has no floating-point tensor input")
     return found[0][2]
+
+
+def is_fixed(given: GraphInput, value: Any) -> bool:
+    """Whether a value is one of few whole numbers among the weights: an order of tokens, say, which a plan may rest on."""
+    if not given.weight or not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return False
+    return value.dtype in (torch.int64, torch.int32) and 1 < value.numel() <= LARGEST_FIXED and value.ndim > 0
 
 
 def _unreached(outputs: Sequence[Any], found: Sequence[Analysis]) -> bool:
@@ -222,6 +237,7 @@ class Plan:
                     check_sparse(programs[-1], self.analysis, self.sparse)
                 for program in programs:
                     legal.check_program(program)
+        self.noise_view  # noqa: B018  (what it refuses is known before the first step)
         price = cost(self.analysis, self.sparse)
         if price.dense_flops and price.flop_ratio(few) >= 1:
             raise UnsupportedGraph(

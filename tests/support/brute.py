@@ -13,24 +13,33 @@ import torch
 from torch import Tensor
 
 from ras_compile.passes.algebra.layout import Atom, Axis, Clipped, Concat, Factor, Frame, Layout
+from ras_compile.passes.algebra.order import Order
 
 OUTSIDE = -1  # the digit of a factor at an entry that lies in another segment
 
 
 def extent(frame: Frame, factors: Sequence[Factor], active: int | None) -> int:
     """Entries of a product of factors: the dense ones, or the sparse ones at ``active`` rows."""
-    region = [atom for atom, _ in frame.region]
+    lead = frame.region[0][0]
     total = 1
     for factor in factors:
         if isinstance(factor, Concat):
             total *= sum(extent(frame, segment, active) for segment in factor.segments)
         elif isinstance(factor, Clipped):
             total *= factor.size if active is None else extent(frame, factor.inner, active)
-        elif active is None or factor.atom not in region:
+        elif active is None or not frame.counts_tokens(factor.atom):
             total *= factor.size
         else:
-            total *= active if factor.atom == region[0] else 1
+            total *= active if leading(factor, lead) else 1
     return total
+
+
+def leading(axis: Axis, lead: Atom) -> bool:
+    """Whether a factor counts the active rows: the latent's first atom, or the first part of an order that has it."""
+    order = axis.atom.order
+    if order is None:
+        return axis.atom == lead
+    return lead in dict(order.base) and axis.atom.stride * axis.size == order.size
 
 
 def factors_at(
@@ -64,7 +73,7 @@ def atom_digits(frame: Frame, layout: Layout, atom: Atom, active: int | None = N
     found = np.full(shape, OUTSIDE)
     for dim, place in zip(layout.dims, np.indices(shape), strict=True):
         for axis, digit, _ in factors_at(frame, dim, place, active):
-            if axis.atom == atom:
+            if axis.atom == atom or atom == frame.region[0][0] and axis.atom and leading(axis, atom):
                 found = np.where(digit != OUTSIDE, digit, found)
     return found
 
@@ -84,17 +93,31 @@ def sparse_places(frame: Frame, layout: Layout, rows: Tensor) -> Any:
         dense = np.zeros_like(lead)
         for axis, digit, stride in factors_at(frame, dim, place, active):
             own = digits.get(axis.atom, digit) if axis.atom is not None else digit
+            if axis.atom is not None and axis.atom.order is not None:
+                own = entry_of(axis.atom.order, digits) // axis.atom.stride % axis.size
             dense += np.where(digit != OUTSIDE, own, 0) * stride
         flat = flat * extent(frame, dim, None) + np.minimum(dense, extent(frame, dim, None) - 1)
     return flat
 
 
+def entry_of(order: Order, digits: dict[Atom, Any]) -> Any:
+    """Where in an order each token stands."""
+    token = 0
+    for atom, size in order.base:
+        token = token * size + digits[atom]
+    return np.array([order.places.tolist().index(place) for place in np.ravel(token)]).reshape(np.shape(token))
+
+
+def held(frame: Frame, atom: Atom | None) -> bool:
+    """Whether an atom is one of tokens, or counts the samples."""
+    return frame.counts_tokens(atom) or atom is not None and atom == frame.batch
+
+
 def without_sizes(layout: Layout, frame: Frame, shape: Sequence[int]) -> Layout:
     """``layout`` with the sizes of ``shape`` where a dimension has neither a token nor a sample in it."""
-    grid = {atom for atom, _ in frame.region} | {frame.batch}
     dims = []
     for dim, size in zip(layout.dims, shape, strict=True):
-        plain = all(isinstance(factor, Axis) and factor.atom not in grid for factor in dim if factor != Axis(1))
+        plain = all(isinstance(factor, Axis) and not held(frame, factor.atom) for factor in dim if factor != Axis(1))
         dims.append((Axis(size),) if plain and not any(isinstance(factor, Concat) for factor in dim) else dim)
     return Layout.of(dims)
 

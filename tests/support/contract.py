@@ -131,12 +131,21 @@ def active_mask(layout: Layout, frame: Frame, rows: Tensor, context: bool = True
     token = torch.zeros(layout.shape, dtype=torch.int64)
     plain = torch.zeros(layout.shape, dtype=torch.bool)
     sample = torch.zeros(layout.shape, dtype=torch.int64)
+    placed: dict[Any, Tensor] = {}  # of tokens that stand in an order, which entry of it each is
     for index, dim in enumerate(layout.dims):
         shape = [-1 if k == index else 1 for k in range(len(layout.dims))]
         entries = [_entry(list(dim), k, weights, frame.batch) for k in range(layout.shape[index])]
         token += torch.tensor([e[0] for e in entries]).reshape(shape)
         plain |= torch.tensor([e[1] for e in entries]).reshape(shape)
         sample += torch.tensor([e[2] for e in entries]).reshape(shape)
+        for order in {order for e in entries for order in e[3]}:
+            part = torch.tensor([e[3].get(order, 0) for e in entries]).reshape(shape)
+            placed[order] = placed.get(order, torch.zeros_like(token)) + part
+    for order, entry in placed.items():
+        left = order.places[entry]
+        for atom, size in reversed(order.base):
+            token += left % size * weights[atom] * ~plain
+            left = left // size
     rows = rows.cpu()
     active = torch.zeros(frame.samples, frame.tokens, dtype=torch.bool)
     active.scatter_(1, rows, True)
@@ -145,9 +154,10 @@ def active_mask(layout: Layout, frame: Frame, rows: Tensor, context: bool = True
     return plain | active[sample, torch.where(plain, 0, token)]
 
 
-def _entry(factors: list, place: int, weights: dict, batch: object) -> tuple[int, bool, int]:
-    """``(part of the token number, carries no token, sample)`` of one entry of a dimension."""
+def _entry(factors: list, place: int, weights: dict, batch: object) -> tuple[int, bool, int, dict]:
+    """``(part of the token number, carries no token, sample, parts of places in orders)`` of one entry of a dimension."""
     token, plain, sample = 0, False, 0
+    placed: dict[Any, int] = {}
     for factor in reversed(factors):
         place, digit = divmod(place, factor.size)
         if isinstance(factor, Concat):
@@ -157,18 +167,21 @@ def _entry(factors: list, place: int, weights: dict, batch: object) -> tuple[int
                     size *= inner.size
                 if digit < size:
                     inside = _entry(list(segment), digit, weights, batch)
-                    carries = any(getattr(inner, "atom", None) in weights for inner in segment)
+                    carries = bool(inside[3]) or any(getattr(inner, "atom", None) in weights for inner in segment)
                     token, plain, sample = token + inside[0], plain or inside[1] or not carries, sample + inside[2]
+                    placed |= inside[3]
                     break
                 digit -= size
         elif isinstance(factor, Clipped):
             inside = _entry(list(factor.inner), digit, weights, batch)
             token, plain, sample = token + inside[0], plain or inside[1], sample + inside[2]
+        elif factor.atom is not None and factor.atom.order is not None:
+            placed[factor.atom.order] = placed.get(factor.atom.order, 0) + digit * factor.atom.stride
         elif factor.atom in weights:
             token += digit * weights[factor.atom]
         elif factor.atom is not None and factor.atom == batch:
             sample += digit
-    return token, plain, sample
+    return token, plain, sample, placed
 
 
 def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: Any) -> Subject:

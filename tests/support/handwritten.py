@@ -506,7 +506,7 @@ class Windows(Block):
         return unwindow(super().attend(windows(x, grid, 2), grid), grid, 2)
 
 
-@variant("shifted windows", ratio=0.6)
+@variant("shifted windows", idle=1)  # of the queries in a window, which all run, only the active ones count
 class ShiftedWindows(Block):
     def attend(self, x, grid):
         rolled = x.unflatten(1, grid).roll((-1, -1), (1, 2)).flatten(1, 2)
@@ -1608,6 +1608,106 @@ class LearnedSlopes(Block):
         b, n, c = hidden.shape
         even, odd = (hidden.as_strided((b, n, c // 2), (n * c, c, 2), start) for start in (0, 1))
         return self.down(torch.cat([even * odd, odd], -1))
+
+
+# Tokens in another order
+
+
+class InOrder(DiT):
+    """All blocks work on the tokens in another order, which is undone behind them."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.order = nn.Buffer(torch.randperm(24, generator=torch.Generator().manual_seed(3)))
+
+    def run(self, x, emb, text, grid):
+        order = self.places(x, grid)
+        place = torch.arange(24, dtype=x.dtype)[:, None].sin()
+        x = super().run(self.moved(x, order) + place, emb, text, grid)
+        return self.moved(x, order.argsort()) + place
+
+    def places(self, x, grid):
+        return self.order
+
+    def moved(self, x, order):
+        return x[:, order]
+
+
+model("tokens in the order of a buffer")(InOrder)
+
+
+@model("tokens along a zigzag")
+class Zigzag(InOrder):
+    """Each other row is walked backwards, as in models of states and scans; the order is computed in every call."""
+
+    def places(self, x, grid):
+        places = torch.arange(24).view(grid)
+        return torch.where(torch.arange(grid[0])[:, None] % 2 == 1, places.flip(1), places).flatten()
+
+    def moved(self, x, order):
+        return x.index_select(-2, order)
+
+
+@model("tokens column by column, by gather", latent=(1, 4, 8, 12), time=(1,), text=(1, TEXT, 6))
+class ByGather(InOrder):
+    def places(self, x, grid):
+        return torch.arange(24).view(grid).T.reshape(-1)
+
+    def moved(self, x, order):
+        return x.gather(1, order[None, :, None].expand(x.shape))
+
+
+@model("windows of an order", idle=2)
+class OrderedWindows(InOrder):
+    """Neighbours on a curve attend to each other, as in transformers of point clouds."""
+
+    class InRuns(Block):
+        def attend(self, x, grid):
+            return super().attend(x.reshape(-1, 4, WIDTH), grid).reshape(x.shape)
+
+    block = InRuns
+
+
+@model("windows, and windows between them", depth=2, idle=3)
+class BothWindows(DiT):
+    """As in Swin: every other block shifts the windows by half of one."""
+
+    def run(self, x, emb, text, grid):
+        first, second = self.blocks
+        x = second(first(x, emb, text, grid), emb, text, grid)
+        rolled = x.unflatten(1, grid).roll((-1, -1), (1, 2)).flatten(1, 2)
+        y = unwindow(first.attend(windows(rolled, grid, 2), grid), grid, 2)
+        return x + y.unflatten(1, grid).roll((1, 1), (1, 2)).flatten(1, 2)
+
+    class InWindows(Windows):
+        def attend(self, x, grid):
+            return super().attend(x, grid) if x.shape[1] > 4 else Block.attend(self, x, grid)
+
+    block = InWindows
+
+
+@model("a picture upside down and back", idle=2)
+class Flipped(DiT):
+    def forward(self, latent, timestep, text=None):
+        return super().forward(latent.flip(-1, -2), timestep, text).flip((-1, -2))
+
+
+@model("tokens backwards for half of the channels")
+class Backwards(DiT):
+    """Both ways over the tokens."""
+
+    class BothWays(Block):
+        def mlp(self, x, grid):
+            first, second = self.up(x).chunk(2, -1)
+            return self.down(torch.cat([first, (second.flip(1) * torch.arange(24)[:, None].cos()).flip(1)], -1))
+
+    block = BothWays
+
+
+@model("tokens given back in another order", refused="another order than the latent's; undo the order")
+class NotUndone(InOrder):
+    def run(self, x, emb, text, grid):
+        return DiT.run(self, x[:, self.order], emb, text, grid)
 
 
 # Parts of the tokens, worked apart and joined again

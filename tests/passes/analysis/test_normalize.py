@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ras_compile.capture.export import capture, export
 from ras_compile.explanation import record_call
-from ras_compile.passes.analysis import normalize
 from ras_compile.passes.analysis.propagate import find_rule
+from ras_compile.passes.rules import constants
 
 aten = torch.ops.aten
 WEIGHT = (torch.arange(48.0) - 20).reshape(16, 3) / 10
@@ -129,7 +129,7 @@ def test_a_mask_goes_if_it_is_sure_to_hide_nothing(open_, mask):
 
 
 def test_a_mask_that_is_too_large_is_not_computed(monkeypatch):
-    monkeypatch.setattr(normalize, "LARGEST_CONSTANT", 24)
+    monkeypatch.setattr(constants, "LARGEST_CONSTANT", 24)
     captured = export(
         Calls(attention(lambda x, w: torch.ones(5, 5, dtype=torch.bool))), (torch.randn(2, 5, 16), WEIGHT)
     )

@@ -172,7 +172,21 @@ class Row:
 
 def shifted(stage: Stage) -> fx.Node:
     """`b (h w) c`, but its tokens stand one place further."""
-    return stage.also(aten.roll.default, stage.tokens, [1], [1])
+    return stage.also(aten.roll.default, stage.tokens, [CHANNELS])  # over the samples' borders, too
+
+
+def ordered(stage: Stage, *steps: int) -> fx.Node:
+    """Places of the tokens in an order that is known: each one is so many steps behind the last."""
+    places = stage.also(aten.arange.default, TOKENS)
+    for step in steps:
+        places = stage.also(aten.remainder.Scalar, stage.also(aten.mul.Tensor, places, step), TOKENS)
+    return places
+
+
+def alike(stage: Stage) -> fx.Node:
+    """An order as `gather` wants it: the same for all samples and channels."""
+    places = stage.also(aten.reshape.default, ordered(stage, 5), [1, TOKENS, 1])
+    return stage.also(aten.expand.default, places, [stage.batch, TOKENS, CHANNELS])
 
 
 def views() -> list[Row]:
@@ -734,6 +748,11 @@ def indexing() -> list[Row]:
         Row(aten.index.Tensor, lambda s: s(s.tokens, [None, None, s.classes]), "whole"),
         Row(aten.index_select.default, lambda s: s(s.tokens, -1, s.below(c, 4))),
         Row(aten.index_select.default, lambda s: s(s.tokens, 1, s.below(n, 4)), "whole"),
+        Row(aten.index_select.default, lambda s: s(s.tokens, -2, ordered(s, 5))),
+        Row(aten.index_select.default, lambda s: s(s.tokens, 1, ordered(s, 2)), "whole"),  # some twice, some never
+        Row(aten.index.Tensor, lambda s: s(s.tokens, [None, ordered(s, 7)])),
+        Row(aten.index.Tensor, lambda s: s(s.also(aten.index.Tensor, s.tokens, [None, ordered(s, 5)]), [None, ordered(s, 5)])),
+        Row(aten.gather.default, lambda s: s(s.tokens, 1, alike(s))),
         Row(aten.index_select.default, lambda s: s(s.tokens, 0, s.below(s.batch, 4)), "whole", single="rows"),
         Row(aten.gather.default, lambda s: s(s.tokens, -1, s.below(c, s.batch, n, 4))),
         Row(aten.gather.default, lambda s: s(s.given(s.batch, n, c), 2, s.also(aten.unsqueeze.default, s.classes, -1))),
@@ -776,11 +795,13 @@ def indexing() -> list[Row]:
         Row(aten.moveaxis.intlist, lambda s: s(s.x, [1, 2], [3, 0])),
         Row(aten.movedim.intlist, lambda s: s(s.x, [3, 0], [0, 2])),
         Row(aten.flip.default, lambda s: s(s.pairs, [2, -1])),
-        Row(aten.flip.default, lambda s: s(s.x, [2]), "whole"),
+        Row(aten.flip.default, lambda s: s(s.x, [2])),
         Row(aten.flip.default, lambda s: s(s.tokens, [0]), "whole", single="rows"),
         Row(aten.roll.default, lambda s: s(s.tokens, [2], [-1])),
         Row(aten.roll.default, lambda s: s(s.tokens, [2]), "whole"),
-        Row(aten.roll.default, lambda s: s(s.x, [1, 1], [1, 2]), "whole"),
+        Row(aten.roll.default, lambda s: s(s.x, [1, 1], [1, 2])),
+        Row(aten.roll.default, lambda s: s(s.x, [1], [0]), "whole", single="rows"),
+        Row(aten.roll.default, lambda s: s(s.joint, [1], [1]), "whole"),
         *[
             row
             for target in (aten.channel_shuffle.default, aten.native_channel_shuffle.default)

@@ -1,0 +1,76 @@
+"""Orders of tokens: windows that are rolled, a Hilbert curve, a picture that is flipped. Plain data, compared by value.
+
+Entry ``i`` of a dimension that stands in an order is entry ``places[i]`` of the product of the latent's own atoms, ``base``.
+In the sparse world nothing moves: the active rows have the order of `rows` in every tensor, and only where they stand in the
+whole one is looked up through the order. So an order that is undone by another one is no order at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ras_compile.passes.algebra.layout import Atom
+
+
+@dataclass(frozen=True, order=True)
+class Order:
+    """Tokens in an order that is known before any call.
+
+    Attributes:
+        base: the latent's atoms whose tokens are reordered, with their sizes, in the region's order.
+        digest: what tells one order of them from another.
+        places: int64 [n], of each entry its place in the product of ``base``.
+    """
+
+    base: tuple[tuple[Atom, int], ...]
+    digest: str
+    places: Tensor = field(compare=False, repr=False)
+
+    @staticmethod
+    def of(base: tuple[tuple[Atom, int], ...], places: Tensor) -> Order:
+        digest = hashlib.sha256(places.contiguous().numpy().tobytes()).hexdigest()
+        return Order(base, digest[:32], places)
+
+    @property
+    def size(self) -> int:
+        return len(self.places)
+
+    @property
+    def inverse(self) -> Tensor:
+        """int64 [n], of each entry of the product of ``base`` its place in the order."""
+        return self.places.argsort()
+
+    def __str__(self) -> str:
+        return f"order {self.digest[:4]} of {' '.join(f'd{atom.dim}:{size}' for atom, size in self.base)}"
+
+
+def is_order(places: Tensor) -> bool:
+    """Whether each entry stands somewhere, once."""
+    return places.ndim == 1 and torch.equal(places.sort().values, torch.arange(len(places)))
+
+
+def factors(places: Tensor, inner: int) -> bool:
+    """Whether an order of `(outer inner)` reorders the outer entries, and all their inner ones alike."""
+    pairs = places.reshape(-1, inner)
+    outer, within = pairs // inner, pairs % inner
+    return bool((outer == outer[:, :1]).all() and (within == within[:1]).all())
+
+
+def factored(places: Tensor, sizes: list[int]) -> list[tuple[list[int], Tensor]]:
+    """The finest product of orders that an order of a product with these sizes is: positions of the sizes, and their order."""
+    found: list[tuple[list[int], Tensor]] = []
+    start = 0
+    for stop in range(1, len(sizes) + 1):
+        inner = len(places)
+        for size in sizes[start:stop]:
+            inner //= size
+        if factors(places, inner):
+            found.append((list(range(start, stop)), places.reshape(-1, inner)[:, 0] // inner))
+            start, places = stop, places[:inner] % inner
+    return found
