@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
 import tomllib
@@ -17,8 +18,10 @@ from messages import messages, said
 from PIL import Image
 from scripts import load
 from tiny import LATENT, TEXT, model
+from typer.main import get_command
 
 import ras_compile
+from ras_compile.cli.app import app
 from ras_compile.config import RUNTIME_OPTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +46,24 @@ def test_the_reference_has_every_public_name():
     text = (ROOT / "docs" / "reference.md").read_text()
     shown = re.findall(r"^::: ras_compile\.(\w+)$", text, re.MULTILINE)
     assert sorted(shown) == sorted(name for name in ras_compile.__all__ if name != "__version__")
+
+
+@pytest.mark.parametrize("name", [name for name in ras_compile.__all__ if name != "__version__"])
+def test_what_is_public_is_described(name):
+    """Every argument of a public function or class, and of its public methods, stands in a docstring."""
+    thing = getattr(ras_compile, name)
+    own = (
+        {name: part for name, part in vars(thing).items() if inspect.isfunction(part)} if inspect.isclass(thing) else {}
+    )
+    for part in [thing, *(part for name, part in own.items() if not name.startswith("_"))]:
+        doc = inspect.getdoc(part) or ""
+        given = (
+            inspect.signature(part).parameters if not (inspect.isclass(part) and issubclass(part, Exception)) else {}
+        )
+        assert len(doc) > 20
+        assert not [argument for argument in given if argument != "self" and not re.search(rf"\b{argument}\b", doc)], (
+            part
+        )
 
 
 def test_the_tables_of_options_are_those_of_the_config():
@@ -141,6 +162,7 @@ def code(monkeypatch, tmp_path):
 WITH_CODE = [path for path in PAGES if blocks(path, "python")]
 
 
+@pytest.mark.pipelines
 @pytest.mark.parametrize("path", **named(WITH_CODE))
 def test_code_runs(path, code):
     """The blocks of a page one after another, as a reader would run them."""
@@ -175,6 +197,9 @@ def wrong(command: str, benchmark) -> str:
         case [".venv/bin/pytest" | "pytest", *given]:
             missing = [name for name in given if "/" in name and not (ROOT / name).exists()]
             return f"there is no {missing}" if missing else ""
+        case ["ras-compile", name, *given]:
+            get_command(app).commands[name].make_context(name, given)  # an unknown option raises
+            return ""
         case ["pip", "install", what]:
             extra = re.fullmatch(r"\.\[(\w+)\]", what)
             known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
