@@ -185,6 +185,10 @@ class Explanation:
 
         Where the option `speedup` would space the dense steps further apart, it is the ratio that goes with those.
 
+        Args:
+            speedup: of a whole run over dense steps alone, at least 1.
+            num_steps: steps of the run.
+
         Raises:
             UnsupportedGraph: the call is not supported.
             ConfigError: out of reach, and the text gives the limits; or no step.

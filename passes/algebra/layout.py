@@ -494,9 +494,9 @@ class Frame:
         found: list[Atom] = []
         for axis in (axis for dim in dims for axis in axes_of(dim)):
             if axis.atom in self._own:
-                found.append(axis.atom)  # type: ignore[arg-type]
+                found.append(axis.atom)
             elif leads(axis):
-                found += [atom for atom, _ in axis.atom.order.base]  # type: ignore[union-attr]
+                found += [atom for atom, _ in axis.atom.order.base]
         return found
 
     def twice(self, dims: Sequence[Dim]) -> bool:
@@ -552,7 +552,7 @@ class Sizes:
 
     def leads(self, axis: Axis) -> bool:
         """Whether a factor is the one that counts the active rows: of tokens in an order, the first part of the order."""
-        return axis.atom == self._lead or leads(axis) and self._lead in dict(axis.atom.order.base)  # type: ignore
+        return axis.atom == self._lead or leads(axis) and self._lead in dict(axis.atom.order.base)
 
     def axis(self, axis: Axis) -> Any:
         if not self.frame.counts_tokens(axis.atom):

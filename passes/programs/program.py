@@ -102,7 +102,7 @@ class _SparseBuilder:
             with no_modes():
                 self.owner.register_buffer(name, value.to(self.analysis.latent.meta["val"].device), persistent=False)
         node = self.emit.graph.get_attr(name)
-        node.meta["val"] = self.emit.mode.from_tensor(getattr(self.owner, name))  # type: ignore[union-attr]
+        node.meta["val"] = self.emit.mode.from_tensor(getattr(self.owner, name))
         return node
 
     def _result(self, node: fx.Node) -> fx.Node:
