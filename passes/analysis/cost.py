@@ -76,8 +76,10 @@ def flops_of(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> Any:
     match name:
         case "aten::linear":
             return _linear(*shapes)
-        case "aten::matmul" | "aten::mm" | "aten::bmm":
+        case "aten::matmul" | "aten::mm" | "aten::bmm" | "aten::_int_mm":
             return _matmul(*shapes)
+        case "aten::_scaled_mm":  # its scales follow
+            return _matmul(*shapes[:2])
         case "aten::addmm" | "aten::baddbmm":
             return _matmul(*shapes[1:])
         case "aten::scaled_dot_product_attention":

@@ -210,11 +210,12 @@ def matmul_labels(first: int, second: int) -> tuple[tuple[str, ...], tuple[str, 
 
 
 @rule_for(aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
+@rule_for(aten._int_mm.default, aten._scaled_mm.default)
 def matmul(call: Call) -> Step:
-    """`... m k, ... k n -> ... m n`"""
-    first, second = call.operands
+    """`... m k, ... k n -> ... m n`, and scales behind: one of all rows is of all of them, those that are cached included."""
+    first, second, *scales = call.operands
     left, right, out = matmul_labels(len(call.shape_of(first)), len(call.shape_of(second)))
-    return contract(call, [Term(first, left), Term(second, right)], out)
+    return contract(call, [Term(first, left), Term(second, right), *scales], out)
 
 
 @rule_for(aten.cdist.default)

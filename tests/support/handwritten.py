@@ -1486,6 +1486,43 @@ class Scattered(Block):
         return sum(weights[..., k, None] * super(Scattered, self).mlp(x * (k + 1), grid) for k in range(4))
 
 
+class Routed(Block):
+    """Each token's two best of three experts, as models with routed experts have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(
+            [nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH)) for _ in "abc"]
+        )
+
+    def mlp(self, x, grid):
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        return self.routed(x, weights, chosen)
+
+
+@variant("experts for all tokens, weighed by zero where they are not chosen")
+class RoutedByWeights(Routed):
+    """The spelling of routed experts whose sizes hang on no values."""
+
+    def routed(self, x, weights, chosen):
+        shares = [(weights * (chosen == index)).sum(-1, keepdim=True) for index in range(3)]
+        return sum(expert(x) * share for expert, share in zip(self.experts, shares, strict=True))
+
+
+@variant("experts for the tokens that chose them", refused="reads a value that depends on the latent's values")
+class RoutedByPlaces(Routed):
+    """How many tokens an expert has hangs on the latent, and so do the sizes of all tensors inside."""
+
+    def routed(self, x, weights, chosen):
+        x, weights, chosen = x.flatten(0, 1), weights.flatten(0, 1), chosen.flatten(0, 1)
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == index)
+            out.index_add_(0, token, expert(x[token]) * weights[token, place, None])
+        return out.unflatten(0, (2, -1))
+
+
 @variant("experts looked up per token")
 class LookedUp(Block):
     def __init__(self) -> None:

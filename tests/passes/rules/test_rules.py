@@ -183,6 +183,28 @@ def ordered(stage: Stage, *steps: int) -> fx.Node:
     return places
 
 
+def whole_numbers(stage: Stage) -> fx.Node:
+    """`(b n) c` as dynamic quantisation of the rows gives it."""
+    return stage.also(aten._to_copy.default, stage.also(aten.mul.Tensor, stage.flat, 9), dtype=torch.int8)
+
+
+def eighths(stage: Stage, node: fx.Node, columns: int) -> fx.Node:
+    """A matrix in float8, of so many columns."""
+    wide = stage.also(aten.linear.default, node, stage.given(columns, node.meta["val"].shape[-1]))
+    return stage.also(aten._to_copy.default, wide, dtype=torch.float8_e4m3fn)
+
+
+def scaled(stage: Stage, rows: bool) -> fx.Node:
+    """A product of matrices in float8, whose activations have a scale for each row, or one for all."""
+    first = eighths(stage, stage.flat, 16)
+    weight = stage.constant(torch.ones(16, 16).to(torch.float8_e4m3fn).t())
+    size = stage.also(aten.abs.default, stage.flat)
+    over = stage.also(aten.amax.default, size, [1] if rows else [0, 1], True)
+    scale = stage.also(aten._to_copy.default, over, dtype=torch.float32)
+    ones = stage.constant(torch.ones(1, 16 if rows else 1))
+    return stage(first, weight, scale, ones, None, None, torch.float32)
+
+
 def alike(stage: Stage) -> fx.Node:
     """An order as `gather` wants it: the same for all samples and channels."""
     places = stage.also(aten.reshape.default, ordered(stage, 5), [1, TOKENS, 1])
@@ -554,6 +576,9 @@ def contraction() -> list[Row]:
         Row(aten.bmm.default, lambda s: s(s.scores, s.tokens)),
         Row(aten.bmm.default, lambda s: s(s.given(s.batch, 5, n), s.tokens), "whole"),
         Row(aten.mm.default, lambda s: s(s.flat, s.given(c, 5))),
+        Row(aten._scaled_mm.default, lambda s: scaled(s, True)),
+        Row(aten._scaled_mm.default, lambda s: scaled(s, False)),
+        Row(aten._int_mm.default, lambda s: s(whole_numbers(s), s.constant(torch.ones(c, 5, dtype=torch.int8)))),
         Row(aten.mm.default, lambda s: s(s.flat, s.also(aten.t.default, s.flat))),
         Row(aten.mm.default, lambda s: s(s.given(5, s.batch * n), s.flat), "whole", pooled=True),
         Row(aten.mv.default, lambda s: s(s.flat, s.given(c))),
@@ -1083,6 +1108,8 @@ def same(found: Any, wanted: Any) -> None:
         for a, b in zip(found, wanted, strict=True):
             same(a, b)
     else:
+        if getattr(found, "dtype", None) == torch.float8_e4m3fn:
+            found, wanted = found.float(), wanted.float()
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
