@@ -193,7 +193,7 @@ def _silent(child: ast.AST, parent: ast.AST) -> bool:
     """Parts that are texts, errors or checks of types: no picture depends on them."""
     if _is_text(child) or isinstance(child, (ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom)):
         return True
-    if isinstance(parent, ast.Raise):
+    if isinstance(parent, ast.Raise) or (isinstance(child, ast.keyword) and child.arg == "strict"):
         return True
     if isinstance(child, ast.Call) and _says(child.func):
         return True

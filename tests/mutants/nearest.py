@@ -21,7 +21,7 @@ TESTS = (
 # What runs whole where those see nothing: the short contract and the first of the fuzz's fixed seeds; the runtime's own.
 FURTHER = {
     "passes": ("tests/contract/test_handwritten.py", "tests/fuzz/test_fuzz.py"),
-    "ras_compile": ("tests/sampling", "tests/dispatch", "tests/test_faults.py"),
+    "ras_compile": ("tests/sampling", "tests/dispatch", "tests/test_faults.py", "tests/pipelines/test_noise_adding.py"),
 }
 SEEDS = 60
 MOST_SECONDS = 30.0  # of the unit tests for one mutant

@@ -16,12 +16,12 @@ BATCH, TOKENS = FRAME.atoms(0)[0], FRAME.atoms(1)[0]
 ROWS = torch.tensor([[0, 3], [1, 4]])
 
 
-def places(before: list[int], after: list[int], *, context: bool) -> torch.Tensor:
+def places(before: list[int], after: list[int], *, context: bool, region: tuple[Axis, ...] = (TOKENS,)) -> torch.Tensor:
     """Where the sparse entries of a joint sequence stand in the whole one: [B, S']."""
     emit = Emitter(contextlib.nullcontext())  # type: ignore[arg-type]  # tensors here have values
     rows = emit.placeholder("rows", ROWS)
     builder = PositionBuilder(FRAME, Sizes(FRAME, 2, context=context), rows, emit)
-    segments = [(Axis(size),) for size in before] + [(TOKENS,)] + [(Axis(size),) for size in after]
+    segments = [(Axis(size),) for size in before] + [region] + [(Axis(size),) for size in after]
     positions = builder.of(Layout(((BATCH,), (Concat(tuple(segments)),), (Axis(3),))))
     assert positions.dims == (0, 1)
     return positions.indices[1].meta["val"].expand(2, -1)
@@ -36,3 +36,27 @@ def test_a_context_that_is_computed_stands_beside_them():
     found = places([7, 6], [4], context=True)
     wanted = [[*range(13), *(13 + row for row in rows.tolist()), *range(18, 22)] for rows in ROWS]
     assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize("tokens_first", [True, False])
+@pytest.mark.parametrize("context", [True, False])
+def test_tokens_beside_another_factor_in_one_segment(tokens_first, context):
+    """Such as frames whose tokens each stand twice."""
+    region = (TOKENS, Axis(2)) if tokens_first else (Axis(2), TOKENS)
+    found = places([7], [], context=context, region=region)
+    text = [*range(7)] if context else []
+    wanted = [
+        text
+        + [7 + (2 * row + copy if tokens_first else 5 * copy + row) for row, copy in order(rows.tolist(), tokens_first)]
+        for rows in ROWS
+    ]
+    assert found.tolist() == wanted
+
+
+def order(rows: list[int], tokens_first: bool) -> list[tuple[int, int]]:
+    """Rows and copies in the order in which the sparse entries stand."""
+    return (
+        [(row, copy) for row in rows for copy in (0, 1)]
+        if tokens_first
+        else [(row, copy) for copy in (0, 1) for row in rows]
+    )
