@@ -30,7 +30,7 @@ def carries(call: Call, layout: Layout, dims: Sequence[int]) -> bool:
     aten.max.dim, aten.min.dim, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
     aten.var_mean.correction, aten.prod.dim_int, aten.logsumexp.default, aten.linalg_vector_norm.default,
     aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.norm.ScalarOpt_dim,
-    aten.median.dim, aten.var_mean.dim, aten.count_nonzero.default, aten.aminmax.default,
+    aten.median.dim, aten.var_mean.dim, aten.std_mean.correction, aten.count_nonzero.default, aten.aminmax.default,
 )  # fmt: skip
 def reduction(call: Call) -> Step:
     """`a b -> a`"""

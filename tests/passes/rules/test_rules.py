@@ -909,6 +909,7 @@ def reduction() -> list[Row]:
                 Row(target, lambda s: s(s.tokens), "whole"),
             )
         ],
+        Row(aten.std_mean.correction, lambda s: s.pieces(s.tokens, [-1], correction=0)),
         Row(aten.var_mean.correction, lambda s: s.pieces(s.tokens, [-1], correction=0)),
         Row(aten.var_mean.correction, lambda s: s.pieces(s.tokens, [1, 2], correction=0), "whole"),
         Row(aten.var_mean.dim, lambda s: s.pieces(s.tokens, [-1], False, True)),
