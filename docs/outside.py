@@ -1,7 +1,8 @@
-"""For MkDocs: links of a page to files outside of docs/ work on the site, too.
+"""For MkDocs: what pages and docstrings say to others than MkDocs reads well on the site, too.
 
-A file of the repository is linked where the repository is published; a picture is copied to the site. One that is not there is a
-warning, and with that an error of `make docs`.
+A link to a file outside of docs/ leads to where the repository is published, and a picture there is copied to the site. One
+that is not there is a warning, and with that an error of `make docs`. A docstring names things as :class:`Name`, which the site
+shows as code.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)\s#]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(<code>)~?")
 log = logging.getLogger("mkdocs.hooks.outside")
 
 
@@ -55,3 +57,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     blocks = CODE.findall(markdown)
     parts = [LINK.sub(rewritten, part) for part in CODE.split(markdown)]
     return "".join(part + block for part, block in zip(parts, [*blocks, ""], strict=True))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Leaves out what says of a name in a docstring whether it is a class or a function."""
+    return ROLE.sub(r"\1", html)

@@ -112,16 +112,18 @@ class RASConfig:
             spreads over channels), "l2norm", "random", or a callable ``(noise [B, N, P * C], info) -> [B, N]``,
             non-negative. The defaults of `sample_ratio`, `reset_interval`, `ratio_schedule`, `noise_reuse` and
             `starvation_scale` are those that measured best with "drift" or with the others.
-            With guidance, a metric sees the noise of each branch before guidance joins them, and the mean over the
-            branches counts (where the branches are samples of one batch, the callable sees them in that batch). A
-            callable is called once for each model call whose next step is sparse, and may keep a state: an object with
-            ``__call__``, which begins anew where ``info.step`` falls or the shapes change. It is given what each token
-            last computed, so that a token whose noise has not changed was not computed.
+            With guidance, a metric sees the noise of each branch before guidance joins them (the authors' code ranks
+            the guided noise), and the mean over the branches counts (where the branches are samples of one batch, the
+            callable sees them in that batch). A callable is called once for each model call whose next step is sparse,
+            and may keep a state: an object with ``__call__``, which begins anew where ``info.step`` falls or the shapes
+            change. It is given what each token last computed, so that a token whose noise has not changed was not
+            computed.
         focus: which end of the metric is computed: "low", "high", or the share of the dropped tokens that is taken
             from the high end, in [0, 1] ("low" is 1.0, "high" is 0.0).
         starvation_scale: k of eq. 1, at least 0: how strongly a drop count raises a token's priority. None: what fits
             the metric, 0 with "drift", which has a factor of its own that grows with each drop, and 2 with all others,
-            where that measured best on the trained model (examples/quality). 0.1 in the authors' code.
+            where that measured best on the trained model (examples/quality). 0.1 in the authors' code, which computes
+            the lowest values of eq. 1 (docs/paper.md).
         max_absence: D_max: a token that was left out of so many sparse steps goes first; at least 1.
         selector: None, or a callable ``(metric [B, N], drops [B, N], k, info) -> rows [B, k]`` for research.
         region: None (inferred), or the slice of the latent's tokens that is the picture; a pair (start, stop) will do.

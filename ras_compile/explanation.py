@@ -203,6 +203,9 @@ class Explanation:
 
         `ratio_schedule="sigmas"` needs the scheduler of a run, and counts as "ends" here.
 
+        Args:
+            num_steps: steps of the run.
+
         Raises:
             UnsupportedGraph: the call is not supported.
             ConfigError: no step, a `speedup` in ``config`` that is out of reach, or a `tolerance`, which plans nothing.
