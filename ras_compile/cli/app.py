@@ -311,6 +311,7 @@ def evaluate(
         print(json.dumps({**data, "page": str(found)}))
         return
     _show(
-        table(rows), f"to the picture of {exact_steps} dense steps from the same noise; prompts: {len(lines)}, means over them"
+        table(rows),
+        f"to the picture of {exact_steps} dense steps from the same noise; prompts: {len(lines)}, means over them",
     )
     print("\n".join(["", *notes, f"page: {found}"]))
