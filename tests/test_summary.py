@@ -118,3 +118,35 @@ def test_a_step_that_compiles_says_so_in_the_log(monkeypatch, caplog):
         clock.tick(host)
     assert [record.getMessage() for record in caplog.records] == ["step 0 compiled for 3.0 s"]
     assert clock.compiled() == [3.0, 0.0]
+
+
+class Event:
+    """An event of a device on which a step takes a quarter of a second, whatever the host's clock says."""
+
+    made = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        Event.made += 1
+        self.at, self.waited = 250 * Event.made, False
+
+    def synchronize(self):
+        self.waited = True
+
+    def elapsed_time(self, later):
+        assert later.waited, "it may not have happened yet"
+        return later.at - self.at
+
+
+def test_on_a_gpu_events_tell_the_time_and_nobody_waits_for_them_before(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    clock, first, second = Clock(), torch.device("cuda", 0), torch.device("cuda", 1)
+    clock.begin(first)
+    clock.tick(first)
+    clock.tick(first)
+    clock.tick(second)  # a model that is split over devices: events of two of them cannot be compared
+    taken = clock.seconds()
+    assert taken[:2] == [0.25, 0.25] and 0 <= taken[2] < 0.25

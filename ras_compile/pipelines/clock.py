@@ -27,10 +27,11 @@ _COMPILATION = 0.05
 
 @dataclass(frozen=True)
 class _Mark:
-    """A moment: the host's time, what this thread has spent on compilation so far, and an event of the device."""
+    """A moment: the host's time, what this thread has spent on compilation so far, the device, and an event of it."""
 
     host: float
     compiled: float
+    device: torch.device
     event: torch.cuda.Event | None
 
     @classmethod
@@ -39,11 +40,11 @@ class _Mark:
         if device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(device))
-        return cls(time.perf_counter(), seconds_spent(), event)
+        return cls(time.perf_counter(), seconds_spent(), device, event)
 
     def until(self, later: _Mark) -> float:
-        """Seconds between two moments; waits for the device."""
-        if self.event is None or later.event is None:
+        """Seconds between two moments; waits for the device. Of two devices only the host's time is known."""
+        if self.event is None or later.event is None or self.device != later.device:
             return later.host - self.host
         later.event.synchronize()
         return self.event.elapsed_time(later.event) / 1000
