@@ -26,9 +26,9 @@ from ras_compile.errors import ConfigError, RASError
 from ras_compile.report.run import load as load_run
 from ras_compile.report.write import checked, write
 
-__all__ = ["app"]
+__all__ = ["DEMO", "app"]
 
-DEMO = Path(__file__).parents[2] / "examples" / "emoji" / "pipeline"
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "pipeline"
 
 
 class _Group(typer.core.TyperGroup):

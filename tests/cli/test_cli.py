@@ -16,13 +16,13 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 typer_testing = pytest.importorskip("typer.testing", reason="needs typer: pip install 'ras_compile[cli]'")
 
 from ras_compile.cli import main  # noqa: E402
-from ras_compile.cli.app import app  # noqa: E402
+from ras_compile.cli.app import DEMO, app  # noqa: E402
 from ras_compile.cli.drawing import load, named, nearest  # noqa: E402
 from ras_compile.cli.frontier import Row, page, psnr, ssim, table  # noqa: E402
 from ras_compile.errors import ConfigError  # noqa: E402
 from ras_compile.report.write import write  # noqa: E402
 
-EMOJI = Path(__file__).parents[2] / "examples" / "emoji" / "pipeline"
+EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "pipeline"
 SMALL = ["--height", "64", "--width", "64", "--set", "max_sequence_length=1", "--device", "cpu", "--backend", "eager"]
 
 
@@ -124,7 +124,8 @@ def test_a_saved_run_becomes_a_page(tmp_path):
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_the_demo_needs_the_repository(monkeypatch, tmp_path):
+def test_the_demo_finds_the_shipped_model_and_needs_the_repository(monkeypatch, tmp_path):
+    assert DEMO == EMOJI
     monkeypatch.setattr("ras_compile.cli.app.DEMO", tmp_path / "none")
     assert "clone it" in call("demo", code=1).stderr
 
