@@ -18,20 +18,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-from ras_compile.passes.algebra.order import Order, factors
-
-
-class Atom(NamedTuple):
-    """A part of one latent dimension: entry ``i`` of the dimension has the index ``(i // stride) % size`` in the atom.
-
-    With an ``order`` it is a part of tokens that stand in that order, in place of those of a dimension (``dim`` is then -1).
-    """
-
-    dim: int
-    stride: int
-    order: Order | None = None
+from ras_compile.passes.algebra.order import Atom, Order, factors
 
 
 @dataclass(frozen=True, slots=True)

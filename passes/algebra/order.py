@@ -1,4 +1,6 @@
-"""Orders of tokens: windows that are rolled, a Hilbert curve, a picture that is flipped. Plain data, compared by value.
+"""Atoms of the latent, and orders in which its tokens may stand. Both are plain data, compared by value.
+
+Tokens stand in another order in windows that are rolled, along a Hilbert curve, or in a picture that is flipped.
 
 Entry ``i`` of a dimension that stands in an order is entry ``places[i]`` of the product of the latent's own atoms, ``base``.
 In the sparse world nothing moves: the active rows have the order of `rows` in every tensor, and only where they stand in the
@@ -9,13 +11,21 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ras_compile.passes.algebra.layout import Atom
+
+class Atom(NamedTuple):
+    """A part of one latent dimension: entry ``i`` of the dimension has the index ``(i // stride) % size`` in the atom.
+
+    With an ``order`` it is a part of tokens that stand in that order, in place of those of a dimension (``dim`` is then -1).
+    """
+
+    dim: int
+    stride: int
+    order: Order | None = None
 
 
 @dataclass(frozen=True, order=True)

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.notices import fell_back
-from ras_compile.passes.algebra.layout import Atom, Axis, Frame, Layout, Restart, Sizes, opaque
+from ras_compile.passes.algebra.layout import Axis, Frame, Layout, Restart, Sizes, opaque
+from ras_compile.passes.algebra.order import Atom
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.rules.pointwise import copies, find_rule, is_pointwise
 from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, named_arguments, operands

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ras_compile.passes.algebra.layout import Atom, Axis, Dim, Exclude, Layout, Unbatch, atoms_of, opaque, paired
+from ras_compile.passes.algebra.layout import Axis, Dim, Exclude, Layout, Unbatch, atoms_of, opaque, paired
+from ras_compile.passes.algebra.order import Atom
 from ras_compile.passes.rules.pointwise import dense_use
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
 

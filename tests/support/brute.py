@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ras_compile.passes.algebra.layout import Atom, Axis, Clipped, Concat, Factor, Frame, Layout
-from ras_compile.passes.algebra.order import Order
+from ras_compile.passes.algebra.layout import Axis, Clipped, Concat, Factor, Frame, Layout
+from ras_compile.passes.algebra.order import Atom, Order
 
 OUTSIDE = -1  # the digit of a factor at an entry that lies in another segment
 

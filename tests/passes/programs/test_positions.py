@@ -7,7 +7,8 @@ import contextlib
 import pytest
 import torch
 
-from ras_compile.passes.algebra.layout import Atom, Axis, Concat, Frame, Layout, Sizes
+from ras_compile.passes.algebra.layout import Axis, Concat, Frame, Layout, Sizes
+from ras_compile.passes.algebra.order import Atom
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.positions import PositionBuilder
 
