@@ -1,7 +1,7 @@
 """Editing: a picture and a wish; the reference's tokens stand beside those of the new picture, and are never chosen from.
 
 python examples/pipelines/editing.py
-python examples/pipelines/editing.py --pipeline black-forest-labs/FLUX.1-Kontext-dev
+python examples/pipelines/editing.py --pipeline black-forest-labs/FLUX.1-Kontext-dev --side 1024
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import ras_compile
 
 
 def main(argv: Sequence[str] | None = None) -> list[ras_compile.Record]:
-    args = arguments(__doc__, argv, "make the disc blue", 28, side=1024)
+    args = arguments(__doc__, argv, "make the disc blue", 28, side=16)
     pipe = load("FluxKontextPipeline", args, editing)
     given = {"image": picture(args.side), "height": args.side, "width": args.side}
     with ras_compile.attach(pipe, preset=args.preset, inner_backend=args.inner_backend) as handle:
