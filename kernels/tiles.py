@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -103,8 +103,12 @@ class Timings:
 
     def add(self, question: str, answer: Answer) -> None:
         """Remembers an answer, here and on disk; what other processes have written meanwhile is kept."""
+        self.learn({question: answer})
+
+    def learn(self, answers: Mapping[str, Answer]) -> None:
+        """Remembers answers that were measured here or, on the same kind of device, elsewhere."""
         with self.lock:
-            self.known[question] = answer
+            self.known.update(answers)
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with locked(self.path.with_suffix(".lock")):

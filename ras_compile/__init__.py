@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ras_compile.sampling.models import release
     from ras_compile.sampling.records import Record
     from ras_compile.sampling.selection import SelectionInfo
+    from ras_compile.starts import load, save
 
     __version__: str
 
@@ -35,7 +36,9 @@ _HOMES = {
     "attach": "pipelines.attach",
     "explain": "explanation",
     "generation": "sampling.locate",
+    "load": "starts",
     "release": "sampling.models",
+    "save": "starts",
     "trace": "history",
 }
 
@@ -56,7 +59,9 @@ __all__ = [
     "attach",
     "explain",
     "generation",
+    "load",
     "release",
+    "save",
     "trace",
 ]
 

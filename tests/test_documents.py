@@ -137,6 +137,7 @@ def code(monkeypatch, tmp_path):
         ras_compile, "attach", lambda pipe, **options: attach(pipe, **{"inner_backend": "eager"} | options)
     )
     monkeypatch.setattr(torch, "compile", eagerly)
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"nothing was compiled", None))
     loader = classmethod(lambda cls, *args, **given: weights.make(cls.__name__))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", loader)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipe, *args: pipe)
