@@ -28,6 +28,7 @@ LANES = {
     "contract/test_bad_input.py": "pipelines",
     "examples": "slow",
     "fuzz": "slow",
+    "integrations": "pipelines",
     "kernels": "slow",
     "passes/lowering/test_functional.py": "compiles",
     "passes/lowering/test_share.py": "compiles",

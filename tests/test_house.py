@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("ras_compile", "passes", "kernels", "examples")
+SOURCES = ("ras_compile", "passes", "kernels", "examples", "integrations")
 # Private to the library, not from its tests: its functions are where private API of PyTorch is called, and each has a test.
 ALLOWED = {"_torch"}
 # Their string arguments name attributes.
@@ -123,7 +123,7 @@ def files() -> frozenset[str]:
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|md|json|png|toml|txt|yml)|(?:[\w.-]+/)+")
 
 
-INSIDE = re.compile(r"\b(?:ras_compile|passes|kernels|tests|examples|docs)/(?:\w+/)*\w+\.\w+")
+INSIDE = re.compile(r"\b(?:ras_compile|passes|kernels|tests|examples|docs|integrations)/(?:\w+/)*\w+\.\w+")
 
 
 def named(text: str) -> list[str]:
