@@ -72,6 +72,7 @@ __all__ = [
     "no_modes",
     "open_vmap",
     "original",
+    "process_group",
     "pytree",
     "raise_recompile_limit",
     "schema_of",
@@ -274,6 +275,13 @@ def keeps_dispatch(kind: type[Tensor]) -> bool:
     """Whether a class of tensors leaves ops as they are, below its functions; with its own, a plain tensor means another thing."""
     own = kind.__mro__[: kind.__mro__.index(Tensor)]
     return not any("__torch_dispatch__" in vars(base) for base in own)
+
+
+def process_group(name: Any) -> tuple[int, int]:
+    """``(size, rank)`` of the group of processes that a collective names; without it no model on several devices is sparse."""
+    resolve: Callable[[Any], Any] = torch.distributed.distributed_c10d._resolve_process_group
+    group = resolve(name) if isinstance(name, str) else name
+    return group.size(), group.rank()
 
 
 def why_graph_ends(graph: fx.GraphModule) -> Any:

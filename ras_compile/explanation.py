@@ -246,6 +246,7 @@ class Explanation:
             f"context   {' | '.join(f'{length} tokens' for length in self.context) or 'none in joint sequences'}",
             f"FLOPs     dense {self.cost.dense_flops:.4g}, sparse {self.cost.sparse_flops}",
             f"caches    {self.cache_bytes / 2**20:.1f} MiB a branch, {len(self.splices)} splices",
+            *self._sent(),
             f"kernels   {self.fused} splices as scatter-GEMMs",
             "predicted " + ", ".join(f"{r:.1%} of tokens: {self.speedup(r):.2f}x" for r in (0.5, 0.25, 0.125)),
             "          (by FLOPs, 28 steps)",
@@ -258,6 +259,12 @@ class Explanation:
         lines += ["", f"{'gather':<24} source"]
         lines += [f"{name:<24} {source or ''}" for name, source in self.gathers]
         return "\n".join([*lines, "", self.words])
+
+    def _sent(self) -> list[str]:
+        """What a process sends to the others, where the model runs over several."""
+        if self.cost is None or not self.cost.dense_sent:
+            return []
+        return [f"sent      dense {self.cost.dense_sent:,} bytes a process, sparse {self.cost.sparse_sent}"]
 
     @property
     def words(self) -> str:

@@ -18,9 +18,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from ras_compile.passes.algebra.order import Atom, Order, factors
+from ras_compile.passes.algebra.order import RANKS, Atom, Order, factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +126,29 @@ class Clip(Restart):
         return frame.clipped(self.atom, self.outer, self.inner)
 
 
+class Sharded(Restart):
+    """The model takes this process's part out of the latent: the others' tokens stand beside the region, ``start`` to ``stop``."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def apply(self, frame: Frame) -> Frame:
+        return frame.sharded(self.start, self.stop)
+
+
 class Padded(Restart):
     """What is padded onto the grid by its own entries may fill it up to whole patches: where it is cut, they are seen."""
 
     def apply(self, frame: Frame) -> Frame:
         return frame.padding()
+
+
+class Group(NamedTuple):
+    """The processes of a collective, as its graph names them, how many they are, and which of them this one is."""
+
+    name: str
+    size: int
+    rank: int
 
 
 def dim_size(dim: Iterable[Factor]) -> int:
@@ -289,6 +307,8 @@ class Layout:
                     dim.append(factor)
                     left //= factor.size
                 elif isinstance(factor, Axis) and factor.size % left == 0:
+                    if factor.atom == RANKS:
+                        raise ViewError(f"cannot view {self} as {tuple(shape)}")
                     if factor.atom is not None:
                         raise Refine(factor.atom, left)
                     dim.append(Axis(left))
@@ -302,6 +322,11 @@ class Layout:
 
     def permute(self, order: Sequence[int]) -> Layout:
         return Layout(tuple(self.dims[index] for index in order), self.raw)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a dimension counts processes, each with tokens of its own."""
+        return any(atom == RANKS for dim in self.dims for atom in atoms_of(dim))
 
     def __str__(self) -> str:
         return f"[{', '.join(describe(dim) for dim in self.dims)}]"
@@ -317,6 +342,8 @@ def describe(dim: Dim) -> str:
             words.append(f"{factor.size} of {describe(factor.inner)}")
         elif factor.atom is None:
             words.append(str(factor.size))
+        elif factor.atom == RANKS:
+            words.append(f"ranks:{factor.size}")
         else:
             stride = f"/{factor.atom.stride}" if factor.atom.stride > 1 else ""
             side = f"d{factor.atom.dim}" if factor.atom.order is None else str(factor.atom.order)
@@ -339,6 +366,8 @@ class Frame:
         shifted: windows of tokens are cut in two orders, so that attention in windows takes no token for a part of another.
         padded: whether what pads the grid with its own entries is looked at as context, until it is cut into patches.
         shared_rows: the model takes the samples apart, so that all of them have the same active rows.
+        shards: the processes that exchange tokens, each with tokens and active rows of its own.
+        replicas: the processes that add up features of the same tokens, all with the active rows of the first of them.
     """
 
     shape: tuple[int, ...]
@@ -351,6 +380,8 @@ class Frame:
     shared_rows: bool = False
     cuts: tuple[tuple[Order, tuple[int, ...]], ...] = ()
     shifted: bool = False
+    shards: Group | None = None
+    replicas: Group | None = None
 
     @staticmethod
     def of(shape: Sequence[int], batch_dim: int | None = 0, window: tuple[int, int] | None = None) -> Frame:
@@ -421,6 +452,12 @@ class Frame:
     def clipped(self, atom: Atom, outer: int, inner: int) -> Frame:
         return self._with(parts=self.parts[: atom.dim] + ((outer, inner),) + self.parts[atom.dim + 1 :])
 
+    def across(self, shards: Group | None, replicas: Group | None) -> Frame:
+        return self._with(shards=shards, replicas=replicas)
+
+    def sharded(self, start: int, stop: int) -> Frame:
+        return Frame.of(self.shape, self.batch_dim, (start, stop)).across(self.shards, self.replicas)
+
     def padding(self) -> Frame:
         return self._with(padded=True)
 
@@ -473,6 +510,10 @@ class Frame:
     @cached_property
     def _own(self) -> frozenset[Atom]:
         return frozenset(atom for atom, _ in self.region)
+
+    def counts_pictures(self, atom: Atom | None) -> bool:
+        """Whether an atom counts what has active rows of its own: samples, or processes that hold tokens of their own."""
+        return atom is not None and atom in (self.batch, RANKS)
 
     def counts_tokens(self, atom: Atom | None) -> bool:
         """Whether an atom is a part of the region, in the latent's order or in another one."""

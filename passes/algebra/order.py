@@ -28,6 +28,10 @@ class Atom(NamedTuple):
     order: Order | None = None
 
 
+# A dimension that counts the processes of a group, behind an exchange of tokens: entry r holds the tokens of process r.
+RANKS = Atom(-2, 1)
+
+
 @dataclass(frozen=True, order=True)
 class Order:
     """Tokens in an order that is known before any call.

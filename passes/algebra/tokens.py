@@ -23,6 +23,7 @@ from ras_compile.passes.algebra.layout import (
     normal,
     opened,
 )
+from ras_compile.passes.algebra.order import RANKS
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
     dims, cuts = [], []
     filled = tuple((k, dim_size(opened(dim))) for k, dim in enumerate(layout.dims) if opened(dim) != dim)
     for index, dim in enumerate(map(opened, layout.dims)):
-        inside, cut = _segment(dim, region)
+        inside, cut = _own(dim, frame) or _segment(dim, region)
         dims.append(inside)
         if cut is not None:
             cuts.append((index, *cut))
@@ -119,6 +120,8 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
                 tokens[axis.atom] = place
             else:
                 (pixels if beside else rest).append(place)
+    if any(axis.atom == RANKS for axis in axes_of(f for dim in dims for f in dim)):
+        raise UnsupportedGraph("an output with the tokens of all processes, in which theirs stand between each other")
     if any(axis.atom is not None and axis.atom.order is not None for axis in axes_of(f for dim in dims for f in dim)):
         raise UnsupportedGraph("the noise's tokens stand in another order than the latent's; undo the order at the end")
     if len(tokens) != len(region):
@@ -130,6 +133,14 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
     return TokenView(
         tuple(cuts), holding, tuple(exploded), tuple(order), (frame.samples, frame.tokens, patch), channels, filled
     )
+
+
+def _own(dim: Dim, frame: Frame) -> tuple[Dim, tuple[int, int]] | None:
+    """This process's part of a dimension that counts processes first, and where it stands; None for any other dimension."""
+    if frame.shards is None or not dim or not isinstance(dim[0], Axis) or dim[0].atom != RANKS:
+        return None
+    size = dim_size(dim[1:])
+    return normal(dim[1:]), (frame.shards.rank * size, size)
 
 
 def _segment(dim: Dim, region: list) -> tuple[Dim, tuple[int, int] | None]:

@@ -19,7 +19,8 @@ from ras_compile._torch import OpOverload, schema_of
 from ras_compile.passes.algebra.layout import Layout, Sizes
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan
-from ras_compile.passes.rules.registry import Gather, Use, operands
+from ras_compile.passes.rules.collectives import COLLECTIVES, sent_by
+from ras_compile.passes.rules.registry import Gather, Step, Use, operands
 
 aten = torch.ops.aten
 
@@ -104,6 +105,8 @@ class Cost:
         sparse_bytes: the same for a sparse step, an expression in ``A``.
         cache_bytes: bytes of all caches of one branch.
         tokens: N.
+        dense_sent: bytes that one process sends to others in a dense step, over several devices.
+        sparse_sent: the same for a sparse step, an expression in ``A``.
     """
 
     dense_flops: int
@@ -112,6 +115,8 @@ class Cost:
     sparse_bytes: sympy.Expr
     cache_bytes: int
     tokens: int
+    dense_sent: int = 0
+    sparse_sent: sympy.Expr = sympy.Integer(0)
 
     def flop_ratio(self, active: int) -> float:
         """FLOPs of a sparse step with ``active`` rows over those of a dense step."""
@@ -146,6 +151,7 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
     """Prices the dense and the sparse program of an analysis."""
     sizes = sparse.sizes(analysis.frame, ACTIVE)
     dense_flops, sparse_flops, dense_bytes, sparse_bytes = 0, sympy.Integer(0), 0, sympy.Integer(0)
+    dense_sent, sparse_sent = sympy.Integer(0), sympy.Integer(0)
     for node in analysis.graph.nodes:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor):
@@ -155,6 +161,10 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
             continue
         whole = [tuple(operand.meta["val"].shape) for operand in given]
         flops = flops_of(node, whole, tuple(value.shape))
+        step = analysis.steps.get(node)
+        if node.target in COLLECTIVES:
+            dense, sparse_part = sent(node, step, analysis, sizes)
+            dense_sent, sparse_sent = dense_sent + dense, sparse_sent + (0 if sparse.skips(node) else sparse_part)
         if not flops:
             continue
         widths = [operand.meta["val"].element_size() for operand in given] + [value.element_size()]
@@ -162,7 +172,6 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
         dense_flops, dense_bytes = dense_flops + flops, dense_bytes + traffic
         if sparse.skips(node):
             continue
-        step = analysis.steps.get(node)
         if step is not None and not step.whole:
             layouts = [analysis.layouts.get(operand) for operand in given]
             shapes = [_shape(s, u, k, sizes) for s, u, k in zip(whole, step.uses, layouts, strict=True)]
@@ -170,6 +179,9 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
             flops = flops_of(node, shapes, out)
             traffic = sum(w * math.prod(s) for w, s in zip(widths, [*shapes, out], strict=True))
         sparse_flops, sparse_bytes = sparse_flops + flops, sparse_bytes + traffic
+    group = analysis.frame.shards
+    if group is not None and any(splice.layout.ranked for splice in sparse.splices):  # which rows the others compute
+        sparse_sent += (group.size - 1) * analysis.frame.samples * ACTIVE * torch.int64.itemsize
     caches = [node.meta["val"] for node in [*(splice.node for splice in sparse.splices), *sparse.frozen]]
     return Cost(
         dense_flops,
@@ -178,7 +190,18 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
         sympy.expand(sparse_bytes),
         sum(cache.numel() * cache.element_size() for cache in caches),
         analysis.frame.tokens,
+        int(dense_sent),
+        sympy.expand(sparse_sent),
     )
+
+
+def sent(node: fx.Node, step: Step | None, analysis: Analysis, sizes: Sizes) -> tuple[Any, Any]:
+    """Bytes that one process sends in a collective: in a dense and in a sparse step."""
+    (operand,) = operands(node)
+    value = operand.meta["val"]
+    whole = tuple(value.shape)
+    shape = whole if step is None else _shape(whole, step.uses[0], analysis.layouts.get(operand), sizes)
+    return tuple(value.element_size() * sent_by(node, entries) for entries in (whole, shape))
 
 
 def _shape(whole: Shape, use: Use | Gather, layout: object, sizes: Sizes) -> Shape:

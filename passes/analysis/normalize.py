@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ras_compile._torch import OpOverload, is_composite, schema_of
 from ras_compile.passes import rules  # noqa: F401  (fills the registry)
 from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.gathers import CONCATENATIONS, spell_collectives
 from ras_compile.passes.analysis.layers import LAYERS
 from ras_compile.passes.rules.constants import constant
 from ras_compile.passes.rules.pointwise import is_pointwise
@@ -37,6 +38,7 @@ def normalize(graph: fx.Graph) -> None:
             drop_open_mask(node)
         elif node.target in CONCATENATIONS:
             drop_empty_segments(node)
+    spell_collectives(graph)
     graph.eliminate_dead_code()
 
 
@@ -99,9 +101,6 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
     else:
         emit.replace(node, env[result])
     return True
-
-
-CONCATENATIONS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 
 def drop_empty_segments(node: fx.Node) -> None:

@@ -12,8 +12,9 @@ from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes import rules
 from ras_compile.passes.algebra.layout import Coarsen, Exclude, Frame, Layout, Padded, Refine, Restart, Unbatch
 from ras_compile.passes.analysis.pieces import CUTS, join_parts
+from ras_compile.passes.rules.collectives import COLLECTIVES, joined_by
 from ras_compile.passes.rules.pointwise import find_rule
-from ras_compile.passes.rules.registry import Call, Result, Step, Use, operands, source_line
+from ras_compile.passes.rules.registry import Call, Gather, Result, Step, Use, operands, source_line
 
 aten = torch.ops.aten
 
@@ -65,6 +66,7 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
     if 0 in frame.shape:
         raise UnsupportedGraph(f"`{_name(latent)}` {list(frame.shape)} is empty")
     apart: set[fx.Node] = set()
+    frame = joined_by(graph, frame)
     for _ in range(ROUNDS):
         if not frame.region:
             break
@@ -168,14 +170,36 @@ def applied(call: Call) -> Step:
         Restart: the rule says so. Tokens that stand in an order leave the region all at once; where only some would, the op
             runs whole.
     """
+    value = call.node.meta["val"]
+    nothing = (None,) * len(value) if isinstance(value, (tuple, list)) else None
     try:
-        return find_rule(call.node)(call)
+        step = find_rule(call.node)(call)
     except Exclude as fact:
         plain = call.frame.plain(fact.atoms)
         if plain is not None:
             raise Exclude(plain) from None
-        value = call.node.meta["val"]
-        return call.whole((None,) * len(value) if isinstance(value, (tuple, list)) else None)
+        return call.whole(nothing)
+    return step if step.whole or same_rows(call, step) else call.whole(nothing)
+
+
+def same_rows(call: Call, step: Step) -> bool:
+    """Whether the rows that meet in a node are of the same processes: of all of them, or of this one alone.
+
+    Only a collective leads from the one to the other.
+    """
+    if call.frame.shards is None or call.node.target in COLLECTIVES:
+        return True
+    met = [use.layout for use in step.uses if isinstance(use, Gather)]
+    for operand, use in zip(call.operands, step.uses, strict=False):
+        if use is Use.ROWS:
+            met += [layout for layout in as_tuple(call.layouts[operand]) if layout is not None]
+    outs = [layout for layout in as_tuple(step.out) if layout is not None]
+    ranked = {layout.ranked for layout in [*met, *outs]}
+    return len(ranked) < 2 and (bool(outs) or ranked != {True})
+
+
+def as_tuple(result: Result) -> tuple[Layout | None, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def together(graph: fx.Graph, node: fx.Node, apart: set[fx.Node]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -24,9 +25,10 @@ from ras_compile.passes.algebra.layout import (
     dim_size,
     opened,
 )
-from ras_compile.passes.algebra.order import Order
+from ras_compile.passes.algebra.order import RANKS, Order
 
 aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
 Emit = Callable[..., fx.Node]
 
 
@@ -60,12 +62,21 @@ class PositionBuilder:
     Args:
         frame: what is known of the latent.
         sizes: the sparse sizes.
-        rows: node of the active rows, int64 [B, A].
+        rows: node of the active rows, int64 [B, A]; for layouts that count processes, of all of them: [R, B, A].
         emit: ``emit(target, *args, **kwargs)`` appends a node to the sparse graph.
         table: ``table(name, tensor)`` is the node of a constant of the sparse graph.
+        ranked: whether the rows are those of all processes.
     """
 
-    def __init__(self, frame: Frame, sizes: Sizes, rows: fx.Node, emit: Emit, table: Callable[..., fx.Node]) -> None:
+    def __init__(
+        self,
+        frame: Frame,
+        sizes: Sizes,
+        rows: fx.Node,
+        emit: Emit,
+        table: Callable[..., fx.Node],
+        ranked: bool = False,
+    ) -> None:
         self.frame, self.sizes, self.emit, self.table = frame, sizes, emit, table
         self.orders: dict[Order, fx.Node] = {}
         self.region = [atom for atom, _ in frame.region]
@@ -74,7 +85,14 @@ class PositionBuilder:
             for index, (atom, _) in enumerate(frame.region)
         }
         self.device = rows.meta["val"].device
-        self.rows = rows if frame.batch is not None else emit(aten.select.int, rows, 0, 0)  # [B, A] or [A]
+        if frame.replicas is not None and not ranked:
+            sent = emit(c10d.broadcast.default, rows, 0, frame.replicas.name)
+            rows = emit(c10d.wait_tensor.default, sent)
+        self.given = rows
+        self.rows = rows if frame.batch is not None else emit(aten.select.int, rows, int(ranked), 0)
+        # what counts the dimensions of `self.rows` in front of the active ones: [R, B, A], [B, A], [R, A] or [A]
+        self.pictures = [*([RANKS] if ranked else []), *([frame.batch] if frame.batch is not None else [])]
+        self.ranked = ranked
         self.known: dict[tuple[Dim | None, ...], Positions] = {}
 
     def of(self, layout: Layout) -> Positions:
@@ -83,6 +101,8 @@ class PositionBuilder:
         Raises:
             UnsupportedGraph: the tensor has lost the dimension that counts the samples.
         """
+        if layout.ranked and not self.ranked:
+            return self._everyone.of(layout)
         marked = [index for index, dim in enumerate(layout.dims) if self._addressed(dim)]
         key = tuple(dim if index in marked else None for index, dim in enumerate(layout.dims))
         if key not in self.known:
@@ -91,33 +111,40 @@ class PositionBuilder:
             )
         return self.known[key]
 
+    @cached_property
+    def _everyone(self) -> PositionBuilder:
+        """The builder for layouts that count processes: the active rows of all of them are gathered."""
+        group = self.frame.shards
+        assert group is not None
+        sent = self.emit(c10d.all_gather_into_tensor.default, self.given, group.size, group.name)
+        rows = self.emit(c10d.wait_tensor.default, sent)
+        rows = self.emit(aten.reshape.default, rows, [group.size, *self.given.meta["val"].shape])
+        return PositionBuilder(self.frame, self.sizes, rows, self.emit, self.table, ranked=True)
+
     def _addressed(self, dim: Dim) -> bool:
-        return any(self.frame.counts_tokens(atom) or atom == self.frame.batch for atom in atoms_of(dim))
+        return any(self.frame.counts_tokens(atom) or self.frame.counts_pictures(atom) for atom in atoms_of(dim))
 
     def _indices(self, clipped: list[Dim]) -> tuple[fx.Node, ...]:
         dims = [opened(dim) for dim in clipped]
         if any(isinstance(factor, Clipped) for dim in dims for factor in dim):
             raise UnsupportedGraph("a side that its patches do not fill, in one dimension with others")
         axes = [(place, axis) for place, dim in enumerate(dims) for axis in dim]  # every factor of every dimension
-        batch = next(
-            (k for k, (_, axis) in enumerate(axes) if isinstance(axis, Axis) and axis.atom == self.frame.batch), None
-        )
-        if self.frame.batch is None:
-            batch = None
-        elif batch is None:
+        found = {axis.atom: k for k, (_, axis) in enumerate(axes) if isinstance(axis, Axis) and axis.atom is not None}
+        if not found.keys() >= set(self.pictures):
             raise UnsupportedGraph("tokens of different samples stand in one dimension; a batch of one is supported")
+        pictures = [found[atom] for atom in self.pictures]
         if not set(self.frame.tokens_in(dims)) >= set(self.region):
             raise UnsupportedGraph("a value with a part of the token grid beside values with all of it")
         lead = next(k for k, (_, axis) in enumerate(axes) if any(map(self.sizes.leads, axes_of((axis,)))))
         extents = [self.sizes.dim((axis,)) for _, axis in axes]
-        indices = [self._index(place, dims, axes, extents, batch, lead) for place in range(len(dims))]
+        indices = [self._index(place, dims, axes, extents, pictures, lead) for place in range(len(dims))]
         for place, (dim, whole) in enumerate(zip(clipped, dims, strict=True)):
             if dim != whole:  # what is missing of the last patch is its last entry, once more
                 indices[place] = self.emit(aten.clamp.default, indices[place], None, dim_size(dim) - 1)
         return tuple(indices)
 
     def _index(
-        self, place: int, dims: list[Dim], axes: list, extents: list[int], batch: int | None, lead: int
+        self, place: int, dims: list[Dim], axes: list, extents: list[int], pictures: list[int], lead: int
     ) -> fx.Node:
         """The index along one dimension, of a shape that broadcasts to the sparse sizes of all addressed dimensions."""
         terms: list[fx.Node] = []
@@ -130,12 +157,12 @@ class PositionBuilder:
             stride //= count
             axis = axes[group[0]][1]
             if isinstance(axis, Concat):
-                term = self._on(self._concat(axis), [batch, group[0]] if batch is not None else [group[0]], axes)
-                needed |= {axes[batch][0]} if batch is not None else set()
+                term = self._on(self._concat(axis), [*pictures, group[0]], axes)
+                needed |= {axes[k][0] for k in pictures}
             elif self.frame.counts_tokens(axis.atom):
                 digit = self._digit(axis.atom, axes[group[-1]][1].atom, count)
-                term = self._on(digit, [batch, lead] if batch is not None else [lead], axes)
-                needed |= {axes[lead][0]} | ({axes[batch][0]} if batch is not None else set())
+                term = self._on(digit, [*pictures, lead], axes)
+                needed |= {axes[k][0] for k in (*pictures, lead)}
             else:
                 term = self._on(self._arange(axis.size), [group[0]], axes)
             terms.append(term if stride == 1 else self.emit(aten.mul.Tensor, term, stride))
@@ -202,7 +229,8 @@ class PositionBuilder:
     def _on(self, value: fx.Node, places: list, axes: list) -> fx.Node:
         """Puts the dimensions of ``value`` at ``places`` among all axes; the others have one entry."""
         if list(places) != sorted(places):
-            value, places = self.emit(aten.permute.default, value, [1, 0]), sorted(places)
+            order = sorted(range(len(places)), key=places.__getitem__)
+            value, places = self.emit(aten.permute.default, value, order), sorted(places)
         shape = [1] * len(axes)
         for place, size in zip(places, value.meta["val"].shape, strict=True):
             shape[place] = size

@@ -2,6 +2,7 @@
 
 from ras_compile.passes.rules import (
     attention,
+    collectives,
     concatenation,
     contraction,
     convolution,
@@ -14,6 +15,7 @@ from ras_compile.passes.rules import (
 
 __all__ = [
     "attention",
+    "collectives",
     "concatenation",
     "contraction",
     "convolution",

@@ -14,6 +14,7 @@ from ras_compile.passes.algebra.layout import (
     Dim,
     Exclude,
     Layout,
+    Sharded,
     Sizes,
     Unbatch,
     atoms_of,
@@ -259,6 +260,9 @@ def split(call: Call) -> Step:
     """`b (t | n) c -> b t c, b n c`"""
     layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
     lengths = [value.shape[dim] for value in call.node.meta["val"]]
+    own = own_shard(call, layout, dim, lengths)
+    if own is not None:
+        raise Sharded(*own)
     outs, start = [], 0
     borders = [0]
     for length in lengths:
@@ -275,6 +279,21 @@ def split(call: Call) -> Step:
         return aten.split_with_sizes.default, (call.args["self"], parts, dim), {}
 
     return Step(tuple(outs), call.uses(), rewrite=rewrite)
+
+
+def own_shard(call: Call, layout: Layout, dim: int, lengths: Sequence[int]) -> tuple[int, int] | None:
+    """The tokens of the latent that this process takes for itself, from where to where; None where it takes others, too.
+
+    Such a model is called with the whole latent by every process: `latent.chunk(n, dim=1)[rank]`.
+    """
+    group, frame = call.frame.shards, call.frame
+    if group is None or frame.window is not None or len(layout.dims) != 3 or dim != 1 or not layout.raw:
+        return None
+    if len(set(lengths)) != 1 or len(lengths) != group.size or layout != frame.layout():
+        return None
+    if {user.args[1] for user in call.node.users} != {group.rank}:
+        return None
+    return group.rank * lengths[0], (group.rank + 1) * lengths[0]
 
 
 @rule_for(aten.unbind.int)

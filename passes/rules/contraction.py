@@ -160,8 +160,10 @@ def counts_samples(call: Call, dims: Sequence[Dim]) -> bool:
 
 
 def grid_atoms(call: Call, dims: Sequence[Dim]) -> set[Atom]:
-    """Atoms that must not be taken apart: those of the region, and the one that counts the samples."""
-    return {atom for dim in dims for atom in atoms_of(dim) if atom == call.frame.batch} | region_atoms(call, dims)
+    """Atoms that must not be taken apart: those of the region, and those that count samples or processes."""
+    return {atom for dim in dims for atom in atoms_of(dim) if call.frame.counts_pictures(atom)} | region_atoms(
+        call, dims
+    )
 
 
 def atoms_at(call: Call, term: Term, label: str) -> set[Atom]:

@@ -22,8 +22,9 @@ def dense_use(call: Call, out: Layout, shape: Sequence[int]) -> Use | Gather:
     if not call.frame.carries(Layout(tuple(dims))):
         return Use.SAME
     # a part of the grid is repeated along the others
-    grid = [any(a == call.frame.batch or call.frame.counts_tokens(a) for a in atoms_of(full)) for full in out.dims]
-    return Gather(Layout(tuple(full if held else dim for held, full, dim in zip(grid, out.dims, dims, strict=True))))
+    frame = call.frame
+    grid = [any(frame.counts_pictures(a) or frame.counts_tokens(a) for a in atoms_of(full)) for full in out.dims]
+    return Gather(Layout(tuple(full if has else dim for has, full, dim in zip(grid, out.dims, dims, strict=True))))
 
 
 def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Layout | None:

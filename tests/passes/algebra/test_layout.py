@@ -181,7 +181,7 @@ def test_gather_and_splice_against_brute_force(walk: Walk, data):
     active = data.draw(st.integers(1, frame.tokens))
     rows = random_rows(frame, active, data.draw(st.integers(0, 99)))
     emit = Emitter(contextlib.nullcontext())  # type: ignore[arg-type]
-    builder = PositionBuilder(frame, Sizes(frame, active), emit.placeholder("rows", rows), emit)
+    builder = PositionBuilder(frame, Sizes(frame, active), emit.placeholder("rows", rows), emit, emit)
     if not addressable(layout, frame):
         with pytest.raises(UnsupportedGraph):
             builder.of(layout)

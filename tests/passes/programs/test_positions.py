@@ -21,7 +21,7 @@ def places(before: list[int], after: list[int], *, context: bool, region: tuple[
     """Where the sparse entries of a joint sequence stand in the whole one: [B, S']."""
     emit = Emitter(contextlib.nullcontext())  # type: ignore[arg-type]  # tensors here have values
     rows = emit.placeholder("rows", ROWS)
-    builder = PositionBuilder(FRAME, Sizes(FRAME, 2, context=context), rows, emit)
+    builder = PositionBuilder(FRAME, Sizes(FRAME, 2, context=context), rows, emit, emit)  # no order: no table
     segments = [(Axis(size),) for size in before] + [region] + [(Axis(size),) for size in after]
     positions = builder.of(Layout(((BATCH,), (Concat(tuple(segments)),), (Axis(3),))))
     assert positions.dims == (0, 1)

@@ -1,0 +1,167 @@
+"""The contract over several processes: what all of them return together is what one process returns for the same rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from across import Columns, Gathered, Own, Split, Transformer, Ulysses, on_ranks
+from contract import Subject, error, subject
+from torch import Tensor
+
+from ras_compile.passes.analysis.cost import ACTIVE
+
+TIGHT = 1e-9
+SAMPLES, TOKENS = 2, 24
+
+
+def inputs(seed: int, tokens: slice = slice(None)) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    latent, places = torch.randn(SAMPLES, TOKENS, 4), torch.randn(TOKENS, 16)
+    return {"latent": latent[:, tokens], "places": places[tokens], "time": torch.full((SAMPLES,), 0.5)}
+
+
+def made(attention: type, group: Any = None, **options: Any) -> Subject:
+    """A model over the processes of a group, each with its shard of the tokens; without a group, the same model alone."""
+    torch.manual_seed(7)
+    model = Transformer(lambda: attention(16, 4, group)).eval()
+    return subject(model, inputs(0, shard() if group else slice(None)), **options)
+
+
+def shard() -> slice:
+    size = TOKENS // dist.get_world_size()
+    return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+
+
+def everyone(rows: Tensor) -> Tensor:
+    """The rows of all processes as rows of all tokens."""
+    found = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, rows)
+    return torch.cat([rank * TOKENS // len(found) + own for rank, own in enumerate(found)], dim=1)
+
+
+def contract(attention: type, **options: Any) -> Callable[[int], dict[str, Any]]:
+    """What each process finds of the contract: the largest errors, and what it sends."""
+
+    def work(rank: int) -> dict[str, Any]:
+        torch.set_default_dtype(torch.float64)
+        shared, alone = made(attention, dist.group.WORLD, **options), made(attention, **options)
+        tokens, own = shared.frame.tokens, shard()
+        dense, caches = shared.dense(shared.values)
+        wanted, before = alone.dense(alone.values)
+        found = {"dense": error(dense, [wanted[0][:, own]])}
+        other = inputs(1)["latent"]
+        whole, _ = shared.sparse(shared.with_latent(other[:, own]), torch.arange(tokens).repeat(SAMPLES, 1), caches)
+        found["identity"] = error(whole, [alone.reference(alone.with_latent(other))[0][:, own]])
+        rows = shared.rows(tokens // 4, seed=rank)  # each process has rows of its own
+        same, after = shared.sparse(shared.values, rows, caches)
+        found["consistency"] = max(error(same, dense), error(after, caches))
+        moved, _ = shared.sparse(shared.with_latent(other[:, own]), rows, caches)
+        kept = torch.ones(SAMPLES, tokens, dtype=torch.bool).scatter_(1, rows, False)
+        found["locality"] = float(not torch.equal(moved[0][kept], dense[0][kept]))
+        found["oracle"] = 0.0
+        for step in (1, 2):
+            latent, rows = inputs(step)["latent"], shared.rows(tokens // 4, seed=10 * step + rank)
+            outputs, caches = shared.sparse(shared.with_latent(latent[:, own]), rows, caches)
+            wanted, before = alone.sparse(alone.with_latent(latent), everyone(rows), before)
+            found["oracle"] = max(found["oracle"], error(outputs, [wanted[0][:, own]]))
+        price = shared.plan.cost
+        found["sent"] = float(price.sparse_sent.subs(ACTIVE, tokens // 4)), price.dense_sent
+        return found
+
+    return work
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("attention", [Ulysses, Gathered])
+def test_contract(attention, count):
+    for found in on_ranks(count, contract(attention)):
+        sparse, dense = found.pop("sent")
+        assert set(found) == {"dense", "identity", "consistency", "locality", "oracle"}
+        assert max(found.values()) < TIGHT, found
+        rows = (count - 1) * SAMPLES * (TOKENS // count // 4) * 8
+        assert math.isclose(sparse - rows, dense * (TOKENS // count // 4) / (TOKENS // count))
+
+
+def against_one(shared: Subject, alone: Subject, whole: bool) -> float:
+    """The largest error of what all processes return for the whole latent, over a dense and two sparse steps.
+
+    Args:
+        whole: the processes share the tokens; else all compute the same ones.
+    """
+    dense, caches = shared.dense(shared.values)
+    wanted, before = alone.dense(alone.values)
+    worst = error(dense, wanted)
+    for step in (1, 2):
+        latent = inputs(step)["latent"]
+        rows = shared.rows(shared.frame.tokens // 4, seed=10 * step + dist.get_rank())
+        own = everyone(rows)
+        if not whole:  # those of the first process are computed by all
+            own = own[:, : rows.shape[1]]
+        outputs, caches = shared.sparse(shared.with_latent(latent), rows, caches)
+        wanted, before = alone.sparse(alone.with_latent(latent), own, before)
+        worst = max(worst, error(outputs, wanted))
+    return worst
+
+
+def test_a_model_that_takes_its_shard_itself():
+    def work(rank: int) -> Any:
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(7)
+        model = Transformer(lambda: Ulysses(16, 4, dist.group.WORLD)).eval()
+        shared = subject(Split(model, dist.group.WORLD), inputs(0))
+        worst = against_one(shared, made(Ulysses), whole=True)
+        noise, latent = shared.dense(shared.values)[0][0], shared.values[shared.plan.latent]
+        assert torch.equal(shared.plan.noise_view(noise).flatten(2), noise[:, shard()])
+        assert torch.equal(shared.plan.latent_view(latent).flatten(2), latent[:, shard()])
+        return worst
+
+    assert max(on_ranks(2, work)) < TIGHT
+
+
+def test_features_that_processes_add_up():
+    """Tensor parallel: every process computes the rows of the first one, whatever it was told."""
+
+    def work(rank: int) -> Any:
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(7)
+        shared = Transformer(lambda: Own(16), feed=lambda: Columns(16, dist.group.WORLD)).eval()
+        torch.manual_seed(7)
+        alone = Transformer(lambda: Own(16), feed=lambda: Columns(16)).eval()
+        return against_one(subject(shared, inputs(0)), subject(alone, inputs(0)), whole=False)
+
+    assert max(on_ranks(2, work)) < TIGHT
+
+
+def test_context_parallel_of_diffusers():
+    """`enable_parallelism` with Ulysses on a joint sequence; its look for an accelerator is answered with the CPU."""
+    diffusers = pytest.importorskip("diffusers", minversion="0.38")
+    config = dict(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+
+    def build() -> Any:
+        torch.manual_seed(7)
+        return diffusers.FluxTransformer2DModel(**config).eval()
+
+    def work(rank: int) -> Any:
+        torch.set_default_dtype(torch.float64)
+        torch.accelerator.device_count = lambda: 1
+        torch._C._get_accelerator = lambda: torch.device("cpu")
+        torch.manual_seed(0)
+        given = dict(
+            hidden_states=inputs(0)["latent"], encoder_hidden_states=torch.randn(SAMPLES, 8, 32),
+            pooled_projections=torch.randn(SAMPLES, 32), timestep=torch.ones(SAMPLES),
+            img_ids=torch.randn(TOKENS, 3), txt_ids=torch.zeros(8, 3), return_dict=False,
+        )  # fmt: skip
+        model = build()
+        model.set_attention_backend("native")
+        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
+        return against_one(subject(model, given), subject(build(), given), whole=True)
+
+    assert max(on_ranks(2, work)) < TIGHT
