@@ -149,6 +149,7 @@ def has_hooks(module: nn.Module) -> bool:
         return False
     forward = vars(module).get("forward")  # hooks that have been taken away may leave the class's own there
     own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    own = own or getattr(forward, "traceable", False)  # one of ours, which computes what the class does
     return _torch.has_forward_hooks(module) or (forward is not None and not own)
 
 
@@ -159,7 +160,8 @@ class Hooked(UnsupportedGraph):
         place = f"its part {name!r}" if name else "the model"
         super().__init__(
             f"Dynamo broke the model's graph, and it cannot be traced instead: {place} has hooks, or a forward that was put in "
-            "place of its class's (as offloading and diffusers' caches do)"
+            "place of its class's; use enable_model_cpu_offload() and no device_map, sequential or group offload, attach after "
+            "enable_layerwise_casting(), and leave diffusers' caches out"
         )
         self.module = weakref.ref(module)
 

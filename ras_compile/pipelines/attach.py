@@ -25,6 +25,7 @@ from ras_compile.errors import ConfigError
 from ras_compile.history import past_of
 from ras_compile.notices import first_time, warn_once
 from ras_compile.options import Options, RuntimeOptions
+from ras_compile.pipelines.casting import cast_by_hooks, cast_in_graph
 from ras_compile.pipelines.follow import (
     SchedulerFollower,
     follow_branches,
@@ -61,6 +62,7 @@ class Handle:
     def __init__(self, pipe: Any, config: RASConfig, transformers: dict[str, nn.Module], options: dict) -> None:
         self.follower = SchedulerFollower(pipe, config, transformers)
         self._attached, self._ended = transformers, Summary()
+        self._cast = [layer for module in transformers.values() for layer in cast_in_graph(module)]
         for name, module in transformers.items():
             _say_replaced(module)
             module.compile(backend=ras, options=options, **_limits())
@@ -158,8 +160,9 @@ class Handle:
             set_compiled_call(module, None)
             unfollow_branches(module)
         unfollow_pictures(self._pipe())
+        cast_by_hooks(self._cast)
         self.follower.stop()
-        self._attached = {}
+        self._attached, self._cast = {}, []
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuses copies and pickles: a copied pipeline is a plain one, so that a copied handle would stand for nothing."""
