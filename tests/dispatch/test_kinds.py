@@ -251,7 +251,10 @@ def test_a_window_of_a_traced_model(monkeypatch):
     pipe.transformer = Packed()
     pipe.scheduler.set_timesteps(5)
     text, mask = torch.randn(1, 6, 16), torch.ones(4)
-    with torch.no_grad(), ras_compile.attach(pipe, **{**STRICT, "sample_ratio": 0.5, "ratio_schedule": "constant"}) as handle:
+    with (
+        torch.no_grad(),
+        ras_compile.attach(pipe, **{**STRICT, "sample_ratio": 0.5, "ratio_schedule": "constant"}) as handle,
+    ):
         for _ in range(2):
             x = torch.randn(1, 20, 4)
             for t in pipe.scheduler.timesteps:

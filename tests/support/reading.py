@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 import ras_compile
 
-OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.25, "warmup_steps": 2, "reset_interval": None, "ratio_schedule": "constant"}
+OPTIONS = {
+    "inner_backend": "eager",
+    "sample_ratio": 0.25,
+    "warmup_steps": 2,
+    "reset_interval": None,
+    "ratio_schedule": "constant",
+}
 
 
 class Reads(nn.Module):
