@@ -73,6 +73,7 @@ __all__ = [
     "open_vmap",
     "original",
     "process_group",
+    "process_store",
     "pytree",
     "raise_recompile_limit",
     "schema_of",
@@ -282,6 +283,14 @@ def process_group(name: Any) -> tuple[int, int]:
     resolve: Callable[[Any], Any] = torch.distributed.distributed_c10d._resolve_process_group
     group = resolve(name) if isinstance(name, str) else name
     return group.size(), group.rank()
+
+
+def process_store(name: Any) -> tuple[Any, list[int]]:
+    """The store by which all processes found each other, and a group's members in it; without it they agree on nothing."""
+    c10d = torch.distributed.distributed_c10d
+    resolve: Callable[[Any], Any] = c10d._resolve_process_group
+    group = resolve(name) if isinstance(name, str) else name
+    return c10d._get_default_store(), torch.distributed.get_process_group_ranks(group)
 
 
 def why_graph_ends(graph: fx.GraphModule) -> Any:

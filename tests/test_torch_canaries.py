@@ -490,12 +490,15 @@ def test_cuda_builds_look_at_addresses_and_streams(name):
     _torch.clear_cublas_workspaces()
 
 
-@canary("process_group")
+@canary("process_group", "process_store")
 def test_a_group_by_its_name(name, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         world = torch.distributed.group.WORLD
         assert _torch.process_group(world.group_name) == _torch.process_group(world) == (1, 0)
+        store, members = _torch.process_store(world.group_name)
+        store.set("a", "1")
+        assert members == [0] and store.get("a") == b"1"
     finally:
         torch.distributed.destroy_process_group()
 

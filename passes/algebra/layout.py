@@ -452,6 +452,11 @@ class Frame:
     def clipped(self, atom: Atom, outer: int, inner: int) -> Frame:
         return self._with(parts=self.parts[: atom.dim] + ((outer, inner),) + self.parts[atom.dim + 1 :])
 
+    @property
+    def group(self) -> Group | None:
+        """The processes that the model's collectives join."""
+        return self.shards or self.replicas
+
     def across(self, shards: Group | None, replicas: Group | None) -> Frame:
         return self._with(shards=shards, replicas=replicas)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,8 +14,8 @@ from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
 
-SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
-CONCATENATIONS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+SPLITS: tuple[Any, ...] = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
+CONCATENATIONS: tuple[Any, ...] = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 
 def spell_collectives(graph: fx.Graph) -> None:

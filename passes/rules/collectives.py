@@ -62,7 +62,7 @@ def joined_by(graph: fx.Graph, frame: Frame) -> Frame:
 
 def part_of(call: Call, dim: Dim) -> Dim | None:
     """One process's part of a dimension whose first factor counts processes, or can: n parts of equally many entries."""
-    group = call.frame.shards or call.frame.replicas
+    group = call.frame.group
     first = dim[0] if dim else None
     if group is None or not isinstance(first, Axis) or first.size % group.size:
         return None

@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from ras_compile._torch import auto_functionalized_v2, memory_key, pytree, schema_of
 from ras_compile.passes.analysis.roles import Role, of_role, role_of
 from ras_compile.passes.programs.aliases import root, shows, subgraph, writes
+from ras_compile.passes.rules.collectives import COLLECTIVES, WAIT
 from ras_compile.passes.rules.registry import by_name
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
@@ -146,6 +147,8 @@ class Step:
         if not (whole or type(value) is int) or random:
             return None
         here = pytree.tree_map(lambda entry: torch.device("cpu") if isinstance(entry, torch.device) else entry, kwargs)
+        if node.target in (*COLLECTIVES, *WAIT):  # of rows: those of another process are as good as these
+            return args[0].repeat(value.shape[0] // args[0].shape[0], *[1] * (value.ndim - 1))
         result = node.target(*args, **here)  # type: ignore[operator]
         if node.target is aten.clamp.default:
             self.clamped[id(result)] = result, args[0] > result

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ras_compile._torch import original
 from ras_compile.capture.inputs import GraphInput, find_timestep
 from ras_compile.config import RASConfig
+from ras_compile.dispatch.agreement import agree, disconnected
 from ras_compile.dispatch.callers import compiled_call
 from ras_compile.dispatch.kinds import GraphBreak
 from ras_compile.errors import SpecViolation, UnsupportedGraph
@@ -72,6 +73,7 @@ class Entry:
         self._users = users
         self._recent: tuple[tuple[weakref.ref, ...], weakref.ref] | None = None  # probes of a transformer, its state
         self._takes(plan)
+        agree(plan, inputs, values, config)
 
     def _takes(self, plan: Plan) -> None:
         self.plan, frame = plan, plan.analysis.frame
@@ -105,7 +107,15 @@ class Entry:
                 outputs = plan.dense(given, decision.slots, decision.spare)
             else:
                 outputs = plan.run_sparse(given, decision.rows, decision.slots)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if (
+                plan.analysis.frame.group is not None
+            ):  # a step of another kind here alone would hang the other processes
+                state.fail(decision)
+                raise disconnected(error, plan.analysis.frame.group) from error
+            if not isinstance(error, torch.OutOfMemoryError):
+                state.fail(decision)
+                raise
             fell_back("a step run dense and without caches, for which there was no memory", error)
         except BaseException:
             state.fail(decision)

@@ -140,6 +140,7 @@ def test_features_that_processes_add_up():
 def test_context_parallel_of_diffusers():
     """`enable_parallelism` with Ulysses on a joint sequence; its look for an accelerator is answered with the CPU."""
     diffusers = pytest.importorskip("diffusers", minversion="0.38")
+    flux = diffusers.FluxTransformer2DModel  # imported here once, and not in each process
     config = dict(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
@@ -147,7 +148,7 @@ def test_context_parallel_of_diffusers():
 
     def build() -> Any:
         torch.manual_seed(7)
-        return diffusers.FluxTransformer2DModel(**config).eval()
+        return flux(**config).eval()
 
     def work(rank: int) -> Any:
         torch.set_default_dtype(torch.float64)

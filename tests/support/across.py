@@ -22,23 +22,26 @@ from torch import Tensor, nn
 PATIENCE = 60.0  # seconds until a process that has not answered is ended
 
 
-def on_ranks(count: int, work: Callable[[int], Any], *, patience: float = PATIENCE) -> list[Any]:
+def on_ranks(count: int, work: Callable[[int], Any], *, timeout: float = PATIENCE) -> list[Any]:
     """What ``work(rank)`` returns in each of ``count`` processes of one group; an exception is returned as such.
 
     A process that does not answer in time is ended, and its answer is a `TimeoutError`; that of one which ended by itself
     is an `EOFError`.
+
+    Args:
+        timeout: seconds that processes wait for each other.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe(duplex=False) for _ in range(count)]
         started = [
-            context.Process(target=_serve, args=(rank, count, Path(folder) / "store", send, work))
+            context.Process(target=_serve, args=(rank, count, Path(folder) / "store", timeout, send, work))
             for rank, (_, send) in enumerate(ends)
         ]
         for process, (_, send) in zip(started, ends, strict=True):
             process.start()
             send.close()
-        last, answers = time.monotonic() + patience, []
+        last, answers = time.monotonic() + PATIENCE, []
         for receive, _ in ends:
             try:
                 waited = receive.poll(max(0.0, last - time.monotonic()))
@@ -53,11 +56,11 @@ def on_ranks(count: int, work: Callable[[int], Any], *, patience: float = PATIEN
     return answers
 
 
-def _serve(rank: int, count: int, store: Path, send: Connection, work: Callable[[int], Any]) -> None:
+def _serve(rank: int, count: int, store: Path, timeout: float, send: Connection, work: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=PATIENCE)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
         )
         answer = work(rank)
     except BaseException as error:

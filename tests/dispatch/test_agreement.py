@@ -1,0 +1,58 @@
+"""Processes that share a model agree before their first step, and end with one sentence where they cannot go on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from across import Transformer, Ulysses, on_ranks
+
+import ras_compile
+from ras_compile.errors import RASError
+
+OPTIONS = {"inner_backend": "eager", "unsupported": "error", "metric": "std", "warmup_steps": 1}
+STEPS = 4
+
+
+def generation(rank: int, *, seed: int = 7, ends: int | None = None, **options: Any) -> list[str]:
+    """Steps of a transformer over two processes; what kinds they were. One process may end in the middle."""
+    torch.manual_seed(seed)
+    model = Transformer(lambda: Ulysses(16, 4, dist.group.WORLD)).eval()
+    model.compile(backend="ras", options={**OPTIONS, **options})
+    latent = torch.randn(1, 24, 4, generator=torch.Generator().manual_seed(rank))
+    places = torch.randn(24, 16, generator=torch.Generator().manual_seed(10 + rank))
+    with torch.no_grad():
+        for step in range(STEPS):
+            if step == ends:
+                os._exit(1)
+            latent = latent - 0.1 * model(latent=latent, places=places, time=torch.full((1,), 1 - step / STEPS))
+    return [record.kind for record in ras_compile.trace(model)]
+
+
+def test_steps_are_of_one_kind():
+    kinds = on_ranks(2, generation)
+    assert kinds[0] == kinds[1] and set(kinds[0]) == {"dense", "sparse"}
+
+
+@pytest.mark.parametrize(
+    ("what", "given"),
+    [("options", [{}, {"sample_ratio": 0.75}]), ("weights", [{}, {"seed": 8}])],
+)
+def test_who_differs_is_named_everywhere(what, given):
+    for error in on_ranks(2, lambda rank: generation(rank, **given[rank])):
+        assert isinstance(error, RASError), error
+        assert f"process 1 of 2 has other {what} than process 0; give all of them the same" in str(error)
+
+
+def test_one_that_ends_does_not_hang_the_other():
+    error, ended = on_ranks(2, lambda rank: generation(rank, ends=2 if rank == 1 else None))
+    assert isinstance(ended, EOFError)
+    assert isinstance(error, RASError) and "start all processes again" in str(error)
+
+
+def test_one_that_never_comes_is_named():
+    error, _ = on_ranks(2, lambda rank: generation(rank) if rank == 0 else None, timeout=3.0)
+    assert isinstance(error, RASError) and "process 1 of 2 did not come to its first step in time" in str(error)
