@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests are split over this many processes, each with one thread: on two cores that beats one process with two threads.
 JOBS ?= 2
 
-.PHONY: audit demo test quick fuzz mutants check docs format clean shuffled
+.PHONY: audit demo test quick fuzz versions mutants check docs format clean shuffled
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,10 @@ audit: .venv/.installed
 # What changes most, in a minute or two: no zoo of models, no pipelines, no compilation.
 quick: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 120 -p no:randomly -m "not (zoo or pipelines or compiles or slow or gpu)" $(ARGS)
+
+# The canaries and the core of the tests on each version of PyTorch, into docs/versions.md: make versions VERSIONS="2.13 2.15"
+versions: .venv/.installed
+	$(BIN)/python tests/support/matrix.py $(VERSIONS)
 
 check: .venv/.installed build/typed
 	$(BIN)/ruff format --check .
