@@ -47,7 +47,8 @@ class Studio:
         for turn in range(3):  # until nothing compiles: a time with compilation in it would be no time to compare
             self.pipe.scheduler = self.own
             self.handle.configure(preset=preset)
-            for done, picture, times in self.run(prompt, count, int(seed), previews=turn == 0):  # noqa: B007, used below
+            for done, drawn, times in self.run(prompt, count, int(seed), previews=turn == 0):  # noqa: B007, used below
+                picture = drawn or picture  # what was drawn last time stays, while it is drawn once more
                 yield picture, focus, None, f"{told}: step {done} of {count}"
             focus, summary = self.focus(), self.summary
             if not summary.compiled:

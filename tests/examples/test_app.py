@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 
 import pytest
 from scripts import load
 
+import ras_compile
+
 CHROMIUM = "needs Chromium: pip install playwright, and apt-get install chromium or playwright install chromium"
+
+
+@pytest.fixture
+def studio():
+    """What draws, without a page."""
+    shared, made = load([".", "pipelines"], ["shared", "studio"])
+    small = {"height": 64, "width": 64, "max_sequence_length": 1}
+    pipe = shared.load("StableDiffusion3Pipeline", argparse.Namespace(pipeline=None))
+    studio = made.Studio(pipe, small, inner_backend="eager")
+    yield studio
+    studio.handle.detach()
+
+
+def test_all_steps_are_shown_then_the_map_then_plain_steps(studio):
+    shown = list(studio.draw("a red apple", 8, "fast", 0))
+    pictures, maps, plain, told = zip(*shown, strict=True)
+    assert all(picture.size == (64, 64) for picture in pictures) and pictures[0] != pictures[7]
+    assert told[:8] == tuple(f"drawing: step {step} of 8" for step in range(1, 9))
+    assert maps[-1].size == (256, 256) and maps[-1].getextrema() == ((0, 255),) * 3
+    assert plain[:-1] == (None,) * (len(shown) - 1) and plain[-1].size == (64, 64)
+    assert "dense" in told[-1] and "plain steps:" in told[-1]
+
+
+def test_a_page_that_is_left_stops_drawing(studio):
+    left = studio.draw("a red apple", 50, "fast", 0)
+    next(left)
+    left.close()
+    assert len(ras_compile.trace(studio.handle)) < 50
+    *_, (picture, *_) = studio.draw("a red apple", -3, "fast", 0)  # two steps at least
+    assert picture.size == (64, 64)
 
 
 @pytest.fixture(scope="module")
