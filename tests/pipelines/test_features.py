@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from features import BEGIN, END, FEATURES, OPTIONS, casting, draw, put, tried
-from pipelines import flux
+from features import BEGIN, END, FEATURES, OPTIONS, casting, put, tried
+from pipelines import draw_flux, flux
 from torch import nn
 
 import ras_compile
@@ -34,7 +34,7 @@ def test_weights_stay_small_and_hooks_come_back():
     before = [layer.forward for layer in layers if "forward" in vars(layer)]
     assert len(before) > 5
     with ras_compile.attach(pipe, **OPTIONS):
-        draw(pipe)
+        draw_flux(pipe)
         small = [layer.weight.dtype for layer in layers if isinstance(layer, nn.Linear)]
         assert set(small) == {torch.float8_e4m3fn}
     assert [layer.forward for layer in layers if "forward" in vars(layer)] == before

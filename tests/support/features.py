@@ -17,7 +17,8 @@ import diffusers
 import torch
 from contract import error
 from diffusers.hooks import apply_group_offloading
-from pipelines import EAGER, draw_flux, flux, flux_transformer, kinds, vae
+from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
+from pipelines import EAGER, draw_flux, flux, flux_transformer, kinds, normal, seeded, vae
 
 import ras_compile
 from ras_compile import notices
@@ -39,12 +40,14 @@ class Feature:
         use: puts it into a pipeline, before `attach` or after it.
         late: it comes after `attach`, and after a picture.
         make: the pipeline.
+        draw: the picture.
     """
 
     name: str
     use: Callable[[Any], Any]
     late: bool = False
     make: Callable[[], Any] = flux
+    draw: Callable[[Any], torch.Tensor] = draw_flux
 
 
 def group(pipe: Any, level: str) -> None:
@@ -91,6 +94,18 @@ def nothing(pipe: Any) -> None:
     pass
 
 
+def modular() -> Any:
+    pipe = FluxCoreDenoiseStep().init_pipeline()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.update_components(transformer=flux_transformer(guidance_embeds=True), scheduler=scheduler)
+    return pipe
+
+
+def draw_modular(pipe: Any) -> torch.Tensor:
+    prompt = {"prompt_embeds": normal(1, 3, 16, seed=1), "pooled_prompt_embeds": normal(1, 8, seed=2)}
+    return pipe(**prompt, height=128, width=192, num_inference_steps=6, generator=seeded(), output="latents")
+
+
 def unet() -> Any:
     small = {"block_out_channels": (4, 8), "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 2}
     down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -117,15 +132,11 @@ FEATURES = (
     Feature("`set_attention_backend('native')`", lambda pipe: pipe.transformer.set_attention_backend("native")),
     Feature("a scheduler that adds noise", noisy),
     Feature("guidance in two calls (`true_cfg_scale`)", nothing, make=guided),
+    Feature("a modular pipeline", nothing, make=modular, draw=draw_modular),
     Feature("a cache of diffusers (`enable_cache`)", first_block_cache),
     Feature("a transformer that is compiled already", lambda pipe: pipe.transformer.compile(backend="eager")),
     Feature("a UNet", nothing, make=unet),
 )  # fmt: skip
-
-
-def draw(pipe: Any) -> torch.Tensor:
-    torch.manual_seed(0)  # what a scheduler draws
-    return draw_flux(pipe)
 
 
 def tried(feature: Feature) -> tuple[str, str]:
@@ -136,6 +147,11 @@ def tried(feature: Feature) -> tuple[str, str]:
     for each in (pipe, plain):
         each.set_progress_bar_config(disable=True)
     feature.use(plain)
+
+    def draw(pipe: Any) -> torch.Tensor:
+        torch.manual_seed(0)  # what a scheduler draws
+        return feature.draw(pipe)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ras_compile.RASWarning)
         if not feature.late:
