@@ -195,6 +195,9 @@ def wrong(command: str, benchmark) -> str:
             return ""
         case ["python" | ".venv/bin/python", script, *_]:
             return "" if (ROOT / script).is_file() else "no such file"
+        case ["torchrun" | "accelerate", *given]:
+            scripts = [word for word in given if word.endswith(".py")]
+            return "" if scripts and (ROOT / scripts[0]).is_file() else "no such file"
         case [".venv/bin/pytest" | "pytest", *given]:
             missing = [name for name in given if "/" in name and not (ROOT / name).exists()]
             return f"there is no {missing}" if missing else ""

@@ -138,6 +138,7 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = Fa
     Raises:
         UnsupportedGraph: the graph writes into its inputs, uses function transforms, or cannot be traced.
     """
+    refuse_sharded_weights(graph.graph)
     graph = spell_flex_attention(graph, inputs)
     for part in graph.modules():
         if isinstance(part, fx.GraphModule):
@@ -294,6 +295,18 @@ def same_autocast() -> Iterator[None]:
                 torch.set_autocast_dtype(kind, dtype)
                 if torch.autocast_decrement_nesting() == 0:
                     torch.clear_autocast_cache()
+
+
+def refuse_sharded_weights(graph: fx.Graph) -> None:
+    """Refuses PyTorch's own sharded tensors: what they exchange is decided where they are run, and not in a captured graph."""
+    for node in graph.nodes:
+        kind = getattr(node.target, "kind", None)
+        if isinstance(kind, type) and kind.__name__ == "DTensor":
+            raise UnsupportedGraph(
+                "weights that are DTensors, as parallelize_module makes them; plain tensors that each process holds its part "
+                "of, and functional collectives, are supported",
+                source=source_line(node),
+            )
 
 
 def refuse_function_transforms(graph: fx.Graph) -> None:

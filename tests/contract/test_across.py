@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from across import Columns, Gathered, Own, Split, Transformer, Ulysses, on_ranks
 from contract import Subject, error, subject
-from torch import Tensor
+from torch import Tensor, nn
 
+from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.cost import ACTIVE
 
 TIGHT = 1e-9
@@ -166,3 +168,73 @@ def test_context_parallel_of_diffusers():
         return against_one(subject(model, given), subject(build(), given), whole=True)
 
     assert max(on_ranks(2, work)) < TIGHT
+
+
+def test_sharded_tensors_of_pytorch_are_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def work(rank: int) -> Any:
+        model = Transformer(lambda: Own(16)).eval()
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        for block in model.blocks:
+            parallelize_module(block.feed, init_device_mesh("cpu", (2,)), plan)
+        with pytest.raises(UnsupportedGraph, match="weights that are DTensors"):
+            subject(model, inputs(0), exact=False)
+
+    assert on_ranks(2, work) == [None, None]
+
+
+class Collective(nn.Module):
+    """One collective between two layers of a model on the tokens of this process."""
+
+    def __init__(self, collective: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.collective = nn.Linear(4, 4), nn.Linear(4, 4), collective
+
+    def forward(self, latent: Tensor, time: Tensor) -> Tensor:
+        return self.second(funcol.wait_tensor(self.collective(self.first(latent)))) * time[:, None, None]
+
+
+def scattered(x: Tensor) -> Tensor:
+    """The sum of features, of which each process gets a half and then all of them again."""
+    half = funcol.wait_tensor(funcol.reduce_scatter_tensor(x.movedim(-1, 0).contiguous(), "sum", 0, "0"))
+    return torch.cat([half, half]).movedim(0, -1)
+
+
+def exchanged(x: Tensor) -> Tensor:
+    """Tokens of this process that become those of another one."""
+    x = funcol.all_to_all_single(x.transpose(0, 1).contiguous(), None, None, "0")
+    return funcol.wait_tensor(x).transpose(0, 1)
+
+
+# What a collective does to tokens: whether they stay sparse, or why the model is refused.
+ALONE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "a sum": (lambda x: funcol.all_reduce(x, "sum", "0"), ""),
+    "of the first": (lambda x: funcol.broadcast(x, 0, "0"), ""),
+    "a sum that is scattered": (scattered, ""),
+    "samples that are exchanged": (lambda x: funcol.all_to_all_single(x, None, None, "0"), "lost in"),
+    "tokens that are exchanged": (exchanged, "lost in"),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_collective_by_itself(name):
+    collective, refused = ALONE[name]
+
+    def work(rank: int) -> Any:
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(0)
+        given = {"latent": inputs(0)["latent"], "time": inputs(0)["time"]}
+        try:
+            model = subject(Collective(collective), given)
+        except UnsupportedGraph as refusal:
+            return str(refusal)
+        dense, caches = model.dense(model.values)
+        other = model.with_latent(model.other_latent())
+        rows = model.rows(model.frame.tokens // 4, seed=0)
+        outputs, _ = model.sparse(other, rows, caches)
+        return error(outputs, model.oracle(other, rows, caches))
+
+    for found in on_ranks(2, work):
+        assert refused in found if refused else found < TIGHT, found

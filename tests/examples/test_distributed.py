@@ -1,0 +1,63 @@
+"""Prompts over several processes: the very pictures of one, and a run that was interrupted goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import EXAMPLES, load
+
+(BATCH,) = load(["distributed"], ["batch"])
+PROMPTS = ["a red apple", "", "a rocket"]
+LESS = ["--side", "32", "--steps", "5", "--inner-backend", "eager"]
+
+
+def given(folder: Path) -> list[str]:
+    """The arguments of a run whose prompts and pictures stand in a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return [str(folder / "prompts.txt"), "--output", str(folder / "pictures"), *LESS]
+
+
+def drawn(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "pictures").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, bytes]:
+    """What one process draws; of its two pictures one is drawn again after an interruption."""
+    folder = tmp_path_factory.mktemp("alone")
+    BATCH.main(given(folder))
+    first, second = sorted((folder / "pictures").iterdir())
+    once, kept = drawn(folder), first.stat().st_mtime_ns
+    second.unlink()
+    BATCH.main(given(folder))
+    assert drawn(folder) == once and first.stat().st_mtime_ns == kept
+    return once
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+
+
+SCRIPT = str(EXAMPLES / "distributed" / "batch.py")
+
+
+@pytest.mark.pipelines
+@pytest.mark.slow
+def test_two_processes_draw_the_pictures_of_one(tmp_path, alone):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run([sys.executable, *launcher, SCRIPT, *given(tmp_path)])
+    assert list(alone) == ["00000.png", "00002.png"]
+    assert drawn(tmp_path) == alone
+
+
+@pytest.mark.slow
+def test_two_actors_of_ray_draw_the_pictures_of_one(tmp_path, alone):
+    pytest.importorskip("ray")
+    run([sys.executable, SCRIPT, *given(tmp_path), "--ray", "2"])
+    assert drawn(tmp_path) == alone
