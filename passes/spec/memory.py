@@ -266,7 +266,8 @@ class Step:
             if isinstance(index, Tensor) and index.dtype is not torch.bool and index.numel():
                 low, high = int(index.min()), int(index.max())
                 reason = f"indices {low} to {high} for dimension {dim} of size {sizes[dim]}"
-                demand(0 <= low <= high < sizes[dim], node, reason)
+                lowest = 0 if known else -sizes[dim]  # a model may count from the end; our own rows never do
+                demand(lowest <= low <= high < sizes[dim], node, reason)
 
     def _rows_in_range(self, node: fx.Node, sizes: Sequence[int], rows: Tensor | None, grid_dims: int) -> None:
         if rows is not None and rows.numel():

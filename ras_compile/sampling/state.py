@@ -378,7 +378,7 @@ class TransformerState:
             if move != "begin":
                 return run, match
             self._lone = self._lone + 1 if line.evaluations == 1 else 0
-            if run.step > run.base:
+            if run.step > run.base and line.corroborated:  # else the calls told nothing of steps
                 run.schedule.warn_if_dense(run.step - run.base + 1)  # their number is known only now
             if self._lone == _LONE_EVALUATIONS:
                 warn_once(

@@ -67,6 +67,7 @@ def test_a_compiled_transformer_in_a_pipeline(make, draw, expected):
     pipe.transformer = module
     torch._dynamo.reset()
     with ras_compile.attach(pipe, **EAGER, sample_ratio=0.5):
+        draw(pipe)
         assert error([draw(pipe)], [half]) < 1e-4
 
 
@@ -126,7 +127,7 @@ def test_reference_tokens_are_those_of_the_attached_pipeline():
     parts = {"transformer": flux_transformer(guidance_embeds=True), "vae": vae()}
     pipe, other = flux("FluxKontextPipeline", **parts), flux("FluxPipeline", **parts)
     image = torch.rand(1, 3, 8, 12, generator=seeded())
-    with ras_compile.attach(pipe, **EAGER) as handle:
+    with ras_compile.attach(pipe, **EAGER, sample_ratio=0.5) as handle:
         draw_flux(pipe, image=image, _auto_resize=False, max_area=96)
         assert ras_compile.trace(handle)[-1].active == 12
         draw_flux(other, steps=8, height=16, width=12)

@@ -242,7 +242,7 @@ def test_inactive_tokens_hold_their_clean_sample(name, options):
 
     Spy.__name__ = name
     scheduler.__class__ = Spy
-    with ras_compile.attach(pipe, **EAGER) as handle:
+    with ras_compile.attach(pipe, **EAGER, noise_reuse="hold") as handle:
         torch.manual_seed(0)  # stochastic sampling draws from the global generator
         draw_sd3(pipe, steps=6)
         held = [prediction for prediction, _ in seen]
