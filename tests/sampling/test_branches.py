@@ -158,11 +158,14 @@ def test_a_weight_where_another_one_was():
     """A new weight may have the id of the one that it replaces, which has died, and the same version."""
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     contents, same_id = Contents(weights), 0
-    for value in range(20):
+    for value in range(1000):  # until the memory of the dead one is taken up again
+        if same_id:
+            break
         before, old = contents.mark(weights), id(weights[1])
         assert contents.mark(weights) == before
+        data = torch.full((2,), float(value))
         weights[1] = None
-        weights[1] = torch.nn.Parameter(torch.full((2,), float(value)))
+        weights[1] = torch.nn.Parameter(data)
         same_id += id(weights[1]) == old
         assert contents.mark(weights) != before
     assert same_id, "nothing was tried"
