@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 import ras_compile
 
 __all__ = ["Sampling"]
+
+NOISY = ("ancestral", "sde", "lcm", "ddpm")  # parts of the names of ComfyUI's samplers that add noise
 
 
 class Sampling:
@@ -39,6 +42,10 @@ class Sampling:
         """Around one run of a sampler: `sigmas` [steps + 1] are its noise levels."""
         if len(sigmas) < 2:
             return executor(noise, latent, sampler, sigmas, *more, **named)
+        name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+        if any(part in name for part in NOISY):
+            text = f"{name} adds noise in each step, which stays as grain where tokens are skipped: choose another sampler."
+            warnings.warn(f"ras_compile: {text}", ras_compile.RASWarning, stacklevel=2)
         with ras_compile.generation(num_steps=len(sigmas) - 1) as self.run:
             self.done, self.at = True, (None, None)
             try:

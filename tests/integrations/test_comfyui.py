@@ -18,6 +18,7 @@ import torch
 from tiny import TinyDiT
 
 import ras_compile
+from ras_compile.config import PRESETS
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 INSTALL = "needs ComfyUI's classes: pip install --no-deps notcomfy torchsde trampoline einops pyyaml"
@@ -107,10 +108,12 @@ class StandIn:
     def sample(self, patcher, sampler="euler", together=True):
         self.sigmas = sigmas = torch.linspace(1, 0, STEPS + 1)
         options = patcher.model_options["transformer_options"]
-        outer = Executor(lambda noise, image, sampler, sigmas: self.loop(patcher, noise, sigmas, sampler, together), None,
+        outer = Executor(lambda noise, image, kernel, sigmas: self.loop(patcher, noise, sigmas, sampler, together), None,
                          wrappers(options, "outer_sample"))  # fmt: skip
         with torch.inference_mode():
-            return outer(self.latent, torch.zeros_like(self.latent), sampler, sigmas)
+            function = SimpleNamespace(__name__=f"sample_{sampler}")
+            kernel = SimpleNamespace(sampler_function=function)
+            return outer(self.latent, torch.zeros_like(self.latent), kernel, sigmas)
 
     def loop(self, patcher, x, sigmas, sampler, together):
         for now, later in zip(sigmas[:-1], sigmas[1:], strict=True):
@@ -127,8 +130,8 @@ class StandIn:
         options = {**patcher.model_options["transformer_options"], "cond_or_uncond": group, "sigmas": sigma[None]}
         options |= {"sample_sigmas": self.sigmas, "uuids": [uuid.uuid4() for _ in group]}
         call = Executor(self.plain, patcher.model, wrappers(options, "apply_model"))
-        context = torch.cat([self.contexts[which] for which in group])
-        return call(torch.cat([x] * len(group)), sigma.expand(len(group)), None, context, None, options)
+        context = torch.cat([self.contexts[which].expand(len(x), -1, -1) for which in group])
+        return call(torch.cat([x] * len(group)), sigma.expand(len(group) * len(x)), None, context, None, options)
 
     def guided(self, patcher, x, sigma, together):
         groups = [[1, 0]] if together else [[0], [1]]
@@ -141,8 +144,15 @@ class StandIn:
         return noise
 
 
-class Real:
-    """ComfyUI's Stable Diffusion 3 in small, its patcher, guidance and samplers."""
+class StableDiffusion3:
+    """ComfyUI's model in small, its patcher, guidance and samplers."""
+
+    kind = "SD3"
+    given = dict(
+        input_size=None, in_channels=16, depth=1, num_blocks=2, patch_size=2, adm_in_channels=8, context_size=6,
+        pos_embed_max_size=16, num_patches=256, qk_norm="rms",
+        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 6, "out_features": 64}},
+    )  # fmt: skip
 
     def __init__(self):
         pytest.importorskip("torchsde", reason=INSTALL)
@@ -158,13 +168,7 @@ class Real:
                 other.__class__ = type(self)
                 return other
 
-        config = comfy.supported_models.SD3(
-            dict(
-                input_size=None, in_channels=16, depth=1, num_blocks=2, patch_size=2, adm_in_channels=8, context_size=6,
-                pos_embed_max_size=16, num_patches=256, qk_norm="rms", dtype=torch.float32,
-                context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 6, "out_features": 64}},
-            )
-        )  # fmt: skip
+        config = getattr(comfy.supported_models, self.kind)(dict(self.given, dtype=torch.float32))
         base = config.get_model({}, "").eval()
         for weight in (*base.diffusion_model.parameters(), *base.diffusion_model.buffers()):  # all of them are empty
             torch.nn.init.normal_(weight, std=0.1)
@@ -202,7 +206,18 @@ class Real:
             area.get_free_memory = free
 
 
-@pytest.fixture(params=[StandIn, Real], ids=["stand-in", "ComfyUI"])
+class Flux(StableDiffusion3):
+    """With joint and single blocks, rotary positions and distilled guidance."""
+
+    kind = "Flux"
+    given = dict(
+        image_model="flux", in_channels=16, out_channels=16, vec_in_dim=8, context_in_dim=6, hidden_size=32, mlp_ratio=2.0,
+        num_heads=2, depth=1, depth_single_blocks=1, axes_dim=[4, 6, 6], theta=10_000, patch_size=2, qkv_bias=True,
+        guidance_embed=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=[StandIn, StableDiffusion3, Flux], ids=lambda kind: kind.__name__)
 def comfy(request):
     return request.param()
 
@@ -234,6 +249,41 @@ def test_steps_are_sparse_and_the_model_stays(nodes, comfy, together):
 def test_all_tokens_are_the_plain_picture(nodes, comfy):
     model = patched(nodes, comfy.patcher, sample_ratio=1.0)
     torch.testing.assert_close(comfy.sample(model), comfy.sample(comfy.patcher), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusion3, Flux])
+def test_a_lora_is_seen_also_when_it_is_taken_off(nodes, kind):
+    """ComfyUI adds LoRAs to the weights in place, before a run."""
+    comfy = kind()
+    name, weight = next(
+        (name, weight) for name, weight in comfy.patcher.model.named_parameters() if name.endswith("qkv.weight")
+    )
+    with_lora = comfy.patcher.clone()
+    assert with_lora.add_patches({name: ("diff", (0.3 * torch.randn_like(weight),))})
+    model = patched(nodes, with_lora, sample_ratio=1.0)
+    before = comfy.sample(comfy.patcher)
+    for _ in range(2):
+        with_lora.patch_model()
+        plain, adaptive = comfy.sample(with_lora), comfy.sample(model)
+        with_lora.unpatch_model()
+        torch.testing.assert_close(adaptive, plain, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(plain, before, atol=1e-2)
+        torch.testing.assert_close(comfy.sample(model), before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sampler_that_adds_noise_is_told(nodes, comfy):
+    model = patched(nodes, comfy.patcher)
+    with pytest.warns(ras_compile.RASWarning, match="euler_ancestral adds noise in each step"):
+        comfy.sample(model, "euler_ancestral")
+
+
+def test_a_batch_of_odd_size(nodes, comfy):
+    comfy.latent = torch.randn(2, *comfy.latent.shape[1:3], 14)
+    model = patched(nodes, comfy.patcher)
+    latent = {"samples": comfy.sample(model)}
+    picture, _ = nodes.FocusMap().draw(model, latent)
+    assert "sparse" in {record.kind for record in records(nodes, model)}
+    assert picture.shape == (2, 64, 112, 3) and not torch.equal(picture[0], picture[1])
 
 
 def test_each_evaluation_of_a_solver_of_second_order_is_a_step(nodes, comfy):
@@ -298,6 +348,7 @@ def test_what_an_interrupted_run_leaves_is_not_used(nodes, comfy):
 
 
 def test_the_nodes_are_complete(nodes):
+    assert set(nodes.PRESETS) == set(PRESETS)
     for name, node in nodes.NODE_CLASS_MAPPINGS.items():
         assert callable(getattr(node, node.FUNCTION)) and node.INPUT_TYPES()["required"]["model"] == ("MODEL",)
         assert name in nodes.NODE_DISPLAY_NAME_MAPPINGS
