@@ -80,6 +80,9 @@ def with_ray(args: argparse.Namespace, left: list[tuple[int, str]]) -> None:
     """The same by Ray Data, which shows its progress and starts an actor that has died again."""
     import ray
 
+    # actors look for modules in the folder that they are started from: in this repository's they would find sources in place of
+    # what is installed
+    os.chdir(args.output)
     ray.init(ignore_reinit_error=True)
     if left:
         rows = ray.data.from_items([{"line": line, "prompt": prompt} for line, prompt in left])
@@ -109,6 +112,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ray", type=int, default=0, metavar="ACTORS", help="draw with so many actors of Ray Data")
     args = parser.parse_args(argv)
     args.output = args.output.resolve()
+    args.model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     return args
 
 

@@ -463,6 +463,10 @@ class Frame:
     def sharded(self, start: int, stop: int) -> Frame:
         return Frame.of(self.shape, self.batch_dim, (start, stop)).across(self.shards, self.replicas)
 
+    def unsharded(self) -> Frame:
+        """The frame of the whole latent, of which this one's region is a window."""
+        return self._with(window=None, parts=(self.parts[0], self.shape[1:2], *self.parts[2:]))
+
     def padding(self) -> Frame:
         return self._with(padded=True)
 

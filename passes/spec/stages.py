@@ -252,9 +252,9 @@ def check_values_of_caches(graph: fx.Graph, splices: dict[fx.Node, Splice]) -> N
         for target in writes(node):
             splice = splices[root(target)]
             value = node.args[-1]
-            while value.target is aten.permute.default and "dense" in value.meta:
-                value = value.args[0]
             names = {splice.node.name, *(operand.name for operand in splice.node.all_input_nodes)}
+            while value.target is aten.permute.default and value.meta.get("dense", splice.node.name) not in names:
+                value = value.args[0]
             wrong = value.meta.get("dense", splice.node.name) not in names
             demand(not wrong, node, f"writes `{value.meta.get('dense')}` into the cache of `{splice.node.name}`")
 

@@ -125,6 +125,8 @@ class Entry:
         state.record(info, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
         if decision.time is not None:
             state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
+            if plan.spread is not None and decision.rows is not None:
+                plan.spread.share(outputs[plan.noise])
         return outputs
 
     def count(self, own: Sequence[Any], weights: Sequence[Tensor]) -> None:
@@ -155,7 +157,7 @@ class Entry:
         plan, time = self.plan, self.timestep
         return CallInfo(
             plan.identity, own[plan.latent], self._context(own), None if time is None else own[time], *self._sizes,
-            plan.latent_view, self.cost, weights,
+            plan.latent_view, self.cost, weights, plan.spread,
         )  # fmt: skip
 
     def _state(self, weights: Sequence[Tensor]) -> TransformerState:

@@ -36,6 +36,7 @@ from ras_compile.passes.rules.constants import FIXED
 from ras_compile.passes.rules.ordering import KNOWN
 from ras_compile.passes.spec import legal
 from ras_compile.passes.spec.stages import check_analysis, check_captured, check_dense, check_sparse
+from ras_compile.plans.spread import Spread
 
 log = logging.getLogger(__name__)
 
@@ -261,6 +262,13 @@ class Plan:
         assert isinstance(layout, Layout)
         frame = self.analysis.frame
         return token_view(layout, frame, min(channel_count(layout, frame), channel_count(frame.layout(), frame)))
+
+    @cached_property
+    def spread(self) -> Spread | None:
+        """The tokens of all processes, where each of them has the whole latent; else None."""
+        layout = self.analysis.layouts[self.analysis.output_nodes[self.noise]]
+        assert isinstance(layout, Layout)
+        return Spread(self.analysis.frame, self.noise_view) if layout.ranked else None
 
     @cached_property
     def noise(self) -> int:

@@ -24,6 +24,7 @@ from ras_compile.execute.homes import Home
 from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.passes.analysis.cost import Cost
+from ras_compile.plans.spread import Spread
 from ras_compile.sampling.blocks import is_block, known_blocks, leave_output
 from ras_compile.sampling.branches import Branch, Branches, Contents, Match
 from ras_compile.sampling.inference import TimeLine, read_call, read_time, sketch
@@ -59,6 +60,7 @@ class CallInfo:
         view: the latent's token view, where the backend has it.
         cost: gives the FLOPs of the programs, where the backend has them.
         weights: those that the graph reads, always in the same order.
+        spread: the tokens of all processes, where each of them has the whole latent.
     """
 
     graph: Hashable
@@ -71,6 +73,7 @@ class CallInfo:
     view: TokenView | None = None
     cost: Callable[[], Cost] | None = None
     weights: Sequence[Tensor] = ()
+    spread: Spread | None = None
 
 
 @dataclass(eq=False)
@@ -233,7 +236,10 @@ class TransformerState:
             run.line.waiting.append(seen)
         place = decision.place
         if place.said is not None and place.follower is not None and call.view is not None:
-            place.follower.evaluated(Evaluation(call.latent, call.view, decision.rows, run.config.noise_reuse))
+            view, rows = call.view, decision.rows
+            if call.spread is not None:  # the scheduler steps the tokens of all processes
+                view, rows = call.spread.view, None if rows is None else call.spread.rows(rows)
+            place.follower.evaluated(Evaluation(call.latent, view, rows, run.config.noise_reuse))
         if decision.rows is None:
             leave_output(self, call.graph, output)
 

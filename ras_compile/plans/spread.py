@@ -1,0 +1,48 @@
+"""A latent that every process has whole, and of which each computes its shard; the noise that it returns is gathered.
+
+What is made of the noise behind the model, such as a forecast of inactive tokens, each process makes of its own tokens. The others
+have to get it: a scheduler steps the whole latent in every process, and all of them have to hold the same picture.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ras_compile.passes.algebra.layout import Frame, Group
+from ras_compile.passes.algebra.tokens import TokenView, token_view
+
+c10d = torch.ops._c10d_functional
+
+__all__ = ["Spread"]
+
+
+class Spread:
+    """The tokens of all processes, where they share a latent.
+
+    Args:
+        frame: this process's frame.
+        noise: the view of the noise on this process's tokens; its one cut is along the dimension of the tokens.
+    """
+
+    def __init__(self, frame: Frame, noise: TokenView) -> None:
+        assert frame.shards is not None
+        self._group: Group = frame.shards
+        self._tokens, self._noise = frame.tokens, noise
+        whole = frame.unsharded()
+        self.view = token_view(whole.layout(), whole)
+
+    def share(self, noise: Tensor) -> None:
+        """Writes what each process has made of its own tokens' noise into that of all."""
+        ((dim, _, _),) = self._noise.cuts
+        noise.copy_(self._gathered(self._noise.cut(noise)).movedim(0, dim).reshape(noise.shape))
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """The active rows of all processes among the tokens of the whole latent, [B, n A], from this one's [B, A]."""
+        every = self._gathered(rows)
+        first = torch.arange(self._group.size, device=rows.device).reshape(-1, 1, 1) * self._tokens
+        return (every + first).movedim(0, 1).flatten(1)
+
+    def _gathered(self, value: Tensor) -> Tensor:
+        sent = c10d.all_gather_into_tensor(value.contiguous(), self._group.size, self._group.name)
+        return c10d.wait_tensor(sent).reshape(self._group.size, *value.shape)

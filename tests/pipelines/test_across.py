@@ -1,0 +1,52 @@
+"""A pipeline of diffusers whose transformer runs over two processes: both hold the same picture at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from across import on_ranks
+from pipelines import draw_flux, flux, normal
+
+import ras_compile
+
+pytestmark = pytest.mark.pipelines
+OPTIONS = {"inner_backend": "eager", "unsupported": "error"}
+PROMPT = {"prompt_embeds": normal(1, 4, 16, seed=1)}  # as many tokens of text for each process
+
+
+def over_two(steps: int, scheduler: Any = None, **options: Any) -> list[Any]:
+    """What two processes draw, and the kinds of their steps."""
+    pipe = flux() if scheduler is None else flux(scheduler=scheduler)
+
+    def work(rank: int) -> Any:
+        torch.accelerator.device_count = lambda: 1  # diffusers looks for an accelerator
+        torch._C._get_accelerator = lambda: torch.device("cpu")
+        pipe.transformer.set_attention_backend("native")
+        pipe.transformer.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
+        with ras_compile.attach(pipe, **OPTIONS, **options) as handle:
+            picture = draw_flux(pipe, steps, **PROMPT)
+            return picture.numpy(), [record.kind for record in ras_compile.trace(handle)]
+
+    return on_ranks(2, work)
+
+
+@pytest.mark.parametrize("reuse", ["hold", "forecast", "x0"])
+def test_both_hold_the_same_picture(reuse):
+    (first, kinds), (second, others) = over_two(10, noise_reuse=reuse)
+    assert kinds == others and set(kinds) == {"dense", "sparse"}
+    assert (first == second).all()
+
+
+def test_a_scheduler_that_adds_noise():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    (first, kinds), (second, _) = over_two(10, scheduler)
+    assert "sparse" in kinds and (first == second).all()
+
+
+def test_all_tokens_give_the_picture_of_one_process():
+    (picture, kinds), _ = over_two(8, sample_ratio=1.0)
+    assert "sparse" in kinds
+    torch.testing.assert_close(torch.from_numpy(picture), draw_flux(flux(), 8, **PROMPT), rtol=1e-4, atol=1e-4)
