@@ -259,7 +259,7 @@ class CompiledGraph(Dispatcher[Entry]):
                 raise
             self.numbers = []
             return self._make(values)
-        self.plans[key] = [entry]  # last: other threads look there
+        self.keep(key, entry)
         return entry, given
 
     def _check_timestep(self, values: Sequence[Any]) -> None:

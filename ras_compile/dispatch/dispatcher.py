@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+PLANS = 32  # sets of sizes of one graph whose programs stay; those used longest ago go
+
 
 class Entry:
     """A plan, and the calls that it is for: those of one key. What must hold beside the key Dynamo has seen to.
@@ -70,6 +73,7 @@ class Entry:
         self.inputs, self.config = inputs, config
         self.timestep = find_timestep(inputs, values, config.timestep)
         self.windows: dict[tuple[int, int], Entry] = {}  # by the tokens that are the picture
+        self.used = time.monotonic()  # seconds, at its last call
         self._users = users
         self._recent: tuple[tuple[weakref.ref, ...], weakref.ref] | None = None  # probes of a transformer, its state
         self._takes(plan)
@@ -215,6 +219,18 @@ class Dispatcher(Generic[_AnEntry]):
         self.plans: dict[tuple, list[_AnEntry]] = {}
         self.refused: dict[tuple, Refusal] = {}
 
+    def keep(self, key: tuple, entry: _AnEntry) -> None:
+        """Keeps a new entry; those of the sizes that were used longest ago go, where there are many. Says that it compiles."""
+        latent = list(entry.plan.analysis.latent.meta["val"].shape)
+        known = sum(map(bool, self.plans.values()))
+        log.info("compiling for a latent %s; sets of sizes that this graph has had before: %s", latent, known)
+        self.plans[key] = [*self.plans.get(key, ()), entry]  # last: other threads look there
+        while len(self.plans) > PLANS:
+            last = {known: max((each.used for each in entries), default=0.0) for known, entries in self.plans.items()}
+            oldest = min(last, key=last.__getitem__)
+            del self.plans[oldest]
+            log.info("programs of the sizes used longest ago are dropped: more than %s sets of sizes", PLANS)
+
     def plan_for(self, entry: _AnEntry, values: Sequence[Any], config: RASConfig) -> Plan:
         """A plan of the capture behind an entry under other options.
 
@@ -225,7 +241,7 @@ class Dispatcher(Generic[_AnEntry]):
 
     def run(self, entry: _AnEntry, given: Sequence[Any], own: Sequence[Any], weights: Sequence[Tensor]) -> list[Any]:
         """Runs the step of a call; see :meth:`Entry.run`."""
-        place = locate()
+        place, entry.used = locate(), time.monotonic()
         if place.said is not None and self.config.region is None:
             latent = own[entry.plan.latent]
             window = place.said.windows.get(latent.shape[1]) if latent.dim() == 3 else None

@@ -348,7 +348,7 @@ class TracedModel(Dispatcher[TracedEntry]):
             self.refused[key] = Refusal(without_traceback(error), timestep, hooked)
             self.refuse(error, self.root)
             return None
-        entries.append(entry)
+        self.keep(key, entry)
         return entry, inputs_of(entry.trace, leaves)
 
     def counts_time(self, key: tuple) -> bool:
