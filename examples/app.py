@@ -17,10 +17,9 @@ from typing import Any
 import gradio as gr
 import torch
 from diffusers import DiffusionPipeline
-from studio import LEAST, MOST, Studio
+from studio import LEAST, MOST, PRESETS, Studio
 
 SHIPPED = Path(__file__).parent / "emoji" / "pipeline"
-PRESETS = ["balanced", "fast", "quality", "paper"]
 # small pictures fill their frames, so that the three can be compared
 STYLE = ".image-frame img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 FONT = ["system-ui", "sans-serif"]  # the page asks no other host for its letters

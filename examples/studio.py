@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -16,8 +16,10 @@ from PIL import Image
 
 import ras_compile
 
-__all__ = ["LEAST", "MOST", "Studio"]
+__all__ = ["LEAST", "MOST", "PRESETS", "Studio"]
 
+Preset = Literal["balanced", "fast", "quality", "paper"]
+PRESETS = list(get_args(Preset))
 LEAST, MOST = 2, 50  # steps
 
 
@@ -41,13 +43,17 @@ class Studio:
         named = flow if "FlowMatch" in type(self.own).__name__ else {}
         self.solver = DPMSolverMultistepScheduler.from_config(self.own.config, **named)
 
-    def draw(self, prompt: str, steps: float, preset: str, seed: float) -> Iterator[tuple[Any, Any, Any, str]]:
+    def draw(
+        self, prompt: str, steps: float, preset: Preset, seed: float | None
+    ) -> Iterator[tuple[Any, Any, Any, str]]:
         """Picture, map, plain picture and what to say of them, again and again until all is drawn."""
-        count, picture, focus, told = int(min(max(steps, LEAST), MOST)), None, None, "drawing"
+        count, start = int(min(max(steps, LEAST), MOST)), int(seed or 0) % 2**63
+        picture, focus, told = None, None, "drawing"
+        yield None, None, None, "drawing; a preset that is new here compiles first, which takes a minute"
         for turn in range(3):  # until nothing compiles: a time with compilation in it would be no time to compare
             self.pipe.scheduler = self.own
             self.handle.configure(preset=preset)
-            for done, drawn, times in self.run(prompt, count, int(seed), previews=turn == 0):  # noqa: B007, used below
+            for done, drawn, times in self.run(prompt, count, start, previews=turn == 0):  # noqa: B007, used below
                 picture = drawn or picture  # what was drawn last time stays, while it is drawn once more
                 yield picture, focus, None, f"{told}: step {done} of {count}"
             focus, summary = self.focus(), self.summary
@@ -58,7 +64,7 @@ class Studio:
         dense = median([spent for spent, kind in zip(times, kinds, strict=False) if kind == "dense"])
         fewer = max(1, min(count, round(sum(times) / dense)))
         yield picture, focus, None, f"{summary}\n\nplain steps in the same time: {fewer}"
-        plain, spent = self.plain(prompt, fewer, int(seed))
+        plain, spent = self.plain(prompt, fewer, start)
         said = f"{count} steps, region-adaptive: {sum(times):.2f} s; {fewer} plain steps: {spent:.2f} s"
         yield picture, focus, plain, f"**{said}**\n\n{summary}"
 

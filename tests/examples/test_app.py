@@ -10,6 +10,7 @@ import pytest
 from scripts import load
 
 import ras_compile
+from ras_compile.config import PRESETS
 
 CHROMIUM = "needs Chromium: pip install playwright, and apt-get install chromium or playwright install chromium"
 
@@ -21,12 +22,14 @@ def studio():
     small = {"height": 64, "width": 64, "max_sequence_length": 1}
     pipe = shared.load("StableDiffusion3Pipeline", argparse.Namespace(pipeline=None))
     studio = made.Studio(pipe, small, inner_backend="eager")
+    assert set(made.PRESETS) == set(PRESETS)
     yield studio
     studio.handle.detach()
 
 
 def test_all_steps_are_shown_then_the_map_then_plain_steps(studio):
-    shown = list(studio.draw("a red apple", 8, "fast", 0))
+    first, *shown = studio.draw("a red apple", 8, "fast", 0)
+    assert first[:3] == (None, None, None) and "compiles" in first[3]
     pictures, maps, plain, told = zip(*shown, strict=True)
     assert all(picture.size == (64, 64) for picture in pictures) and pictures[0] != pictures[7]
     assert told[:8] == tuple(f"drawing: step {step} of 8" for step in range(1, 9))
@@ -37,10 +40,10 @@ def test_all_steps_are_shown_then_the_map_then_plain_steps(studio):
 
 def test_a_page_that_is_left_stops_drawing(studio):
     left = studio.draw("a red apple", 50, "fast", 0)
-    next(left)
+    next(left), next(left)
     left.close()
     assert len(ras_compile.trace(studio.handle)) < 50
-    *_, (picture, *_) = studio.draw("a red apple", -3, "fast", 0)  # two steps at least
+    *_, (picture, *_) = studio.draw("a red apple", -3, "fast", None)  # two steps at least, and any seed
     assert picture.size == (64, 64)
 
 
