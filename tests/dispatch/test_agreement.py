@@ -56,3 +56,26 @@ def test_one_that_ends_does_not_hang_the_other():
 def test_one_that_never_comes_is_named():
     error, _ = on_ranks(2, lambda rank: generation(rank) if rank == 0 else None, timeout=3.0)
     assert isinstance(error, RASError) and "process 1 of 2 did not come to its first step in time" in str(error)
+
+
+def test_generations_that_are_broken_off_hang_nobody():
+    """Each process breaks off the same generations; which steps are sparse stays the same everywhere."""
+
+    def work(rank: int) -> list[str]:
+        chance = torch.Generator().manual_seed(0)
+        torch.manual_seed(7)
+        model = Transformer(lambda: Ulysses(16, 4, dist.group.WORLD)).eval()
+        model.compile(backend="ras", options=OPTIONS)
+        kinds = []
+        with torch.no_grad():
+            for picture in range(40):
+                noise = torch.Generator().manual_seed(100 * picture + rank)
+                latent, places = torch.randn(1, 24, 4, generator=noise), torch.randn(24, 16, generator=noise)
+                last = int(torch.randint(1, 9, (), generator=chance))
+                for step in range(last):
+                    latent = latent - 0.1 * model(latent=latent, places=places, time=torch.full((1,), 1 - step / 8))
+                kinds += [record.kind for record in ras_compile.trace(model)][-1:]
+        return kinds
+
+    first, second = on_ranks(2, work)
+    assert first == second and set(first) == {"dense", "sparse"}
