@@ -284,12 +284,13 @@ def split(call: Call) -> Step:
 def own_shard(call: Call, layout: Layout, dim: int, lengths: Sequence[int]) -> tuple[int, int] | None:
     """The tokens of the latent that this process takes for itself, from where to where; None where it takes others, too.
 
-    Such a model is called with the whole latent by every process: `latent.chunk(n, dim=1)[rank]`.
+    Such a model is called with the whole latent by every process, and takes `latent.chunk(n, dim=1)[rank]`, or does so behind its
+    first layers, which are then computed for all tokens.
     """
     group, frame = call.frame.shards, call.frame
-    if group is None or frame.window is not None or len(layout.dims) != 3 or dim != 1 or not layout.raw:
+    if group is None or frame.window is not None or len(frame.shape) != 3:
         return None
-    if len(set(lengths)) != 1 or len(lengths) != group.size or layout != frame.layout():
+    if len(set(lengths)) != 1 or len(lengths) != group.size or layout.dims[dim] != frame.layout().dims[1]:
         return None
     if {user.args[1] for user in call.node.users} != {group.rank}:
         return None

@@ -110,13 +110,17 @@ def against_one(shared: Subject, alone: Subject, whole: bool) -> float:
     return worst
 
 
-def test_a_model_that_takes_its_shard_itself():
+@pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind a layer"])
+def test_a_model_that_takes_its_shard_itself(behind):
+    def build(group: Any = None) -> nn.Module:
+        torch.manual_seed(7)
+        first = nn.Linear(4, 4) if behind else None
+        return Split(Transformer(lambda: Ulysses(16, 4, group)), group, first).eval()
+
     def work(rank: int) -> Any:
         torch.set_default_dtype(torch.float64)
-        torch.manual_seed(7)
-        model = Transformer(lambda: Ulysses(16, 4, dist.group.WORLD)).eval()
-        shared = subject(Split(model, dist.group.WORLD), inputs(0))
-        worst = against_one(shared, made(Ulysses), whole=True)
+        shared = subject(build(dist.group.WORLD), inputs(0))
+        worst = against_one(shared, subject(build(), inputs(0)), whole=True)
         noise, latent = shared.dense(shared.values)[0][0], shared.values[shared.plan.latent]
         assert torch.equal(shared.plan.noise_view(noise).flatten(2), noise[:, shard()])
         assert torch.equal(shared.plan.latent_view(latent).flatten(2), latent[:, shard()])

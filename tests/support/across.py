@@ -195,13 +195,21 @@ class Own(nn.Module):
 
 
 class Split(nn.Module):
-    """A transformer that is called with the whole latent by every process, takes its shard, and gathers the noise."""
+    """A transformer that is called with the whole latent by every process, takes its shard, and gathers the noise.
 
-    def __init__(self, inner: nn.Module, group: Any) -> None:
+    Args:
+        group: the processes; None computes all tokens in this one.
+        first: a layer in front of the split.
+    """
+
+    def __init__(self, inner: nn.Module, group: Any = None, first: nn.Module | None = None) -> None:
         super().__init__()
-        self.inner, self.group = inner, group
+        self.inner, self.group, self.first = inner, group, first or nn.Identity()
 
     def forward(self, latent: Tensor, places: Tensor, time: Tensor) -> Tensor:
+        latent = self.first(latent)
+        if self.group is None:
+            return self.inner(latent, places, time)
         n, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         noise = self.inner(latent.chunk(n, dim=1)[rank], places.chunk(n, dim=0)[rank], time)
         return funcol.wait_tensor(funcol.all_gather_tensor(noise.contiguous(), 1, self.group))
