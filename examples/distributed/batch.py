@@ -85,8 +85,11 @@ def with_ray(args: argparse.Namespace, left: list[tuple[int, str]]) -> None:
     os.chdir(args.output)
     ray.init(ignore_reinit_error=True)
     if left:
-        rows = ray.data.from_items([{"line": line, "prompt": prompt} for line, prompt in left])
-        rows.repartition(len(left)).map_batches(
+        items = [{"line": line, "prompt": prompt} for line, prompt in left]
+        rows = ray.data.from_items(
+            items, override_num_blocks=len(items)
+        )  # a block each: whoever is free takes the next
+        rows.map_batches(
             Drawer, fn_constructor_args=(args,), batch_size=1, compute=ray.data.ActorPoolStrategy(size=args.ray),
             num_gpus=1 if torch.cuda.is_available() else 0,
         ).materialize()  # fmt: skip
