@@ -29,18 +29,20 @@ def test_no_host_read(no_sync, metric, focus, named):
     assert [record.kind for record in state.records].count("sparse") == 2 * 15  # dense: 0 to 3 and 12
 
 
+@pytest.mark.parametrize("metric", ["std", "drift"])
 @pytest.mark.parametrize("focus", ["low", 0.5])
-def test_the_replayed_selection_is_the_plain_one(focus):
+def test_the_replayed_selection_is_the_plain_one(focus, metric):
     rows = []
     for cuda_graphs in (True, False):
-        state = TransformerState(RASConfig(focus=focus, cuda_graphs=cuda_graphs, **HALF))
+        state = TransformerState(RASConfig(focus=focus, metric=metric, cuda_graphs=cuda_graphs, **HALF))
         torch.manual_seed(0)
         generate(state, named=True)
         generate(state, named=True)
         rows.append([record.rows for record in state.records if record.kind == "sparse"])
     assert len(rows[0]) == 2 * 15
     assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
-    assert len({tuple(chosen.flatten().tolist()) for chosen in rows[0]}) == 15  # one selection per step
+    if metric == "std":  # one selection per step; the lowest drift is often where it was
+        assert len({tuple(chosen.flatten().tolist()) for chosen in rows[0]}) == 15
 
 
 def generate(state, named):
