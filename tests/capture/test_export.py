@@ -85,7 +85,13 @@ FILLS = {
 def test_a_tensor_is_filled_with_a_python_number(fill):
     """One graph serves every value: the second call's (the first one's value is a constant) and all that follow."""
     model = Float(FILLS[fill]).eval()
-    options = {"inner_backend": "eager", "unsupported": "error", "sample_ratio": 1.0, "warmup_steps": 2}
+    options = {
+        "inner_backend": "eager",
+        "unsupported": "error",
+        "sample_ratio": 1.0,
+        "warmup_steps": 2,
+        "reset_interval": None,
+    }
     compiled = torch.compile(model, backend="ras", options=options)
     x = torch.randn(2, 12, 8)
     with torch.no_grad(), ras_compile.generation() as gen:
