@@ -64,6 +64,10 @@ class Emoji:
 
     def pipeline(self, dtype: torch.dtype) -> Any:
         """The pipeline: its transformer in `dtype`, all else in float32."""
+        if not (self.folder / "pipeline" / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"{self.folder / 'pipeline'} has no weights: train them as the README beside it says"
+            )
         cls = getattr(diffusers, self.pipeline_class)
         dtypes = {"transformer": dtype, "default": torch.float32}
         return cls.from_pretrained(self.folder / "pipeline", dtype=dtypes, local_files_only=True)
