@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # past it, models would run uncompiled without a word
     kind = MODELS[args.model]()
+    if not (kind.folder / "pipeline" / "model_index.json").is_file():
+        raise SystemExit(f"{kind.folder / 'pipeline'} has no weights: train them as the README beside it says")
     captions, facts = kind.asked(args.n, PROMPT_SEED, args.device)
     judge, dtype = kind.judge(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
     sampler = Sampler(captions, args.batch, args.device, dtype, args.inner_backend, GUIDANCE, kind)
