@@ -64,6 +64,10 @@ class RegionAdaptiveBackend:
         self._request.close()
         self._request.enter_context(ras_compile.generation(num_steps=num_inference_steps or None))
 
+    def close(self) -> None:
+        """The last request is over: calls of the model that follow belong to no request."""
+        self._request.close()
+
     def is_enabled(self) -> bool:
         """Whether `enable` has been called."""
         return self.enabled

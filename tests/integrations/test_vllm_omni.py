@@ -23,7 +23,18 @@ def backend():
     spec = importlib.util.spec_from_file_location("vllm_omni_backend", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.RegionAdaptiveBackend
+    made = []
+
+    class Closed(module.RegionAdaptiveBackend):
+        """Closed at the end: the generation of a last request would be that of all tests that follow."""
+
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            made.append(self)
+
+    yield Closed
+    for one in made:
+        one.close()
 
 
 class Pipeline(torch.nn.Module):
