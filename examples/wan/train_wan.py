@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -25,7 +27,7 @@ from loop import Clock, Log, Pool, fit, optimizers  # isort: skip
 from vae import reconstruction  # isort: skip
 
 SHIFT = 2.0
-SHARES = {"vae": 0.30, "judge": 0.10}  # of the time; the transformer has what is left
+SHARES = {"vae": 0.40, "judge": 0.12}  # of the time; the transformer has what is left
 
 
 def adam(model: torch.nn.Module, rate: float, device: str) -> list[torch.optim.Optimizer]:
@@ -66,21 +68,31 @@ class Training:
         sampler = ClipSampler(9, split=True)
         return {name: value.to(self.device) for name, value in collate([sampler.clip() for _ in range(count)]).items()}
 
+    def compiled(self, function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """By Inductor, if asked for: the autoencoder is some thousand small operations, and they cost most of the time."""
+        return torch.compile(function, dynamic=False) if self.args.compile else function
+
     def autoencoder(self) -> AutoencoderKLWan:
-        """Absolute error of pixels and of their gradients, and a light KL term, as `examples/emoji/vae.py`."""
+        """Absolute error of pixels and of their gradients, and a light KL term, as `examples/emoji/vae.py`.
+
+        It leaves behind `encode` and `decode`, compiled for `args.vae_batch` clips: judge and transformer call them with as many.
+        """
         args, model, feed = self.args, autoencoder().to(self.device), self.clips(self.args.vae_batch, 21)
+        self.encode = self.compiled(lambda video: model.encode(video).latent_dist.parameters)
+        self.decode = self.compiled(lambda latents: decoded(model, latents))
 
         def loss_of(step: int) -> Tensor:
             video = film(self.atlas, next(feed))
             with torch.autocast(self.device, torch.bfloat16):
-                found = model.encode(video).latent_dist
-                mean, logvar = found.mean.float(), found.logvar.float()
-                output = decoded(model, mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float()
+                mean, logvar = self.encode(video).float().chunk(2, 1)
+                logvar = logvar.clamp(-30, 20)
+                output = self.decode(mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float()
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             return reconstruction(output, video) + args.kl * divergence
 
         clock, file = self.part(SHARES["vae"]), args.out / "wan_vae.safetensors"
         average, log = fit("vae", model, adam(model, 1.5e-3, self.device), loss_of, clock, file, args.log_every)
+        model.load_state_dict(average.state_dict())  # `encode` and `decode` are of this one
         average.eval()
         with torch.no_grad():
             video = film(self.atlas, self.held_out(args.look))
@@ -92,20 +104,19 @@ class Training:
         return average
 
     def judge(self, vae: AutoencoderKLWan) -> None:
-        """A quarter of its clips pass through the autoencoder, and all get a little noise."""
-        args, model, feed = self.args, Watcher().to(self.device), self.clips(self.args.judge_batch, 22)
+        """Half of its clips (of twice `args.vae_batch`) pass through the autoencoder, and all get a little noise."""
+        args, model, feed = self.args, Watcher().to(self.device), self.clips(2 * self.args.vae_batch, 22)
 
         def loss_of(step: int) -> Tensor:
             batch = next(feed)
             with torch.autocast(self.device, torch.bfloat16):
-                with torch.no_grad():
-                    video = film(self.atlas, batch)
-                    part = len(video) // 4
-                    passed = vae.decode(vae.encode(video[:part]).latent_dist.mode()).sample.float()
-                    video = torch.cat((passed, video[part:]))
-                    video = video + torch.randn_like(video) * 0.1 * torch.rand(
-                        len(video), 1, 1, 1, 1, device=self.device
-                    )
+                video = film(self.atlas, batch)
+                first, others = video.chunk(2)
+                # laid out as in training, and with a gradient: one compilation serves both
+                latents = self.encode(first).float().chunk(2, 1)[0] + 0
+                passed = self.decode(latents).detach().float().clamp(-1, 1)
+                video = torch.cat((passed, others))
+                video = video + torch.randn_like(video) * 0.1 * torch.rand(len(video), 1, 1, 1, 1, device=self.device)
                 return loss(model, video, batch)
 
         clock, file = self.part(SHARES["judge"]), args.out / "wan_judge.safetensors"
@@ -122,20 +133,19 @@ class Training:
         }
         self.note("judge", log, **right, steps_done=clock.step)
 
-    def transformer(self, vae: AutoencoderKLWan) -> None:
+    def transformer(self) -> None:
         """With the time that is left."""
         args, device = self.args, self.device
         model = Model(self.tokens, **self.told["shape"]).to(device)
         opts = optimizers(model, model.transformer.blocks, args.rate, args.muon_rate, device)
         network = torch.compile(model.transformer, dynamic=False) if args.compile else model.transformer
-        feed, pool = self.clips(args.fresh, 23, tokens=True), Pool(args.pool)
+        feed, pool = self.clips(args.vae_batch, 23, tokens=True), Pool(args.pool)
         mean, std = (value.view(1, -1, 1, 1, 1) for value in (self.mean, self.std))
 
-        @torch.no_grad()
         def paint() -> None:
             batch = next(feed)
             with torch.autocast(device, torch.bfloat16):
-                clean = vae.encode(film(self.atlas, batch)).latent_dist.mode().float()
+                clean = self.encode(film(self.atlas, batch)).detach().float().chunk(2, 1)[0]
             pool.add({"clean": ((clean - mean) / std).contiguous().bfloat16(), "ids": batch["tokens"]})
 
         def loss_of(step: int) -> Tensor:
@@ -169,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
     training = Training(args)
     vae = training.autoencoder()
     training.judge(vae)
-    training.transformer(vae)
+    training.transformer()
     print(f"{training.clock.elapsed():.0f} s", flush=True)
 
 
@@ -179,11 +189,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("runs/wan"))
     parser.add_argument("--seconds", type=float, default=270.0, help="of all, compilation included")
     parser.add_argument("--steps", type=int, help="of each part instead")
-    parser.add_argument("--vae-batch", type=int, default=64)
+    parser.add_argument("--vae-batch", type=int, default=64, help="clips filmed a step; the judge has twice as many")
     parser.add_argument("--kl", type=float, default=2e-3, help="weight of the autoencoder's KL term")
-    parser.add_argument("--judge-batch", type=int, default=128)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--fresh", type=int, default=64, help="clips filmed a step")
     parser.add_argument("--pool", type=int, default=200_000, help="clips that are kept to draw from")
     parser.add_argument("--ahead", type=int, default=16, help="filmings before the first step")
     parser.add_argument("--rate", type=float, default=1e-3)
