@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import memory_key
+from ras_compile.passes.rules.registry import called
 
 aten = torch.ops.aten
 
@@ -116,7 +117,7 @@ def walk_of(node: fx.Node) -> Walk | None:
     if node.target in COPIES:
         return Walk.of(given)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: given)
-    view = node.target(*args, **kwargs)  # type: ignore[operator]
+    view = called(node, args, kwargs)
     same = memory_key(view) == memory_key(given)
     return Walk.of(view) if same else None
 

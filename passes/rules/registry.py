@@ -84,6 +84,12 @@ def by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
     return given | dict(kwargs)
 
 
+def called(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the function that a node calls gives on other arguments than its own."""
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
 def source_line(node: fx.Node) -> str | None:
     """The user's source line of a node: ``file:line in function: code``, of the last frame outside of PyTorch, if any."""
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)\n\s*(.*)', node.meta.get("stack_trace") or "")

@@ -27,7 +27,7 @@ from ras_compile._torch import auto_functionalized_v2, memory_key, pytree, schem
 from ras_compile.passes.analysis.roles import Role, of_role, role_of
 from ras_compile.passes.programs.aliases import root, shows, subgraph, writes
 from ras_compile.passes.rules.collectives import COLLECTIVES, WAIT
-from ras_compile.passes.rules.registry import by_name
+from ras_compile.passes.rules.registry import by_name, called
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
 aten, own = torch.ops.aten, torch.ops.ras_compile
@@ -149,7 +149,7 @@ class Step:
         here = pytree.tree_map(lambda entry: torch.device("cpu") if isinstance(entry, torch.device) else entry, kwargs)
         if node.target in (*COLLECTIVES, *WAIT):  # of rows: those of another process are as good as these
             return args[0].repeat(value.shape[0] // args[0].shape[0], *[1] * (value.ndim - 1))
-        result = node.target(*args, **here)  # type: ignore[operator]
+        result = called(node, args, here)
         if node.target is aten.clamp.default:
             self.clamped[id(result)] = result, args[0] > result
         return result
@@ -160,9 +160,7 @@ class Step:
         if set(operands) & set(shows(node, may=True)):
             value: Shown = env[operands[0]]
             numbered = {**env, operands[0]: value.places}
-            result = node.target(
-                *fx.node.map_arg(node.args, numbered.get), **fx.node.map_arg(node.kwargs, numbered.get)
-            )  # type: ignore[operator]
+            result = called(node, *fx.node.map_arg((node.args, node.kwargs), numbered.get))
             same = [memory_key(part) == memory_key(value.places) for part in pytree.tree_leaves(result)]
             if all(same):
                 return pytree.tree_map(lambda places: Shown(value.memory, places), result)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ras_compile._torch import OpOverload, auto_functionalized_v2, exit_autocast
 from ras_compile.passes.analysis.emit import Emitter, described
 from ras_compile.passes.programs.aliases import INVOKE, memories, shows
+from ras_compile.passes.rules.registry import called
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
 NUMBERS = (operator.add, operator.mul)  # how a program for several lengths computes sizes
@@ -60,7 +61,7 @@ def _enter_or_exit(node: fx.Node, regions: list[Any]) -> None:
     if node.target is AMBIENT[0]:
         regions.append((node.args, node.target(*node.args)))
     elif regions:
-        node.target(regions.pop()[1])  # type: ignore[operator]
+        exit_autocast(regions.pop()[1])
 
 
 def _run_again(node: fx.Node, mode: Any, regions: str) -> None:
@@ -93,7 +94,7 @@ def _ran(node: fx.Node, mode: Any) -> tuple[str, tuple[int, ...]]:
         given = {operand: _fresh(operand.meta["val"]) for operand in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         try:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            result = called(node, args, kwargs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             demand(False, node, f"cannot run: {(str(error).splitlines() or [type(error).__name__])[0]}")
     found = set(memories(result))
