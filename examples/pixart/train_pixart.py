@@ -32,6 +32,11 @@ def train(args: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(VAE).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     shape = dict(layers=args.layers, heads=args.heads, head_dim=args.head_dim)
     model = Model(tokens, **shape).to(device)
+    for name, param in model.transformer.named_parameters():
+        if name.endswith(
+            "to_k.bias"
+        ):  # adds the same to all scores of a query: its gradient is rounding, which Adam makes large
+            param.requires_grad_(False)
     opts = optimizers(model, model.transformer.transformer_blocks, args.rate, args.muon_rate, device)
     network = torch.compile(model.transformer, dynamic=False) if args.compile else model.transformer
     draw = torch.compile(lambda picture: vae.encoder(picture), dynamic=False) if args.compile else vae.encoder
@@ -86,11 +91,11 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, help="stop after so many steps instead")
     parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--fresh", type=int, default=128, help="scenes painted a step")
+    parser.add_argument("--fresh", type=int, default=64, help="scenes painted a step")
     parser.add_argument("--pool", type=int, default=200_000, help="painted scenes that are kept to draw from")
     parser.add_argument("--ahead", type=int, default=16, help="paintings before the first step")
-    parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--muon-rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--muon-rate", type=float, default=3e-3)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=64)

@@ -13,7 +13,6 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -33,6 +32,34 @@ SHARES = {"vae": 0.40, "judge": 0.12}  # of the time; the transformer has what i
 def adam(model: torch.nn.Module, rate: float, device: str) -> list[torch.optim.Optimizer]:
     """One AdamW over all."""
     return [torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=device == "cuda")]
+
+
+class Encode(torch.nn.Module):
+    """Videos -> mean and log variance of their latents, one behind the other, `b 16 5 16 16` in single precision."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, video: Tensor) -> Tensor:
+        with torch.autocast(video.device.type, torch.bfloat16, cache_enabled=False):
+            return self.vae.encode(video).latent_dist.parameters.float()
+
+
+class Decode(Encode):
+    """Latents -> videos in single precision, which no clamp cuts off."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, torch.bfloat16, cache_enabled=False):
+            return decoded(self.vae, latents).float()
+
+
+def replayed(module: torch.nn.Module, given: Tensor) -> Callable[[Tensor], Tensor]:
+    """The module as CUDA graphs of its two passes, where there is a GPU: it is some thousand small launches.
+
+    What it returns is overwritten by its next call.
+    """
+    return torch.cuda.make_graphed_callables(module, (given,), allow_unused_input=True) if given.is_cuda else module
 
 
 class Training:
@@ -68,25 +95,21 @@ class Training:
         sampler = ClipSampler(9, split=True)
         return {name: value.to(self.device) for name, value in collate([sampler.clip() for _ in range(count)]).items()}
 
-    def compiled(self, function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """By Inductor, if asked for: the autoencoder is some thousand small operations, and they cost most of the time."""
-        return torch.compile(function, dynamic=False) if self.args.compile else function
-
     def autoencoder(self) -> AutoencoderKLWan:
         """Absolute error of pixels and of their gradients, and a light KL term, as `examples/emoji/vae.py`.
 
-        It leaves behind `encode` and `decode`, compiled for `args.vae_batch` clips: judge and transformer call them with as many.
+        It leaves behind `encode` and `decode` for `args.vae_batch` clips: judge and transformer call them with as many.
         """
         args, model, feed = self.args, autoencoder().to(self.device), self.clips(self.args.vae_batch, 21)
-        self.encode = self.compiled(lambda video: model.encode(video).latent_dist.parameters)
-        self.decode = self.compiled(lambda latents: decoded(model, latents))
+        video = film(self.atlas, next(feed))
+        self.encode = replayed(Encode(model), video)
+        self.decode = replayed(Decode(model), self.encode(video).chunk(2, 1)[0].detach().clone().requires_grad_())
 
         def loss_of(step: int) -> Tensor:
             video = film(self.atlas, next(feed))
-            with torch.autocast(self.device, torch.bfloat16):
-                mean, logvar = self.encode(video).float().chunk(2, 1)
-                logvar = logvar.clamp(-30, 20)
-                output = self.decode(mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float()
+            mean, logvar = self.encode(video).chunk(2, 1)
+            logvar = logvar.clamp(-30, 20)
+            output = self.decode(mean + torch.randn_like(mean) * (0.5 * logvar).exp())
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             return reconstruction(output, video) + args.kl * divergence
 
@@ -112,9 +135,7 @@ class Training:
             with torch.autocast(self.device, torch.bfloat16):
                 video = film(self.atlas, batch)
                 first, others = video.chunk(2)
-                # laid out as in training, and with a gradient: one compilation serves both
-                latents = self.encode(first).float().chunk(2, 1)[0] + 0
-                passed = self.decode(latents).detach().float().clamp(-1, 1)
+                passed = self.decode(self.encode(first).chunk(2, 1)[0]).detach().clamp(-1, 1)
                 video = torch.cat((passed, others))
                 video = video + torch.randn_like(video) * 0.1 * torch.rand(len(video), 1, 1, 1, 1, device=self.device)
                 return loss(model, video, batch)
@@ -144,8 +165,7 @@ class Training:
 
         def paint() -> None:
             batch = next(feed)
-            with torch.autocast(device, torch.bfloat16):
-                clean = self.encode(film(self.atlas, batch)).detach().float().chunk(2, 1)[0]
+            clean = self.encode(film(self.atlas, batch)).detach().chunk(2, 1)[0]
             pool.add({"clean": ((clean - mean) / std).contiguous().bfloat16(), "ids": batch["tokens"]})
 
         def loss_of(step: int) -> Tensor:
