@@ -27,6 +27,7 @@ from ras_compile.passes.lowering.outline import outline
 from ras_compile.passes.lowering.share import share_tables
 from ras_compile.passes.spec import legal
 from ras_compile.passes.spec.sources import Sources, check_sources, sources_of
+from ras_compile.passes.spec.values import graphs
 
 
 @dataclass(frozen=True)
@@ -111,24 +112,36 @@ def run(program: fx.GraphModule, passes: Sequence[Pass], done: Sequence[str] = (
     """Runs passes one after the other. ``done`` names those that the program has been through."""
     journal, names = Journal.of(program), list(done)
     before = sources_of(program) if legal.EVERY_PASS else {}
-    _check(program, names, before)
+    checked: list[tuple] = []
+    _check(program, names, before, checked)
     for step in passes:
         if not step.applies:
             continue
         step.run(program)
         names.append(step.name)
         journal.after(step.name)  # first: what is illegal is written down, too
-        _check(program, names, before)
+        _check(program, names, before, checked)
     program.graph.lint()
     program.recompile()
     return program
 
 
-def _check(program: fx.GraphModule, done: Sequence[str], before: Sources) -> None:
+def _written(program: fx.GraphModule) -> list[tuple]:
+    """What the spec reads of a program: it need not look again at one that a pass has left as it was."""
+    nodes = [node for graph in graphs(program) for node in graph.nodes]
+    # The values of `meta` are compared by their addresses, and kept, so that no new one gets the address of an old one.
+    metas = [(list(node.meta), [*map(id, node.meta.values())], list(node.meta.values())) for node in nodes]
+    return [(node, node.target, node.args, node.kwargs, *meta) for node, meta in zip(nodes, metas, strict=True)]
+
+
+def _check(program: fx.GraphModule, done: Sequence[str], before: Sources, checked: list[tuple]) -> None:
+    """The spec, if it is asked for. ``checked`` is the program as the last check found it, and then as it is now."""
     if not legal.EVERY_PASS:
         return
+    now = _written(program)
     try:
-        legal.check_program(program, done)
+        legal.check_program(program, done, now != checked)
         check_sources(program, before)
     except SpecViolation as error:
         raise SpecViolation(f"after the pass {done[-1] if done else 'that built it'}: {error}") from error
+    checked[:] = now

@@ -34,6 +34,7 @@ __all__ = [
     "FunctionalTensor",
     "GuardOnDataDependentSymNode",
     "InvalidBackend",
+    "LazyGraphModule",
     "OpOverload",
     "OpOverloadPacket",
     "OptimizedModule",
@@ -135,6 +136,9 @@ try:
     from torch.fx.experimental.symbolic_shapes import DimDynamic  # says that a length varies
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # as DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # symbols of lengths, and what was assumed of them
+    from torch.fx._lazy_graph_module import (
+        _LazyGraphModule as LazyGraphModule,
+    )  # writes a graph's code when it is first run; plain modules write it each time that a graph is given to them
     from torch.utils import _pytree as pytree  # arguments as lists of leaves
     from torch.utils._python_dispatch import TorchDispatchMode  # sees ops run: whether a scheduler draws random numbers
     from torch.utils._python_dispatch import (

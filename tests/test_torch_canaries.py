@@ -350,6 +350,17 @@ def test_inference_mode_in_a_graph(name):
     assert _torch.enter_inference_mode in found and _torch.exit_inference_mode in found
 
 
+@canary("LazyGraphModule")
+def test_code_is_written_when_it_is_run(name):
+    graph = fx.symbolic_trace(lambda x: torch.neg(x)).graph
+    module = _torch.LazyGraphModule(nn.Module(), graph)
+    assert isinstance(module, fx.GraphModule) and not hasattr(module, "_code")
+    assert torch.equal(module(torch.ones(1)), -torch.ones(1)) and "neg" in module.code
+    next(iter(graph.find_nodes(op="call_function", target=torch.neg))).target = torch.abs
+    module.recompile()
+    assert torch.equal(module(-torch.ones(1)), torch.ones(1))
+
+
 @canary("pytree")
 def test_arguments_are_trees_of_leaves(name):
     tree = ([1, {"a": torch.ones(1)}], None)

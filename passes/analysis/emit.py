@@ -26,7 +26,10 @@ class Emitter:
     def __init__(self, mode: FakeTensorMode | None, graph: fx.Graph | None = None) -> None:
         self.graph, self.mode = fx.Graph() if graph is None else graph, mode
         self.origin: fx.Node | None = None
-        self._known: dict[tuple[Callable, str], Any] = {}
+        # Programs of one model repeat most of what is run here: its fake results stay with the mode, as long as that.
+        self._known: dict[tuple[Callable, str], Any] = (
+            vars(mode).setdefault("_ras_known", {}) if mode is not None else {}
+        )
 
     @classmethod
     def of(cls, graph: fx.Graph) -> Emitter:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from ras_compile._torch import no_modes
+from ras_compile._torch import LazyGraphModule, no_modes
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Layout
 from ras_compile.passes.analysis.emit import Emitter, fake_mode
@@ -94,7 +94,7 @@ class _SparseBuilder:
         results = [self._result(n) for i, n in enumerate(analysis.output_nodes) if i not in analysis.outputs]
         emit.graph.output(tuple(results))
         emit.graph.eliminate_dead_code()
-        return fx.GraphModule(self.owner, emit.graph)
+        return LazyGraphModule(self.owner, emit.graph)
 
     def _table(self, name: str, value: torch.Tensor) -> fx.Node:
         """A constant of the program, on the latent's device."""
@@ -264,4 +264,4 @@ def dense_program(analysis: Analysis, sparse: SparsePlan) -> fx.GraphModule:
         results.append(value)
     graph.output(tuple(results))
     owner = analysis.graph.owning_module
-    return fx.GraphModule(owner if owner is not None else torch.nn.Module(), graph)
+    return LazyGraphModule(owner if owner is not None else torch.nn.Module(), graph)

@@ -116,6 +116,8 @@ def _fresh(value: Any) -> Any:
         return type(value)(map(_fresh, value))
     if not isinstance(value, Tensor):
         return value
+    if not value.storage_offset():
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     spread = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1)
     base = torch.empty(value.storage_offset() + spread + 1, dtype=value.dtype, device=value.device)
     return base.as_strided(value.shape, value.stride(), value.storage_offset())

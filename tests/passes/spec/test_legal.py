@@ -17,6 +17,7 @@ from ras_compile.passes.lowering.interpolate import interpolate
 from ras_compile.passes.pipeline import for_all_lengths, prepare
 from ras_compile.passes.programs.program import dense_program, sparse_program
 from ras_compile.passes.spec import legal, memory
+from ras_compile.passes.spec.demand import demand
 
 MODELS = [
     "base",
@@ -45,7 +46,7 @@ def test_after_every_pass(name: str, context: str, monkeypatch):
     tokens, seen = case.frame.tokens, []
     check = legal.check_program
     monkeypatch.setattr(
-        legal, "check_program", lambda program, done=(): seen.append(list(done)) or check(program, done)
+        legal, "check_program", lambda program, done, *more: seen.append(list(done)) or check(program, done, *more)
     )
     for active in (1, tokens // 4, tokens):
         for together in (True, False):
@@ -65,7 +66,7 @@ def test_programs_for_all_lengths_are_checked(monkeypatch):
     seen = []
     check = legal.check_program
     monkeypatch.setattr(
-        legal, "check_program", lambda program, done=(): seen.append(list(done)) or check(program, done)
+        legal, "check_program", lambda program, done, *more: seen.append(list(done)) or check(program, done, *more)
     )
     for_all_lengths(built, [(4,), (5,), (6,)], outline_blocks=True)
     assert seen[-1] == ["in place", "matrices", "functional", "share", "outline"]
@@ -90,6 +91,20 @@ def test_a_violation_names_the_pass(monkeypatch):
 
     with pytest.raises(SpecViolation, match="after the pass broken: .* never written"):
         pipeline.run(program, [pipeline.Pass("broken", broken)])
+
+
+@pytest.mark.violates
+def test_a_pass_that_does_nothing_is_held_to_what_it_should_leave(monkeypatch):
+    """What all passes keep is looked at where something has changed alone, and what this one leaves behind in any case."""
+    program = prepare_plain(made("base"))
+    monkeypatch.setattr(legal, "check_values", lambda graph: looked.append(graph))
+    monkeypatch.setitem(
+        legal.LEFT, "idle", lambda graph: demand(False, next(iter(graph.nodes)), "is not what it should be")
+    )
+    looked: list = []
+    with pytest.raises(SpecViolation, match="after the pass idle: .* is not what it should be"):
+        pipeline.run(program, [pipeline.Pass("idle", lambda given: None)])
+    assert looked == [program.graph]  # before the pass
 
 
 def test_without_the_switch_nothing_is_checked(monkeypatch):
