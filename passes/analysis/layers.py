@@ -77,7 +77,15 @@ def strided(self: Tensor, size: Sequence[int], stride: Sequence[int], storage_of
     return result.reshape(shape).expand(list(size))
 
 
+def likeness(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """`a b, a b -> a`: `F.cosine_similarity`, whose own parts write into each other."""
+    first, second = torch.broadcast_tensors(*(x.to(torch.promote_types(x1.dtype, x2.dtype)) for x in (x1, x2)))
+    units = [x / torch.linalg.vector_norm(x, 2, dim, keepdim=True).clamp_min(eps) for x in (first, second)]
+    return (units[0] * units[1]).sum(dim)
+
+
 LAYERS: dict[Any, Callable[..., Any]] = {
     aten._transformer_encoder_layer_fwd.default: encoder_layer,
     aten.as_strided.default: strided,
+    aten.cosine_similarity.default: likeness,
 }

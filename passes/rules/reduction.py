@@ -8,6 +8,7 @@ import torch
 
 from ras_compile.passes.algebra.layout import Layout, opaque
 from ras_compile.passes.rules.contraction import grid_atoms
+from ras_compile.passes.rules.pointwise import rows_or_gather
 from ras_compile.passes.rules.registry import Call, Step, rule_for
 from ras_compile.passes.rules.views import only_layout
 
@@ -115,3 +116,22 @@ def order_statistics(call: Call) -> Step:
     gone = len(shape) < len(layout.dims)  # kthvalue without keepdim
     out = Layout(layout.dims[:dim] + layout.dims[dim + 1 :]) if gone else layout.replace(dim, opaque(shape[dim]))
     return Step((out, out), call.uses())
+
+
+@rule_for(aten.searchsorted.Tensor, aten.bucketize.Tensor)
+def places_among(call: Call) -> Step:
+    """`... m, ... k -> ... k`: the place of each value among borders, which are sorted along their last dimension."""
+    value = call.args["self"]
+    borders = call.args["boundaries" if "boundaries" in call.args else "sorted_sequence"]
+    layout, table = call.layout(value), call.layout(borders)
+    if not call.shape:  # one value, among borders that hold tokens
+        return call.whole()
+    last = opaque(call.shape[-1]) if layout is None else layout.dims[-1]
+    own = None if layout is None else Layout(layout.dims)
+    if table is None:
+        out = own
+    elif grid_atoms(call, [table.dims[-1]]) or own is not None and own.dims[:-1] != table.dims[:-1]:
+        return call.whole(own)
+    else:
+        out = Layout((*table.dims[:-1], last))
+    return Step(out, rows_or_gather(call, out.replace(len(out.dims) - 1, ())))

@@ -145,9 +145,10 @@ def pool(call: Call) -> Step:
 @rule_for(
     aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_trilinear3d.vec
 )
+@rule_for(aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default)
 def between(call: Call) -> Step:
     """`b c h w -> b c (h r) (w s)`: mixes neighbours; by whole factors, each token has entries of its own in the result."""
-    layout, rank = only_layout(call, "input"), spatial(call)
+    layout, rank = only_layout(call, "input" if "input" in call.args else "self"), spatial(call)
     grid, pairs = layout.dims[-rank:], [*zip(layout.shape[-rank:], call.shape[-rank:], strict=True)]
     if not region_atoms(call, grid) or counts_samples(call, grid) or any(after % before for before, after in pairs):
         return pool(call)

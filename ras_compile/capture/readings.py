@@ -31,6 +31,7 @@ from ras_compile.errors import UnsupportedGraph
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
+_DATA: Any = Tensor.data
 
 # Functions that give Python values of their first operand.
 _VALUES = {
@@ -112,7 +113,7 @@ class Readings(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         args, kwargs = self.enter(args, kwargs or {})
         args, kwargs = self.numbers(function, args, kwargs)
-        if function == Tensor.data.__get__:  # type: ignore[attr-defined]  # PyTorch 2.11 cannot trace it; without gradients it is a view
+        if function == _DATA.__get__:  # PyTorch 2.11 cannot trace it; without gradients it is a view
             return self.leave(args[0].view_as(args[0]))
         read = readers(function, args, kwargs)
         if read is not None:
@@ -300,6 +301,10 @@ class Replayed(Readings):
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         line, stack = user_line()
         fx_traceback.set_stack_trace([stack])
+        if function == _DATA.__set__:  # no op of PyTorch says it, so no trace would have it
+            raise UnsupportedGraph(
+                "the model assigns to the `data` of a tensor; write into it with `copy_`", source=line
+            )
         try:
             return super().__torch_function__(function, types, args, kwargs)
         except _DATA_DEPENDENT as error:

@@ -290,6 +290,15 @@ class Counts(Length):
         return super().read(text, mask) * self.calls
 
 
+class Assigns(Length):
+    """Exchanges what a tensor holds: no op of PyTorch says so."""
+
+    def read(self, text, mask):
+        text = super().read(text, mask) * 1
+        text.data = text.data * 2
+        return text
+
+
 class FromTime(Length):
     """Multiplies by the timestep as a number: another one at each step."""
 
@@ -338,6 +347,7 @@ REFUSED = {
     FromTime: "depends on the timestep's values.*in forward",
     FromLatent: "depends on the latent's values.*in forward",
     Counts: "changes itself",
+    Assigns: "assigns to the `data` of a tensor; write into it with `copy_`.*in read",
 }
 
 

@@ -39,6 +39,7 @@ SPELLED = {
     aten.broadcast_tensors.default: lambda x, w: torch.broadcast_tensors(x, x[:, :1]),
     aten.trapezoid.dx: lambda x, w: torch.trapezoid(x, dim=-1),
     aten.msort.default: lambda x, w: torch.msort(x),
+    aten.cosine_similarity.default: lambda x, w: F.cosine_similarity(x[:, :, None], x[:, None], -1),
 }
 
 

@@ -956,7 +956,24 @@ def reduction() -> list[Row]:
         Row(aten.kthvalue.default, lambda s: s.pieces(s.tokens, 2)),
         Row(aten.kthvalue.default, lambda s: s.pieces(s.pairs, 2, 2, True)),
         Row(aten.kthvalue.default, lambda s: s.pieces(s.tokens, 2, 1), "whole"),
-    ]
+        Row(aten.bucketize.Tensor, lambda s: s(s.joint, s.constant(torch.linspace(-1, 1, 5, dtype=torch.float64)))),
+        Row(aten.bucketize.Tensor, lambda s: s(s.tokens, borders(s, s.given(5)))),
+        Row(aten.bucketize.Tensor, lambda s: s(s.tokens, s.marks), "whole"),
+        Row(aten.searchsorted.Tensor, lambda s: s(borders(s, s.given(5)), s.tokens)),
+        Row(aten.searchsorted.Tensor, lambda s: s(borders(s, s.given(s.batch, n, 5)), s.tokens)),
+        Row(aten.searchsorted.Tensor, lambda s: s(borders(s, s.tokens), s.given(s.batch, n, 2), right=True)),
+        Row(aten.searchsorted.Tensor, lambda s: s(borders(s, s.tokens), s.also(aten.exp.default, s.tokens))),
+        Row(aten.searchsorted.Tensor, lambda s: s(s.tokens, s.given(s.batch, n, 2),
+                                                  sorter=s.also(aten.argsort.default, s.tokens, -1))),
+        Row(aten.searchsorted.Tensor, lambda s: s(borders(s, s.turned), s.tokens), "whole"),
+        Row(aten.searchsorted.Tensor, lambda s: s(borders(s, s.given(s.batch, c, 5)), s.columns)),
+        Row(aten.searchsorted.Tensor, lambda s: s(s.columns, s.columns), "whole"),
+    ]  # fmt: skip
+
+
+def borders(stage: Stage, values: fx.Node) -> fx.Node:
+    """Sorted along their last dimension."""
+    return stage.also(operator.getitem, stage.also(aten.sort.default, values), 0)
 
 
 def resampling() -> list[Row]:
@@ -971,6 +988,7 @@ def resampling() -> list[Row]:
     fft2 = [aten.fft_fft2.default, aten.fft_ifft2.default, aten.fft_rfft2.default, aten.fft_irfft2.default]
     fftn = [aten.fft_fftn.default, aten.fft_ifftn.default, aten.fft_rfftn.default, aten.fft_irfftn.default]
     smooth = [aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec]
+    smoother = [aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default]
     return [
         Row(aten.unfold.default, lambda s: s(s.tokens, -1, 3, 2)),
         Row(aten.unfold.default, lambda s: s(s.x, 2, 2, 2)),
@@ -998,9 +1016,10 @@ def resampling() -> list[Row]:
         Row(aten.upsample_linear1d.vec, lambda s: s(s.columns, [24], False, None), "whole"),
         Row(aten.upsample_linear1d.vec, lambda s: s(s.columns, [18], False, None), "whole"),
         *[Row(op, lambda s: s(s.image, None, False, [2.0, 2.0]), "whole") for op in smooth],
+        *[Row(op, lambda s: s(s.image, [6, 5], False), "whole") for op in smoother],
         *[
             Row(aten.silu.default, lambda s, op=op: s(s.also(op, s.image, [2 * HEIGHT, 3 * WIDTH], True, None)))
-            for op in smooth
+            for op in (*smooth, *smoother)
         ],
         Row(aten.upsample_trilinear3d.vec, lambda s: s(deep(s), [3, 6, 8], False, None), "whole"),
         Row(aten.upsample_nearest1d.vec, lambda s: s(s.columns, None, [2.0])),
