@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "look",
     "ndcg",
+    "overall",
     "scenes_of",
     "summary",
 ]
@@ -71,7 +72,7 @@ class Looks:
     """What the judge sees in n pictures.
 
     Attributes:
-        features: float32 [n, 256], its last layer that all its answers share.
+        features: float32 [n, 256] (64 of videos), its last layer that all its answers share.
         spatial: float32 [n, 7 * 8 * 8], the first seven channels of its trunk's map.
         scores: per picture, float32 [n]; NaN where a caption says nothing about it.
     """
@@ -82,8 +83,20 @@ class Looks:
 
 
 @torch.no_grad()
-def look(judge: Judge, pictures: Tensor, facts: Facts, batch: int = 500) -> Looks:
-    """Let the judge look at pictures uint8 [n, 3, 128, 128] that should show `facts` [n, ...]."""
+def look(
+    judge: nn.Module, pictures: Tensor, facts: Facts, batch: int = 500,
+    scored: Callable[[dict[str, Tensor], Facts], dict[str, Tensor]] | None = None, frames: int = 0,
+) -> Looks:  # fmt: skip
+    """Let a judge look at pictures that should show `facts` [n, ...].
+
+    Args:
+        judge: has the parts `trunk`, a map of features, and `whole`, a row of them; `classifier.Judge` and `watch.Watcher` do.
+        pictures: uint8 [n, 3, h, w].
+        facts: what they should show.
+        batch: pictures at once.
+        scored: (the judge's answers, facts) -> values per picture; `scores` where it is not given.
+        frames: of videos, which lie one under another in a picture.
+    """
     parts = []
     kept: dict[str, Tensor] = {}
     hooks = [
@@ -94,9 +107,9 @@ def look(judge: Judge, pictures: Tensor, facts: Facts, batch: int = 500) -> Look
         for at in range(0, len(pictures), batch):
             part = pictures[at : at + batch].float() / 127.5 - 1
             asked = {name: value[at : at + batch] for name, value in facts.items()}
-            logits = judge(part)
+            logits = judge(part.unflatten(2, (frames, -1)) if frames else part)
             spatial = kept["spatial"][:, :SPATIAL].flatten(1)
-            parts.append(Looks(kept["features"].float(), spatial.float(), scores(logits, asked)))
+            parts.append(Looks(kept["features"].float(), spatial.float(), (scored or scores)(logits, asked)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -275,6 +288,21 @@ def described(values: Tensor, name: str, fifth: bool = False) -> dict[str, float
 _CONTINUOUS = ("alignment", "psnr", "ssim", "psnr_exact", "ssim_exact", "psnr_same_steps", "ssim_same_steps")
 
 
+def overall(looks: Looks, scored: dict[str, Tensor], distances: Distances | None) -> dict:
+    """What is reported of all of a setting's pictures together; arguments of `summary`, without distances where None."""
+    row: dict = {}
+    if distances is not None:
+        for name, distance, features in (
+            ("fid", distances.whole, looks.features),
+            ("sfid", distances.spatial, looks.spatial),
+        ):
+            row[name] = distance(features)
+            row[f"{name}_ci"] = distance.interval(features, row[name])
+    for name, values in scored.items():
+        row |= described(values, name, fifth=name in _CONTINUOUS)
+    return row
+
+
 def summary(looks: Looks, scored: dict[str, Tensor], facts: Facts, distances: Distances) -> dict:
     """Everything that is reported of one setting's pictures.
 
@@ -284,15 +312,7 @@ def summary(looks: Looks, scored: dict[str, Tensor], facts: Facts, distances: Di
         facts: what they should show.
         distances: to real pictures.
     """
-    row: dict = {}
-    for name, distance, features in (
-        ("fid", distances.whole, looks.features),
-        ("sfid", distances.spatial, looks.spatial),
-    ):
-        row[name] = distance(features)
-        row[f"{name}_ci"] = distance.interval(features, row[name])
-    for name, values in scored.items():
-        row |= described(values, name, fifth=name in _CONTINUOUS)
+    row = overall(looks, scored, distances)
     for part, mask in backgrounds(facts).items():
         inside = {"n": int(mask.sum())}
         if inside["n"] > 1:

@@ -105,9 +105,22 @@ class Emoji:
         """Who looks at the pictures."""
         return measure.load(measure.EMOJI / "judge.safetensors", device)
 
-    def right(self, judge: Any, pictures: Tensor, facts: Facts, batch: int) -> Tensor:
-        """1 where a picture shows all that its caption says, else 0; [n]."""
-        return measure.look(judge, pictures, facts, batch).scores["accuracy"]
+    def looks(self, judge: Any, pictures: Tensor, facts: Facts, batch: int) -> measure.Looks:
+        """What the judge sees in pictures uint8 [n, 3, h, w] of `facts`."""
+        return measure.look(judge, pictures, facts, batch)
+
+    def real(self, cache: Path, count: int, seed: int, device: str, batch: int) -> tuple[Tensor, Facts]:
+        """Real held-out pictures, uint8 [n, 3, h, w], of the artwork in `cache`, and what they show."""
+        _, facts = self.asked(count, seed, device)
+        atlas = measure.Atlas(cache, device)
+        parts = [
+            self._drawn(atlas, {name: value[at : at + batch] for name, value in facts.items()})
+            for at in range(0, count, batch)
+        ]
+        return ((torch.cat(parts) + 1) * 127.5).round().to(torch.uint8), facts
+
+    def _drawn(self, atlas: Any, facts: Facts) -> Tensor:
+        return measure.compose(atlas, facts)
 
 
 class PixArt(Emoji):
@@ -174,14 +187,12 @@ class Wan(Emoji):
         """Who watches the videos."""
         return watch.load(self.folder / "judge.safetensors", device)
 
-    def right(self, judge: Any, pictures: Tensor, facts: Facts, batch: int) -> Tensor:
-        """1 where a video shows all that its caption says, else 0; [n]."""
-        parts = []
-        for at in range(0, len(pictures), batch):
-            videos = pictures[at : at + batch].unflatten(2, (9, -1)).float() / 127.5 - 1
-            asked = {name: value[at : at + batch] for name, value in facts.items()}
-            parts.append(torch.stack(list(watch.verdict(judge, videos, asked).values())).all(0).float())
-        return torch.cat(parts)
+    def looks(self, judge: Any, pictures: Tensor, facts: Facts, batch: int) -> measure.Looks:
+        """What the judge sees in videos uint8 [n, 3, frames * h, w] of `facts`."""
+        return measure.look(judge, pictures, facts, batch, watch.scores, motion.FRAMES)
+
+    def _drawn(self, atlas: Any, facts: Facts) -> Tensor:
+        return motion.film(atlas, facts).flatten(2, 3)
 
 
 MODELS: dict[str, type[Emoji]] = {model.name: model for model in (Emoji, PixArt, Wan)}

@@ -2,22 +2,28 @@
 
 `attention` returns the attention layers' last outputs whole in most steps and computes everything else (Pyramid Attention
 Broadcast, arXiv 2408.12588, without its pyramid): the objection to refreshing some of the tokens. `TaylorSeer` (arXiv
-2503.06923) and `FirstBlockCache` are diffusers' own.
+2503.06923), `FirstBlockCache` and `MagCache` (arXiv 2506.09045) are diffusers' own, `cache-dit` is the package of that
+name, `Spectrum` (arXiv 2603.01623) is written here from its equations. `Heterogeneous` (arXiv 2605.06892) is no layer's
+cache but a rule that chooses tokens, and takes the place of `metric` in region-adaptive sampling.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.hooks import (
     FirstBlockCacheConfig,
+    MagCacheConfig,
     TaylorSeerCacheConfig,
     apply_first_block_cache,
+    apply_mag_cache,
     apply_taylorseer_cache,
 )
 from diffusers.models.cache_utils import CacheMixin
@@ -25,7 +31,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["METHODS", "Other", "module_flops"]
+from ras_compile.sampling.selection import SelectionInfo
+
+__all__ = ["METHODS", "Heterogeneous", "Other", "calibrated", "module_flops"]
 
 
 class Other:
@@ -64,12 +72,13 @@ class Other:
         module = self.model.get_submodule(part)
         run = self._compiled(module.forward)
 
+        @functools.wraps(module.forward)  # cache-dit looks at its parameters
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.runs[part] += 1
             found = run(*args, **kwargs)
             # SD3's last block has no text to return, and FirstBlockCache subtracts it all the same
             if isinstance(found, tuple) and found[0] is None:
-                return (kwargs["encoder_hidden_states"], *found[1:])
+                return (kwargs["encoder_hidden_states"] if len(args) < 2 else args[1], *found[1:])
             return found
 
         module.forward = forward
@@ -149,23 +158,215 @@ class Cached(Other):
         CacheMixin._reset_stateful_cache(self.model)
 
 
+class CacheDit(Other):
+    """The package cache-dit: its first block decides nothing here, a preset's mask says which steps are computed.
+
+    Args:
+        steps: of a run.
+        mask: "slow", "medium", "fast" or "ultra".
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+
+    def __init__(self, transformer: nn.Module, compiler: str, steps: int, mask: str) -> None:
+        try:
+            package = importlib.import_module("cache_dit")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("cache-dit is not installed: pip install cache-dit") from error
+        super().__init__(transformer, compiler, _blocks(transformer))
+        for part in self.parts:
+            self._count(part)
+        config = package.DBCacheConfig(
+            Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, num_inference_steps=steps,
+            enable_separate_cfg=False, steps_computation_policy="static",
+            steps_computation_mask=package.steps_mask(total_steps=steps, mask_policy=mask),
+        )  # fmt: skip
+        model: Any = self.model
+        if not package.BlockAdapterRegister.is_supported(model):  # it knows SD3's class by its pipeline alone
+            model = package.BlockAdapter(
+                transformer=model, blocks=model.transformer_blocks, forward_pattern=package.ForwardPattern.Pattern_1
+            )
+        package.enable_cache(model, cache_config=config)
+
+
+class Spectrum(Other):
+    """Forecasts the last block's features by a polynomial fitted to all that were computed (arXiv 2603.01623).
+
+    With the steps mapped to x in [-1, 1], T_m the Chebyshev polynomials and Phi[k, m] = T_m(x_k) of the K computed
+    steps, whose features are the rows of H, a step at x has the features phi(x) (Phi' Phi + ridge I)^-1 Phi' H (their
+    equations 12 to 14), blended with the line through the last two. All are sums of the rows of H, whose weights no
+    feature changes. After `warmup` steps one step in `window` is computed, and `window` grows by `growth` each time.
+
+    Args:
+        steps: of a run.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, compiler: str, steps: int, window: float = 2.0, growth: float = 0.75,
+        warmup: int = 5, degree: int = 4, ridge: float = 0.1, blend: float = 0.5,
+    ) -> None:  # fmt: skip
+        super().__init__(transformer, compiler, _blocks(transformer))
+        self.steps, self.degree, self.ridge, self.blend = steps, degree, ridge, blend
+        self.plan = spectrum_plan(steps, window, growth, warmup)
+        self.step, self.kept = 0, None
+        self.at: list[int] = []
+        self.features: list[Tensor] = []
+        for part in self.parts:
+            self._count(part)
+            self._gate(part, last=part == self.parts[-1])
+
+    def _gate(self, part: str, last: bool) -> None:
+        """A block computes, or returns what was computed last: what leaves the last one is then a forecast."""
+        module = self.model.get_submodule(part)
+        run = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.plan[self.step]:
+                return self._forecast() if last else self.kept
+            found = run(*args, **kwargs)
+            if last:
+                self.kept = found
+                self.at.append(self.step)
+                # blocks of joint attention return the text's tokens, then the picture's
+                self.features.append(found[-1] if isinstance(found, tuple) else found)
+            return found
+
+        module.forward = forward
+
+    def _forecast(self) -> Any:
+        weights = spectrum_weights(self.at, self.step, self.steps, self.degree, self.ridge, self.blend)
+        total = torch.zeros_like(self.features[0], dtype=torch.float32)
+        for weight, features in zip(weights, self.features, strict=True):
+            total.add_(features, alpha=weight)
+        hidden = total.to(self.features[0].dtype)
+        return (*self.kept[:-1], hidden) if isinstance(self.kept, tuple) else hidden
+
+    def __call__(self, **inputs: Any) -> Any:
+        found = super().__call__(**inputs)
+        self.step += 1
+        return found
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        self.step, self.kept = 0, None
+        self.at, self.features = [], []
+        with super().around():
+            yield
+        self.kept, self.features = None, []
+
+
+def spectrum_plan(steps: int, window: float, growth: float, warmup: int) -> list[bool]:
+    """Which steps Spectrum computes."""
+    plan, skipped = [], 0
+    for step in range(steps):
+        computed = step < warmup or skipped + 1 >= int(window)
+        if computed and step >= warmup:
+            window += growth
+        skipped = 0 if computed else skipped + 1
+        plan.append(computed)
+    return plan
+
+
+def spectrum_weights(at: Sequence[int], step: int, steps: int, degree: int, ridge: float, blend: float) -> list[float]:
+    """What each of the computed steps `at` weighs in Spectrum's forecast for `step`."""
+
+    def basis(where: Sequence[int]) -> Tensor:
+        x = 2 * torch.tensor(where, dtype=torch.float64) / max(steps - 1, 1) - 1
+        return torch.cos(torch.arange(degree + 1) * torch.acos(x.clamp(-1, 1))[:, None])  # T_m(cos a) = cos(m a)
+
+    phi = basis(at)
+    fitted = basis([step]) @ torch.linalg.solve(phi.T @ phi + ridge * torch.eye(degree + 1, dtype=phi.dtype), phi.T)
+    line = torch.zeros(len(at), dtype=phi.dtype)
+    line[-1] = 1
+    if len(at) > 1:
+        ahead = (step - at[-1]) / (at[-1] - at[-2])
+        line[-1], line[-2] = 1 + ahead, -ahead
+    return (blend * fitted[0] + (1 - blend) * line).tolist()
+
+
+class Heterogeneous:
+    """Heterogeneous step allocation (arXiv 2605.06892) as a `metric`: each token has a divisor, and its turn comes then.
+
+    A quarter of the tokens, those whose noise changed most when it was last computed, is due in each step, the next
+    quarter in every second, the rest in every fourth: the metric is the steps since a token was computed over its divisor.
+    Between its turns a token goes on with the noise that it has, as their cached Euler update, and keys and values are
+    kept in step by the compiled program. How their paper groups tokens is known to us by its summary alone.
+    """
+
+    DIVISORS = (1, 2, 4, 4)  # of the quarters
+
+    def __init__(self) -> None:
+        self.kept: dict[torch.Size, tuple[int, Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, noise: Tensor, info: SelectionInfo) -> Tensor:
+        """The metric [b, n] of noise [b, n, c]."""
+        step, last, change, age = self.kept.get(noise.shape, (info.step, None, None, None))
+        if last is None or info.step <= step:
+            change, age = noise.new_zeros(noise.shape[:2]), noise.new_zeros(noise.shape[:2])
+        else:
+            new = (noise != last).any(-1)
+            change = torch.where(new, (noise - last).float().norm(dim=-1).to(noise.dtype) / (age + 1), change)
+            age = torch.where(new, 0, age + 1)
+        self.kept[noise.shape] = info.step, noise.clone(), change, age
+        rank = change.argsort(-1, descending=True).argsort(-1)  # 0 is the token that changed most
+        divisors = torch.tensor(self.DIVISORS, device=noise.device)[rank * len(self.DIVISORS) // noise.shape[1]]
+        return (age + 1).float() / divisors
+
+
 def _blocks(transformer: nn.Module) -> list[str]:
-    return [f"transformer_blocks.{index}" for index in range(len(transformer.transformer_blocks))]
+    """Names of the blocks, by whichever of two names the class has them."""
+    (name,) = (name for name in ("transformer_blocks", "blocks") if hasattr(transformer, name))
+    return [f"{name}.{index}" for index in range(len(getattr(transformer, name)))]
 
 
-def _attention(transformer: nn.Module, compiler: str, warmup: int, every: int) -> Other:
+def calibrated(draw: Callable[[Other], Any], transformer: nn.Module, steps: int) -> list[float]:
+    """The ratios that MagCache asks for, one a step, by the calibration of diffusers.
+
+    Args:
+        draw: draws some pictures in `steps` steps with the model that it is given.
+        transformer: left as it is.
+        steps: of a run.
+    """
+    # one step more, or the last one would forget the ratios
+    config = MagCacheConfig(num_inference_steps=steps + 1, calibrate=True)
+    parts = _blocks(transformer)
+    found: list[float] = []
+
+    def apply(model: nn.Module) -> None:
+        apply_mag_cache(model, config)
+        model.get_submodule(parts[-1]).register_forward_hook(lambda *_: found.__setitem__(slice(None), ratios(model)))
+
+    def ratios(model: nn.Module) -> list[float]:
+        hook = model.get_submodule(parts[0])._diffusers_hook.get_hook("mag_cache_leader_block_hook")
+        return hook.state_manager.get_state().calibration_ratios
+
+    draw(Cached(transformer, "eager", apply, parts))
+    return found
+
+
+def _mag(
+    transformer: nn.Module, compiler: str, steps: int, threshold: float, ratios: Sequence[float], skips: int = 3
+) -> Other:
+    config = MagCacheConfig(
+        threshold=threshold, max_skip_steps=skips, num_inference_steps=steps, mag_ratios=list(ratios)
+    )
+    return Cached(transformer, compiler, lambda model: apply_mag_cache(model, config), _blocks(transformer))
+
+
+def _attention(transformer: nn.Module, compiler: str, steps: int, warmup: int, every: int) -> Other:
     def computed(step: int) -> bool:  # as warm-up and error resets of region-adaptive sampling
         return step < warmup or (step > warmup and (step - warmup) % every == 0)
 
     return AttentionReuse(transformer, compiler, computed)
 
 
-def _first_block(transformer: nn.Module, compiler: str, threshold: float) -> Other:
+def _first_block(transformer: nn.Module, compiler: str, steps: int, threshold: float) -> Other:
     config = FirstBlockCacheConfig(threshold=threshold)
     return Cached(transformer, compiler, lambda model: apply_first_block_cache(model, config), _blocks(transformer))
 
 
-def _taylor(transformer: nn.Module, compiler: str, interval: int, order: int) -> Other:
+def _taylor(transformer: nn.Module, compiler: str, steps: int, interval: int, order: int) -> Other:
     config = TaylorSeerCacheConfig(
         cache_interval=interval, max_order=order, use_lite_mode=True, taylor_factors_dtype=torch.float32
     )
@@ -173,11 +374,14 @@ def _taylor(transformer: nn.Module, compiler: str, interval: int, order: int) ->
     return Cached(transformer, compiler, lambda model: apply_taylorseer_cache(model, config), parts)
 
 
-# name of a method -> (transformer, compiler, **options) -> the model
+# name of a method -> (transformer, compiler, steps, **options) -> the model
 METHODS: dict[str, Callable[..., Other]] = {
     "attention reuse": _attention,
     "FirstBlockCache": _first_block,
+    "MagCache": _mag,
+    "Spectrum": Spectrum,
     "TaylorSeer": _taylor,
+    "cache-dit": CacheDit,
 }
 
 

@@ -14,6 +14,7 @@ import json
 import platform
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,16 @@ class Results:
         torch.save(self.scores, partial)
         partial.replace(self.scores_file)
         partial = self.file.with_suffix(".tmp")
-        partial.write_text(json.dumps(_plain(self.content), indent=1) + "\n")
+        partial.write_text(json.dumps(rounded(self.content), indent=1) + "\n")
         partial.replace(self.file)
 
 
-def _plain(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Numbers to six digits; what is no number (an interval of one picture) becomes null."""
     if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
+        return {name: rounded(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [rounded(entry) for entry in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     return value
@@ -137,21 +138,12 @@ class Bench:
         scenes = measure.scenes_of(args.n, PROMPT_SEED)
         self.facts = measure.facts_of(scenes, device)
         self.judge = measure.load(EMOJI / "judge.safetensors", device)
-        atlas = measure.Atlas(args.cache, device)
-
-        def real(count: int, seed: int) -> tuple[Tensor, Facts]:
-            facts = measure.facts_of(measure.scenes_of(count, seed), device)
-            parts = [
-                measure.compose(atlas, {name: value[at : at + args.batch] for name, value in facts.items()})
-                for at in range(0, count, args.batch)
-            ]
-            return ((torch.cat(parts) + 1) * 127.5).round().to(torch.uint8), facts
-
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.sampler = Sampler([s.caption for s in scenes], args.batch, device, dtype, args.inner_backend, GUIDANCE)
+        real = partial(self.sampler.kind.real, args.cache, device=device, batch=args.batch)
         pictures, facts = real(args.real, REAL_SEED)
         self.distances = Distances.to(self.look(pictures, facts), facts)
         self.floor = real(args.n, FLOOR_SEED)
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.sampler = Sampler([s.caption for s in scenes], args.batch, device, dtype, args.inner_backend, GUIDANCE)
         self.prices = Prices(self.sampler)
         self.prices(1, {}, [])
         self.dense: Drawn | None = None
@@ -195,7 +187,7 @@ class Bench:
         """The pictures of a method that skips layers."""
         plain = self.sampler.plain
         self.layers = self.layers or module_flops(plain, self.sampler.one_call())
-        model = METHODS[setting.method](plain, self.args.inner_backend, **setting.options)
+        model = METHODS[setting.method](plain, self.args.inner_backend, setting.steps, **setting.options)
         scheduler = self.sampler.scheduler(setting.sampler)
         drawn = self.sampler.draw(model, scheduler, self.args.n, setting.steps, bar=bar.update, around=model.around)
         drawn.flops = model.flops(setting.steps, self.layers)

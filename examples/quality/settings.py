@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from others import Heterogeneous
 from torch import Tensor
 
 from ras_compile.config import RASConfig
@@ -147,14 +148,83 @@ def table_c() -> list[Setting]:
     return [default, *tried, *faster, *programs, *layers]
 
 
-def frontier() -> list[Setting]:
-    """What a picture costs and how near it comes to the exact one: dense steps of three solvers, the paper's choice of
-    tokens, drift, drift with its budget at the ends of the run, forecasts and frequent dense steps; budgets that follow from
-    the expected error, by step or by a tolerance; and the presets.
+def frontier(rows: str = "points,caches") -> list[Setting]:
+    """What a picture costs and how near it comes to the exact one: the rows of groups of `FRONTIER`, each row once.
+
+    Args:
+        rows: names of groups, with commas between them; "all" for all.
+
+    Raises:
+        ValueError: there is no such group.
     """
-    dense = [Setting("dense", steps, sampler) for sampler, counts in (
-        ("euler", (28,)), ("even", (7, 10, 14, 20)), ("dpm++", (8, 10, 14, 20, 28, 40)),
-    ) for steps in counts]  # fmt: skip
+    names = list(FRONTIER) if rows == "all" else rows.split(",")
+    for name in names:
+        if name not in FRONTIER:
+            raise ValueError(f"{name!r} is no group of rows: take {', '.join(FRONTIER)} or all")
+    return list({setting.key: setting for name in names for setting in FRONTIER[name]()}.values())
+
+
+def points() -> list[Setting]:
+    """Region-adaptive rows from 0.9 to 3.2 ms (of the first model, on an H200), and plain steps of about the same times."""
+    adaptive = [
+        preset("fast", 14, "euler"),
+        *(preset("quality", steps) for steps in (14, 17, 19, 22, 25, 29, 36, 40)),
+        *(preset("balanced", steps) for steps in (20, 28)),
+    ]
+    plain = (("dpm++", (7, 9, 10, 12, 14, 16, 18, 22, 25, 28)), ("even", (7, 10, 14)), ("unipc", (10, 20)))
+    return adaptive + [Setting("dense", steps, sampler) for sampler, counts in plain for steps in counts]
+
+
+def caches() -> list[Setting]:
+    """Whole layers reused or forecast, with the solver that serves region-adaptive rows best; and another rule for tokens."""
+
+    def other(method: str, variant: str, *counts: int, **options: Any) -> list[Setting]:
+        return [Setting(method, steps, "dpm++", options, variant) for steps in counts]
+
+    rule = dict(
+        metric=Heterogeneous(), starvation_scale=0.0, reset_interval=None, noise_reuse="hold", ratio_schedule="constant"
+    )
+    return [
+        *other("TaylorSeer", "computed every 2 steps", 28, interval=2, order=1),
+        *other("TaylorSeer", "computed every 3 steps", 28, 20, interval=3, order=1),
+        *other("FirstBlockCache", "threshold 0.1", 28, threshold=0.1),
+        *other("FirstBlockCache", "threshold 0.2", 28, 20, threshold=0.2),
+        *other("MagCache", "threshold 0.06", 28, threshold=0.06),
+        *other("MagCache", "threshold 0.12", 28, 20, threshold=0.12),
+        *other("Spectrum", "every second step", 28, growth=0.0),
+        *other("Spectrum", "growing window", 28, 40),
+        *(row for mask in ("slow", "medium", "fast") for row in other("cache-dit", f"preset {mask}", 28, mask=mask)),
+        *other("RAS", "heterogeneous steps", 28, sample_ratio=0.25, **rule),
+        *other("RAS", "heterogeneous steps", 20, sample_ratio=0.5, **rule),
+    ]
+
+
+def solvers() -> list[Setting]:
+    """Plain steps from 5 to 40 of three solvers."""
+    return [
+        Setting("dense", steps, sampler)
+        for sampler in ("even", "dpm++", "unipc")
+        for steps in (5, 7, 10, 14, 20, 28, 40)
+    ] + [Setting("dense", 28)]
+
+
+def preset(name: str, steps: int, sampler: str = "dpm++") -> Setting:
+    """Region-adaptive sampling by a preset."""
+    return Setting("RAS", steps, sampler, dict(preset=name), f"preset {name}")
+
+
+def presets() -> list[Setting]:
+    """The presets as pipelines and users have them."""
+    return [
+        preset("paper", 28, "euler"), preset("fast", 14, "euler"), preset("fast", 28, "euler"),
+        preset("balanced", 20), preset("balanced", 28, "euler"), preset("quality", 20), preset("quality", 28),
+    ]  # fmt: skip
+
+
+def sweep() -> list[Setting]:
+    """The paper's choice of tokens, drift, drift with its budget at the ends of the run, forecasts and frequent dense
+    steps; budgets that follow from the expected error, by step or by a tolerance.
+    """
     shares = ((28, 0.125), (28, 0.25), (28, 0.5), (20, 0.25), (14, 0.25))
     chosen = [ras(steps, ratio, metric, metric=metric) for steps, ratio in shares for metric in ("std", "drift")]
     few = [
@@ -184,14 +254,12 @@ def frontier() -> list[Setting]:
         ras(28, 0.22, f"drift, tolerance {bound:g}, forecast", metric="drift", noise_reuse="forecast", tolerance=bound)
         for bound in (0.02, 0.05, 0.1)
     ]  # fmt: skip
-    named = [
-        Setting("RAS", steps, sampler, dict(preset=name), f"preset {name}")
-        for name, steps, sampler in (
-            ("paper", 28, "euler"), ("fast", 14, "euler"), ("fast", 28, "euler"), ("balanced", 20, "dpm++"),
-            ("balanced", 28, "euler"), ("quality", 20, "dpm++"), ("quality", 28, "dpm++"),
-        )
-    ]  # fmt: skip
-    return [*dense, *chosen, *few, *ends, *by_error, *named]
+    return [*chosen, *few, *ends, *by_error]
+
+
+FRONTIER: dict[str, Callable[[], list[Setting]]] = {
+    "points": points, "caches": caches, "solvers": solvers, "presets": presets, "sweep": sweep,
+}  # fmt: skip
 
 
 def at_ends(steps: int, every: int) -> float:

@@ -74,8 +74,13 @@ def loss(watcher: Watcher, videos: torch.Tensor, batch: dict[str, torch.Tensor])
 @torch.no_grad()
 def verdict(watcher: Watcher, videos: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Right or wrong, `b` bool: `objects` (each cell holds what it should and nothing else), their `colours`, ..."""
+    return right(watcher(videos), batch)
+
+
+def right(logits: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The verdict of answers that the judge has given already."""
     want = targets(batch)
-    got = {name: logits.argmax(-1) for name, logits in watcher(videos).items()}
+    got = {name: odds.argmax(-1) for name, odds in logits.items()}
     there = want["item"] > 0
     return {
         "objects": (got["item"] == want["item"]).all(1),
@@ -84,6 +89,26 @@ def verdict(watcher: Watcher, videos: torch.Tensor, batch: dict[str, torch.Tenso
         "background": got["background"] == want["background"],
         "fill": got["fill"] == want["fill"],
     }
+
+
+def scores(logits: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Per video, float32 `b`: `alignment`, `accuracy` (all of the verdict, 1 or 0), and the parts of the verdict.
+
+    `alignment` is the mean log-probability (nats) that the judge gives to what the caption says: each object in its
+    cell, its colour and motion, the background's colour and fill.
+    """
+    want = targets(batch)
+    there = want["item"] > 0
+    known = {name: there if name in _CELL else torch.ones_like(there[:, :1]) for name in want}
+    odds = {
+        name: value.float().log_softmax(-1).gather(-1, want[name][..., None])[..., 0].reshape(len(there), -1)
+        for name, value in logits.items()
+    }
+    total = sum((odds[name] * known[name]).sum(1) for name in want)
+    hits = right(logits, batch)
+    found = {"alignment": total / sum(mask.sum(1) for mask in known.values())}
+    found["accuracy"] = torch.stack(list(hits.values())).all(0).float()
+    return found | {name: hit.float() for name, hit in hits.items()}
 
 
 def load(file: Path, device: str) -> Watcher:

@@ -130,6 +130,12 @@ def test_judge_of_videos_is_asked_what_is_in_each_cell():
         held = [(item - 1, way - 1) for item, way in zip(want["item"][row], want["motion"][row], strict=True) if item]
         names = [watch.MOVERS.index(motion.OBJECTS[item]) for item in clip.items]
         assert sorted(held) == sorted(zip(names, clip.motions, strict=True))
+    logits = {
+        name: 30.0 * torch.nn.functional.one_hot(index, 1 + int(index.max())).float() for name, index in want.items()
+    }
+    assert watch.scores(logits, batch)["accuracy"].all() and watch.scores(logits, batch)["alignment"].min() > -1e-4
+    logits["motion"] = logits["motion"].roll(1, -1)
+    assert not watch.scores(logits, batch)["motions"].any() and watch.scores(logits, batch)["colours"].all()
     judge = watch.Watcher().eval()
     right = watch.verdict(judge, torch.zeros(30, 3, 9, 64, 64), batch)
     assert set(right) == {"objects", "colours", "motions", "background", "fill"}
@@ -183,8 +189,9 @@ def test_pictures_are_those_of_the_pipeline(untrained, name, solver, more):
         pictures = pictures.transpose(1, 2).flatten(2, 3)
     assert (drawn.pictures - pictures * 255).abs().max() < 0.51
     assert drawn.pictures.float().std() > 10
-    right = kind.right(kind.judge("cpu"), drawn.pictures, facts, 2)
-    assert right.shape == (2,) and set(right.tolist()) <= {0.0, 1.0}
+    looks = kind.looks(kind.judge("cpu"), drawn.pictures, facts, 2)
+    assert set(looks.scores["accuracy"].tolist()) <= {0.0, 1.0} and (looks.scores["alignment"] < 0).all()
+    assert len(looks.features) == 2 and looks.spatial.shape == (2, 7 * 8 * 8)
     adaptive = drawer.adaptive(2, 6, {"preset": "paper"}, solver)
     assert {kind for kind, _ in adaptive.kinds} == {"dense", "sparse"}
     drawer.detach()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import sys
 from functools import cache
 
 import numpy as np
@@ -166,7 +168,7 @@ def call(seed: int) -> dict:
 @torch.no_grad()
 def test_attention_is_reused_whole():
     plain = small()
-    model = others.METHODS["attention reuse"](plain, "eager", warmup=1, every=2)
+    model = others.METHODS["attention reuse"](plain, "eager", 4, warmup=1, every=2)
     with model.around():
         found = [model(**call(seed))[0] for seed in range(4)]
         runs = dict(model.runs)
@@ -182,19 +184,76 @@ def test_attention_is_reused_whole():
 
 
 @pytest.mark.parametrize("name, options", [("FirstBlockCache", {"threshold": 1e9}),
+                                           ("MagCache", {"threshold": 1e9, "ratios": [1.0] * 6}),
+                                           ("Spectrum", {"warmup": 2, "window": 3.0}),
                                            ("TaylorSeer", {"interval": 3, "order": 1})])  # fmt: skip
 @torch.no_grad()
 def test_caches_skip_blocks_and_forget(name, options):
     plain = small()
-    model = others.METHODS[name](plain, "eager", **options)
+    model = others.METHODS[name](plain, "eager", 6, **options)
+    passes = []
     for _ in range(2):
         with model.around():
             found = [model(**call(seed))[0] for seed in range(6)]
+        passes.append(torch.stack(found))
         assert torch.allclose(found[0], plain(**call(0))[0], atol=1e-5)
         assert not torch.allclose(found[5], plain(**call(5))[0], atol=1e-2)
         assert model.runs[model.parts[1]] < 6
+    assert torch.equal(*passes)
     prices = others.module_flops(plain, call(0))
     assert 0 < model.flops(6, prices) < 6 * prices[""]
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install cache-dit"):
+        others.METHODS["cache-dit"](small(), "eager", 28, mask="fast")
+
+
+@torch.no_grad()
+def test_ratios_are_those_of_the_blocks_changes():
+    plain, changes = small(), []
+    first, *_, last = plain.transformer_blocks
+    given: list[torch.Tensor] = []
+    first.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    last.register_forward_hook(lambda module, args, out: changes.append((out[1] - given[-1]).norm(dim=-1)))
+    for seed in range(3):
+        plain(**call(seed))
+    first._forward_pre_hooks.clear(), last._forward_hooks.clear()
+
+    def draw(model):
+        with model.around():
+            for seed in range(3):
+                model(**call(seed))
+
+    want = [1.0, *((after / before).mean().item() for before, after in itertools.pairwise(changes))]
+    assert others.calibrated(draw, plain, 3) == pytest.approx(want, rel=1e-4)
+
+
+def test_spectrum_goes_on_as_a_polynomial_does():
+    at, steps = [0, 1, 2, 3, 4, 6, 9], 20
+    curve = lambda step: 3 - 0.5 * step + 0.2 * step**2  # noqa: E731  (a formula)
+    fitted = others.spectrum_weights(at, 12, steps, degree=4, ridge=1e-10, blend=1.0)
+    assert sum(w * curve(t) for w, t in zip(fitted, at, strict=True)) == pytest.approx(curve(12), rel=1e-4)
+    line = others.spectrum_weights(at, 12, steps, degree=4, ridge=0.1, blend=0.0)
+    assert line == pytest.approx([0, 0, 0, 0, 0, -1, 2])  # of steps 6 and 9
+    both = others.spectrum_weights(at, 12, steps, degree=4, ridge=1e-10, blend=0.5)
+    assert both == pytest.approx([(a + b) / 2 for a, b in zip(fitted, line, strict=True)])
+    plan = others.spectrum_plan(12, window=2.0, growth=1.0, warmup=3)
+    assert [step for step, computed in enumerate(plan) if computed] == [0, 1, 2, 4, 7, 11]
+
+
+def test_tokens_take_their_turns_by_what_changed():
+    rule = others.Heterogeneous()
+    info = [ras_compile.sampling.selection.SelectionInfo(step=step) for step in range(3)]
+    noise = torch.zeros(1, 8, 2)
+    rule(noise, info[0])
+    noise = noise + torch.arange(1, 9)[None, :, None]  # the last two change most
+    assert rule(noise, info[1]).tolist() == [[0.25] * 4 + [0.5] * 2 + [1.0] * 2]
+    assert rule(noise, info[2]).tolist() == [[0.5] * 4 + [1.0] * 2 + [2.0] * 2]  # none was computed
+    assert rule(noise, info[0]).max() == 1  # another run
 
 
 @pytest.fixture
@@ -250,7 +309,10 @@ def test_a_stopped_run_goes_on(tiny, monkeypatch, tmp_path, capsys):
 
 
 def test_settings_of_the_frontier():
-    rows = chosen.frontier()
+    rows = chosen.frontier("all")
+    assert {row.key for row in chosen.frontier("points,caches")} < {row.key for row in rows}
+    with pytest.raises(ValueError, match="'tables' is no group of rows: take points, "):
+        chosen.frontier("points,tables")
     assert len({row.key for row in rows}) == len(rows)
     for row in rows:
         if row.method == "RAS":
@@ -260,32 +322,45 @@ def test_settings_of_the_frontier():
                 sparse = [step for step in range(row.steps) if schedule.kind(step) == "sparse"]
                 assert max(schedule.ratio(step, row.steps) for step in sparse) == pytest.approx(0.5)
         else:
-            assert row.method == "dense" and not row.options
+            assert row.method in others.METHODS or (row.method == "dense" and not row.options)
 
 
 def test_the_frontier_takes_turns(tiny, monkeypatch, tmp_path, capsys):
+    def broken(noise, info):
+        raise RuntimeError("no such thing\nat all")
+
     fast = dict(warmup_steps=1)
     rows = [
         chosen.Setting("dense", 2, "even"),
         chosen.ras(3, 0.25, "drift", metric="drift", **fast),
         chosen.Setting("RAS", 3, "dpm++", dict(preset="quality", **fast), "preset quality"),
+        chosen.Setting("MagCache", 3, "even", dict(threshold=1e9)),
+        chosen.ras(3, 0.25, "broken", metric=broken, **fast),
     ]
-    monkeypatch.setattr(frontier, "frontier", lambda: rows)
+    monkeypatch.setattr(frontier, "frontier", lambda names: rows)
     order, one_batch = [], Sampler.one_batch
     monkeypatch.setattr(
-        Sampler, "one_batch", lambda self, model, scheduler, at, *given: order.append((at, type(scheduler).__name__))
-        or one_batch(self, model, scheduler, at, *given),
+        Sampler, "one_batch", lambda self, model, scheduler, at, *given, **more:
+        order.append((at, type(scheduler).__name__)) or one_batch(self, model, scheduler, at, *given, **more),
     )  # fmt: skip
     given = ["--out", str(tmp_path / "out"), "--n", "2", "--batch", "1", "--turns", "2", "--exact-steps", "2"]
-    frontier.main([*given, "--device", "cpu", "--inner-backend", "eager"])
-    turn = ["EvenEuler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
-    assert [at for at, _ in order] == [0] + [0] * 3 + [1] * 3 + [0] * 3
-    assert [name for _, name in order[1:]] == turn * 3
+    frontier.main([*given, "--device", "cpu", "--inner-backend", "eager", "--cache", str(tmp_path)])
+    turn = ["EvenEuler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "EvenEuler"]
+    exact, *first = order[:7]
+    assert exact[0] == 0 and [name for _, name in first] == [*turn[:3], *turn[-1:] * 2, turn[1]]  # one calibrates
+    assert [at for at, _ in first] == [0] * 6 and [at for at, _ in order[7:]] == [1] * 4 + [0] * 4
+    assert [name for _, name in order[7:]] == turn * 2
     found = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
     assert [row["key"] for row in found] == [row.key for row in rows]
-    assert all(row["n"] == 2 and row["psnr"] > 5 and len(row["ms_turns"]) == 2 for row in found)
+    *found, failed = found
+    assert failed["failed"] == "RuntimeError: no such thing" and failed["options"]["metric"] == "function"
+    assert all(row["n"] == 2 and row["psnr"] > 5 and len(row["ms_turns"]) == 2 and row["took"] > 0 for row in found)
+    assert all({"fid", "sfid", "alignment_5th", "accuracy_ci", "psnr_5th_ci", "ssim_5th"} <= set(row) for row in found)
     assert found[0]["work"] == 1 and 0.4 < found[1]["work"] < 0.6 and found[1]["active"] == [1024, 256, 256]
-    assert len([line for line in capsys.readouterr().out.splitlines() if " ms  work " in line]) == 3
+    assert found[3]["work"] < 1
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if " ms  work " in line]) == 4
+    assert "broken failed: RuntimeError: no such thing" in out
     frontier.main([*given, "--only", "quality", "--list"])
     assert capsys.readouterr().out == rows[2].key + "\n"
 
