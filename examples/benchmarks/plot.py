@@ -20,7 +20,7 @@ OTHER = "#72b7b2"
 def _label(row: dict) -> str:
     if row["sample_ratio"] is None:
         return row["method"]
-    return f"{row['method']} {row['sample_ratio']:.4g}" + (" frozen" if row["context"] == "frozen" else "")
+    return f"{row['method']} {row['sample_ratio']}" + (" frozen" if row["context"] == "frozen" else "")
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Rows of a benchmark and the file that holds them: `{"meta": {...}, "rows": [{...}, ...]}`.
 
-A row is one way of sampling one model. Its key is (model, method, sample_ratio, context).
+A row is one way of sampling one model. Its key is (model, method, sample_ratio, context); the ratio may be a preset's name.
 
     seconds                 one run of the sampling loop, median of the repeats
     x_compiled, x_eager     how many times faster than compiled dense and eager sampling of the same number of steps
@@ -49,7 +49,7 @@ SAME = ("gpu", "torch", "cuda", "triton", "diffusers", "size", "dtype")
 
 
 def new_row(
-    model: str, method: str, sample_ratio: float | None = None, context: str | None = None, **more: Any
+    model: str, method: str, sample_ratio: float | str | None = None, context: str | None = None, **more: Any
 ) -> dict:
     """A row with every column, None where nothing is known yet."""
     row = dict.fromkeys(COLUMNS) | dict(model=model, method=method, sample_ratio=sample_ratio, context=context)
@@ -109,7 +109,7 @@ def merge(old: dict, new: dict) -> dict:
 
 
 def _in_order(rows: list[dict]) -> list[dict]:
-    """By model and method, in the order in which these first appear, then by context, then the largest ratio first."""
+    """By model and method, in the order in which these first appear, then by context, the largest ratio first, then presets."""
     models, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "method"))
     return sorted(
         rows,
@@ -117,6 +117,6 @@ def _in_order(rows: list[dict]) -> list[dict]:
             models.index(row["model"]),
             methods.index(row["method"]),
             row["context"] or "",
-            -(row["sample_ratio"] or 0),
+            (1.0, row["sample_ratio"]) if isinstance(row["sample_ratio"], str) else (-(row["sample_ratio"] or 0), ""),
         ),
     )

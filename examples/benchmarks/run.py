@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import METHODS, NotAvailable, Setup, Way, set_up, ways_of
 
 import ras_compile
+from ras_compile.config import PRESETS
 
 __all__ = ["main"]
 
@@ -48,7 +49,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=sorted(MODELS), required=True)
     parser.add_argument("--methods", default="eager,compile,ras,fewer-steps", help=f"some of {','.join(METHODS)}")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.125])
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.5, 0.25, 0.125])
+    parser.add_argument(
+        "--presets", nargs="*", default=[], choices=list(PRESETS), help="rows of RAS beside the ratios'"
+    )
     parser.add_argument("--contexts", nargs="+", default=["fresh", "frozen"], choices=["fresh", "frozen"])
     parser.add_argument("--steps", type=int, help="steps of a run; by default the model's")
     parser.add_argument("--repeats", type=int, default=3)
@@ -65,7 +69,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.repeats < 1 or (args.steps is not None and args.steps < 2):
         parser.error("--repeats takes at least 1, --steps at least 2")
     try:
-        args.ways = ways_of(args.methods.split(","), args.ratios, args.contexts)
+        args.ways = ways_of(args.methods.split(","), [*args.ratios, *args.presets], args.contexts)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -132,7 +136,7 @@ class Bench:
         """One run of a way; returns the latents."""
         work = self.work
         count = steps or work.steps
-        if setup.handle is not None:  # a run that only warms up is shorter than where its resets would be
+        if setup.resets:  # a run that only warms up is shorter than where its resets would be
             setup.handle.configure(reset_steps=tuple(step for step in setup.resets if step < count))
         work.transformer._compiled_call_impl = setup.compiled
         try:
@@ -216,13 +220,14 @@ class Bench:
 
     def _set_up(self, way: Way) -> tuple[Setup, Memory]:
         """The way, ready to run. The ratios of RAS share one attached pipeline, as they would in a server."""
-        if way.method == "ras" and way.context in self._adaptive:
+        shared = way.method == "ras" and not isinstance(way.sample_ratio, str)
+        if shared and way.context in self._adaptive:
             setup, memory = self._adaptive[way.context]
             setup.handle.configure(sample_ratio=way.sample_ratio)
             return setup, memory
         memory = Memory(self.device, self.weights)
         setup = set_up(self.work, way, self.args.inner_backend, self.args.options)
-        if way.method == "ras":
+        if shared:
             self._adaptive[way.context] = setup, memory
         return setup, memory
 
@@ -270,7 +275,7 @@ class Bench:
             ratio = statistics.fmean(
                 cost.flop_ratio(active) if kind == "sparse" else 1.0 for kind, active in kinds.values()
             )
-            row |= dict(cache_gb=cost.cache_bytes * work.branches / 1e9, resets=list(work.resets), warmup=WARMUP)
+            row |= dict(cache_gb=cost.cache_bytes * work.branches / 1e9, resets=list(setup.resets), warmup=WARMUP)
         elif setup.exclusive:
             ratio = self.counted_flops(setup, work.steps) / (flops * work.steps) if flops else None
         row |= dict(flop_ratio=ratio, dense_tflop=flops / 1e12 if flops else None)
@@ -386,7 +391,7 @@ def _line(row: dict) -> str:
     """A row for the terminal."""
     name = f"{row['model']} {row['method']}"
     if row["sample_ratio"] is not None:
-        name += f" {row['sample_ratio']:.1%} {row['context']}"
+        name += f" {row['sample_ratio']} {row['context']}"
     figures = [
         f"{label} {row[column]:.3f}"
         for label, column in (

@@ -69,10 +69,10 @@ def _line(cells: Any) -> str:
 def _name(row: dict) -> str:
     if row["method"] == "ras":
         frozen = ", frozen text" if row["context"] == "frozen" else ""
-        return f"**RAS {row['sample_ratio']:.4g}**{frozen}"
+        return f"**RAS {row['sample_ratio']}**{frozen}"
     if row["method"] == "fewer-steps":
         frozen = ", frozen text" if row["context"] == "frozen" else ""
-        return f"fewer steps, the time of RAS {row['sample_ratio']:.4g}{frozen}"
+        return f"fewer steps, the time of RAS {row['sample_ratio']}{frozen}"
     name = NAMES.get(row["method"], row["method"])
     return f"{name}, not compiled" if row.get("compiled") is False else name
 

@@ -41,10 +41,10 @@ class NotAvailable(Exception):
 
 @dataclass(frozen=True)
 class Way:
-    """One row: a method, with the ratio and the context of RAS (of the RAS row with the same cost for "fewer-steps")."""
+    """One row: a method, with ratio (or preset) and context of RAS (of the RAS row with the same cost for "fewer-steps")."""
 
     method: str
-    sample_ratio: float | None = None
+    sample_ratio: float | str | None = None
     context: str | None = None
 
 
@@ -79,8 +79,13 @@ class Setup:
     note: dict[str, Any] = field(default_factory=dict)
 
 
-def ways_of(methods: Sequence[str], ratios: Sequence[float], contexts: Sequence[str]) -> list[Way]:
+def ways_of(methods: Sequence[str], ratios: Sequence[float | str], contexts: Sequence[str]) -> list[Way]:
     """The rows to measure, in order; "fewer-steps" stands behind every row of RAS.
+
+    Args:
+        methods: some of `METHODS`.
+        ratios: of RAS; a preset's name is a row with that preset's options.
+        contexts: of RAS.
 
     Raises:
         ValueError: an unknown method.
@@ -141,12 +146,15 @@ class Pipe:
 def _ras(work: Workload, way: Way, inner_backend: str, options: dict[str, Any]) -> Setup:
     scheduler = work.scheduler()
     pipe = Pipe(work.transformer, scheduler)
-    chosen = dict(
-        sample_ratio=way.sample_ratio, context=way.context, warmup_steps=WARMUP, reset_steps=work.resets,
-        unsupported="error", inner_backend=inner_backend,
-        # as many tokens in each sparse step, so that a row has one ratio; the metric hardly counts in the time
-        metric="std", ratio_schedule="constant", noise_reuse="hold",
-    )  # fmt: skip
+    chosen: dict[str, Any] = dict(context=way.context, unsupported="error", inner_backend=inner_backend)
+    if isinstance(way.sample_ratio, str):
+        chosen |= dict(preset=way.sample_ratio)
+    else:
+        chosen |= dict(
+            sample_ratio=way.sample_ratio, warmup_steps=WARMUP, reset_steps=work.resets,
+            # as many tokens in each sparse step, so that a row has one ratio; the metric hardly counts in the time
+            metric="std", ratio_schedule="constant", noise_reuse="hold",
+        )  # fmt: skip
     handle = ras_compile.attach(pipe, **chosen | options)
     compiled, work.transformer._compiled_call_impl = work.transformer._compiled_call_impl, None
 
