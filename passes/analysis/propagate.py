@@ -66,12 +66,20 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
     if 0 in frame.shape:
         raise UnsupportedGraph(f"`{_name(latent)}` {list(frame.shape)} is empty")
     apart: set[fx.Node] = set()
+    packed = False
     frame = joined_by(graph, frame)
     for _ in range(ROUNDS):
+        if (
+            not frame.region and frame.batch is not None
+        ):  # no more than one dimension is left: of tokens, if it is mixed
+            packed, frame = True, frame.unbatched()
         if not frame.region:
             break
         try:
-            return _round(graph, latent, frame, kv_cache, apart)
+            found = _round(graph, latent, frame, kv_cache, apart)
+            if packed and not any(Use.WHOLE in step.uses for step in found.steps.values()):
+                break
+            return found
         except Restart as fact:
             if isinstance(fact, Refine) and fact.atom == frame.batch:
                 frame = frame.unbatched()

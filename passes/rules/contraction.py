@@ -11,7 +11,7 @@ from torch import fx
 
 from ras_compile.passes.algebra.layout import Axis, Dim, Exclude, Layout, Unbatch, atoms_of, opaque, paired
 from ras_compile.passes.algebra.order import Atom
-from ras_compile.passes.rules.pointwise import dense_use
+from ras_compile.passes.rules.pointwise import broadcast, dense_use, rows_or_gather
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
 
 aten = torch.ops.aten
@@ -230,6 +230,17 @@ def distances(call: Call) -> Step:
         return call.whole()
     left, right, out = matmul_labels(rank, rank)
     return contract(call, [Term(first, left), Term(second, (*right[:-2], right[-1], right[-2]))], out)
+
+
+@rule_for(aten.linalg_cross.default)
+def cross(call: Call) -> Step:
+    """`... 3, ... 3 -> ... 3`: what stands in one dimension is combined, in the latent itself as in any channels."""
+    dim, out = call.args["dim"], broadcast(call, call.operands, call.shape)
+    if out is None:
+        return call.whole()
+    if out.raw and region_atoms(call, [out.dims[dim]]):
+        raise Exclude(region_atoms(call, [out.dims[dim]]))
+    return call.whole() if grid_atoms(call, [out.dims[dim]]) else Step(out, rows_or_gather(call, out))
 
 
 @rule_for(aten.addmm.default, aten.baddbmm.default)

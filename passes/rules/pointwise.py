@@ -66,6 +66,7 @@ def rows_or_gather(call: Call, out: Layout) -> tuple[Use | Gather, ...]:
 
 @rule_for(aten._to_copy.default, aten.copy.default, aten.alias.default, aten.detach.default, aten.dropout.default)
 @rule_for(aten.clone.default, aten.contiguous.default, aten.lift_fresh.default)
+@rule_for(aten.masked_fill.Tensor, aten.floor_divide.Scalar, aten.rsub.Tensor)
 @rule_for(aten.log_sigmoid.default, aten.hardswish.default, aten.polar.default, aten.floor_divide.default)
 @rule_for(aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten._prelu_kernel.default)
 @rule_for(aten.real.default, aten.imag.default, aten.conj.default, aten.resolve_conj.default, aten.complex.default)

@@ -32,6 +32,8 @@ def carries(call: Call, layout: Layout, dims: Sequence[int]) -> bool:
     aten.var_mean.correction, aten.prod.dim_int, aten.logsumexp.default, aten.linalg_vector_norm.default,
     aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim, aten.norm.ScalarOpt_dim,
     aten.median.dim, aten.var_mean.dim, aten.std_mean.correction, aten.count_nonzero.default, aten.aminmax.default,
+    aten.max.default, aten.min.default, aten.median.default, aten.prod.default, aten.any.default, aten.all.default,
+    aten.any.dims, aten.all.dims, aten.nansum.default, aten.count_nonzero.dim_IntList, aten.norm.Scalar,
 )  # fmt: skip
 def reduction(call: Call) -> Step:
     """`a b -> a`"""
@@ -49,12 +51,13 @@ def reduction(call: Call) -> Step:
 
 @rule_for(
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default,
-    aten.cumprod.default, aten.logcumsumexp.default,
+    aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default, aten.cummin.default,
 )  # fmt: skip
 def along_dim(call: Call) -> Step:
     """`a b -> a b`: every entry depends on all entries along ``dim``."""
     layout = only_layout(call)
-    out = Layout(layout.dims, layout.raw)
+    own = Layout(layout.dims, layout.raw)
+    out = (own, own) if isinstance(call.node.meta["val"], tuple) else own
     return call.whole(out) if carries(call, layout, [call.args["dim"] % len(layout.dims)]) else Step(out, call.uses())
 
 

@@ -162,9 +162,14 @@ def sample_grid(call: Call) -> Step:
 
 
 @rule_for(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
+@rule_for(
+    aten._upsample_nearest_exact1d.default,
+    aten._upsample_nearest_exact2d.default,
+    aten._upsample_nearest_exact3d.default,
+)
 def nearest(call: Call) -> Step:
     """`b c h w -> b c (h r) (w s)`: every entry is repeated; by other factors than whole ones tokens are mixed."""
-    layout, rank = only_layout(call, "input"), spatial(call)
+    layout, rank = only_layout(call, "input" if "input" in call.args else "self"), spatial(call)
     before, after = layout.shape[-rank:], call.shape[-rank:]
     if any(b % a or b // a > MAX_REPEAT for a, b in zip(before, after, strict=True)):
         return pool(call)
@@ -172,7 +177,8 @@ def nearest(call: Call) -> Step:
     out = Layout.of([*layout.dims[:-rank], *dims], layout.raw)
 
     def rewrite(sizes):
-        return call.with_args(output_size=list(sizes.shape(out)[-rank:]), scale_factors=None)
+        scales = {name: None for name in call.args if name.startswith("scale")}
+        return call.with_args(output_size=list(sizes.shape(out)[-rank:]), **scales)
 
     return Step(out, call.uses(), rewrite=rewrite)
 

@@ -1858,3 +1858,31 @@ class ShuffledGroups(DiT):
 
     def unpatchify(self, x, grid):
         return torch.channel_shuffle(super().unpatchify(x, grid), 2)
+
+
+@model("tokens of pictures behind each other, without samples", latent=(24, 16), time=(1,), text=(1, TEXT, 6))
+class WithoutSamples(DiT):
+    """`n c -> n c`: the first dimension is the sequence, as where pictures of several sizes are packed."""
+
+    def patchify(self, latent):
+        return self.embed(latent)[None], (4, 6)
+
+    def unpatchify(self, x, grid):
+        return self.head(x)[0]
+
+
+@model("vectors that never meet", latent=(24, 16), time=(24, 1), text=None, refused="no token grid")
+class Vectors(WithoutSamples):
+    """Each sample is a vector: nothing is to be left out of a picture of one token."""
+
+    def run(self, x, emb, text, grid):
+        return self.blocks[0].mlp(x, grid) + emb[None]
+
+
+@variant("keys of the nearest tokens on a coarser grid", tokens=24)
+class NearestKeys(Block):
+    def attend(self, x, grid):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        kv = torch.cat([k, v], -1).transpose(1, 2).unflatten(2, grid)
+        k, v = F.interpolate(kv, scale_factor=0.5, mode="nearest-exact").flatten(2).transpose(1, 2).chunk(2, -1)
+        return merge(self.mix(heads(q), heads(k), heads(v)))

@@ -345,6 +345,9 @@ def pointwise() -> list[Row]:
         Row(aten.where.self, lambda s: s(s.mask(n, 1), s.tokens, s.given(c))),
         Row(aten.where.self, lambda s: s(s.also(aten.gt.Scalar, s.tokens, 0), s.given(n, c), s.given(s.batch, n, 1))),
         Row(aten.masked_fill.Scalar, lambda s: s(s.tokens, s.mask(s.batch, n, 1), 0.5)),
+        Row(aten.masked_fill.Tensor, lambda s: s(s.tokens, s.mask(s.batch, n, 1), s.given())),
+        Row(aten.floor_divide.Scalar, lambda s: s(s.classes, 2)),
+        Row(aten.rsub.Tensor, lambda s: s(s.tokens, s.given(n, 1))),
         Row(aten.masked_fill.Scalar, lambda s: s(s.given(s.batch, n, c), s.also(aten.gt.Scalar, s.tokens, 0), 0.5)),
         Row(aten.clamp.Tensor, lambda s: s(s.tokens, None, s.given(n, 1))),
         Row(aten.addcmul.default, lambda s: s(s.given(n, c), s.tokens, s.given(s.batch, 1, c))),
@@ -811,6 +814,9 @@ def indexing() -> list[Row]:
         Row(aten.tril.default, lambda s: s(s.pairs)),
         Row(aten.triu.default, lambda s: s(s.scores), "whole"),
         Row(aten.tril.default, lambda s: s(s.scores, 1), "whole"),
+        Row(aten.linalg_cross.default, lambda s: s(s.pairs, s.given(s.batch, n, 3, 2), dim=2)),
+        Row(aten.linalg_cross.default, lambda s: s(s.pairs, s.given(1, 1, 3, 1), dim=-2)),
+        Row(aten.linalg_cross.default, lambda s: s(s.x, s.given(s.batch, HEIGHT, WIDTH, c), dim=1), "whole"),
         Row(aten.cdist.default, lambda s: s(s.tokens, s.tokens)),
         Row(aten.cdist.default, lambda s: s(s.tokens, s.given(5, c)), "whole"),
         Row(aten.cdist.default, lambda s: s(s.tokens, s.text)),
@@ -863,6 +869,8 @@ def reduction() -> list[Row]:
     single = [aten.prod.dim_int, aten.argmax.default, aten.argmin.default]
     several = [aten.max.dim, aten.min.dim, aten.median.dim]
     truth = [aten.any.dim, aten.all.dim]
+    truths = [aten.any.dims, aten.all.dims]
+    overall = [aten.max.default, aten.min.default, aten.median.default, aten.prod.default, aten.nansum.default]
     spread = [aten.var.correction, aten.std.correction]
     every = [aten.mean.default, aten.sum.default]
     along = [aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default,
@@ -900,6 +908,25 @@ def reduction() -> list[Row]:
             row
             for target in truth
             for row in (Row(target, lambda s: s(bits(s), -1)), Row(target, lambda s: s(bits(s), 1), "whole"))
+        ],
+        *[
+            row
+            for target in truths
+            for row in (Row(target, lambda s: s(bits(s), [-1])), Row(target, lambda s: s(bits(s), [1, 2]), "whole"))
+        ],
+        *[Row(target, lambda s: s(bits(s)), "whole") for target in (aten.any.default, aten.all.default)],
+        *[Row(target, lambda s: s(s.tokens), "whole") for target in overall],
+        Row(aten.nansum.default, lambda s: s(s.tokens, [-1], True)),
+        Row(aten.norm.Scalar, lambda s: s(s.tokens), "whole"),
+        Row(aten.count_nonzero.dim_IntList, lambda s: s(bits(s), [-1])),
+        Row(aten.count_nonzero.dim_IntList, lambda s: s(bits(s), [1]), "whole"),
+        *[
+            row
+            for target in (aten.cummax.default, aten.cummin.default)
+            for row in (
+                Row(target, lambda s: s.pieces(s.tokens, -1)),
+                Row(target, lambda s: s.pieces(s.tokens, 1), "whole"),
+            )
         ],
         *[
             row
@@ -1035,6 +1062,12 @@ def resampling() -> list[Row]:
         Row(aten.upsample_nearest2d.vec, lambda s: s(s.image, None, [2.0, 3.0])),
         Row(aten.upsample_nearest2d.vec, lambda s: s(s.image, [4, 6], None), "whole"),
         Row(aten.upsample_nearest3d.vec, lambda s: s(deep(s), [6, 6, 8], None)),
+        Row(aten._upsample_nearest_exact1d.default, lambda s: s(s.columns, [24], 2.0)),
+        Row(aten._upsample_nearest_exact1d.default, lambda s: s(s.columns, [6]), "whole"),
+        Row(aten._upsample_nearest_exact2d.default, lambda s: s(s.image, [HEIGHT, 3 * WIDTH], 1.0, 3.0)),
+        Row(aten._upsample_nearest_exact2d.default, lambda s: s(s.image, [4, 6]), "whole"),
+        Row(aten._upsample_nearest_exact3d.default, lambda s: s(deep(s), [6, 6, 8])),
+        Row(aten._upsample_nearest_exact3d.default, lambda s: s(deep(s), [1, 1, 1]), "whole"),
         *[Row(op, lambda s: s(s.tokens, None, -1)) for op in fft1],
         *[Row(op, lambda s: s(s.tokens, None, 1), "whole") for op in fft1],
         *[Row(op, lambda s: s(s.pairs, None, [-2, -1])) for op in fft2],
