@@ -9,6 +9,7 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
 - `row_numbers`: where the rows of a joint sequence go.
 - `linear_gelu`: `linear -> gelu` as one product.
 - `attention`: attention of few queries to many keys, with equal work for all processors.
+- `to_host`, `from_host`, `write_host`: caches in the host's memory, copied beside a program that is `carrying` them.
 - `many_linears`: linears of a few rows that read the same input, in one launch.
 - `pays`, `pays_grouped`, `gather_pays`, `attention_pays`, `many_pays`: whether they are faster than what they replace, measured
   once per device.
@@ -21,6 +22,7 @@ if __name__ != "kernels":
     from .choice import attention_pays, gather_pays, many_pays, pays, pays_grouped
     from .gather_linear import gather_linear, gather_linear_reference
     from .grouped import grouped_scatter_linear
+    from .host import carrying, from_host, to_host, write_host
     from .linear_gelu import linear_gelu, linear_gelu_reference
     from .many_linears import many_linears, many_linears_reference
     from .reference import epilogue_reference, scatter_linear_reference
@@ -33,7 +35,9 @@ __all__ = [
     "attention",
     "attention_pays",
     "attention_reference",
+    "carrying",
     "epilogue_reference",
+    "from_host",
     "gather_linear",
     "gather_linear_reference",
     "gather_pays",
@@ -48,4 +52,6 @@ __all__ = [
     "row_numbers",
     "scatter_linear",
     "scatter_linear_reference",
+    "to_host",
+    "write_host",
 ]

@@ -6,7 +6,7 @@ Behind each pass stand the same two hooks: with ``RAS_DEBUG=folder`` the graph b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from ras_compile.passes.fusion.few_rows import FewRowsChoice, join_linears
 from ras_compile.passes.fusion.gather import fuse_gather_linear
 from ras_compile.passes.fusion.scatter import Fusion, fuse_scatter_linear
 from ras_compile.passes.lowering.functional import spell_writes
+from ras_compile.passes.lowering.hosted import bring_from_host
 from ras_compile.passes.lowering.inplace import write_in_place
 from ras_compile.passes.lowering.interpolate import Point, interpolate
 from ras_compile.passes.lowering.matrices import flatten_linears
@@ -45,14 +46,17 @@ class Pass:
     applies: bool = True
 
 
-def fused(fusion: Fusion | None, few_rows: FewRowsChoice | None, cuda: bool) -> list[Pass]:
-    """What makes one kernel of several ops."""
+def fused(
+    fusion: Fusion | None, few_rows: FewRowsChoice | None, cuda: bool, hosted: Collection[int] = ()
+) -> list[Pass]:
+    """What makes one kernel of several ops; then where the caches are."""
     return [
         # What feeds a GELU is no plain linear any more, and joins no launch of several.
         Pass("activation", lambda program: fuse_linear_gelu(program.graph), cuda),
         *_with(fusion, ("scatter", fuse_scatter_linear), ("gather", fuse_gather_linear), ("attention", fuse_attention)),
         Pass("few rows", lambda program: join_linears(program.graph, few_rows), few_rows is not None),
         Pass("in place", lambda program: write_in_place(program.graph)),
+        Pass("hosted", lambda program: bring_from_host(program.graph, hosted), bool(hosted)),
     ]
 
 
@@ -72,7 +76,12 @@ OUTLINED = [Pass("share", lambda program: share_tables(program.graph)), Pass("ou
 
 
 def prepare(
-    program: fx.GraphModule, *, fusion: Fusion | None, few_rows: FewRowsChoice | None, outline_blocks: bool
+    program: fx.GraphModule,
+    *,
+    fusion: Fusion | None,
+    few_rows: FewRowsChoice | None,
+    outline_blocks: bool,
+    hosted: Collection[int] = (),
 ) -> fx.GraphModule:
     """Runs the passes on a sparse or dense program, in place. On CUDA, `linear -> gelu` becomes one product.
 
@@ -82,10 +91,11 @@ def prepare(
         few_rows: says of linears of a few rows whether they become one launch; None: none do.
         outline_blocks: compile repeated blocks once (where the inner compiler knows subgraphs: Inductor); ops of ours that write
             are spelled so that it can.
+        hosted: which of a sparse program's caches are in the host's memory, by their places.
     """
     cuda = any(value.is_cuda for value in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder")))
     lowered = [SPELLED, *OUTLINED] if outline_blocks else []
-    return run(program, [*fused(fusion, few_rows, cuda), *lowered])
+    return run(program, [*fused(fusion, few_rows, cuda, hosted), *lowered])
 
 
 def for_all_lengths(

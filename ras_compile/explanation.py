@@ -245,7 +245,7 @@ class Explanation:
             + (", the same active ones in all pictures of a call: the model takes its batch apart" * self.shared_rows),
             f"context   {' | '.join(f'{length} tokens' for length in self.context) or 'none in joint sequences'}",
             f"FLOPs     dense {self.cost.dense_flops:.4g}, sparse {self.cost.sparse_flops}",
-            f"caches    {self.cache_bytes / 2**20:.1f} MiB a branch, {len(self.splices)} splices",
+            f"caches    {self.cache_bytes / 2**20:.1f} MiB a branch{self.config.caches_are}, {len(self.splices)} splices",
             *self._sent(),
             f"kernels   {self.fused} splices as scatter-GEMMs",
             "predicted " + ", ".join(f"{r:.1%} of tokens: {self.speedup(r):.2f}x" for r in (0.5, 0.25, 0.125)),
@@ -285,7 +285,8 @@ class Explanation:
             f"{self.tokens:,} tokens on average and skip the others, which keep the noise that they had. The transformer has "
             f"{self.speedup(num_steps=steps):.2f} times less to compute than with {steps} dense steps; how much time that saves "
             "depends on the machine, and handle.summary() measures it. The caches take "
-            f"{self.cache_bytes / 2**20:,.1f} MiB of memory, once more for each guidance branch that is a call of its own."
+            f"{self.cache_bytes / 2**20:,.1f} MiB of memory{self.config.caches_are}, once more for each guidance branch that is "
+            "a call of its own."
         )
 
 

@@ -39,7 +39,7 @@ class Past:
 
     Attributes:
         calls: each model call with the plan that answered it; None where there was none, or it is gone.
-        cache_bytes: what the transformers keep on the device, caches of finished generations included.
+        cache_bytes: what the transformers keep, caches of finished generations included.
     """
 
     calls: list[tuple[Record, Plan | None]]

@@ -45,6 +45,8 @@ class Options(RuntimeOptions, total=False):
     inner_options: Mapping[str, Any]
     cuda_graphs: bool
     cache_budget: int | None
+    cache_dtype: Literal["float8", "int8"] | None
+    cache_device: Literal["cpu"] | None
     unsupported: Literal["dense", "error"]
     latent: str | None
     timestep: str | None

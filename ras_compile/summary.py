@@ -72,7 +72,7 @@ class Summary:
         steps: its steps; empty before the first generation.
         grid: extent of the token grid; empty where it is unknown.
         config: the options.
-        cache_bytes: what the transformers keep on the device.
+        cache_bytes: what the transformers keep, on the device or in the host's memory (`cache_device`).
         splices: values that are made whole from caches and active rows, with the user's source lines.
         fallbacks: what this process has done in a slower way so far, because the faster one failed.
     """
@@ -167,7 +167,7 @@ class Summary:
             known = "" if clock is None else f", {clock:.1f}x by the clock"
             parts.append(f"{saved:.1f}x by FLOPs{known} against dense steps")
         if self.cache_bytes:
-            parts.append(f"caches {_bytes(self.cache_bytes)}")
+            parts.append(f"caches {_bytes(self.cache_bytes)}{self.config.caches_are}")
         if self.compiled:
             at = _list([step.number for step in self.steps if step.compiled])
             again = (

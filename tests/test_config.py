@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ras_compile import RASConfig, RASError
-from ras_compile.config import METRICS, NOISE_REUSES, PRESETS, RATIO_SCHEDULES, RUNTIME_OPTIONS
+from ras_compile.config import CACHE_DTYPES, METRICS, NOISE_REUSES, PRESETS, RATIO_SCHEDULES, RUNTIME_OPTIONS
 from ras_compile.options import Options, RuntimeOptions
 from ras_compile.sampling.locate import Generation
 
@@ -33,6 +33,8 @@ def test_defaults_are_the_documented_ones():
         "inner_options": {},
         "cuda_graphs": True,
         "cache_budget": None,
+        "cache_dtype": None,
+        "cache_device": None,
         "unsupported": "dense",
         "latent": None,
         "timestep": None,
@@ -61,6 +63,8 @@ BAD = {
     "cuda_graphs": ["yes"],
     "unsupported": ["ignore"],
     "cache_budget": [-1, 1.5, "1GB", True],
+    "cache_dtype": ["bfloat16", 8, True],
+    "cache_device": ["cuda", "host", True],
     "latent": ["", "two words", 3],
     "timestep": [0, "a.b"],
     "tolerance": [0, 0.0, -1.0, float("nan"), float("inf"), "0.1", True],
@@ -220,3 +224,4 @@ def test_options_by_name_are_those_of_the_config():
     assert get_args(get_args(hints["metric"])[0]) == METRICS
     assert get_args(hints["ratio_schedule"]) == RATIO_SCHEDULES
     assert get_args(hints["noise_reuse"]) == NOISE_REUSES
+    assert get_args(get_args(hints["cache_dtype"])[0]) == CACHE_DTYPES

@@ -124,6 +124,8 @@ class Step:
             return args[0][args[1]] if isinstance(args[0], (tuple, list)) else None
         if target is auto_functionalized_v2:
             return self._functional(node, args[0], kwargs)
+        if target is own.from_host.default:  # stands for the cache
+            return args[0]
         if writes(node):
             self._write(node, args, kwargs)
             return args[0] if shows(node) else None
@@ -209,6 +211,11 @@ class Step:
         if target is own.grouped_scatter_linear.default:
             members = zip(given["caches"], given["rows"], given["grid_dims"], strict=True)
             return [self._scattered(node, *member) for member in members]
+        if target is own.write_host.default:
+            value = given["value"]
+            same = isinstance(value, Shown) and value.memory is given["cache"].memory
+            demand(same, node, "sends another value back into a cache")
+            return []
         demand(False, node, "writes in place without being a splice")
         return []
 

@@ -37,7 +37,7 @@ from ras_compile._torch import (
 from ras_compile.execute.inner import Compiled
 from ras_compile.notices import fell_back, warn_once
 
-__all__ = ["SLOTS", "ProgramGraphs"]
+__all__ = ["DEVICE", "SLOTS", "ProgramGraphs", "warn_without"]
 
 # Slots of one plan: guidance branches, and generations that take turns or run in several threads.
 SLOTS = 4
@@ -48,6 +48,10 @@ _TRANSFERS = {"aten::to", "aten::_to_copy", "aten::copy", "aten::copy_", "prims:
 
 # One capture at a time: streams come from a small pool, and two threads may be given the same one.
 _capturing = threading.Lock()
+
+
+def warn_without(reason: str) -> None:
+    warn_once(f"ras_compile: without CUDA graphs, which makes small models slower: {reason}.")
 
 
 class Graph:
@@ -205,7 +209,7 @@ class ProgramGraphs:
             return None
         reason = uncapturable(graph, tensors, weights, device)
         if reason:
-            warn_once(f"ras_compile: without CUDA graphs, which makes small models slower: {reason}.")
+            warn_without(reason)
             return None
         return cls(weights, device)
 

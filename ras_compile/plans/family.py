@@ -32,7 +32,6 @@ from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.cost import Cost
 from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolate, sample_points
 from ras_compile.passes.pipeline import for_all_lengths
-from ras_compile.passes.programs.program import dense_program
 from ras_compile.plans.lengths import Lengths
 from ras_compile.plans.plan import Plan, is_fixed
 from ras_compile.plans.shared import Shared, Sized, all_fit
@@ -76,7 +75,7 @@ class Family:
         alike = {(plan.latent, plan.noise, len(plan.sparse.splices), len(plan.sparse.frozen)) for plan in self.samples}
         if len(alike) > 1:
             raise UnsupportedGraph("other values are spliced at another length")
-        dense = [dense_program(plan.analysis, plan.sparse) for plan in self.samples]
+        dense = [plan.dense_graph() for plan in self.samples]
         interpolate(dense, self.points)
         self._caches = [_left_behind(program, plan) for program, plan in zip(dense, self.samples, strict=True)]
         self._programs: dict[int | str, Shared | None] = {}

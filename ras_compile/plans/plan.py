@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import compress
 from typing import Any
@@ -19,7 +20,7 @@ from ras_compile.capture.numbers import capture_numbers
 from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
-from ras_compile.execute.cudagraphs import ProgramGraphs
+from ras_compile.execute.cudagraphs import DEVICE, ProgramGraphs, warn_without
 from ras_compile.execute.inner import Compiled, compile_inner, compile_or_run
 from ras_compile.execute.memory import Keeper, default_budget
 from ras_compile.kernels.tiles import build, postponed
@@ -30,6 +31,8 @@ from ras_compile.passes.analysis.cost import Cost, cost
 from ras_compile.passes.analysis.propagate import Analysis, propagate
 from ras_compile.passes.analysis.splices import SparsePlan, plan
 from ras_compile.passes.fusion.scatter import Fusion
+from ras_compile.passes.lowering.hosted import leave_on_host
+from ras_compile.passes.lowering.narrow import DTYPES, cache_bytes, round_dense, round_sparse, rounded_rows
 from ras_compile.passes.pipeline import prepare
 from ras_compile.passes.programs.program import dense_program, sparse_program
 from ras_compile.passes.rules.constants import FIXED
@@ -188,21 +191,49 @@ class Plan:
         tensors = list(compress(range(len(values)), self._is_tensor))
         self.latent = tensors[placeholders.index(self.analysis.latent)]
         # what belongs to this set of shapes alone: programs, CUDA graphs, and what branches keep
+        self._device = values[self.latent].device
+        if config.cache_dtype == "float8" and self._device.type == "cuda":
+            number = torch.cuda.get_device_capability(self._device)
+            if number < (8, 9):
+                raise ConfigError(
+                    f"option cache_dtype='float8' needs a GPU of compute capability 8.9 or later, and this one has {number[0]}."
+                    f"{number[1]}; 'int8' runs on all."
+                )
         self._graphs = self._program_graphs(values) if config.cuda_graphs else None
         self._programs: dict[int | str, Compiled] = {}
         self.identity = weakref.ref(self)  # what a branch remembers the plan by, without keeping it alive
-        budget = default_budget(values[self.latent].device) if config.cache_budget is None else config.cache_budget
+        budget = config.cache_budget
+        if budget is None and not self.hosted:
+            budget = default_budget(self._device)
         self.kept = Keeper(self, self._cache_bytes(), budget)
 
     def _cache_bytes(self) -> int:
         """Bytes of the caches of one guidance branch."""
-        return sum(cache.numel() * cache.element_size() for cache in self.cached)
+        return cache_bytes(self.sparse, self._rounded)
 
-    @property
-    def cached(self) -> list[Tensor]:
-        """What a branch keeps, as fake tensors: the values of splices, then those of a frozen context."""
-        nodes = [*(splice.node for splice in self.sparse.splices), *self.sparse.frozen]
-        return [node.meta["val"] for node in nodes]
+    @cached_property
+    def _rounded(self) -> dict[int, int]:
+        """The caches that are rounded, and along which dimension."""
+        return {} if self.config.cache_dtype is None else rounded_rows(self.sparse, self.analysis.frame)
+
+    @cached_property
+    def hosted(self) -> list[int]:
+        """The caches that are in the host's memory: all but those of what the model returns."""
+        splices = enumerate(self.sparse.splices) if self.config.cache_device == "cpu" else ()
+        return [index for index, splice in splices if not splice.is_output]
+
+    def dense_graph(self) -> fx.GraphModule:
+        """The dense program before the passes; it leaves caches as, and where, they are kept."""
+        program = dense_program(self.analysis, self.sparse)
+        if self._rounded:
+            round_dense(program, self.sparse, self._rounded, DTYPES[self.config.cache_dtype])
+        count = len(self.analysis.output_nodes)
+        return leave_on_host(program, range(count, count + len(self.hosted)))
+
+    def sparse_graph(self, active: int) -> fx.GraphModule:
+        """The sparse program for ``active`` rows before the passes."""
+        program = sparse_program(self.analysis, active, self.sparse)
+        return round_sparse(program, self._rounded, DTYPES[self.config.cache_dtype]) if self._rounded else program
 
     def _prove_or_thaw(self) -> None:
         """Proves the plan; with a fresh context where it cannot be frozen."""
@@ -248,7 +279,7 @@ class Plan:
     @cached_property
     def cost(self) -> Cost:
         """FLOPs and bytes of both programs."""
-        return cost(self.analysis, self.sparse)
+        return replace(cost(self.analysis, self.sparse), cache_bytes=self._cache_bytes())
 
     @cached_property
     def latent_view(self) -> TokenView:
@@ -349,6 +380,9 @@ class Plan:
         """
         inputs = [*self.tensors(values), *state]
         program = self.program(active, inputs)
+        if self.hosted:
+            with kernels.carrying(self._device, [state[1 + index] for index in self.hosted if state]):
+                return program(*inputs)
         return program(*inputs) if self._graphs is None else self._graphs.run(active, program, inputs, slots, spare)
 
     @property
@@ -362,6 +396,10 @@ class Plan:
             self._graphs.release()
 
     def _program_graphs(self, values: Sequence[Any]) -> ProgramGraphs | None:
+        if self.hosted:
+            if self._device.type == DEVICE:
+                warn_without("caches are in the host's memory")
+            return None
         given = [given.weight for given, value in zip(self.inputs, values, strict=True) if isinstance(value, Tensor)]
         return ProgramGraphs.of(self.captured.graph, self.tensors(values), given + [True] * len(self.constants))
 
@@ -409,22 +447,22 @@ class Plan:
             return self._prepared(active, outline_blocks)
 
     def _prepared(self, active: int | str, outline_blocks: bool) -> fx.GraphModule:
-        few_rows = partial(self._choose, kernels.many_pays)
+        few_rows, hosted = partial(self._choose, kernels.many_pays), self.hosted
         if active in ("dense", "bare"):
-            left = self.sparse if active == "dense" else SparsePlan()
-            program, fusion = dense_program(self.analysis, left), None
+            program = self.dense_graph() if active == "dense" else dense_program(self.analysis, SparsePlan())
+            fusion, hosted = None, []
         else:
             assert isinstance(active, int)
-            program = sparse_program(self.analysis, active, self.sparse)
+            program = self.sparse_graph(active)
             fusion = self.fusion if self.analysis.latent.meta["val"].is_cuda else None
-        return prepare(program, fusion=fusion, few_rows=few_rows, outline_blocks=outline_blocks)
+        return prepare(program, fusion=fusion, few_rows=few_rows, outline_blocks=outline_blocks, hosted=hosted)
 
     @cached_property
     def fusion(self) -> Fusion:
         """Fusion sites are found on a program of few rows: it has the same ones as any other, and is quicker to run."""
         tokens, samples = self.analysis.frame.tokens, self.analysis.frame.samples
         few = next((rows for rows in PROBED_ROWS if rows * samples <= PROBED), PROBED_ROWS[-1])
-        probe = sparse_program(self.analysis, min(tokens, few), self.sparse)
+        probe = self.sparse_graph(min(tokens, few))
         choices = [
             partial(self._choose, choice)
             for choice in (kernels.pays, kernels.gather_pays, kernels.attention_pays, kernels.pays_grouped)

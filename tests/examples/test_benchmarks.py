@@ -12,8 +12,8 @@ from scripts import load
 import ras_compile
 
 ROOT = Path(__file__).parents[2]
-names = ("host_profile", "kernel_sites", "measure", "rows", "run", "sizes", "step_profile", "table", "ways")
-host_profile, kernel_sites, measure, rows, run, sizes, step_profile, table, ways = load(["benchmarks"], names)
+names = ("caches", "host_profile", "kernel_sites", "measure", "rows", "run", "sizes", "step_profile", "table", "ways")
+caches, host_profile, kernel_sites, measure, rows, run, sizes, step_profile, table, ways = load(["benchmarks"], names)
 
 
 def bench(tmp_path, *more, model="sd3-medium"):
@@ -319,6 +319,16 @@ def test_every_kernel_site_is_checked_before_it_is_timed(tmp_path, monkeypatch):
     for site in (TINY_SITES[0], next(site for site in TINY_SITES if site.name == "qkv")):
         row = kernel_sites.measure(site, 0.5, torch.device("cpu"), "eager")
         assert not row["right"] and row["fused_us"] is None
+
+
+def test_caches_kept_in_other_ways(capsys, monkeypatch):
+    """A row for each way, of which the host's memory changes no picture, and rounding the bytes."""
+    monkeypatch.setattr(caches, "OPTIONS", {name: caches.OPTIONS[name] for name in ("as they are", "host, float8")})
+    command = ["--model", "sd3-medium", "--size", "tiny", "--device", "cpu", "--inner-backend", "eager", "--steps", "6"]
+    dense, plain, other = caches.main([*command, "--repeats", "1"])
+    assert dense["caches_gb"] == dense["error"] == plain["rounding"] == 0 < plain["error"]
+    assert 0 < other["caches_gb"] < plain["caches_gb"] and 0 < other["rounding"] < 0.1
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 @pytest.mark.parametrize("kind, told", [("sparse", ["sparse"]), ("dense", ["dense"]), ("compile", [])])
