@@ -44,6 +44,7 @@ __all__ = [
     "TracingContext",
     "addresses_equal",
     "aot_export_module",
+    "at_reset",
     "auto_functionalized_v2",
     "call_uncompiled",
     "clear_cublas_workspaces",
@@ -209,6 +210,11 @@ COMPILED_CALL = (
 version_of = attrgetter(
     "_version"
 )  # how often a tensor was written; without it a latent that was written passes for the old
+
+
+def at_reset(backend: Callable[..., Any], forget: Callable[[], None]) -> None:
+    """Calls ``forget`` at Dynamo's reset, if ``backend`` was used before; without it, plans from before a reset serve behind it."""
+    vars(backend)["reset"] = forget
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:

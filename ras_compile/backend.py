@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ras_compile._torch import original
+from ras_compile._torch import at_reset, original
 from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.attributes import PerAttributes, attribute_positions
 from ras_compile.capture.inputs import check_timestep, describe_inputs, find_timestep
@@ -43,6 +43,7 @@ from ras_compile.dispatch.traced import captured_in_this_call, here, retry_by_tr
 from ras_compile.errors import ConfigError, RASError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_or_run, start_workers
+from ras_compile.plans.equal import first_of_its_kind, forget
 from ras_compile.plans.family import Families
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.blocks import feeds_a_block
@@ -79,6 +80,8 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
     places = attribute_positions(graph.graph)
     return PerAttributes(graph, places, example_inputs, make) if places else make(graph, example_inputs)
 
+
+at_reset(ras, forget)
 
 # By thread, what was compiled last: first calls in several threads at the same time are captured by each of them, and only the
 # last capture is called from then on. Were they apart, a thread's second call would be of another graph than its first.
@@ -270,10 +273,11 @@ class CompiledGraph(Dispatcher[Entry]):
                 check_timestep(self.config.timestep, type(original(call[0])))
 
     def _plan(self, values: Sequence[Any], config: RASConfig) -> Plan:
-        """The plan for a call, one that it shares with other lengths of the context if it can."""
+        """The plan for a call, one that it shares with an equal graph or with other lengths of the context if it can."""
         fixed = None if self.fixed is None else self.fixed.token(values)
         shared = self._families.plan(values, config, self.numbers, fixed)
-        return Plan(self.graph, self.inputs, values, config) if shared is None else shared
+        plan = Plan(self.graph, self.inputs, values, config) if shared is None else shared
+        return first_of_its_kind(plan, self.inputs, values, config)
 
     def plan_for(self, entry: Entry, values: Sequence[Any], config: RASConfig) -> Plan:
         return self._plan(values, config)

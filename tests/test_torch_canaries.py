@@ -58,6 +58,20 @@ def targets(graph):
     return [node.target for node in graph.nodes]
 
 
+@canary("at_reset")
+def test_a_backend_is_told_of_a_reset(name):
+    told = []
+
+    def backend(graph, inputs):
+        return graph.forward
+
+    _torch.at_reset(backend, lambda: told.append(1))
+    torch.compile(torch.sin, backend=backend)(torch.ones(2))
+    assert not told
+    torch._dynamo.reset()
+    assert told
+
+
 # Ops
 
 

@@ -82,7 +82,11 @@ class Entry:
     def _takes(self, plan: Plan) -> None:
         self.plan, frame = plan, plan.analysis.frame
         self._sizes = frame.samples, frame.tokens, frame.grid
-        self._context = entries_at([index for index in self._users if index not in (plan.latent, self.timestep)])
+        # the sizes that Dynamo hands over beside the tensors tell no more than those do
+        told = [
+            index for index in self._users if not self.inputs[index].size or self.inputs[index].argument is not None
+        ]
+        self._context = entries_at([index for index in told if index not in (plan.latent, self.timestep)])
 
     def with_plan(self, plan: Plan) -> Entry:
         """The same calls with another plan."""
@@ -133,11 +137,6 @@ class Entry:
                 plan.spread.share(outputs[plan.noise])
         return outputs
 
-    def count(self, own: Sequence[Any], weights: Sequence[Tensor]) -> None:
-        """Counts a call that runs dense past the plan, and so keeps nothing."""
-        info, state = self._info(own, weights), self._state(weights)
-        _kept_nothing(info, state, state.decide(info, locate()), "the model was captured in this call")
-
     def _without_caches(
         self, given: Sequence[Any], info: CallInfo, state: TransformerState, decision: Decision
     ) -> list[Any]:
@@ -153,7 +152,9 @@ class Entry:
         except BaseException:
             state.fail(decision)
             raise
-        _kept_nothing(info, state, decision, "there was no memory for the caches")
+        decision.kind, decision.rows, decision.active = "dense", None, info.tokens
+        decision.reason = "there was no memory for the caches"
+        state.record(info, decision, None, None)
         return outputs
 
     def _info(self, own: Sequence[Any], weights: Sequence[Tensor]) -> CallInfo:
@@ -176,12 +177,6 @@ class Entry:
         if weights:
             self._recent = tuple(map(weakref.ref, probes_of(weights))), weakref.ref(state)
         return state
-
-
-def _kept_nothing(info: CallInfo, state: TransformerState, decision: Decision, reason: str) -> None:
-    """Records a call that ran dense and left no caches."""
-    decision.kind, decision.rows, decision.active, decision.reason = "dense", None, info.tokens, reason
-    state.record(info, decision, None, None)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from ras_compile.dispatch.fixed import Fixed, same_objects, versions_of
 from ras_compile.dispatch.kinds import gradients_recorded, records_gradients
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
+from ras_compile.execute.cudagraphs import plain_mode
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.locate import note_reached
 
@@ -256,7 +258,11 @@ class TracedModel(Dispatcher[TracedEntry]):
         return root
 
     def prepare(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a call can be made; makes its entry. The present call runs by Dynamo's parts, and counts as a step."""
+        """Whether a call can be made; makes its entry, and makes it.
+
+        What the user gets of the present call is what Dynamo's parts compute: none of our code runs behind the last of them. It is
+        made here beside that, so that the generation goes on from it as from any other call.
+        """
         leaves, structure = flattened(args, kwargs)
         with compiling(announced=False):
             key = self.key(leaves, structure)
@@ -265,7 +271,9 @@ class TracedModel(Dispatcher[TracedEntry]):
             self._tell_dense(self.refused[key], leaves)
             return False
         entry, values = found
-        entry.count(values, entry.weights_of(values))
+        # the caches are plain tensors, whatever mode the model's own code has entered here: later calls may be in another one
+        with plain_mode(values[entry.plan.latent].device), suppress(torch.OutOfMemoryError):
+            self.run(entry, values, values, entry.weights_of(values))
         return True
 
     def fall_back(self, args: tuple, kwargs: dict) -> Any:

@@ -303,6 +303,9 @@ class Member(Plan):
         """The plan for this member's lengths alone, made when it is needed."""
         return self.family.exact(self.point)
 
+    def static_graph(self) -> fx.GraphModule:
+        return self.family.graph.at(self.point)
+
     @cached_property
     def cost(self) -> Cost:
         return self.exact.cost

@@ -276,6 +276,10 @@ class Plan:
                 "a sparse step would cost as much as a dense one: the operations that mix tokens are all there is"
             )
 
+    def static_graph(self) -> fx.GraphModule:
+        """The captured graph at this plan's sizes."""
+        return self.captured
+
     @cached_property
     def cost(self) -> Cost:
         """FLOPs and bytes of both programs."""

@@ -15,6 +15,7 @@ from ras_compile.backend import ras
 from ras_compile.capture.python_state import PythonState
 from ras_compile.dispatch.traced import TracedModel, has_hooks
 from ras_compile.errors import RASWarning, UnsupportedGraph
+from ras_compile.plans.plan import Plan
 
 
 class Way(Reads):
@@ -481,14 +482,59 @@ def test_python_state_knows_what_has_changed():
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.98, 1.0])
-def test_a_step_behind_the_call_that_captured_has_no_caches(ratio):
-    """That call runs as it is and keeps nothing: whatever the next one would compute, it runs dense."""
+def test_a_step_behind_the_call_that_captured_goes_on_from_it(ratio):
+    """That call runs as Dynamo's parts, and leaves what any dense one does."""
     compiled = torch.compile(Length(), backend="ras", options={**OPTIONS, "sample_ratio": ratio, "warmup_steps": 1})
     with ras_compile.generation(num_steps=4) as gen, torch.no_grad():
         for step, latent in enumerate(latents(4)):
             gen.step()
             compiled(latent, torch.tensor([1 - step / 4]), **inputs(4))
-    assert kinds(compiled) == ["dense", "dense", "sparse", "sparse"]
+    assert kinds(compiled) == ["dense", "sparse", "sparse", "sparse"]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "metric", "reuse"), [(1, "drift", "forecast"), (2, "drift", "forecast"), (1, "std", "linear")]
+)
+def test_the_first_picture_is_the_second_one(warmup, metric, reuse):
+    """Of two branches, whose texts are of two lengths."""
+    options = {**OPTIONS, "warmup_steps": warmup, "metric": metric, "noise_reuse": reuse}
+    compiled, pictures = torch.compile(Length(), backend="ras", options=options), []
+    for _ in range(2):
+        latent = latents(1)[0]
+        with ras_compile.generation(num_steps=7) as gen, torch.no_grad():
+            for step in range(7):
+                gen.step()
+                noises = [compiled(latent, torch.tensor([1 - step / 7]), **inputs(length)) for length in (4, 2)]
+                latent = latent - sum(noises) / 14
+        pictures.append(latent)
+        assert kinds(compiled) == ["dense"] * 2 * warmup + ["sparse"] * 2 * (7 - warmup)
+    # the very first noise is that of Dynamo's parts, which add in another order
+    torch.testing.assert_close(*pictures, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_no_memory_for_what_the_call_that_captured_leaves(left, monkeypatch):
+    """That call is answered without it: it runs as Dynamo's parts, and the next one is dense."""
+    ran = []
+
+    def dense(plan, *given, dense=Plan.dense):
+        ran.append(plan)
+        if len(ran) == 1:
+            raise torch.OutOfMemoryError("for caches")
+        return dense(plan, *given)
+
+    def bare(plan, given, bare=Plan.bare):
+        if not left:
+            raise torch.OutOfMemoryError("for anything")
+        return bare(plan, given)
+
+    monkeypatch.setattr(Plan, "dense", dense)
+    monkeypatch.setattr(Plan, "bare", bare)
+    compiled = torch.compile(Length(), backend="ras", options={**OPTIONS, "warmup_steps": 1})
+    with pytest.warns(RASWarning, match="no memory left"):
+        noises = sample(compiled, inputs(4))
+    torch.testing.assert_close(noises[:2], sample(Length(), inputs(4))[:2])
+    assert kinds(compiled) == ["dense", "dense", "sparse", "sparse"][1 - left :]
 
 
 class Within(Length):

@@ -1,0 +1,103 @@
+"""One plan for equal graphs: what Dynamo captures anew, since some size has changed, is often a graph that there was before.
+
+    length 7           Dynamo's first graph; its plan
+    length 9           another graph, in which the length is a symbol
+    length 7 again     Dynamo calls that other graph; at this length it computes what the first one does
+
+Were it a plan of its own, a guidance branch would lose its caches and all that is known of its noise, in the middle of the
+first picture; and programs that are there would be compiled again. So the plan that was there first serves both.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Sequence
+from itertools import compress
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx
+
+from ras_compile.capture.inputs import GraphInput
+from ras_compile.config import RASConfig
+from ras_compile.passes.rules.constants import FIXED
+from ras_compile.plans.family import Member
+from ras_compile.plans.plan import Plan
+
+__all__ = ["first_of_its_kind", "forget", "made"]
+
+made: WeakValueDictionary[Hashable, Plan] = WeakValueDictionary()
+
+
+def first_of_its_kind(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Plan:
+    """The plan that was made first for a graph that computes the same from equal inputs; ``plan`` itself, if that is it.
+
+    Args:
+        plan: a new plan.
+        inputs: description of its inputs, all of which have a path.
+        values: inputs of a call.
+        config: the options.
+    """
+    tensors = [(given, value) for given, value in zip(inputs, values, strict=True) if isinstance(value, Tensor)]
+    told = [(given.path, given.weight, v.shape, v.stride(), v.dtype, v.device) for given, v in tensors]
+    key = config, *told
+    first = made.get(key)
+    if first is not None and _equal(first.captured, plan.static_graph(), [value for _, value in tensors]):
+        return _serving(first, inputs, values)
+    if not isinstance(plan, Member):  # a family has one plan for each of its lengths as it is
+        made[key] = plan
+    return plan
+
+
+def forget() -> None:
+    """From now on, plans are made anew."""
+    made.clear()
+
+
+def _serving(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any]) -> Plan:
+    """A plan for calls whose tensors are the same ones in the same order, with other sizes as numbers between them."""
+    other: Any = copy.copy(plan)  # programs, CUDA graphs, caches and identity are those of `plan`
+    other.original, other.inputs = plan, inputs
+    other._is_tensor = [isinstance(value, Tensor) for value in values]
+    other._only_tensors = all(other._is_tensor)
+    before = list(compress(range(len(plan._is_tensor)), plan._is_tensor)).index(plan.latent)
+    other.latent = list(compress(range(len(values)), other._is_tensor))[before]
+    return other
+
+
+def _equal(first: fx.GraphModule, second: fx.GraphModule, tensors: Sequence[Tensor]) -> bool:
+    """Whether two captured graphs compute the same, the second one from ``tensors``."""
+    constants = first.meta["constants"], second.meta["constants"]
+    if [_told(value) for value in constants[0]] != [_told(value) for value in constants[1]]:
+        return False
+    fixed = [node.meta.get(FIXED) for node in first.graph.find_nodes(op="placeholder")]
+    known = zip((*fixed[: len(tensors)], *constants[0]), (*tensors, *constants[1]), strict=True)
+    if not all(one is None or one is other or torch.equal(one, other) for one, other in known):
+        return False
+    return _text(first.graph) == _text(second.graph)
+
+
+def _told(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _text(graph: fx.Graph) -> list[str]:
+    """What a graph computes, as text that is equal for equal graphs; numbers that differ in kind alone are told apart."""
+    places = {node: f"%{place}" for place, node in enumerate(graph.nodes)}
+
+    def spelled(node: fx.Node) -> str:
+        given = fx.node.map_arg((node.args, node.kwargs), lambda operand: _Named(places[operand]))
+        # placeholders have names of their own; whatever a graph holds itself is known by the graph alone
+        target = "" if node.op in ("placeholder", "output") else str(node.target)
+        own = str(id(graph)) if node.op in ("get_attr", "call_module") else ""
+        return f"{node.op} {target} {given} {own}"
+
+    return [spelled(node) for node in graph.nodes]
+
+
+class _Named(str):
+    """A name in the text of a graph, without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
