@@ -7,7 +7,7 @@ A turn draws one batch with each setting, so that what disturbs a machine for a 
 first turns compile; the median of the `--turns` that follow is the time. One line is printed for each setting after the last
 turn: milliseconds of a picture (transformer and scheduler), share of the work of its steps, captions that are right in
 every fact (%), PSNR to the 200-step solution of the same noise (dB) and its 5th percentile, FID, and the seconds that the row
-took in all. `OUT/frontier.json` has all of it, with intervals. A row that fails is told there, and the others go on.
+took in all. `OUT/frontier_MODEL.json` has all of it, with intervals. A row that fails is told there, and the others go on.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def real(kind: Emoji, judge: Any, args: argparse.Namespace) -> Distances | None:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--out", type=Path, required=True, help="folder of frontier.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder of frontier_MODEL.json")
     parser.add_argument("--model", choices=tuple(MODELS), default="emoji", help="its folder in examples/")
     parser.add_argument("--n", type=int, default=1000 if cuda else 2, help="pictures per setting")
     parser.add_argument("--batch", type=int, default=500, help="pictures at once; guidance doubles them")
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         row = row or turn.row(judge, facts, exact, distances, priced)  # one that failed says so
         content["rows"].append(row | {"took": turn.took})
         print(line(content["rows"][-1]), flush=True)
-        (args.out / "frontier.json").write_text(json.dumps(rounded(content), indent=1) + "\n")
+        (args.out / f"frontier_{args.model}.json").write_text(json.dumps(rounded(content), indent=1) + "\n")
     sampler.detach()
 
 

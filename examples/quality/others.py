@@ -3,8 +3,7 @@
 `attention` returns the attention layers' last outputs whole in most steps and computes everything else (Pyramid Attention
 Broadcast, arXiv 2408.12588, without its pyramid): the objection to refreshing some of the tokens. `TaylorSeer` (arXiv
 2503.06923), `FirstBlockCache` and `MagCache` (arXiv 2506.09045) are diffusers' own, `cache-dit` is the package of that
-name, `Spectrum` (arXiv 2603.01623) is written here from its equations. `Heterogeneous` (arXiv 2605.06892) is no layer's
-cache but a rule that chooses tokens, and takes the place of `metric` in region-adaptive sampling.
+name, `Spectrum` (arXiv 2603.01623) is written here from its equations.
 """
 
 from __future__ import annotations
@@ -31,9 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ras_compile.sampling.selection import SelectionInfo
-
-__all__ = ["METHODS", "Heterogeneous", "Other", "calibrated", "module_flops"]
+__all__ = ["METHODS", "Other", "calibrated", "module_flops"]
 
 
 class Other:
@@ -283,35 +280,6 @@ def spectrum_weights(at: Sequence[int], step: int, steps: int, degree: int, ridg
         ahead = (step - at[-1]) / (at[-1] - at[-2])
         line[-1], line[-2] = 1 + ahead, -ahead
     return (blend * fitted[0] + (1 - blend) * line).tolist()
-
-
-class Heterogeneous:
-    """Heterogeneous step allocation (arXiv 2605.06892) as a `metric`: each token has a divisor, and its turn comes then.
-
-    A quarter of the tokens, those whose noise changed most when it was last computed, is due in each step, the next
-    quarter in every second, the rest in every fourth: the metric is the steps since a token was computed over its divisor.
-    Between its turns a token goes on with the noise that it has, as their cached Euler update, and keys and values are
-    kept in step by the compiled program. How their paper groups tokens is known to us by its summary alone.
-    """
-
-    DIVISORS = (1, 2, 4, 4)  # of the quarters
-
-    def __init__(self) -> None:
-        self.kept: dict[torch.Size, tuple[int, Tensor, Tensor, Tensor]] = {}
-
-    def __call__(self, noise: Tensor, info: SelectionInfo) -> Tensor:
-        """The metric [b, n] of noise [b, n, c]."""
-        step, last, change, age = self.kept.get(noise.shape, (info.step, None, None, None))
-        if last is None or info.step <= step:
-            change, age = noise.new_zeros(noise.shape[:2]), noise.new_zeros(noise.shape[:2])
-        else:
-            new = (noise != last).any(-1)
-            change = torch.where(new, (noise - last).float().norm(dim=-1).to(noise.dtype) / (age + 1), change)
-            age = torch.where(new, 0, age + 1)
-        self.kept[noise.shape] = info.step, noise.clone(), change, age
-        rank = change.argsort(-1, descending=True).argsort(-1)  # 0 is the token that changed most
-        divisors = torch.tensor(self.DIVISORS, device=noise.device)[rank * len(self.DIVISORS) // noise.shape[1]]
-        return (age + 1).float() / divisors
 
 
 def _blocks(transformer: nn.Module) -> list[str]:

@@ -42,7 +42,7 @@ class Results:
 
     Args:
         folder: where they are.
-        table: "a", "b" or "c".
+        table: a name in `settings.TABLES`.
         run: what makes rows comparable; another run's file is refused.
 
     Raises:
@@ -168,7 +168,12 @@ class Bench:
         self.dense = self.sampler.dense(self.args.n, REFERENCE_STEPS, on_step=keep)
         self.ranks = rankings(torch.stack(noises), GUIDANCE)
         bar.set_description(f"dense, {EXACT_STEPS} steps (reference)")
-        self.exact = self.sampler.dense(self.args.exact, EXACT_STEPS).pictures if self.args.exact else None
+        euler = self.sampler.scheduler("euler")
+        parts = [
+            self.sampler.one_batch(self.sampler.plain, euler, at, EXACT_STEPS)[0]
+            for at in range(0, self.args.exact, self.args.batch)
+        ]
+        self.exact = torch.cat(parts)[: self.args.exact] if parts else None
 
     def draw(self, setting: Setting, bar: tqdm) -> Drawn:
         """The pictures of one setting."""
@@ -207,8 +212,8 @@ class Bench:
         return {
             "key": setting.key, "method": setting.method, "sampler": setting.sampler, "steps": setting.steps,
             "sample_ratio": setting.ratio, "variant": setting.variant, "default": setting.default,
-            "options": {name: value if _json(value) else getattr(value, "__name__", str(value)) for name, value in
-                        options.items()},
+            "options": {name: value if _json(value) else getattr(value, "__name__", type(value).__name__)
+                        for name, value in options.items()},
             "dense_steps": sum(kind == "dense" for kind, _ in drawn.kinds) if drawn.kinds else setting.steps,
             "flops": drawn.flops or self.prices(setting.steps, ras_options(setting), drawn.kinds),
             "seconds": drawn.seconds, "decode_seconds": drawn.decode_seconds, "first_batch_seconds": drawn.first,

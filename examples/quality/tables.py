@@ -2,8 +2,9 @@
 
     python examples/quality/tables.py --results examples/quality/results
 
-The words come from `report.md`, which people write; a line `{{table a}}`, `{{backgrounds a}}`, `{{pareto a}}`, `{{ranking a}}`
-or `{{run a}}` there becomes the table or plot of that name, where `table_a.json` exists.
+The words come from `report.md`, which people write; a line `{{table a}}`, `{{compared a}}`, `{{backgrounds a}}`, `{{pareto a}}`,
+`{{ranking a}}` or `{{run a}}` there becomes the table or plot of that name, where `table_a.json` exists, and
+`{{frontier emoji}}` becomes the table of `frontier_emoji.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 Row = dict[str, Any]
 NOTHING = "–"
-MARK = re.compile(r"^\{\{(\w+) ([abc])\}\}$", re.MULTILINE)
+MARK = re.compile(r"^\{\{(\w+) (\w+)\}\}$", re.MULTILINE)
 
 # heading -> (key, factor, digits after the point)
 QUALITY = {
@@ -36,6 +37,16 @@ QUALITY = {
     "SSIM": ("ssim", 1, 3),
     "PSNR to 200 steps": ("psnr_exact", 1, 2),
     "5th pct. to 200": ("psnr_exact_5th", 1, 2),
+}
+FRONTIER = {
+    "right %": ("accuracy", 100, 1),
+    "FID": ("fid", 1, 2),
+    "sFID": ("sfid", 1, 2),
+    "alignment": ("alignment", 1, 3),
+    "PSNR dB": ("psnr", 1, 2),
+    "5th pct. dB": ("psnr_5th", 1, 2),
+    "SSIM": ("ssim", 1, 3),
+    "5th pct.": ("ssim_5th", 1, 3),
 }
 DIFFERENCE = {
     "FID": ("fid", 1, 2),
@@ -141,6 +152,24 @@ def compared(content: Row) -> str:
     return "\n\n".join([*parts, table({"rows": rest}, QUALITY)])
 
 
+def frontier(content: Row) -> str:
+    """All ways of sampling by their time, region-adaptive ones in bold; how it was run; what failed."""
+    run, done = content["meta"], [row for row in content["rows"] if "failed" not in row]
+    used = {head: column for head, column in FRONTIER.items() if any(column[0] in row for row in done)}
+    lines = []
+    for row in sorted(done, key=lambda row: row["ms"]):
+        name = f"**{method(row)}**" if row["method"] == "RAS" else method(row)
+        lines.append([name, str(row["steps"]), f"{row['ms']:.2f}", *(cell(row, *column) for column in used.values())])
+    words = (
+        f"{run['n']} pictures a row in batches of {run['batch']}, {run['device']}, torch {run['torch']}, diffusers "
+        f"{run['diffusers']}; PSNR and SSIM to {run['exact_steps']} steps for the first {run['exact']} pictures."
+    )
+    failed = [f"- {row['key']}: {row['failed']}" for row in content["rows"] if "failed" in row]
+    if failed:
+        words += "\n\nNot measured:\n\n" + "\n".join(failed)
+    return markdown(["way", "steps", "ms", *used], lines) + "\n\n" + words
+
+
 def front(points: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
     """The points (cost, quality) that no cheaper point equals, by cost."""
     best, kept = float("-inf"), []
@@ -231,6 +260,7 @@ def page(template: str, results: Path) -> str:
         "table": lambda content: table(content, QUALITY),
         "compared": compared,
         "backgrounds": by_background,
+        "frontier": frontier,
         "run": run_of,
     }
     plots: dict[str, Callable[[Row, Path], None]] = {"pareto": pareto, "ranking": ranking}
@@ -239,9 +269,10 @@ def page(template: str, results: Path) -> str:
         part, name = mark.groups()
         if part not in tables and part not in plots:
             raise ValueError(f"{mark[0]} is no part of a page; there are {', '.join([*tables, *plots])}")
-        file = results / f"table_{name}.json"
+        kind = "frontier" if part == "frontier" else "table"
+        file = results / f"{kind}_{name}.json"
         if not file.exists():
-            return f"*(table {name.upper()} has not been run)*"
+            return f"*({kind} {name} has not been run)*"
         content = json.loads(file.read_text())
         if part in tables:
             return tables[part](content)
@@ -255,7 +286,9 @@ def main(argv: list[str] | None = None) -> None:
     """Writes `README.md` and its plots."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=here / "results", help="folder of table_?.json")
+    parser.add_argument(
+        "--results", type=Path, default=here / "results", help="folder of table_*.json and frontier_*.json"
+    )
     parser.add_argument("--template", type=Path, default=here / "report.md")
     args = parser.parse_args(argv)
     text = page(args.template.read_text(), args.results)

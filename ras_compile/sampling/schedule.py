@@ -64,8 +64,9 @@ class Schedule:
 
     def _observes(self, step: int) -> bool:
         """Whether a later step chooses its tokens by the noise of `step`."""
-        # drift is measured between calls: that of the step before the one that is needed has to be known, too
-        ahead = (1, 2) if self.config.metric == "drift" else (1,)
+        # drift is measured between calls: that of the step before the one that is needed has to be known, too;
+        # a callable may remember as well
+        ahead = (1, 2) if self.config.metric == "drift" or callable(self.config.metric) else (1,)
         return self._ratio < 1 and any(self.kind(step + steps) == "sparse" for steps in ahead)
 
     def ratio(self, step: int, num_steps: int | None = None) -> float:

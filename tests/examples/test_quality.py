@@ -16,10 +16,15 @@ from PIL import Image
 from scripts import EXAMPLES, load
 
 import ras_compile
+from ras_compile.config import fitting
+from ras_compile.sampling.drift import expected
 from ras_compile.sampling.schedule import Schedule
+from ras_compile.sampling.selection import SelectionInfo
 
-names = ("data", "measure", "models", "others", "run", "sampler", "settings", "tables", "objects", "frontier")
-data, measure, models, others, run, sampler, chosen, tables, objects, frontier = load(["quality", "emoji"], names)
+names = ("data", "measure", "models", "others", "rules", "run", "sampler", "settings", "tables", "objects", "frontier")
+data, measure, models, others, rules, run, sampler, chosen, tables, objects, frontier = load(
+    ["quality", "emoji"], names
+)
 Sampler, scheduler_of, OBJECTS = sampler.Sampler, models.scheduler_of, objects.OBJECTS
 
 
@@ -113,7 +118,7 @@ def test_settings_are_distinct_and_their_options_exist(table):
             ras_compile.RASConfig(**row.options)
         else:
             assert row.method == "dense" or row.method in others.METHODS
-    with pytest.raises(ValueError, match="not one of a, b, c"):
+    with pytest.raises(ValueError, match="not one of a, b, c, options"):
         chosen.settings("d")
 
 
@@ -246,14 +251,38 @@ def test_spectrum_goes_on_as_a_polynomial_does():
 
 
 def test_tokens_take_their_turns_by_what_changed():
-    rule = others.Heterogeneous()
-    info = [ras_compile.sampling.selection.SelectionInfo(step=step) for step in range(3)]
+    rule = rules.Heterogeneous()
+    info = [SelectionInfo(step=step) for step in range(4)]
     noise = torch.zeros(1, 8, 2)
     rule(noise, info[0])
-    noise = noise + torch.arange(1, 9)[None, :, None]  # the last two change most
+    noise = noise + torch.stack((torch.arange(1, 9), torch.zeros(8)), -1)  # the last two change most
     assert rule(noise, info[1]).tolist() == [[0.25] * 4 + [0.5] * 2 + [1.0] * 2]
     assert rule(noise, info[2]).tolist() == [[0.5] * 4 + [1.0] * 2 + [2.0] * 2]  # none was computed
+    noise[:, 0, 0] += 13
+    assert rule(noise, info[3])[0, 0] == 0.5  # 6.5 in two steps: now the third
     assert rule(noise, info[0]).max() == 1  # another run
+
+
+@torch.no_grad()
+def test_a_remembering_metric_sees_what_drift_sees():
+    class Drift(rules.Changes):
+        def __call__(self, noise, info):
+            return expected(*self.seen(noise, info))
+
+    passes, given = [], call(0)
+    for metric in ("drift", Drift(), rules.Unaged()):
+        options = {**fitting("drift"), "metric": metric, "reset_interval": 5, "starvation_scale": 0.0}
+        model = torch.compile(small(), backend="ras", options={**options, "inner_backend": "eager"})
+        latent, found = given["hidden_states"], []
+        with ras_compile.generation(num_steps=8) as run_of:
+            for _ in range(8):
+                now = torch.full((2,), 1000.0 - 1000 * run_of.step() / 8)
+                found.append(model(**given | {"hidden_states": latent, "timestep": now})[0])
+                latent = latent - 0.1 * found[-1]
+        passes.append(torch.stack(found))
+        assert [record.kind for record in ras_compile.trace(model)] == ["dense"] * 4 + ["sparse"] * 4
+        torch._dynamo.reset()
+    assert torch.equal(passes[0], passes[1]) and not torch.equal(passes[0], passes[2])
 
 
 @pytest.fixture
@@ -350,7 +379,7 @@ def test_the_frontier_takes_turns(tiny, monkeypatch, tmp_path, capsys):
     assert exact[0] == 0 and [name for _, name in first] == [*turn[:3], *turn[-1:] * 2, turn[1]]  # one calibrates
     assert [at for at, _ in first] == [0] * 6 and [at for at, _ in order[7:]] == [1] * 4 + [0] * 4
     assert [name for _, name in order[7:]] == turn * 2
-    found = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
+    found = json.loads((tmp_path / "out" / "frontier_emoji.json").read_text())["rows"]
     assert [row["key"] for row in found] == [row.key for row in rows]
     *found, failed = found
     assert failed["failed"] == "RuntimeError: no such thing" and failed["options"]["metric"] == "function"
@@ -397,7 +426,7 @@ def test_pages(tmp_path):
     assert page.startswith("Words.\n\n| method | steps | GFLOPs | ms | FID |")
     assert "| dense | 28 | 28 | 28.00 | 1.00 ± 0.50 |" in page
     assert "**-2.00 ± 1.00**" in page and "| +0.0000 ± 0.1000 |" in page
-    assert "(table B has not been run)" in page and "- `fid`: a distance." in page
+    assert "(table b has not been run)" in page and "- `fid`: a distance." in page
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("pareto_a.png", "ranking_a.png"))
     with pytest.raises(ValueError, match="no part of a page"):
         tables.page("{{figure a}}", tmp_path)
@@ -411,5 +440,5 @@ def test_front_keeps_what_nothing_cheaper_equals():
 
 def test_the_shipped_report_has_marks_for_every_table(tmp_path):
     text = (EXAMPLES / "quality" / "report.md").read_text()
-    assert {name for _, name in tables.MARK.findall(text)} == {"a", "b", "c"}
+    assert {name for _, name in tables.MARK.findall(text)} == {*chosen.TABLES, *models.MODELS}
     assert "{{" not in tables.page(text, tmp_path)
