@@ -47,7 +47,8 @@ def bring_from_host(graph: fx.Graph, places: Collection[int]) -> int:
         first = next(node for node in graph.nodes if node in cache.users)
         with graph.inserting_before(first):
             here = emit(own.from_host.default, cache, value.device)
-        cache.replace_all_uses_with(here, delete_user_cb=lambda user, here=here: user is not here)
+        for user in [user for user in cache.users if user is not here]:
+            user.replace_input_with(cache, here)
         put = [node for node in graph.nodes if any(root(target) is here for target in writes(node))][-1]
         with graph.inserting_after(put):
             emit(own.write_host.default, cache, here)

@@ -216,6 +216,12 @@ class Plan:
         """The caches that are rounded, and along which dimension."""
         return {} if self.config.cache_dtype is None else rounded_rows(self.sparse, self.analysis.frame)
 
+    @property
+    def _narrow(self) -> torch.dtype:
+        """What they are rounded to."""
+        assert self.config.cache_dtype is not None
+        return DTYPES[self.config.cache_dtype]
+
     @cached_property
     def hosted(self) -> list[int]:
         """The caches that are in the host's memory: all but those of what the model returns."""
@@ -226,14 +232,14 @@ class Plan:
         """The dense program before the passes; it leaves caches as, and where, they are kept."""
         program = dense_program(self.analysis, self.sparse)
         if self._rounded:
-            round_dense(program, self.sparse, self._rounded, DTYPES[self.config.cache_dtype])
+            round_dense(program, self.sparse, self._rounded, self._narrow)
         count = len(self.analysis.output_nodes)
         return leave_on_host(program, range(count, count + len(self.hosted)))
 
     def sparse_graph(self, active: int) -> fx.GraphModule:
         """The sparse program for ``active`` rows before the passes."""
         program = sparse_program(self.analysis, active, self.sparse)
-        return round_sparse(program, self._rounded, DTYPES[self.config.cache_dtype]) if self._rounded else program
+        return round_sparse(program, self._rounded, self._narrow) if self._rounded else program
 
     def _prove_or_thaw(self) -> None:
         """Proves the plan; with a fresh context where it cannot be frozen."""
