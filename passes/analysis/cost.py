@@ -83,6 +83,8 @@ def flops_of(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> Any:
             return _matmul(*shapes[:2])
         case "aten::addmm" | "aten::baddbmm":
             return _matmul(*shapes[1:])
+        case "ras_compile::token_wise":  # all its experts: how many a token goes through, nothing here says
+            return sum(_linear(shapes[0], weight) for weight in shapes[1:] if len(weight) == 2)
         case "aten::scaled_dot_product_attention":
             return _attention(*shapes)
         case "aten::einsum":

@@ -10,6 +10,7 @@ from ras_compile.passes.rules import (
     pointwise,
     reduction,
     resampling,
+    token_wise,
     views,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "pointwise",
     "reduction",
     "resampling",
+    "token_wise",
     "views",
 ]

@@ -349,7 +349,10 @@ def slice_scatter(call: Call) -> Step:
         assert part is not None
         rest = [*part.dims[:dim], *part.dims[dim + 1 :]]
         along = bool(grid_atoms(call, [part.dims[dim]]))
-        if (along and region_atoms(call, rest)) or (not along and base in call.mixed):
+        tokens = (
+            bool(region_atoms(call, rest)) and not part.raw
+        )  # in the latent, they may still turn out to be channels
+        if (along and tokens) or (not along and base in call.mixed):
             return call.whole()
         ends = [opaque_or_empty(start), part.dims[dim], opaque_or_empty(call.shape[dim] - stop)]
         whole = part.replace(dim, concat(ends) if along else opaque(call.shape[dim]))

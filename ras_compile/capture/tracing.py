@@ -33,6 +33,7 @@ from ras_compile.capture.export import export
 from ras_compile.capture.facts import Fact, Guard
 from ras_compile.capture.python_state import PythonState
 from ras_compile.capture.readings import Closed, Noted, Replayed, plain_readings
+from ras_compile.capture.token_wise import Opaque
 from ras_compile.capture.unusable import unusable
 from ras_compile.errors import UnsupportedGraph
 
@@ -101,15 +102,17 @@ def _trace(root: nn.Module, args: tuple, kwargs: dict, runs: bool) -> Trace:
             call_uncompiled(root, *args, **kwargs)
         except Exception as error:
             raise unusable(first_line(error), args, kwargs) from error
-        state = PythonState(root)
+        state, opaque = PythonState(root), Opaque(root)
         try:
-            with Noted(given, weights_of(root), runs) as noted:
+            with opaque.calls(), Noted(given, weights_of(root), runs) as noted:
                 call_uncompiled(root, *args, **kwargs)
+        except UnsupportedGraph:
+            raise
         except Exception as error:  # it has just run: what fails now is watching it
             raise cannot_be_traced(error) from error
     if not state.holds():
         raise UnsupportedGraph("the model changes itself each time it runs (an attribute of a module gets a new value)")
-    bound = _Bound(root, leaves, spec, noted)
+    bound = _Bound(root, leaves, spec, noted, opaque)
     closed = [*noted.closed.values(), *map(Closed, bound.constants)]
     state = PythonState(root)
     owners: list[Any] = [owner for module in root.modules() for owner in tables_of(module)]
@@ -169,8 +172,11 @@ def _has_effects(node: fx.Node) -> bool:
 class _Bound(nn.Module):
     """The model as a function of tensors alone, for the tracer; returns its output's tensors, then the facts'."""
 
-    def __init__(self, root: nn.Module, leaves: list, spec: pytree.TreeSpec, noted: Noted) -> None:
+    def __init__(
+        self, root: nn.Module, leaves: list, spec: pytree.TreeSpec, noted: Noted, opaque: Opaque
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.opaque = opaque
         self.call = lambda args, kwargs: call_uncompiled(root, *args, **kwargs)
         self.leaves, self.spec, self.noted = leaves, spec, noted
         self.constants = [v for r in noted.readings for v in pytree.tree_leaves(r.result) if isinstance(v, Tensor)]
@@ -184,7 +190,11 @@ class _Bound(nn.Module):
         inputs = {key: next(given) for key in self.noted.closed}
         constants = {id(value): next(given) for value in self.constants}
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with plain_readings(), Replayed(self.noted.readings, inputs, constants, self.noted.runs) as replayed:
+        with (
+            self.opaque.calls(),
+            plain_readings(),
+            Replayed(self.noted.readings, inputs, constants, self.noted.runs) as replayed,
+        ):
             result = self.call(args, kwargs)
         if next(replayed.readings, None) is not None:
             raise UnsupportedGraph("the model reads other values each time it runs")

@@ -1886,3 +1886,65 @@ class NearestKeys(Block):
         kv = torch.cat([k, v], -1).transpose(1, 2).unflatten(2, grid)
         k, v = F.interpolate(kv, scale_factor=0.5, mode="nearest-exact").flatten(2).transpose(1, 2).chunk(2, -1)
         return merge(self.mix(heads(q), heads(k), heads(v)))
+
+
+class Counted(nn.Module):
+    """Experts that are given the tokens that chose them, however many these are."""
+
+    token_wise = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+
+    def forward(self, x):
+        flat = x.view(-1, WIDTH)
+        weights, chosen = self.gate(flat).softmax(-1).topk(2)
+        order, out = chosen.flatten().argsort(), torch.zeros_like(flat)
+        ends = chosen.flatten().bincount(minlength=3).cpu().numpy().cumsum(0)
+        for expert, start, end in zip(self.experts, [0, *ends[:-1]], ends, strict=True):
+            place = order[start:end]
+            out.index_add_(0, place // 2, F.silu(expert(flat[place // 2])) * weights.flatten()[place, None])
+        return out.view_as(x)
+
+
+@variant("experts that are said to treat each token alone")
+class SaidToBeTokenWise(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = Counted()
+
+    def mlp(self, x, grid):
+        return self.routed(x) + super().mlp(x, grid)
+
+
+class Centred(Counted):
+    def forward(self, x):
+        return super().forward(x - x.mean(1, True))
+
+
+@variant("experts that are said so, and are not", refused="given half of the tokens")
+class NotTokenWise(SaidToBeTokenWise):
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = Centred()
+
+
+@variant("experts that are said so, and are told the time", refused="something else than one tensor")
+class ToldTheTime(SaidToBeTokenWise):
+    def mlp(self, x, grid):
+        return self.routed(x=x)
+
+
+@model("a latent padded to the longest sequence, by a write")
+class PaddedByAWrite(DiT):
+    def patchify(self, latent):
+        b, c, height, width = latent.shape
+        x = latent.reshape(b, c, height // 2, 2, width // 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(b, c, -1, 4)
+        out = torch.zeros(b, c, 29, 4, dtype=x.dtype)
+        out[:, :, : x.shape[2]] = x
+        return self.embed(out.permute(0, 2, 3, 1).reshape(b, 29, -1)), (height // 2, width // 2)
+
+    def unpatchify(self, x, grid):
+        return super().unpatchify(x[:, : grid[0] * grid[1]], grid)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from brute import random_rows, rows_of, spliced
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ras_compile.errors import UnsupportedGraph
@@ -33,6 +33,7 @@ from ras_compile.passes.programs.program import dense_program, sparse_program
 from ras_compile.passes.rules.collectives import COLLECTIVES, WAIT
 from ras_compile.passes.rules.pointwise import is_pointwise
 from ras_compile.passes.rules.registry import RULES, Gather, Use
+from ras_compile.passes.rules.token_wise import number_of
 
 aten = torch.ops.aten
 HEIGHT, WIDTH, CHANNELS, TEXT = 3, 4, 6, 3
@@ -876,6 +877,7 @@ def reduction() -> list[Row]:
     along = [aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default,
              aten.cumprod.default, aten.logcumsumexp.default]  # fmt: skip
     bits = lambda s: s.also(aten.gt.Scalar, s.tokens, 0)  # noqa: E731
+    part = torch.ops.ras_compile.token_wise.default
     return [
         *[
             row
@@ -983,6 +985,12 @@ def reduction() -> list[Row]:
         Row(aten.kthvalue.default, lambda s: s.pieces(s.tokens, 2)),
         Row(aten.kthvalue.default, lambda s: s.pieces(s.pairs, 2, 2, True)),
         Row(aten.kthvalue.default, lambda s: s.pieces(s.tokens, 2, 1), "whole"),
+        *[
+            Row(part, lambda s: s(s.tokens, [s.given(5, c)], linear_part(c, 5), 5)),
+            Row(part, lambda s: s(s.joint, [s.given(c, c)], linear_part(c, c), c)),
+            Row(part, lambda s: s(s.columns, [s.given(5, n)], linear_part(n, 5), 5), "whole"),
+            Row(part, lambda s: s(s.latent, [s.given(5, 5)], linear_part(5, 5), 5)),
+        ],
         Row(aten.bucketize.Tensor, lambda s: s(s.joint, s.constant(torch.linspace(-1, 1, 5, dtype=torch.float64)))),
         Row(aten.bucketize.Tensor, lambda s: s(s.tokens, borders(s, s.given(5)))),
         Row(aten.bucketize.Tensor, lambda s: s(s.tokens, s.marks), "whole"),
@@ -996,6 +1004,15 @@ def reduction() -> list[Row]:
         Row(aten.searchsorted.Tensor, lambda s: s(borders(s, s.given(s.batch, c, 5)), s.columns)),
         Row(aten.searchsorted.Tensor, lambda s: s(s.columns, s.columns), "whole"),
     ]  # fmt: skip
+
+
+def linear_part(columns: int, width: int) -> int:
+    """The number of a linear layer that is called as it is."""
+    PARTS.append(nn.Linear(columns, width, bias=False).double())
+    return number_of(PARTS[-1])
+
+
+PARTS: list[nn.Module] = []  # what is called by its number has to live
 
 
 def borders(stage: Stage, values: fx.Node) -> fx.Node:
