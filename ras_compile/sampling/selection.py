@@ -37,6 +37,9 @@ _KNOWN = 3e5  # takes any score below those of what is not known
 _RANDOM_SEED = 0x5A5
 _MIXER = 0x1E3779B97F4A7C15  # an odd number of mixed bits
 _NEVER = torch.iinfo(torch.int64).min
+# What counts as the metric of a token whose noise is no number, and what no other metric reaches: a mean over branches and samples
+# in which one such token is stays above that, and nothing becomes infinite.
+_NO_NUMBER, _LARGEST = 1e30, 1e20
 # How a branch's metric is made of what it returned: see `rated`.
 Measure = tuple[str, TokenView | None] | None
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -58,7 +61,7 @@ class SelectionInfo:
 
 
 def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionInfo) -> Tensor:
-    """How much each token's predicted noise says: float32 [B, N], non-negative, finite.
+    """How much each token's predicted noise says: float32 [B, N], non-negative, finite; huge where it is no number.
 
     Args:
         noise: [B, N, P, C]: P pixels of a token's patch, C channels that match the latent's. Where the pipeline packs
@@ -90,7 +93,7 @@ def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionI
     else:
         generator = torch.Generator(noise.device).manual_seed(_RANDOM_SEED + info.step)
         metric = torch.rand(batch, tokens, device=noise.device, generator=generator)
-    return metric.nan_to_num(nan=0.0).clamp_min(0.0)
+    return torch.where(metric.isfinite(), metric.clamp(0.0, _LARGEST), _NO_NUMBER)
 
 
 def sample_groups(latent: Tensor) -> Tensor:
@@ -194,7 +197,8 @@ def select_rows(
     With ``R = metric * exp(scale * drops)`` (eq. 1), the tokens with the lowest R are dropped at the low end and those
     with the highest ``metric * exp(-scale * drops)`` at the high end, so that a drop count raises a token's priority
     at either end; `focus` shares the N - k dropped tokens out among the ends. A token absent for `max_absence` sparse
-    steps goes before all others, oldest first. Of equals the lower index is dropped. In logarithms: exp overflows.
+    steps, or whose noise is no number, goes before all others, oldest first. Of equals the lower index is dropped. In logarithms:
+    exp overflows.
 
     Args:
         metric: [B, N], non-negative.
@@ -236,7 +240,7 @@ def ranked(
     from_low = tokens - k - from_high
     log_metric = metric.float().clamp_min(torch.finfo(torch.float32).tiny).log()
     lift = scale * drops.float()
-    overdue = absence >= max_absence
+    overdue = (absence >= max_absence) | (metric > 10 * _LARGEST)
     if known is not None:
         known = known & ~known.all(dim=1, keepdim=True)
         overdue = overdue & ~known

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ras_compile import RASConfig
+from ras_compile.config import PRESETS
 from ras_compile.sampling.rows import RowChooser
 from ras_compile.sampling.selection import (
     SelectionInfo,
+    mean_metric,
     ranked,
     sample_groups,
     select_rows,
@@ -80,10 +82,21 @@ def test_a_metric_of_another_shape_names_the_option(bad):
         token_metric(torch.zeros(2, 6, 1, 3), bad, INFO)
 
 
-def test_not_a_number_counts_as_nothing():
-    noise = torch.randn(1, 6, 1, 4)
-    noise[0, 2] = math.nan
-    assert token_metric(noise, "std", INFO)[0, 2] == 0
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("metric", ["std", "l2norm"])
+@pytest.mark.parametrize("focus", ["high", "low", 0.5])
+def test_not_a_number_is_computed_first(focus, metric, value):
+    """At either end, and though nothing else would ever bring such a token back: the paper waits without end."""
+    config = RASConfig(**{**PRESETS["paper"], "metric": metric, "focus": focus})
+    noise = torch.randn(2, 6, 1, 4)
+    noise[1, 2] = value
+    found = token_metric(noise, metric, INFO)
+    assert found.isfinite().all()
+    shared = mean_metric([found, token_metric(torch.randn(2, 6, 1, 4), metric, INFO)], torch.empty(0))
+    for seen in (found, shared, mean_metric([found], torch.eye(2))):
+        zeros = torch.zeros(2, 6, dtype=torch.int64)
+        rows = select_rows(seen, zeros, zeros, 1, config)
+        assert rows[1].tolist() == [2] and (seen[0] < 100).all()
 
 
 def test_focus_chooses_the_end():
