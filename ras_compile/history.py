@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from ras_compile.execute.homes import homes
 from ras_compile.execute.memory import keepers_of
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.models import held_by, modules_of
@@ -64,14 +63,10 @@ def past_of(modules: Iterable[nn.Module]) -> Past:
 
 
 def _plans(state: TransformerState) -> dict[str, Plan]:
-    """The plans of a state's last run by their branches' labels; by "" any one of them."""
+    """The plans of a state's last generation by their branches' labels; by "" any one of them."""
     found: dict[str, Plan] = {}
-    for home in homes():
-        run = home.runs.get(state)
-        ran = [(branch.label, branch.graph) for branch in run.branches.known] if run is not None else []
-        kept = [("", graph) for graph, slots in home.spare.get(state, {}).items() if slots]
-        for label, graph in (*kept, *ran):
-            plan = graph() if isinstance(graph, weakref.ref) else None
-            if isinstance(plan, Plan):
-                found[label] = found[""] = plan
+    for label, graph in state.graphs.items():
+        plan = graph() if isinstance(graph, weakref.ref) else None
+        if isinstance(plan, Plan):
+            found[label] = found[""] = plan
     return found

@@ -124,6 +124,7 @@ class _Run:
     kind: Kind = "dense"
     used: list[Branch] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    graphs: dict[str, Hashable] = field(default_factory=dict)  # by the branches' labels
     pending: int | None = None  # the thread whose call is under way
     epoch: int = 0
     contents: dict[Hashable, tuple[Contents, int, Any]] = field(
@@ -158,7 +159,8 @@ class TransformerState:
 
     def __init__(self, config: RASConfig) -> None:
         self.config = config
-        self.records: list[Record] = []
+        self.records: list[Record] = []  # of the last generation, whoever ran it: its home goes with its thread
+        self.graphs: dict[str, Hashable] = {}  # of that generation, by the branches' labels
         self._passed: _Passed | None = None
         self._selection, self._schedule = Selection(), Schedule(config)
         self._epoch = 0
@@ -219,7 +221,8 @@ class TransformerState:
         decision.of.spare = None
         if noise is not None and run.schedule.observes(run.step - run.base):
             run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view, decision.slots)
-        self.records = run.records
+        self.records, self.graphs = run.records, run.graphs
+        self.graphs[decision.branch] = call.graph
         self.records.append(
             Record(
                 decision.step,
@@ -262,7 +265,7 @@ class TransformerState:
             last = self.records[-1].timestep if self.records else None
             begins = time is not None and time == before.first and time != last
         if before is None or begins:
-            self.records, first = [], time
+            self.records, self.graphs, first = [], {}, time
         else:
             first = before.first
         self._passed = _Passed(tick.key, tick.step or 0, first)
@@ -301,7 +304,8 @@ class TransformerState:
     def reset(self) -> None:
         """Forget every generation, in all threads."""
         self._epoch += 1
-        self.records, self._passed, self._selection = [], None, Selection()
+        self.records, self.graphs = [], {}
+        self._passed, self._selection = None, Selection()
 
     def retire(self, home: Home) -> None:
         """End the run that `home` keeps; its caches become spares for the next one."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import threading
 
 import pytest
 import torch
-from tiny import TinyDiT
+from tiny import LATENT, TEXT, TinyDiT, run
 
 import ras_compile
+from ras_compile.history import past_of
 from ras_compile.plans.plan import Plan
+from ras_compile.sampling.models import modules_of
 
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "unsupported": "error"}
 
@@ -45,6 +48,23 @@ def test_first_calls_in_two_threads(one_model, round):
     with torch.no_grad():
         for index, model in enumerate(models):
             torch.testing.assert_close(results[index], model(*given[index]))
+
+
+def test_what_a_thread_drew_is_told_when_it_has_ended():
+    """The plans, by which the grid and the costs are known, too."""
+    compiled = torch.compile(TinyDiT(8, 1).eval(), backend="ras", options=OPTIONS)
+
+    def work() -> None:
+        with torch.no_grad():
+            run(compiled, LATENT, TEXT)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    del thread
+    gc.collect()
+    calls = past_of(modules_of(compiled)).calls
+    assert len(calls) == 6 and all(plan is not None and plan.analysis.frame.grid == (4, 6) for _, plan in calls)
 
 
 def test_calls_of_one_generation_at_the_same_time_are_refused(monkeypatch):
