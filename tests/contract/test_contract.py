@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import pytest
 import torch
@@ -70,6 +71,7 @@ def each_cache_matters(model: Subject, values: list, rows: Tensor, caches: list[
             assert model.matters(point, corrupted[index], values, model.reference(values)) < TIGHT, point
 
 
+@lru_cache(maxsize=4)
 def flops(program: fx.GraphModule) -> int:
     """Counted FLOPs of a program on fake tensors: products, convolutions and attention."""
     total = 0

@@ -58,8 +58,14 @@ def test_a_write_is_a_result_that_is_copied(name, grouped):
     assert error(ran(program, inputs), want) == 0
 
 
-@pytest.mark.parametrize("name", by_model(["SD3.5", "Wan"]))
-@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in groups"])
+# Each model once: what is written alone or in groups is the same on all of them (the test above), and Inductor takes long.
+@pytest.mark.parametrize(
+    ("name", "grouped"),
+    [
+        pytest.param("SD3.5", True, id="SD3.5-in groups", marks=pytest.mark.xdist_group("SD3.5")),
+        pytest.param("Wan", False, id="Wan-alone", marks=pytest.mark.xdist_group("Wan")),
+    ],
+)
 def test_blocks_that_write_are_compiled_once_and_write_in_place(name, grouped):
     case = of_zoo(name)
     inputs = given(case)
