@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from objects import BACKGROUND_NAMES, COLOUR_NAMES, FILLS, OBJECTS
+from recipe import save
 from scenes import SceneSampler
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -164,21 +165,6 @@ def pipeline() -> StableDiffusion3Pipeline:
         text_encoder_3=t5,
         tokenizer_3=t5_tokens,
     )
-
-
-def save(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Write the pipeline in half precision, yet so that a plain `from_pretrained(folder)` gives float32 throughout.
-
-    diffusers models load as float32 unless told otherwise, transformers models as their config says: hence the edit.
-    """
-    pipe.to(dtype=torch.float16).save_pretrained(folder)
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"):
-        file = folder / name / "config.json"
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)  # where the part lay before says nothing to anyone else
-        if name.startswith("text"):
-            config["dtype"] = "float32"
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from components import pipeline, save
+from components import pipeline
 from diffusers import AutoencoderKL
+from recipe import save
 from safetensors.torch import load_file
 
 

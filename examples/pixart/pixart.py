@@ -8,7 +8,6 @@ mean from latents, so that the model learns them as they are, times `scaling_fac
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -26,7 +25,8 @@ EMOJI = HERE.parent / "emoji"
 if str(EMOJI) not in sys.path:
     sys.path.append(str(EMOJI))  # the emoji example is a folder of scripts that import each other
 
-from scenes import SceneSampler  # noqa: E402  (found through the line above)
+import recipe  # noqa: E402  (found through the line above)
+from scenes import SceneSampler  # noqa: E402
 from text import TEXT_WIDTH, t5, word_tokenizer  # noqa: E402
 
 VAE = EMOJI / "pipeline" / "vae"
@@ -53,14 +53,7 @@ def transformer(layers: int = 5, heads: int = 3, head_dim: int = 64) -> PixArtTr
         caption_channels=TEXT_WIDTH,
         use_additional_conditions=False,
     )
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            zero = name in ("proj_out", "adaln_single.linear") or name.endswith("attn2.to_out.0")
-            nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    for name, param in model.named_parameters():
-        if name.endswith("scale_shift_table"):
-            nn.init.zeros_(param)
+    recipe.start_as_identity(model, "proj_out", "adaln_single.linear", "attn2.to_out.0")
     return model
 
 
@@ -95,20 +88,13 @@ def pipeline(model: Model, tokens: PreTrainedTokenizerFast, prediction: str) -> 
 
 
 def save(pipe: PixArtSigmaPipeline, folder: Path) -> None:
-    """Write the folder in half precision, the autoencoder as a link; a plain `from_pretrained` gives float32."""
+    """Write the folder as all recipes do, but the autoencoder as a link."""
     vae = folder / "vae"
     if vae.is_symlink():  # left by an earlier call: the files behind it must not be written over
         vae.unlink()
-    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    recipe.save(pipe, folder)
     shutil.rmtree(vae)
     vae.symlink_to(os.path.relpath(VAE, folder), target_is_directory=True)
-    for name in ("text_encoder", "transformer"):
-        file = folder / name / "config.json"
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)  # where the part lay before says nothing to anyone else
-        if name == "text_encoder":
-            config["dtype"] = "float32"
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def export(runs: Path, out: Path) -> None:
@@ -118,13 +104,8 @@ def export(runs: Path, out: Path) -> None:
     model = Model(tokens, **told["shape"])
     model.load_state_dict(load_file(runs / "pixart.safetensors"))
     save(pipeline(model, tokens, told["prediction"]), out / "pipeline")
-    (out / "results").mkdir(exist_ok=True)
-    shutil.copyfile(runs / "pixart.json", out / "results" / "training.json")
+    recipe.keep_record(runs / "pixart.json", out)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/pixart"))
-    parser.add_argument("--out", type=Path, default=HERE)
-    args = parser.parse_args()
-    export(args.runs, args.out)
+    recipe.export_command(__doc__, "runs/pixart", HERE, export)

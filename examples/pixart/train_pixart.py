@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,6 +19,7 @@ from pixart import SCHEDULE, VAE, Model, scheduler, tokenizer  # puts the emoji 
 from compose import Atlas, compose  # isort: skip
 from feed import Scenes, batches  # isort: skip
 from loop import Clock, Pool, fit, optimizers  # isort: skip
+from recipe import machine, training_arguments, training_parser  # isort: skip
 
 
 def train(args: argparse.Namespace) -> None:
@@ -73,8 +73,7 @@ def train(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in chosen} | {
         "shape": shape,
         "parameters": sum(param.numel() for param in model.parameters()),
-        "machine": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "torch": torch.__version__,
+        **machine(device),
     }
     file = args.out / "pixart.json"
     file.write_text(json.dumps(settings, indent=1) + "\n")  # if this is cut short, the last saved weights can be used
@@ -84,29 +83,12 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"))
-    parser.add_argument("--out", type=Path, default=Path("runs/pixart"))
-    parser.add_argument("--seconds", type=float, default=270.0, help="of all, compilation included")
-    parser.add_argument("--steps", type=int, help="stop after so many steps instead")
-    parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
-    parser.add_argument("--batch", type=int, default=256)
+    parser = training_parser(
+        __doc__, "runs/pixart", "scenes", "stop after so many steps instead",
+        batch=256, rate=1e-3, muon_rate=3e-3, layers=5, heads=3, head_dim=64, workers=6,
+    )  # fmt: skip
     parser.add_argument("--fresh", type=int, default=64, help="scenes painted a step")
-    parser.add_argument("--pool", type=int, default=200_000, help="painted scenes that are kept to draw from")
-    parser.add_argument("--ahead", type=int, default=16, help="paintings before the first step")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--muon-rate", type=float, default=3e-3)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=6)
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="by Inductor"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
     begin = time.time()
-    train(args)
+    train(training_arguments(parser))
     print(f"{time.time() - begin:.0f} s", flush=True)

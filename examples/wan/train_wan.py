@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -23,6 +22,7 @@ from watch import Watcher, loss, verdict
 
 from feed import batches  # isort: skip
 from loop import Clock, Log, Pool, fit, optimizers  # isort: skip
+from recipe import machine, training_arguments, training_parser  # isort: skip
 from vae import reconstruction  # isort: skip
 
 SHIFT = 2.0
@@ -83,11 +83,7 @@ class Training:
     def note(self, name: str, log: Log, **more: float) -> None:
         """Keep the losses of a part and its figures; write all that is known."""
         self.told[name] = more | {"log": log.entries}
-        self.told |= {
-            "machine": torch.cuda.get_device_name() if self.device == "cuda" else "CPU",
-            "torch": torch.__version__,
-            "seconds_taken": round(self.clock.elapsed(), 1),
-        }
+        self.told |= machine(self.device) | {"seconds_taken": round(self.clock.elapsed(), 1)}
         (self.args.out / "wan.json").write_text(json.dumps(self.told, indent=1) + "\n")
 
     def held_out(self, count: int) -> dict[str, Tensor]:
@@ -204,29 +200,12 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"))
-    parser.add_argument("--out", type=Path, default=Path("runs/wan"))
-    parser.add_argument("--seconds", type=float, default=270.0, help="of all, compilation included")
-    parser.add_argument("--steps", type=int, help="of each part instead")
+    parser = training_parser(
+        __doc__, "runs/wan", "clips", "of each part instead",
+        batch=128, rate=1e-3, muon_rate=3e-3, layers=4, heads=3, head_dim=64, workers=4,
+    )  # fmt: skip
+    parser.add_argument("--feed-forward", type=int, default=512)
     parser.add_argument("--vae-batch", type=int, default=64, help="clips filmed a step; the judge has twice as many")
     parser.add_argument("--kl", type=float, default=2e-3, help="weight of the autoencoder's KL term")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--pool", type=int, default=200_000, help="clips that are kept to draw from")
-    parser.add_argument("--ahead", type=int, default=16, help="filmings before the first step")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--muon-rate", type=float, default=3e-3)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--feed-forward", type=int, default=512)
     parser.add_argument("--look", type=int, default=512, help="held-out clips that autoencoder and judge are tried on")
-    parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="by Inductor"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    train(args)
+    train(training_arguments(parser))

@@ -7,7 +7,6 @@ Wan appends zeros to the hidden states of a short prompt, and attends to them: `
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import recipe  # isort: skip
 from text import TEXT_WIDTH, umt5, word_tokenizer  # isort: skip
 
 HERE = Path(__file__).parent
@@ -77,14 +77,7 @@ def transformer(layers: int = 4, heads: int = 3, head_dim: int = 64, feed_forwar
         num_layers=layers,
         rope_max_seq_len=64,
     )
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            zero = name in ("proj_out", "condition_embedder.time_proj") or name.endswith("attn2.to_out.0")
-            nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    for name, param in model.named_parameters():
-        if name.endswith("scale_shift_table"):
-            nn.init.zeros_(param)
+    recipe.start_as_identity(model, "proj_out", "condition_embedder.time_proj", "attn2.to_out.0")
     return model
 
 
@@ -107,18 +100,6 @@ class Model(nn.Module):
         return self.text(ids, attention_mask=mask).last_hidden_state * mask[..., None]
 
 
-def save(pipe: WanPipeline, folder: Path) -> None:
-    """Write the folder in half precision; a plain `from_pretrained` gives float32."""
-    pipe.to(dtype=torch.float16).save_pretrained(folder)
-    for name in ("text_encoder", "transformer", "vae"):
-        file = folder / name / "config.json"
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)  # where the part lay before says nothing to anyone else
-        if name == "text_encoder":
-            config["dtype"] = "float32"
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def export(runs: Path, out: Path) -> None:
     """What train_wan.py left in `runs` -> `out/pipeline`, a `WanPipeline`, `out/judge.safetensors`, `out/results/`."""
     settings = json.loads((runs / "wan.json").read_text())
@@ -130,15 +111,10 @@ def export(runs: Path, out: Path) -> None:
     pipe = WanPipeline(
         tokenizer=tokens, text_encoder=model.text, vae=vae, scheduler=scheduler(), transformer=model.transformer
     )
-    save(pipe, out / "pipeline")
+    recipe.save(pipe, out / "pipeline")
     shutil.copyfile(runs / "wan_judge.safetensors", out / "judge.safetensors")
-    (out / "results").mkdir(exist_ok=True)
-    shutil.copyfile(runs / "wan.json", out / "results" / "training.json")
+    recipe.keep_record(runs / "wan.json", out)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/wan"))
-    parser.add_argument("--out", type=Path, default=HERE)
-    args = parser.parse_args()
-    export(args.runs, args.out)
+    recipe.export_command(__doc__, "runs/wan", HERE, export)

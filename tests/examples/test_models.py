@@ -198,6 +198,14 @@ def test_pictures_are_those_of_the_pipeline(untrained, name, solver, more):
     assert ras_compile.explain(drawer.pipe.transformer, **drawer.one_call())
 
 
+def test_folders_load_in_single_precision(untrained):
+    for name in ("pixart", "wan"):
+        folder = untrained / name / "pipeline"
+        told = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/config.json")}
+        assert told["text_encoder"]["dtype"] == "float32" and not any("_name_or_path" in part for part in told.values())
+        assert (untrained / name / "results" / "training.json").is_file()
+
+
 def test_every_sampler_is_known(untrained):
     for kind in models.MODELS.values():
         config = models.diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
