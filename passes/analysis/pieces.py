@@ -44,7 +44,7 @@ MOST_BESIDE = 4  # between the cut of another value and where it meets a part
 TOKENS = Atom(0, 1)
 
 
-class Apart(Exception):
+class NotTogether(Exception):
     """The parts cannot be worked together."""
 
 
@@ -103,9 +103,9 @@ class Together:
         try:
             made = self._joined(node)
             if self.wide > MOST_WORK * self.narrow:
-                raise Apart
-        except (Apart, Restart, UnsupportedGraph, RuntimeError) as error:
-            if not isinstance(error, (Apart, Restart, UnsupportedGraph)):  # no answer, but a failure
+                raise NotTogether
+        except (NotTogether, Restart, UnsupportedGraph, RuntimeError) as error:
+            if not isinstance(error, (NotTogether, Restart, UnsupportedGraph)):  # no answer, but a failure
                 fell_back("pieces of a sequence worked one by one", error)
             for added in reversed(list(self.added.values())):
                 if not added.users:
@@ -134,47 +134,47 @@ class Together:
             base, part = args["self"], self.part(args["src"])
             start, stop, step = slice(args["start"], args["end"], args["step"]).indices(shape[dim])
             if base in self.derived or step != 1 or (start, stop, shape[dim]) != (part.start, part.stop, part.size):
-                raise Apart
+                raise NotTogether
             self._stands(part, dim)
             return self._chosen([(start, base), (stop, part.whole), (shape[dim], base)], dim, node)
         pieces = [self.part(operand) for operand in args["tensors"]]
         ends = [0, *(piece.stop for piece in pieces)]
         if [piece.start for piece in pieces] != ends[:-1] or any(piece.size != ends[-1] for piece in pieces):
-            raise Apart
+            raise NotTogether
         for piece in pieces:
             self._stands(piece, dim)
         return self._chosen([(piece.stop, piece.whole) for piece in pieces], dim, node)
 
     def _stands(self, part: Part, dim: int) -> None:
         if part.layout.dims[dim] != (Axis(part.stop - part.start, TOKENS),):
-            raise Apart
+            raise NotTogether
         if part.whole.meta["val"].shape[dim] != part.size:
-            raise Apart
+            raise NotTogether
 
     def _chosen(self, borders: Sequence[tuple[int, fx.Node]], dim: int, node: fx.Node) -> fx.Node:
         """Of several values the one whose border comes next, entry by entry along ``dim``."""
         value, like = borders[-1][1], node.meta["val"]
         for stop, other in list(borders)[-2::-1]:
             if other.meta["val"].dtype != like.dtype or value.meta["val"].dtype != like.dtype:
-                raise Apart
+                raise NotTogether
             if other is not value and stop:
                 places = self.emit(aten.arange.default, like.shape[dim], dtype=torch.int64, device=like.device)
                 before = self.emit(aten.lt.Scalar, places, stop)
                 shape = [-1 if index == dim else 1 for index in range(like.ndim)]
                 value = self.emit(aten.where.self, self.emit(aten.reshape.default, before, shape), other, value)
         if tuple(value.meta["val"].shape) != tuple(like.shape):
-            raise Apart
+            raise NotTogether
         return value
 
     def part(self, node: fx.Node) -> Part:
         """What a value of the parts is a part of.
 
         Raises:
-            Apart: it is none.
+            NotTogether: it is none.
         """
         if node not in self.parts:
             if node not in self.derived:
-                raise Apart
+                raise NotTogether
             self.parts[node] = cut_of(node) or self._worked(node)
         return self.parts[node]
 
@@ -182,12 +182,12 @@ class Together:
         """An op on parts, done for all entries."""
         value = node.meta["val"]
         if not isinstance(value, Tensor) or node.target in (*CUTS, *JOINS, operator.getitem):
-            raise Apart
+            raise NotTogether
         first = next(self.part(operand) for operand in operands(node) if operand in self.derived)
         given = [operand for operand in operands(node) if operand in self.derived or self._beside(operand, first)]
         parts = [self.part(operand) for operand in given]
         if any((p.start, p.stop, p.size) != (first.start, first.stop, first.size) for p in parts):
-            raise Apart
+            raise NotTogether
         length = first.stop - first.start
         if length == 1:
             return self._single(node, given, first)
@@ -195,7 +195,7 @@ class Together:
         layouts = {operand: self.parts[operand].layout for operand in given}
         step: Step = find_rule(node)(Call(node, dict(layouts), frame))
         if step.whole or not isinstance(step.out, Layout):
-            raise Apart
+            raise NotTogether
         target, args, kwargs = (
             step.rewrite(Sizes(frame, first.size)) if step.rewrite else (node.target, node.args, node.kwargs)
         )
@@ -237,10 +237,10 @@ class Together:
             dims |= {place + rank - len(mine.layout.dims) for place in places}
         alone = is_pointwise(node.target) or RULES.get(node.target) is copies
         if len(dims) != 1 or not (alone or node.target in SAME_PLACE):
-            raise Apart
+            raise NotTogether
         (dim,) = dims
         if node.target in SAME_PLACE and (dim == rank - 1 or given != operands(node)[:1]):
-            raise Apart
+            raise NotTogether
         args, kwargs = fx.node.map_arg(
             (node.args, node.kwargs), lambda operand: self.parts[operand].whole if operand in given else operand
         )
@@ -264,13 +264,13 @@ class Together:
         if _pictures(operand) & _pictures(
             self.source
         ):  # tokens of the same picture in other places: no padding is theirs
-            raise Apart
+            raise NotTogether
         pads = [0] * (2 * rank)
         for index, dim in enumerate(layout.dims[len(layout.dims) - rank :]):
             if dim == (Axis(part.stop - part.start, TOKENS),) and operand.meta["val"].shape[index] != 1:
                 pads[2 * (rank - 1 - index) : 2 * (rank - index)] = [part.start, part.size - part.stop]
             elif any(isinstance(factor, Axis) and factor.atom == TOKENS for factor in dim):
-                raise Apart
+                raise NotTogether
         return self.emit(aten.constant_pad_nd.default, operand, pads)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ras_compile._torch import version_of
 from ras_compile.capture.inputs import GraphInput
-from ras_compile.plans.plan import is_fixed
+from ras_compile.plans.latent import is_fixed
 
 
 def same_objects(tensors: Sequence[Tensor], seen: Sequence[weakref.ref]) -> bool:

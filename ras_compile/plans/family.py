@@ -32,8 +32,9 @@ from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.cost import Cost
 from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolate, sample_points
 from ras_compile.passes.pipeline import for_all_lengths
+from ras_compile.plans.latent import is_fixed
 from ras_compile.plans.lengths import Lengths
-from ras_compile.plans.plan import Plan, is_fixed
+from ras_compile.plans.plan import Plan
 from ras_compile.plans.shared import Shared, Sized, all_fit
 from ras_compile.plans.symbolic import SymbolicGraph, Symbols
 
@@ -255,19 +256,19 @@ class Families:
         lengths = Lengths.of(self._graph, self._inputs, values, numbers)
         if lengths is None:
             return None
-        rest: Hashable = (lengths.rest(values, self._users), fixed)
+        key: Hashable = (lengths.key_without_lengths(values, self._users), fixed)
         region = config.region and (config.region.start, config.region.stop, config.region.step)
-        if (rest, region) not in self._found and len(self._found) < FAMILIES:
-            self._found[rest, region] = self._make(rest, lengths, values, config)
-        family = self._found.get((rest, region))
+        if (key, region) not in self._found and len(self._found) < FAMILIES:
+            self._found[key, region] = self._make(key, lengths, values, config)
+        family = self._found.get((key, region))
         return None if family is None else family.member(values)
 
-    def _make(self, rest: Hashable, lengths: Lengths, values: Sequence[Any], config: RASConfig) -> Family | None:
+    def _make(self, key: Hashable, lengths: Lengths, values: Sequence[Any], config: RASConfig) -> Family | None:
         try:
-            if rest not in self._captured:
-                self._captured[rest] = None
-                self._captured[rest] = SymbolicGraph(self._graph, lengths, values)
-            graph = self._captured[rest]
+            if key not in self._captured:
+                self._captured[key] = None
+                self._captured[key] = SymbolicGraph(self._graph, lengths, values)
+            graph = self._captured[key]
             return None if graph is None else Family(graph, self._inputs, values, config)
         except SpecViolation:
             raise

@@ -98,15 +98,15 @@ class Lengths:
         """The lengths of a call."""
         return tuple(int(values[index].shape[dim]) for index, dim in self._places)
 
-    def rest(self, values: Sequence[Any], users: Sequence[int]) -> Hashable:
+    def key_without_lengths(self, values: Sequence[Any], users: Sequence[int]) -> Hashable:
         """What calls have in common that differ in their lengths alone.
 
         Args:
             users: positions of the inputs that count.
         """
-        return tuple(self._rest(index, values[index]) for index in users)
+        return tuple(self._key_of(index, values[index]) for index in users)
 
-    def _rest(self, index: int, value: Any) -> Hashable:
+    def _key_of(self, index: int, value: Any) -> Hashable:
         if not isinstance(value, Tensor):
             return None if index in self.sizes else value
         if index not in self.sizes:
