@@ -10,7 +10,17 @@ from torch import fx
 
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes import rules
-from ras_compile.passes.algebra.layout import Coarsen, Exclude, Frame, Layout, Padded, Refine, Restart, Unbatch
+from ras_compile.passes.algebra.layout import (
+    Coarsen,
+    Exclude,
+    Frame,
+    Layout,
+    Padded,
+    Refine,
+    Restart,
+    Unbatch,
+    atoms_of,
+)
 from ras_compile.passes.analysis.pieces import CUTS, join_parts
 from ras_compile.passes.rules.collectives import COLLECTIVES, joined_by
 from ras_compile.passes.rules.pointwise import find_rule
@@ -139,10 +149,23 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool, apart
         )
         raise UnsupportedGraph(
             f"no output carries the token grid of `{_name(latent)}`: not a model from a latent to its noise"
-            + (f", or its tokens are lost in {lost.target}" if lost is not None else ""),
+            + (f", or its tokens are lost in {lost.target}" if lost is not None else "")
+            + (
+                ", where patches hold entries of several (roll or flip it by whole patches)"
+                if torn(lost, layouts)
+                else ""
+            ),
             source=source_line(lost) if lost is not None else None,
         )
     return Analysis(graph, latent, frame, layouts, steps, found)
+
+
+def torn(lost: fx.Node | None, layouts: dict[fx.Node, Result]) -> bool:
+    """Whether tokens are lost because a latent was moved by less than a patch before it was cut into patches."""
+    if lost is None or any(not isinstance(layouts.get(node), (Layout, type(None))) for node in operands(lost)):
+        return False
+    held = [layout for node in operands(lost) if isinstance(layout := layouts.get(node), Layout) and layout.raw]
+    return any(atom.order is not None for layout in held for dim in layout.dims for atom in atoms_of(dim))
 
 
 def pads_latent(node: fx.Node, step: Step, layouts: dict[fx.Node, Result]) -> bool:

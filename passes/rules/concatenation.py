@@ -216,17 +216,29 @@ def slice_(call: Call) -> Step:
 
 
 def strided(call: Call, layout: Layout, dim: int, start: int, step: int) -> Step:
-    """`b c (h p) -> b c h`: of the latent itself, one pixel of every patch; elsewhere it leaves tokens out."""
+    """`b c (h p) -> b c h`: one pixel of every patch, which the latent itself shows to be one; elsewhere it leaves tokens out."""
     size = layout.shape[dim]
-    if not layout.raw or size % step or start >= step or call.shape[dim] != size // step:
+    if size % step or start >= step or call.shape[dim] != size // step:
         return call.whole()
-    outer, inner = cut_patch(layout.dims[dim], step, call)
-    pixels = region_atoms(call, [inner])
-    if pixels:
-        raise Exclude(pixels)
+    outer = combed(layout.dims[dim], step)
+    if outer is None:
+        if not layout.raw:
+            return call.whole()
+        outer, inner = cut_patch(layout.dims[dim], step, call)
+        pixels = region_atoms(call, [inner])
+        if pixels:
+            raise Exclude(pixels)
     return Step(
         layout.replace(dim, outer), call.uses(), rewrite=lambda sizes: call.with_args(end=sizes.dim(layout.dims[dim]))
     )
+
+
+def combed(dim: Dim, step: int) -> Dim | None:
+    """What every ``step``-th entry of a dimension is, where these are plain entries of each token: `(h 4) -> (h 2)`."""
+    last = dim[-1] if dim else None
+    if not isinstance(last, Axis) or last.atom is not None or last.size % step:
+        return None
+    return normal([*dim[:-1], Axis(last.size // step)])
 
 
 def moved(call: Call, dim: Dim, start: int, stop: int, sizes: Sizes):
@@ -344,7 +356,7 @@ def slice_scatter(call: Call) -> Step:
         return call.whole()  # its tokens may stand elsewhere than those of the base
     start, stop, step = slice(call.args["start"], call.args["end"], call.args["step"]).indices(call.shape[dim])
     if step != 1:
-        return strided_scatter(call, base, src, dim)
+        return strided_scatter(call, base, src, dim, start, step)
     if whole is None:
         assert part is not None
         rest = [*part.dims[:dim], *part.dims[dim + 1 :]]
@@ -399,11 +411,11 @@ def select_scatter(call: Call) -> Step:
     return Step(Layout(whole.dims, whole.raw and (part is None or part.raw)), call.uses(use))
 
 
-def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int) -> Step:
-    """`b c, b c/2 -> b c`: every other entry is written, along a dimension without tokens."""
+def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int, start: int, step: int) -> Step:
+    """`b c, b c/2 -> b c`: every other entry is written, along a dimension without tokens; `b (h 2), b h -> b (h 2)`."""
     known = [layout for layout in (call.layout(base), call.layout(src)) if layout is not None]
     if any(grid_atoms(call, [layout.dims[dim]]) for layout in known):
-        return call.whole()
+        return comb(call, base, src, dim, start, step)
     sizes = {base: call.shape_of(base)[dim], src: call.shape_of(src)[dim]}
     out = known[0].replace(dim, opaque(sizes[base]))
     if any(layout.replace(dim, ()).dims != out.replace(dim, ()).dims for layout in known):
@@ -415,6 +427,31 @@ def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int) -> Step:
         return dense_use(call, out.replace(dim, opaque(sizes[node])), call.shape_of(node))
 
     return Step(Layout(out.dims, all(layout.raw for layout in known)), call.uses(use))
+
+
+def comb(call: Call, base: fx.Node, src: fx.Node, dim: int, start: int, step: int) -> Step:
+    """`b (h 2), b h -> b (h 2)`: one entry of every patch is written, as where a wavelet is undone."""
+    size, (mine, other) = call.shape[dim], (call.layout(base), call.layout(src))
+    even = size % step == 0 and start < step and call.shape_of(src)[dim] == size // step
+    if not even or any(call.layout(node) is None and node in call.mixed for node in (base, src)):
+        return call.whole()
+    if mine is None:
+        assert other is not None
+        out = other.replace(dim, (*other.dims[dim], Axis(step)))
+    else:
+        out = mine
+    written = combed(out.dims[dim], step)
+    if written is None or (other is not None and other.dims != out.replace(dim, written).dims):
+        return call.whole()
+    reads = {base: out, src: out.replace(dim, written)}
+
+    def use(node: fx.Node) -> Use | Gather:
+        return Use.ROWS if call.layout(node) is not None else dense_use(call, reads[node], call.shape_of(node))
+
+    raw = all(layout.raw for layout in (mine, other) if layout is not None)
+    return Step(
+        Layout(out.dims, raw), call.uses(use), rewrite=lambda sizes: call.with_args(end=sizes.dim(out.dims[dim]))
+    )
 
 
 @rule_for(aten.constant_pad_nd.default, aten.pad.default)

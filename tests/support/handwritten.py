@@ -1948,3 +1948,28 @@ class PaddedByAWrite(DiT):
 
     def unpatchify(self, x, grid):
         return super().unpatchify(x[:, : grid[0] * grid[1]], grid)
+
+
+@model("patches by a wavelet, undone by writes into every other pixel")
+class Wavelet(DiT):
+    """`b c (h 2) (w 2) -> b (h w) (4 c)` by sums and differences of neighbours, and back."""
+
+    SIGNS = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))
+
+    def patchify(self, latent):
+        a, b, c, d = (latent[..., p::2, q::2] for p in (0, 1) for q in (0, 1))
+        bands = [(s[0] * a + s[1] * b + s[2] * c + s[3] * d) / 2 for s in self.SIGNS]
+        return self.embed(torch.cat(bands, 1).flatten(2).mT), tuple(latent[0, 0, ::2, ::2].shape)
+
+    def unpatchify(self, x, grid):
+        bands = self.head(x).mT.unflatten(2, grid).chunk(4, 1)
+        out = torch.zeros(x.shape[0], self.channels, 2 * grid[0], 2 * grid[1], dtype=x.dtype)
+        for k, (p, q) in enumerate((p, q) for p in (0, 1) for q in (0, 1)):
+            out[..., p::2, q::2] = sum(s[k] * band for s, band in zip(self.SIGNS, bands, strict=True)) / 2
+        return out
+
+
+@model("a latent rolled by less than a patch", refused="roll or flip it by whole patches")
+class Rolled(DiT):
+    def forward(self, latent, timestep, text=None):
+        return super().forward(latent.roll(1, -1), timestep, text).roll(-1, -1)

@@ -185,6 +185,11 @@ def ordered(stage: Stage, *steps: int) -> fx.Node:
     return places
 
 
+def twice(stage: Stage) -> fx.Node:
+    """`b (n 2) c`"""
+    return stage.also(aten.repeat_interleave.self_int, stage.tokens, 2, 1)
+
+
 def whole_numbers(stage: Stage) -> fx.Node:
     """`(b n) c` as dynamic quantisation of the rows gives it."""
     return stage.also(aten._to_copy.default, stage.also(aten.mul.Tensor, stage.flat, 9), dtype=torch.int8)
@@ -491,6 +496,15 @@ def concatenation() -> list[Row]:
         Row(aten.select.int, lambda s: s(s.x, 2, 1), "whole"),
         Row(aten.slice_scatter.default, lambda s: s(s.tokens, s.given(s.batch, n, 2), -1, 1, 3)),
         Row(aten.slice_scatter.default, lambda s: s(s.given(s.batch, n, 8), s.tokens, 2, 2)),
+        Row(aten.slice_scatter.default, lambda s: s(s.given(s.batch, 2 * n, c), s.tokens, 1, 1, None, 2)),
+        Row(aten.slice_scatter.default, lambda s: s(twice(s), s.tokens, 1, 0, None, 2)),
+        Row(aten.slice_scatter.default, lambda s: s(twice(s), s.given(s.batch, n, c), 1, 1, None, 2)),
+        Row(aten.slice_scatter.default, lambda s: s(twice(s), s.turned, 1, 0, None, 2), "whole"),
+        Row(aten.slice_scatter.default, lambda s: s(twice(s), shifted(s), 1, 0, None, 2), "whole"),
+        Row(aten.slice_scatter.default, lambda s: s(s.tokens, s.given(s.batch, n // 2, c), 1, 0, None, 2), "whole"),
+        Row(aten.slice.Tensor, lambda s: s(twice(s), 1, 1, None, 2)),
+        Row(aten.slice.Tensor, lambda s: s(twice(s), 1, 0, None, 3), "whole"),
+        Row(aten.slice.Tensor, lambda s: s(twice(s), 1, 2, None, 2), "whole"),
         Row(aten.slice_scatter.default, lambda s: s(s.tokens, s.also(aten.neg.default, s.tokens), 2)),
         Row(aten.slice_scatter.default, lambda s: s(s.tokens, s.turned, 2), "whole"),
         Row(aten.slice_scatter.default, lambda s: s(s.joint, s.text, 1, 0, TEXT)),
