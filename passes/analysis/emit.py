@@ -27,9 +27,7 @@ class Emitter:
         self.graph, self.mode = fx.Graph() if graph is None else graph, mode
         self.origin: fx.Node | None = None
         # Programs of one model repeat most of what is run here: its fake results stay with the mode, as long as that.
-        self._known: dict[tuple[Callable, str], Any] = (
-            vars(mode).setdefault("_ras_known", {}) if mode is not None else {}
-        )
+        self._known: dict[tuple[Callable, str], Any] = {} if mode is None else vars(mode).setdefault("_ras_known", {})
 
     @classmethod
     def of(cls, graph: fx.Graph) -> Emitter:

@@ -160,7 +160,7 @@ class PositionBuilder:
                 term = self._on(self._concat(axis), [*pictures, group[0]], axes)
                 needed |= {axes[k][0] for k in pictures}
             elif self.frame.counts_tokens(axis.atom):
-                digit = self._digit(axis.atom, axes[group[-1]][1].atom, count)
+                digit = self._digit(axes[group[-1]][1].atom, count)
                 term = self._on(digit, [*pictures, lead], axes)
                 needed |= {axes[k][0] for k in (*pictures, lead)}
             else:
@@ -197,8 +197,8 @@ class PositionBuilder:
             return last.stride == atom.stride * size
         return atom in self.region and self.region.index(atom) == self.region.index(last) + 1
 
-    def _digit(self, first: Atom, last: Atom, count: int) -> fx.Node:
-        """Index of every active row in a run of region atoms, of the shape of ``self.rows``."""
+    def _digit(self, last: Atom, count: int) -> fx.Node:
+        """Index of every active row in a run of region atoms that ends with ``last``, of the shape of ``self.rows``."""
         order = last.order
         value = self.rows if order is None else self._ordered(order)
         weight, total = (self.weights[last], self.frame.tokens) if order is None else (last.stride, order.size)
@@ -216,7 +216,7 @@ class PositionBuilder:
                 atoms = [order.base[k] for k in run]
                 count = math.prod(size for _, size in atoms)
                 weight //= count
-                digit = self._digit(atoms[0][0], atoms[-1][0], count)
+                digit = self._digit(atoms[-1][0], count)
                 digit = digit if weight == 1 else self.emit(aten.mul.Tensor, digit, weight)
                 value = digit if value is None else self.emit(aten.add.Tensor, value, digit)
             table = self.table(f"order_{order.digest}", order.inverse)
@@ -262,7 +262,7 @@ class PositionBuilder:
         """Positions of the sparse entries of one segment that holds the region: [B, S'] or [S']."""
         runs = self._runs(factors)
         if len(runs) == 1:
-            return self._digit(factors[0].atom, factors[-1].atom, math.prod(f.size for f in factors))
+            return self._digit(factors[-1].atom, math.prod(f.size for f in factors))
         extents = [self.sizes.axis(factor) for factor in factors]
         lead = next(k for k, factor in enumerate(factors) if self.sizes.leads(factor))
         stride, total = math.prod(f.size for f in factors), None
@@ -271,7 +271,7 @@ class PositionBuilder:
             stride //= count
             atom = factors[run[0]].atom
             if self.frame.counts_tokens(atom):
-                value = self._digit(atom, factors[run[-1]].atom, count)
+                value = self._digit(factors[run[-1]].atom, count)
                 shape = [*lead_shape, *(1 if k != lead else self.sizes.active for k in range(len(factors)))]
             else:
                 value = self._arange(count)

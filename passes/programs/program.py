@@ -134,14 +134,12 @@ class _SparseBuilder:
             (self.rows if carries and origin in self.rows else self.env)[node] = value
             return
         if step is None:
-            self.env[node] = self._copy(
-                node, iter([Use.SAME] * len(operands(node))), node.target, node.args, node.kwargs
-            )
+            self.env[node] = self._copy(iter([Use.SAME] * len(operands(node))), node.target, node.args, node.kwargs)
             return
         target, args, kwargs = step.rewrite(self.sizes) if step.rewrite else (node.target, node.args, node.kwargs)
         dim = None if self.sizes.context or not isinstance(step.out, Layout) else joined_dim(node, step.out)
         if dim is None:
-            value = self._copy(node, iter(step.uses), target, args, kwargs)
+            value = self._copy(iter(step.uses), target, args, kwargs)
         else:  # the segments with the region alone
             parts = [self.value(*pair) for pair in zip(operands(node), step.uses, strict=True) if pair[1] is Use.ROWS]
             value = self.emit(target, parts, dim)
@@ -160,7 +158,7 @@ class _SparseBuilder:
                 op=str(node.target),
             )
 
-    def _copy(self, node: fx.Node, uses: Iterator, target: Callable, args: tuple, kwargs: dict) -> fx.Node:
+    def _copy(self, uses: Iterator, target: Callable, args: tuple, kwargs: dict) -> fx.Node:
         new_args, new_kwargs = fx.node.map_arg((args, kwargs), lambda operand: self.value(operand, next(uses)))
         return self.emit(target, *new_args, **new_kwargs)
 

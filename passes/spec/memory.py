@@ -114,7 +114,7 @@ class Step:
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         target = node.target
-        args, kwargs = _with_values(node, env)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.get)
         block = subgraph(node)
         if block is not None:
             inner = dict(zip(block.graph.find_nodes(op="placeholder"), args[2:], strict=True))
@@ -286,10 +286,6 @@ def _table(node: fx.Node) -> Tensor | None:
     value = operator.attrgetter(str(node.target))(node.graph.owning_module)
     few = isinstance(value, Tensor) and value.dtype in INTEGERS and value.numel() <= LARGEST
     return value.cpu() if few else None
-
-
-def _with_values(node: fx.Node, env: dict[fx.Node, Any]) -> tuple[tuple, dict[str, Any]]:
-    return fx.node.map_arg(node.args, env.get), fx.node.map_arg(node.kwargs, env.get)
 
 
 def _known(node: fx.Node, env: dict[fx.Node, Any]) -> list[Any]:

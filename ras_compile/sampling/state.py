@@ -297,10 +297,6 @@ class TransformerState:
             if decision.run.line is not None and seen is not None:
                 decision.run.line.waiting[-1:] = [seen]
 
-    def abort(self) -> None:
-        """Forget the generation that is running here: the next call begins a new one."""
-        self.retire(locate().home)
-
     def reset(self) -> None:
         """Forget every generation, in all threads."""
         self._epoch += 1

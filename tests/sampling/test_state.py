@@ -265,13 +265,12 @@ def test_a_call_that_failed_is_not_taken_up_after_a_reset():
     assert decision.reason == "warm-up"
 
 
-@pytest.mark.parametrize("how", ["abort", "reset"])
-def test_abort_and_reset_forget(how):
+def test_reset_forgets():
     model = FakeTransformer()
     contexts = prompts("cond")
     with ras_compile.generation() as gen:
         _, latent = denoise(model, falling(6), contexts, gen=gen)
-        getattr(model.state, how)()
+        model.state.reset()
         denoise(model, falling(6), contexts, gen=gen)
     assert model.kinds() == "ddddss"
 
