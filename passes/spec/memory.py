@@ -8,6 +8,7 @@ else is unknown. This needs no layout and none of the code that made the index t
 - an entry that is written twice in one step (but for the last one, by a patch that reaches beyond it: what the patch misses is
   that entry once more, as `positions.py` says), or that no token of any draw and no context ever writes;
 - an entry that is read before it is written (what is read would be a step old);
+- a cache of the host's memory that is not sent back behind its last write;
 - a write into anything but a cache or memory that the program has made, and a returned value in a cache's memory.
 """
 
@@ -43,6 +44,8 @@ class Memory:
     owner: fx.Node
     written: Tensor  # bool, by entry
     read: Tensor
+    hosted: bool = False  # whether it is brought in from the host's memory
+    away: bool = False  # and has not been sent back since
 
     @property
     def is_cache(self) -> bool:
@@ -125,6 +128,8 @@ class Step:
         if target is auto_functionalized_v2:
             return self._functional(node, args[0], kwargs)
         if target is own.from_host.default:  # stands for the cache
+            if isinstance(args[0], Shown):
+                args[0].memory.hosted = args[0].memory.away = True
             return args[0]
         if writes(node):
             self._write(node, args, kwargs)
@@ -183,6 +188,7 @@ class Step:
         demand(not bool(memory.written[places].any()), node, f"writes entries of `{name}` that are written already")
         demand(not bool(memory.read[places].any()), node, f"writes entries of `{name}` that have been read before")
         memory.written[places] = True
+        memory.away |= memory.hosted and places.numel() > 0
 
     def _write(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> None:
         target = node.target
@@ -215,6 +221,7 @@ class Step:
             value = given["value"]
             same = isinstance(value, Shown) and value.memory is given["cache"].memory
             demand(same, node, "sends another value back into a cache")
+            value.memory.away = False
             return []
         demand(False, node, "writes in place without being a splice")
         return []
@@ -327,6 +334,9 @@ def check_memory(program: fx.GraphModule) -> None:
         step = Step(draw)
         step.follow(program.graph)
         for memory in step.memories:
+            demand(
+                not memory.away, memory.owner, "is brought in from the host's memory, and what is written not sent back"
+            )
             if memory.is_cache:
                 counts[memory.owner] = (
                     counts.get(memory.owner, torch.zeros(1, dtype=torch.int64)) + memory.written.long()

@@ -155,15 +155,33 @@ def has_hooks(module: nn.Module) -> bool:
     return _torch.has_forward_hooks(module) or (forward is not None and not own)
 
 
+def _hooked_by(module: nn.Module) -> str:
+    """What the hooks of a module are for, as far as their names say, and what to do instead."""
+    names = list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
+    offload = (
+        "so that its weights come and go within a call; use enable_model_cpu_offload(), which moves them once a picture"
+    )
+    if any("group_offloading" in name for name in names):
+        return f"is offloaded in groups, {offload}"
+    if type(getattr(module, "_hf_hook", None)).__name__ in ("AlignDevicesHook", "SequentialHook"):
+        return f"is offloaded part by part or split by a device_map, {offload}"
+    if names == ["layerwise_casting"]:
+        return "casts its weights by hooks that came behind attach; attach after enable_layerwise_casting()"
+    if names:
+        return (
+            f"has a hook of diffusers ({names[0]}) that decides at each call what is computed; disable_cache() takes a "
+            "cache away"
+        )
+    return "has hooks, or a forward that was put in place of its class's; take them away before the first call"
+
+
 class Hooked(UnsupportedGraph):
     """A model that cannot be traced while ``module``, the part of it called ``name``, has hooks."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         place = f"its part {name!r}" if name else "the model"
         super().__init__(
-            f"Dynamo broke the model's graph, and it cannot be traced instead: {place} has hooks, or a forward that was put in "
-            "place of its class's; use enable_model_cpu_offload() and no device_map, sequential or group offload, attach after "
-            "enable_layerwise_casting(), and leave diffusers' caches out"
+            f"Dynamo broke the model's graph, and it cannot be traced instead: {place} {_hooked_by(module)}"
         )
         self.module = weakref.ref(module)
 

@@ -131,7 +131,7 @@ def test_draws_name_every_token_where_they_are_few():
 def test_the_passes_stand_in_one_list():
     """The list can be looked at without running it."""
     passes = pipeline.fused(Fusion(4), yes, cuda=True)
-    names = ["activation", "scatter", "gather", "attention", "few rows", "in place"]
+    names = ["activation", "scatter", "gather", "attention", "few rows", "in place", "hosted"]
     assert [step.name for step in passes] == names
     assert not [
         step.name for step in pipeline.fused(None, None, cuda=False) if step.applies and step.name != "in place"

@@ -25,6 +25,8 @@ Each is made from a legal program, behind the pass that could have made it, by o
     few rows           results of a launch are taken crosswise       values
     in place           a splice stays on a view                      splices on caches
     in place           the start of a slice is lost                  memory: written for no token, or twice
+    hosted             a cache is not sent back                      memory: not sent back
+    hosted             one cache is sent back into another           memory: sends another value back
     functional         a custom op still writes by itself            functional
     functional         the copy goes into another cache              memory: copies into another cache
     functional         the copy is dropped                           memory, dead code
@@ -89,10 +91,11 @@ def behind(name: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
     fusion = Fusion(
         analysis.frame.tokens, dtypes=(torch.float32, torch.float64), grouped=yes if name != "scatter" else None
     )
-    if name in ("in place", "that built it"):
+    if name in ("in place", "hosted", "that built it"):
         fusion = None
+    hosted = (0, 1) if name == "hosted" else ()
     few = yes if name == "few rows" else None
-    passes = [*pipeline.fused(fusion, few, cuda=False), pipeline.SPELLED, *pipeline.OUTLINED]
+    passes = [*pipeline.fused(fusion, few, False, hosted), pipeline.SPELLED, *pipeline.OUTLINED]
     done: list[str] = []
     for step in passes:
         if name == "that built it":
@@ -349,6 +352,14 @@ MUTANTS: dict[tuple[str, str], tuple[Callable[[fx.GraphModule], object], str]] =
     ("scatter in groups", "two members write one cache"): (one_cache_twice, "written already|nobody uses"),
     ("few rows", "results of a launch are taken crosswise"): (take_crosswise, "says .* gives"),
     ("in place", "a splice stays on a view"): (splice_on_a_view, "a view of a cache|indices"),
+    ("hosted", "a cache is not sent back"): (
+        lambda p: p.graph.erase_node(find(p, own.write_host.default)),
+        "not sent back",
+    ),
+    ("hosted", "one cache is sent back into another"): (
+        lambda p: replaced(find(p, own.write_host.default), 0, caches(p)[1]),
+        "sends another value back",
+    ),
     ("functional", "a custom op still writes by itself"): (write_by_itself, "a custom op that writes"),
     ("functional", "the copy goes into another cache"): (copy_elsewhere, "another cache"),
     ("functional", "the copy is dropped"): (drop_copy, "nobody uses|never written"),
