@@ -25,7 +25,7 @@ class _Buffer:
     """Memory on the device that a copy passes through. ``done`` is what its next user has to wait for."""
 
     data: Tensor
-    done: torch.cuda.Event | None = None
+    done: torch.cuda.Event
     taken: bool = False
 
 
@@ -41,7 +41,9 @@ class _Ring:
         known = self._buffers.setdefault(size, [])
         free = next((buffer for buffer in known if not buffer.taken), None)
         if free is None or len(known) < most:
-            free = _Buffer(torch.empty(size, dtype=torch.uint8, device=self._device))
+            # this memory may have been something else's, which the device has yet to compute
+            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+            free = _Buffer(memory, torch.cuda.current_stream(self._device).record_event())
         else:
             known.remove(free)
         known.append(free)
@@ -74,8 +76,7 @@ class _Carrier:
 
     def _start(self, cache: Tensor) -> _Buffer:
         buffer = self._rings[0].take(_size(cache), AHEAD)
-        if buffer.done is not None:
-            self._in.wait_event(buffer.done)
+        self._in.wait_event(buffer.done)
         with torch.cuda.stream(self._in):
             buffer.data.copy_(_bytes(cache), non_blocking=True)
         buffer.done = self._in.record_event()
@@ -83,7 +84,6 @@ class _Carrier:
 
     def bring(self, cache: Tensor, device: torch.device) -> Tensor:
         buffer = self._coming.pop(cache.data_ptr(), None) or self._start(cache)
-        assert buffer.done is not None
         self._main.wait_event(buffer.done)
         here = torch.empty_strided(cache.shape, cache.stride(), dtype=cache.dtype, device=device)
         _bytes(here).copy_(buffer.data)
@@ -93,8 +93,7 @@ class _Carrier:
 
     def send(self, value: Tensor, cache: Tensor) -> None:
         buffer = self._rings[1].take(_size(cache), 2)
-        if buffer.done is not None:
-            self._main.wait_event(buffer.done)
+        self._main.wait_event(buffer.done)
         buffer.data.view(cache.dtype).as_strided(cache.shape, cache.stride()).copy_(value)
         self._out.wait_event(self._main.record_event())
         with torch.cuda.stream(self._out):
