@@ -242,7 +242,11 @@ def refuse_readings(traced: Trace, values: Sequence[Any], changing: int, what: s
     facts = traced.guard.facts_depending_on(place)
     facts = [fact for fact in facts if what == "latent" or fact.value.dtype != torch.bool]
     if facts:
-        raise UnsupportedGraph(f"Python code reads a value that depends on the {what}'s values", source=facts[0].source)
+        experts = "; a part of the model that treats each token alone may say so: `part.token_wise = True`"
+        raise UnsupportedGraph(
+            f"Python code reads a value that depends on the {what}'s values{experts if what == 'latent' else ''}",
+            source=facts[0].source,
+        )
 
 
 def flattened(args: tuple, kwargs: dict) -> tuple[list[Any], Hashable]:
