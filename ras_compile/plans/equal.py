@@ -21,8 +21,8 @@ from torch import Tensor, fx
 
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
-from ras_compile.passes.rules.constants import FIXED
 from ras_compile.plans.family import Member
+from ras_compile.plans.latent import is_fixed
 from ras_compile.plans.plan import Plan
 
 __all__ = ["first_of_its_kind", "forget", "made"]
@@ -40,10 +40,12 @@ def first_of_its_kind(plan: Plan, inputs: Sequence[GraphInput], values: Sequence
         config: the options.
     """
     tensors = [(given, value) for given, value in zip(inputs, values, strict=True) if isinstance(value, Tensor)]
+    # numbers that a plan may rest on are told by what they are now: a buffer may be written later
+    rests = [v.tolist() if is_fixed(given, v) else None for given, v in tensors]
     told = [(given.path, given.weight, v.shape, v.stride(), v.dtype, v.device) for given, v in tensors]
-    key = config, *told
+    key = config, *told, str(rests)
     first = made.get(key)
-    if first is not None and _equal(first.captured, plan.static_graph(), [value for _, value in tensors]):
+    if first is not None and _equal(first.captured, plan.static_graph()):
         return _serving(first, inputs, values)
     if not isinstance(plan, Member):  # a family has one plan for each of its lengths as it is
         made[key] = plan
@@ -66,16 +68,12 @@ def _serving(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any]) ->
     return other
 
 
-def _equal(first: fx.GraphModule, second: fx.GraphModule, tensors: Sequence[Tensor]) -> bool:
-    """Whether two captured graphs compute the same, the second one from ``tensors``."""
+def _equal(first: fx.GraphModule, second: fx.GraphModule) -> bool:
+    """Whether two captured graphs compute the same of equal inputs."""
     constants = first.meta["constants"], second.meta["constants"]
     if [_told(value) for value in constants[0]] != [_told(value) for value in constants[1]]:
         return False
-    fixed = [node.meta.get(FIXED) for node in first.graph.find_nodes(op="placeholder")]
-    known = zip((*fixed[: len(tensors)], *constants[0]), (*tensors, *constants[1]), strict=True)
-    if not all(one is None or one is other or torch.equal(one, other) for one, other in known):
-        return False
-    return _text(first.graph) == _text(second.graph)
+    return all(map(torch.equal, *constants)) and _text(first.graph) == _text(second.graph)
 
 
 def _told(tensor: Tensor) -> tuple:
