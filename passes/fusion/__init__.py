@@ -1,1 +1,1 @@
-"""Peepholes over gathers and splices: what becomes one kernel. Each pass rewrites a program in place."""
+"""What becomes one kernel around gathers and splices. Each pass rewrites a program in place."""

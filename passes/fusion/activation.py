@@ -1,4 +1,4 @@
-"""The activation peephole: a linear that only feeds a GELU in its tanh form becomes one product.
+"""Linears before an activation: one that only feeds a GELU in its tanh form becomes one product with it.
 
     y = linear(x, w, b)                    # [..., N]
     z = gelu(y, approximate="tanh")

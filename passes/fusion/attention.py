@@ -1,4 +1,4 @@
-"""The attention peephole: in a sparse program, attention without a mask becomes the op for few queries where that is faster.
+"""Attention of few queries: in a sparse program, attention without a mask becomes our op for it where that is faster.
 
     y = scaled_dot_product_attention(q, k, v)      # q [B, H, A, D] of the active tokens, k and v [B, H, N, D] whole
 

@@ -1,4 +1,4 @@
-"""The gather peephole: a linear whose operand is only gathered reads the active rows itself.
+"""Linears behind a gather: one whose operand is only gathered reads the active rows itself.
 
     t = index(permute(latent), indices(rows))           # the pixels of the active patches
     y = linear(reshape(t), w, b)                        # [B, A, N]; or a convolution whose kernel is its stride

@@ -1,4 +1,4 @@
-"""The attention peephole: it fires on plain attention of a sparse program, changes no number, and leaves the rest alone."""
+"""The attention pass: it fires on plain attention of a sparse program, changes no number, and leaves the rest alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gather-GEMM peephole: it fires where a linear reads gathered rows, changes no number, and leaves the rest alone."""
+"""The gather-GEMM pass: it fires where a linear reads gathered rows, changes no number, and leaves the rest alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scatter-GEMM peephole: it fires where a linear only feeds a splice, changes no number, and leaves the rest alone."""
+"""The scatter-GEMM pass: it fires where a linear only feeds a splice, changes no number, and leaves the rest alone."""
 
 from __future__ import annotations
 
