@@ -132,7 +132,7 @@ class Entry:
             return self._without_caches(given, info, state, decision)
         state.record(info, decision, plan.cached_noise(decision.slots), outputs, plan.noise_view)
         if decision.time is not None:
-            state.extrapolate(decision, outputs[plan.noise], plan.noise_view)
+            state.extrapolate(info, decision, outputs[plan.noise], plan.noise_view)
             if plan.spread is not None and decision.rows is not None:
                 plan.spread.share(outputs[plan.noise])
         return outputs

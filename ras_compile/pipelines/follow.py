@@ -27,7 +27,7 @@ from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.pipelines.clean import CleanHold, Draws
 from ras_compile.pipelines.clock import Clock
 from ras_compile.pipelines.sample import picture_window, sample_map
-from ras_compile.pipelines.samplers import check_clean, noise_levels
+from ras_compile.pipelines.samplers import check_clean, noise_levels, velocity_terms
 from ras_compile.sampling.branches import intact, same_tensor, tensor_mark
 from ras_compile.sampling.locate import Evaluation, Said, owner
 
@@ -284,6 +284,10 @@ class SchedulerFollower:
     def noise_levels(self) -> Sequence[float]:
         """How much of the latent is noise, in [0, 1], at each of the timesteps and at the end; read from the device."""
         return noise_levels(self._scheduler)
+
+    def velocity_terms(self) -> Sequence[tuple[float, float]]:
+        """Scale and shift of the velocity that the model's prediction stands for, at each of the timesteps; see `velocity.py`."""
+        return velocity_terms(self._scheduler)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ras_compile.errors import ConfigError
 from ras_compile.pipelines._diffusers import alpha_and_sigma, begin_step
+from ras_compile.sampling import velocity
 
-__all__ = ["PREDICTIONS", "SCHEDULERS", "check_clean", "clean_coefficients", "noise_levels"]
+__all__ = ["PREDICTIONS", "SCHEDULERS", "check_clean", "clean_coefficients", "noise_levels", "velocity_terms"]
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction", "sample")
 
@@ -127,3 +128,13 @@ def noise_levels(scheduler: Any) -> list[float]:
             alpha = 1 - sigma if family == "flow" else torch.ones_like(sigma)
     levels = (sigma / (alpha + sigma)).double().tolist()
     return levels + [0.0] * (len(scheduler.timesteps) + 1 - len(levels))
+
+
+def velocity_terms(scheduler: Any) -> list[tuple[float, float]]:
+    """Scale and shift of the velocity that a prediction stands for, at each timestep; see `velocity.py`.
+
+    Empty where the scheduler is not one of `SCHEDULERS`, or has the model predict the velocity itself.
+    """
+    if _family(scheduler) is None or _prediction(scheduler) not in velocity.PREDICTIONS:
+        return []
+    return velocity.terms(_prediction(scheduler), noise_levels(scheduler)[:-1])

@@ -10,6 +10,8 @@ project. What a token's noise says by itself (`metric="std"`, the paper's) tells
 last change tells most of it. The second factor keeps tokens from starving, and the mean in the first one those whose
 rate was once near nothing.
 
+n is the prediction in the form in which settled tokens keep it, where a scheduler tells that: see `velocity.py`.
+
 What a branch remembers between its calls is a :class:`Drift`: the noise that the next change is measured from, and `state`
 [2, B, N], float32: rates, and gaps, which are the steps from a token's last computation to the branch's latest call. A gap
 is negative where that call did not compute the token. A rate that is not known (of a token computed once, or of a noise that

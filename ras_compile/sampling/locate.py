@@ -178,6 +178,9 @@ class Follower(Protocol):
     def noise_levels(self) -> Sequence[float]:
         """How much of the latent is noise, in [0, 1], at each of the timesteps and at the end; empty where unknown."""
 
+    def velocity_terms(self) -> Sequence[tuple[float, float]]:
+        """Scale and shift that make the model's prediction a velocity, at each of the timesteps; empty where it is one."""
+
     def evaluated(self, evaluation: Evaluation) -> None:
         """Take one model call of the present step."""
 

@@ -1,7 +1,8 @@
 """What inactive tokens return instead of the noise that was last computed for them (`noise_reuse`). On the device.
 
-"linear" and "forecast" act on what the model returns, one :class:`Extrapolation` for each guidance branch. "x0" acts on what
-the scheduler gets, after guidance, where signs and scales are known: one :class:`CleanSample` for each run.
+"linear" and "forecast" act on what the model returns (as a velocity, see `velocity.py`), one :class:`Extrapolation` for each
+guidance branch. "x0" acts on what the scheduler gets, after guidance, where signs and scales are known: one :class:`CleanSample`
+for each run.
 The caches of the programs know of none of them: they keep what was computed last.
 """
 

@@ -28,13 +28,14 @@ from ras_compile.sampling.selection import (
     token_metric,
     update_counts,
 )
+from ras_compile.sampling.velocity import predicted, velocity
 
 __all__ = ["RowChooser", "Selection"]
 
 # a callable may do anything, and "random" draws numbers
 _REPLAYED_METRICS = tuple(metric for metric in METRICS if metric != "random")
 # of all transformers: what is compiled for one serves the others
-_FUNCTIONS = Replayed(choose), Replayed(settle), Replayed(continued)
+_FUNCTIONS = tuple(map(Replayed, (choose, settle, continued, velocity, predicted)))
 # their places among what a branch keeps
 _OBSERVED, _DRIFT = "observed noise", "drift"
 
@@ -47,11 +48,13 @@ class Selection:
     The graphs go when it goes.
 
     Args:
-        functions: :func:`choose`, :func:`settle` and :func:`continued`, to share what is compiled of them.
+        functions: :func:`choose`, :func:`settle`, :func:`continued`, :func:`velocity` and :func:`predicted`, to share what
+            is compiled of them.
     """
 
-    def __init__(self, functions: tuple[Replayed, Replayed, Replayed] = _FUNCTIONS) -> None:
-        self._choose, self._settle, self._continued = (function.sharing_code() for function in functions)
+    def __init__(self, functions: tuple[Replayed, ...] = _FUNCTIONS) -> None:
+        shared = [function.sharing_code() for function in functions]
+        self._choose, self._settle, self._continued, self._velocity, self._predicted = shared
 
     def choose(self, config: RASConfig, changing: Sequence[Tensor], kept: tuple[Tensor, ...], *settings: Hashable):
         """:func:`choose` of ``(*changing, *kept, *settings)``."""
@@ -60,6 +63,14 @@ class Selection:
     def settle(self, config: RASConfig, tensors: Sequence[Tensor], view: TokenView | None) -> Sequence[Tensor]:
         """:func:`settle` of these."""
         return _run(self._settle, config, tensors, view)
+
+    def velocity(self, config: RASConfig, tensors: Sequence[Tensor]) -> Tensor:
+        """:func:`velocity` of these."""
+        return _run(self._velocity, config, tensors)[0]
+
+    def predicted(self, config: RASConfig, tensors: Sequence[Tensor]) -> Tensor:
+        """:func:`predicted` of these."""
+        return _run(self._predicted, config, tensors)[0]
 
     def extrapolation(self, config: RASConfig) -> Callable[[Sequence[Tensor], bool], Sequence[Tensor]]:
         """What runs :func:`continued` for an `Extrapolation`."""

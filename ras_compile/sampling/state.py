@@ -30,7 +30,7 @@ from ras_compile.sampling.branches import Branch, Branches, Contents, Match
 from ras_compile.sampling.inference import TimeLine, read_call, read_time, sketch
 from ras_compile.sampling.locate import Evaluation, Generation, Place, generation, leave_attached, locate, owner
 from ras_compile.sampling.records import Record
-from ras_compile.sampling.reuse import Extrapolation
+from ras_compile.sampling.reuse import Extrapolation, active_tokens
 from ras_compile.sampling.rows import RowChooser, Selection
 from ras_compile.sampling.schedule import Kind, Schedule, at_speedup
 from ras_compile.sampling.selection import SelectionInfo
@@ -39,6 +39,8 @@ __all__ = ["CallInfo", "Decision", "Generation", "TransformerState", "generation
 
 # Ways to reuse noise that go on along a line in time.
 _LINES = ("linear", "forecast")
+# The place of a branch's velocity among what it keeps.
+_VELOCITY = "velocity"
 # More calls than this within one step: whoever counts the steps does not see this loop.
 _CALLS_PER_STEP = 16
 # So many generations of a single evaluation in a row: the timestep is no time, or the loop never gets anywhere.
@@ -127,6 +129,7 @@ class _Run:
     graphs: dict[str, Hashable] = field(default_factory=dict)  # by the branches' labels
     pending: int | None = None  # the thread whose call is under way
     epoch: int = 0
+    terms: Tensor | None = None  # [entries, 2]: what makes predictions velocities, see `velocity.py`; None: they are
     contents: dict[Hashable, tuple[Contents, int, Any]] = field(
         default_factory=dict
     )  # by graph: of which step, the mark
@@ -219,8 +222,12 @@ class TransformerState:
         run.pending = None
         decision.of.last_step, decision.of.kept = run.step, noise is not None
         decision.of.spare = None
-        if noise is not None and run.schedule.observes(run.step - run.base):
-            run.chooser.observe(noise, SelectionInfo(run.step, run.num_steps, call.grid), view, decision.slots)
+        seen, seen_view = noise, view
+        velocity = None if noise is None else self._velocity(call, decision, noise, view)
+        if velocity is not None and run.config.metric == "drift":
+            seen, seen_view = velocity, None
+        if seen is not None and run.schedule.observes(run.step - run.base):
+            run.chooser.observe(seen, SelectionInfo(run.step, run.num_steps, call.grid), seen_view, decision.slots)
         self.records, self.graphs = run.records, run.graphs
         self.graphs[decision.branch] = call.graph
         self.records.append(
@@ -235,8 +242,8 @@ class TransformerState:
                 call.timestep,
             )
         )
-        if run.line is not None and noise is not None and (seen := sketch(noise, view)) is not None:
-            run.line.waiting.append(seen)
+        if run.line is not None and noise is not None and (drawn := sketch(noise, view)) is not None:
+            run.line.waiting.append(drawn)
         place = decision.place
         if place.said is not None and place.follower is not None and call.view is not None:
             view, rows = call.view, decision.rows
@@ -277,10 +284,27 @@ class TransformerState:
         """The call of `decision` has raised: the next one begins a new generation."""
         decision.run.pending, decision.run.epoch = None, self._epoch - 1
 
-    def extrapolate(self, decision: Decision, noise: Tensor, view: TokenView) -> None:
+    def _velocity(self, call: CallInfo, decision: Decision, noise: Tensor, view: TokenView | None) -> Tensor | None:
+        """What a call's prediction says of the velocity, float32 [B, N, P, C]; None where it is that itself, or nobody knows."""
+        run, said = decision.run, decision.place.said
+        if run.terms is None or said is None or call.view is None:
+            return None
+        prediction, sample = (noise if view is None else view(noise)).detach(), call.view(call.latent).detach()
+        if prediction.shape != sample.shape:
+            return None
+        active = _computed(decision.rows, call)
+        last = decision.slots.get(_VELOCITY)
+        if last is None:
+            last, active = torch.zeros_like(prediction, dtype=torch.float32), _computed(None, call)
+        tensors = [prediction, sample, last, active, run.terms[said.entry]]
+        decision.slots[_VELOCITY] = found = self._selection.velocity(run.config, tensors)
+        return found
+
+    def extrapolate(self, call: CallInfo, decision: Decision, noise: Tensor, view: TokenView) -> None:
         """Writes what the tokens of a recorded call are to return, along their lines through the noises before.
 
         Args:
+            call: as given to `record`.
             decision: as returned by `decide`, with a time: its `noise_reuse` goes on along lines.
             noise: what the caller gets; its inactive tokens as last computed.
             view: its view [B, N, P, C].
@@ -290,8 +314,14 @@ class TransformerState:
         if line is None:
             run = self._selection.extrapolation(config)
             line = decision.slots["line"] = Extrapolation(config.noise_reuse == "forecast", run)
-        ahead = line(view(noise), decision.rows, decision.time)
+        velocity = decision.slots.get(_VELOCITY)
+        ahead = line(view(noise) if velocity is None else velocity, decision.rows, decision.time)
         if decision.rows is not None:
+            if velocity is not None:
+                assert call.view is not None and decision.place.said is not None and decision.run.terms is not None
+                sample, terms = call.view(call.latent).detach(), decision.run.terms[decision.place.said.entry]
+                tensors = [view(noise), sample, ahead, _computed(decision.rows, call), terms]
+                ahead = self._selection.predicted(config, tensors)
             view.write(noise, ahead)
             seen = None if decision.run.line is None else sketch(noise, view)
             if decision.run.line is not None and seen is not None:
@@ -337,6 +367,9 @@ class TransformerState:
         check_named = place.step is None or config.context == "frozen"
         branches, chooser = Branches(check_named), RowChooser(config, self._selection)
         run = _Run(place.key, base, place.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
+        follows = config.metric == "drift" or config.noise_reuse in _LINES
+        if follows and follower is not None and call.spread is None and (terms := follower.velocity_terms()):
+            run.terms = torch.tensor(terms, device=call.latent.device)
         place.home.runs[self] = run
         self._advance(run, base)
         return run
@@ -470,6 +503,13 @@ class TransformerState:
         if run.line is not None and not run.line.corroborated:
             return "the direction of time is not known yet"
         return ""
+
+
+def _computed(rows: Tensor | None, call: CallInfo) -> Tensor:
+    """Which tokens a call has computed, bool [B, N]."""
+    if rows is None:
+        return torch.ones(call.batch, call.tokens, dtype=torch.bool, device=call.latent.device)
+    return active_tokens(rows, call.tokens)
 
 
 def _overwritten(place: Place, call: CallInfo) -> Tensor | None:
