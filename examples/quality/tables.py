@@ -158,7 +158,8 @@ def frontier(content: Row) -> str:
     used = {head: column for head, column in FRONTIER.items() if any(column[0] in row for row in done)}
     lines = []
     for row in sorted(done, key=lambda row: row["ms"]):
-        name = f"**{method(row)}**" if row["method"] == "RAS" else method(row)
+        name = row["key"].replace(f", {row['steps']} steps", "")
+        name = f"**{name}**" if row["method"] == "RAS" else name
         lines.append([name, str(row["steps"]), f"{row['ms']:.2f}", *(cell(row, *column) for column in used.values())])
     words = (
         f"{run['n']} pictures a row in batches of {run['batch']}, {run['device']}, torch {run['torch']}, diffusers "
