@@ -22,6 +22,7 @@ DECISIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "ras_compile/capture/facts.py": (),
     },
     "schedule": {"ras_compile/sampling/schedule.py": ()},
+    "plans": {f"ras_compile/plans/{path.name}": () for path in sorted((ROOT / "ras_compile/plans").glob("[a-z]*.py"))},
     "branches": {
         "ras_compile/sampling/branches.py": (),
         "ras_compile/sampling/state.py": (),

@@ -16,7 +16,7 @@ from forked import ROOT, Watched, run_tests
 # Unit tests of what is mutated: which of them call a function is looked at once.
 TESTS = (
     "tests/passes/rules", "tests/passes/algebra", "tests/passes/analysis", "tests/passes/programs", "tests/passes/spec",
-    "tests/capture", "tests/sampling", "tests/test_backend.py", "tests/dispatch/test_dispatcher.py",
+    "tests/capture", "tests/plans", "tests/sampling", "tests/dispatch", "tests/test_backend.py",
 )  # fmt: skip
 # What runs whole where those see nothing: the short contract and the first of the fuzz's fixed seeds; the runtime's own.
 FURTHER = {

@@ -1,0 +1,72 @@
+"""Which input is the latent, and which numbers a plan may rest on: the decisions, apart from whole models."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ras_compile._torch import FakeTensorMode
+from ras_compile.capture.inputs import GraphInput
+from ras_compile.config import RASConfig
+from ras_compile.errors import ConfigError
+from ras_compile.plans import latent
+from ras_compile.plans.latent import is_fixed, likeness
+
+WEIGHT, ARGUMENT = GraphInput(None, "order", weight=True), GraphInput("order", "order")
+
+
+def test_few_whole_numbers_among_the_weights_may_be_rested_on(monkeypatch):
+    assert is_fixed(WEIGHT, torch.arange(2)) and is_fixed(WEIGHT, torch.arange(2, dtype=torch.int32))
+    assert not is_fixed(ARGUMENT, torch.arange(2)), "an argument is another one at the next call"
+    assert not is_fixed(WEIGHT, torch.ones(2)), "no whole numbers"
+    assert not is_fixed(WEIGHT, torch.ones(1, dtype=torch.int64)), "one number orders nothing"
+    assert not is_fixed(WEIGHT, 2) and not is_fixed(WEIGHT, FakeTensorMode().from_tensor(torch.arange(2)))
+    monkeypatch.setattr(latent, "LARGEST_FIXED", 3)
+    assert is_fixed(WEIGHT, torch.arange(3)) and not is_fixed(WEIGHT, torch.arange(4)), "the most that are read"
+
+
+def test_the_noise_looks_like_its_latent():
+    value = torch.empty(2, 4, 8)
+    same, channels, other, matrix = (torch.empty(shape) for shape in ((2, 4, 8), (2, 4, 9), (2, 5, 9), (4, 8)))
+    assert likeness(value, [same]) == 0 and likeness(value, [channels]) == 1
+    assert likeness(value, [other]) == likeness(value, [matrix]) == likeness(value, []) == likeness(value, [3]) == 2
+    assert likeness(value, [other, same, channels]) == 0, "the output that is most alike decides"
+
+
+def found(tokens: int, *outputs: int) -> SimpleNamespace:
+    """An analysis of a latent of so many tokens, which these outputs have."""
+    return SimpleNamespace(outputs=outputs, frame=SimpleNamespace(tokens=tokens))
+
+
+def test_an_output_without_a_known_latent_may_have_another_one():
+    picture, vector = torch.empty(1, 4, 8), torch.empty(4)
+    assert latent._unreached([picture, picture], [found(8, 0)])
+    assert not latent._unreached([picture, picture], [found(8, 0), found(4, 1)])
+    assert not latent._unreached([picture, vector, 3, None], [found(8, 0)]), "a vector holds no tokens"
+
+
+@pytest.mark.parametrize(
+    ("analyses", "wanted"),
+    [
+        ([found(8, 0), found(4, 1)], True),
+        ([found(4, 0), found(8, 1)], True),
+        ([found(8, 0)], False),  # one alone needs no choice
+        ([found(8, 0), found(4, 0, 1)], False),  # one output has tokens of both
+        ([found(8, 0), found(8, 1)], False),  # neither is the larger one
+        ([found(4, 0), found(8, 1), found(8, 2)], False),
+    ],
+)
+def test_the_largest_of_several_latents_with_outputs_of_their_own(analyses, wanted):
+    assert latent._of_their_own(analyses) == wanted
+
+
+def test_a_region_is_of_packed_tokens_and_not_empty():
+    packed = torch.empty(1, 10, 4)
+    window = latent._frame(packed, RASConfig.from_options({"region": slice(-4, None)}))
+    assert window.window == (6, 10) and latent._frame(packed, RASConfig.from_options({})).window is None
+    with pytest.raises(ConfigError, match="holds none of the latent's 10 tokens"):
+        latent._frame(packed, RASConfig.from_options({"region": slice(7, 7)}))
+    with pytest.raises(ConfigError, match="packed tokens"):
+        latent._frame(packed[0], RASConfig.from_options({"region": slice(0, 4)}))
