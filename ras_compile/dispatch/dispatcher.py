@@ -32,9 +32,10 @@ from ras_compile.execute.compiling import compiling
 from ras_compile.execute.memory import free_memory
 from ras_compile.notices import fell_back, first_time, warn_once
 from ras_compile.plans.plan import Plan
+from ras_compile.sampling.calls import CallInfo, Decision
 from ras_compile.sampling.locate import Place, locate
 from ras_compile.sampling.registry import probes_of, state_for
-from ras_compile.sampling.state import CallInfo, Decision, TransformerState
+from ras_compile.sampling.state import TransformerState
 
 __all__ = [
     "Dispatcher",

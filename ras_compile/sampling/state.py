@@ -10,8 +10,8 @@ The backend asks `decide` before each model call and tells `record` after it::
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,19 +23,18 @@ from ras_compile.errors import ConfigError
 from ras_compile.execute.homes import Home
 from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
-from ras_compile.passes.analysis.cost import Cost
-from ras_compile.plans.spread import Spread
 from ras_compile.sampling.blocks import is_block, known_blocks, leave_output
-from ras_compile.sampling.branches import Branch, Branches, Contents, Match
+from ras_compile.sampling.branches import Branch, Branches, Match
+from ras_compile.sampling.calls import CallInfo, Decision, Run
 from ras_compile.sampling.inference import TimeLine, read_call, read_time, sketch
-from ras_compile.sampling.locate import Evaluation, Generation, Place, generation, leave_attached, locate, owner
+from ras_compile.sampling.locate import Evaluation, Generation, Place, leave_attached, locate, owner
 from ras_compile.sampling.records import Record
 from ras_compile.sampling.reuse import Extrapolation, active_tokens
 from ras_compile.sampling.rows import RowChooser, Selection
-from ras_compile.sampling.schedule import Kind, Schedule, at_speedup
+from ras_compile.sampling.schedule import Schedule, at_speedup
 from ras_compile.sampling.selection import SelectionInfo
 
-__all__ = ["CallInfo", "Decision", "Generation", "TransformerState", "generation"]
+__all__ = ["TransformerState"]
 
 # Ways to reuse noise that go on along a line in time.
 _LINES = ("linear", "forecast")
@@ -45,102 +44,6 @@ _VELOCITY = "velocity"
 _CALLS_PER_STEP = 16
 # So many generations of a single evaluation in a row: the timestep is no time, or the loop never gets anywhere.
 _LONE_EVALUATIONS = 8
-
-
-@dataclass
-class CallInfo:
-    """One model call, as the backend sees it.
-
-    Args:
-        graph: identity of the compiled plan (graph and shapes).
-        latent: the latent, the user's own object.
-        context: the user's other inputs in a fixed order, as objects: tensors, and numbers that tell branches apart.
-        timestep: the timestep, tensor or number, or None.
-        batch: B, samples of the call.
-        tokens: N, region tokens per sample.
-        grid: the region's token grid; its product is N.
-        view: the latent's token view, where the backend has it.
-        cost: gives the FLOPs of the programs, where the backend has them.
-        weights: those that the graph reads, always in the same order.
-        spread: the tokens of all processes, where each of them has the whole latent.
-    """
-
-    graph: Hashable
-    latent: Tensor
-    context: tuple[Any, ...]
-    timestep: Any
-    batch: int
-    tokens: int
-    grid: tuple[int, ...] = ()
-    view: TokenView | None = None
-    cost: Callable[[], Cost] | None = None
-    weights: Sequence[Tensor] = ()
-    spread: Spread | None = None
-
-
-@dataclass(eq=False)
-class Decision:
-    """What the backend must run.
-
-    Args:
-        kind: "dense" or "sparse".
-        step: step of the generation, from 0.
-        num_steps: steps of the generation, where known.
-        branch: label of the guidance branch.
-        active: A, active rows per sample (N when dense).
-        rows: int64 [B, A], ascending, or None when dense.
-        reason: why the call is dense.
-        slots: the backend's caches of this branch and graph; empty at the branch's first call of a generation.
-        spare: slots of a finished generation with the same graph, made by the same thread, or None. Its tensors may be
-            taken over and overwritten, so that addresses stay.
-    """
-
-    kind: Kind
-    step: int
-    num_steps: int | None
-    branch: str
-    active: int
-    rows: Tensor | None
-    reason: str
-    slots: dict
-    spare: dict | None
-    run: _Run = field(repr=False)
-    of: Branch = field(repr=False)
-    place: Place = field(repr=False)
-    time: Any = None  # of this call, for lines through noises
-
-
-@dataclass(eq=False)
-class _Run:
-    """One generation of one transformer."""
-
-    key: Hashable
-    base: int
-    num_steps: int | None
-    config: RASConfig
-    schedule: Schedule
-    chooser: RowChooser
-    branches: Branches
-    line: TimeLine | None = None
-    step: int = -1
-    kind: Kind = "dense"
-    used: list[Branch] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    graphs: dict[str, Hashable] = field(default_factory=dict)  # by the branches' labels
-    pending: int | None = None  # the thread whose call is under way
-    epoch: int = 0
-    terms: Tensor | None = None  # [entries, 2]: what makes predictions velocities, see `velocity.py`; None: they are
-    contents: dict[Hashable, tuple[Contents, int, Any]] = field(
-        default_factory=dict
-    )  # by graph: of which step, the mark
-
-    def contents_of(self, call: CallInfo, anew: bool = False) -> Any:
-        """The mark of what the weights of a call's graph hold; looked at once in a step, and where it is wanted anew."""
-        found, step, mark = self.contents.get(call.graph) or (Contents(call.weights), None, None)
-        if anew or step != self.step:
-            mark = found.mark(call.weights)
-            self.contents[call.graph] = found, self.step, mark
-        return mark
 
 
 @dataclass(frozen=True)
@@ -346,7 +249,7 @@ class TransformerState:
                     spare.setdefault(branch.graph, []).append(branch.slots)
             here.spare[self] = spare
 
-    def _begin(self, place: Place, call: CallInfo) -> _Run:
+    def _begin(self, place: Place, call: CallInfo) -> Run:
         self._retire(place.home, place.owner)
         base, follower, said = place.step or 0, place.follower, place.said
         config = self.config if follower is None else follower.config
@@ -366,7 +269,7 @@ class TransformerState:
         schedule.check(count, late=base > 0 or (said is not None and said.late))
         check_named = place.step is None or config.context == "frozen"
         branches, chooser = Branches(check_named), RowChooser(config, self._selection)
-        run = _Run(place.key, base, place.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
+        run = Run(place.key, base, place.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
         follows = config.metric == "drift" or config.noise_reuse in _LINES
         if follows and follower is not None and call.spread is None and (terms := follower.velocity_terms()):
             run.terms = torch.tensor(terms, device=call.latent.device)
@@ -374,13 +277,13 @@ class TransformerState:
         self._advance(run, base)
         return run
 
-    def _advance(self, run: _Run, step: int) -> None:
+    def _advance(self, run: Run, step: int) -> None:
         run.kind = run.schedule.kind(step - run.base)
         run.chooser.advance(dense=run.kind == "dense")
         run.step = step
         run.used = []
 
-    def _follow(self, run: _Run | None, place: Place, call: CallInfo) -> tuple[_Run, Match]:
+    def _follow(self, run: Run | None, place: Place, call: CallInfo) -> tuple[Run, Match]:
         """Somebody says the step."""
         assert place.step is not None
         if run is None or run.key is not place.key or run.line is not None or place.step < run.step:
@@ -401,7 +304,7 @@ class TransformerState:
         match = run.branches.find(call.context, call.graph, place.branch, len(run.used), run.used, alone=False)
         return run, match
 
-    def _infer(self, run: _Run | None, place: Place, call: CallInfo) -> tuple[_Run, Match]:
+    def _infer(self, run: Run | None, place: Place, call: CallInfo) -> tuple[Run, Match]:
         """Nobody says the step."""
         line = None if run is None else run.line
         time, seen, noises = read_call(call.timestep, call.latent, call.view, line.waiting if line is not None else [])
@@ -428,7 +331,7 @@ class TransformerState:
         run.line = TimeLine(time, call.latent, seen)
         return run, run.branches.find(call.context, call.graph, place.branch, 0, [], alone=True)
 
-    def _decision(self, run: _Run, match: Match, place: Place, call: CallInfo) -> Decision:
+    def _decision(self, run: Run, match: Match, place: Place, call: CallInfo) -> Decision:
         order = len(run.used)
         branch = match.branch
         if branch is None:
@@ -476,7 +379,7 @@ class TransformerState:
             time=_time(run, call, place) if run.config.noise_reuse in _LINES else None,
         )
 
-    def _why_dense(self, run: _Run, branch: Branch, match: Match, call: CallInfo, place: Place) -> str:
+    def _why_dense(self, run: Run, branch: Branch, match: Match, call: CallInfo, place: Place) -> str:
         first = run.kind == "dense" or branch.last_step is None  # blocks show themselves in dense calls
         if is_block(self, call.graph, call.latent, call.context) if first else call.graph in known_blocks:
             return "the graph is one block of a transformer"
@@ -518,7 +421,7 @@ def _overwritten(place: Place, call: CallInfo) -> Tensor | None:
     return place.follower.overwritten(call.view, call.latent)
 
 
-def _time(run: _Run, call: CallInfo, place: Place) -> Any:
+def _time(run: Run, call: CallInfo, place: Place) -> Any:
     """The exact time of a call, one value or one for each sample: see `Extrapolation`."""
     said, time = place.said, call.timestep
     if said is not None:

@@ -5,7 +5,8 @@ import torch
 
 import ras_compile
 from ras_compile import RASConfig
-from ras_compile.sampling.state import CallInfo, TransformerState
+from ras_compile.sampling.calls import CallInfo
+from ras_compile.sampling.state import TransformerState
 
 pytestmark = pytest.mark.gpu
 HALF = {"sample_ratio": 0.5, "ratio_schedule": "constant", "reset_interval": 8}

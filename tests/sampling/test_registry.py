@@ -10,8 +10,8 @@ from torch import nn
 import ras_compile
 from ras_compile import RASConfig, notices
 from ras_compile.errors import RASWarning
+from ras_compile.sampling.calls import CallInfo
 from ras_compile.sampling.registry import instances, state_for, states_of
-from ras_compile.sampling.state import CallInfo
 
 CONFIG = RASConfig()
 

@@ -10,9 +10,10 @@ from fakes import CHANNELS, TOKENS, FakeTransformer, denoise, falling, prompts
 import ras_compile
 from ras_compile import RASConfig
 from ras_compile.errors import RASWarning
+from ras_compile.sampling.calls import CallInfo, Decision
 from ras_compile.sampling.rows import RowChooser
 from ras_compile.sampling.selection import SelectionInfo
-from ras_compile.sampling.state import CallInfo, Decision, TransformerState
+from ras_compile.sampling.state import TransformerState
 
 DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps of the fake: dense at 0..3, 12 and 20
 

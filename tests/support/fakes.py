@@ -12,7 +12,8 @@ import torch
 
 from ras_compile import RASConfig
 from ras_compile.passes.algebra.tokens import TokenView
-from ras_compile.sampling.state import CallInfo, TransformerState
+from ras_compile.sampling.calls import CallInfo
+from ras_compile.sampling.state import TransformerState
 
 TOKENS, CHANNELS = 16, 4
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ras_compile import RASConfig
+from ras_compile.sampling.calls import CallInfo
 from ras_compile.sampling.registry import state_for
-from ras_compile.sampling.state import CallInfo
 
 
 def spy(graph, example_inputs, *, options=None):

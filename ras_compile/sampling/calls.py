@@ -1,0 +1,118 @@
+"""What is told of one model call, what it is answered, and the generation that it is part of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ras_compile.config import RASConfig
+from ras_compile.passes.algebra.tokens import TokenView
+from ras_compile.passes.analysis.cost import Cost
+from ras_compile.plans.spread import Spread
+from ras_compile.sampling.branches import Branch, Branches, Contents
+from ras_compile.sampling.inference import TimeLine
+from ras_compile.sampling.locate import Place
+from ras_compile.sampling.records import Record
+from ras_compile.sampling.rows import RowChooser
+from ras_compile.sampling.schedule import Kind, Schedule
+
+__all__ = ["CallInfo", "Decision", "Run"]
+
+
+@dataclass
+class CallInfo:
+    """One model call, as the backend sees it.
+
+    Args:
+        graph: identity of the compiled plan (graph and shapes).
+        latent: the latent, the user's own object.
+        context: the user's other inputs in a fixed order, as objects: tensors, and numbers that tell branches apart.
+        timestep: the timestep, tensor or number, or None.
+        batch: B, samples of the call.
+        tokens: N, region tokens per sample.
+        grid: the region's token grid; its product is N.
+        view: the latent's token view, where the backend has it.
+        cost: gives the FLOPs of the programs, where the backend has them.
+        weights: those that the graph reads, always in the same order.
+        spread: the tokens of all processes, where each of them has the whole latent.
+    """
+
+    graph: Hashable
+    latent: Tensor
+    context: tuple[Any, ...]
+    timestep: Any
+    batch: int
+    tokens: int
+    grid: tuple[int, ...] = ()
+    view: TokenView | None = None
+    cost: Callable[[], Cost] | None = None
+    weights: Sequence[Tensor] = ()
+    spread: Spread | None = None
+
+
+@dataclass(eq=False)
+class Decision:
+    """What the backend must run.
+
+    Args:
+        kind: "dense" or "sparse".
+        step: step of the generation, from 0.
+        num_steps: steps of the generation, where known.
+        branch: label of the guidance branch.
+        active: A, active rows per sample (N when dense).
+        rows: int64 [B, A], ascending, or None when dense.
+        reason: why the call is dense.
+        slots: the backend's caches of this branch and graph; empty at the branch's first call of a generation.
+        spare: slots of a finished generation with the same graph, made by the same thread, or None. Its tensors may be
+            taken over and overwritten, so that addresses stay.
+    """
+
+    kind: Kind
+    step: int
+    num_steps: int | None
+    branch: str
+    active: int
+    rows: Tensor | None
+    reason: str
+    slots: dict
+    spare: dict | None
+    run: Run = field(repr=False)
+    of: Branch = field(repr=False)
+    place: Place = field(repr=False)
+    time: Any = None  # of this call, for lines through noises
+
+
+@dataclass(eq=False)
+class Run:
+    """One generation of one transformer."""
+
+    key: Hashable
+    base: int
+    num_steps: int | None
+    config: RASConfig
+    schedule: Schedule
+    chooser: RowChooser
+    branches: Branches
+    line: TimeLine | None = None
+    step: int = -1
+    kind: Kind = "dense"
+    used: list[Branch] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    graphs: dict[str, Hashable] = field(default_factory=dict)  # by the branches' labels
+    pending: int | None = None  # the thread whose call is under way
+    epoch: int = 0
+    terms: Tensor | None = None  # [entries, 2]: what makes predictions velocities, see `velocity.py`; None: they are
+    contents: dict[Hashable, tuple[Contents, int, Any]] = field(
+        default_factory=dict
+    )  # by graph: of which step, the mark
+
+    def contents_of(self, call: CallInfo, anew: bool = False) -> Any:
+        """The mark of what the weights of a call's graph hold; looked at once in a step, and where it is wanted anew."""
+        found, step, mark = self.contents.get(call.graph) or (Contents(call.weights), None, None)
+        if anew or step != self.step:
+            mark = found.mark(call.weights)
+            self.contents[call.graph] = found, self.step, mark
+        return mark
