@@ -26,7 +26,7 @@ class Splice:
 
     node: fx.Node
     layout: Layout
-    is_output: bool = False
+    is_output: bool
 
 
 @dataclass
@@ -115,7 +115,7 @@ def frozen_plan(analysis: Analysis) -> SparsePlan:
     """
     result = SparsePlan(live=set())
     assert result.live is not None
-    ambient = [node for node in analysis.graph.nodes if node.op == "call_function" and "val" not in node.meta]
+    ambient = [node for node in analysis.graph.nodes if node.op == "call_function" and "val" not in node.meta]  # borders of autocast regions
     todo = [*analysis.output_nodes, analysis.latent, *ambient]
     while todo:
         node = todo.pop()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -78,7 +79,7 @@ class Watched:
         begun = time.perf_counter()
 
         def called(frame: Any, event: str, given: Any) -> None:
-            if event == "call":
+            if event == "call" and frame.f_code.co_flags & CO_OPTIMIZED:  # a module and a class run when they are imported
                 codes.add(frame.f_code)
 
         sys.setprofile(called)

@@ -260,3 +260,15 @@ def test_a_speedup_leaves_dense_steps_alone_that_somebody_chose(options):
         at_speedup(RASConfig(speedup=6.5, **options), lambda: PRICE, 28)
     with pytest.raises(ValueError, match="option speedup: a speed-up of 60 is out of reach with 4 dense steps of 28"):
         at_speedup(RASConfig(speedup=60), lambda: PRICE, 28)
+
+
+def observed(steps, **options):
+    schedule = Schedule(RASConfig(**options))
+    return [step for step in range(steps) if schedule.observes(step)]
+
+
+def test_noise_is_looked_at_where_a_later_step_chooses_by_it():
+    given = {"warmup_steps": 3, "reset_interval": None, "reset_steps": (0, 1, 2, *range(6, 12))}
+    assert observed(9, **given, metric="std") == [2, 3, 4]
+    assert observed(9, **given, metric="drift") == [1, 2, 3, 4], "its change between two steps is what counts"
+    assert observed(9, **given, metric="std", sample_ratio=1.0) == [], "nothing is chosen"

@@ -83,6 +83,7 @@ def test_what_is_written_is_seen_through_views_and_is_not_moved():
     assert aliases.root(put) is x and aliases.written(x)
     assert not aliases.movable(read) and not aliases.movable(put) and aliases.movable(turned)
     assert not aliases.movable(emit(aten.bernoulli.default, turned)), "each draws anew"
+    assert not aliases.movable(emit(aten.add.Tensor, x, emit(aten.zeros.default, [1]))), "one of two is written"
 
 
 def test_what_is_no_op_of_pytorch_is_not_moved():

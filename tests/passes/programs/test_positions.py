@@ -61,3 +61,12 @@ def order(rows: list[int], tokens_first: bool) -> list[tuple[int, int]]:
         if tokens_first
         else [(row, copy) for copy in (0, 1) for row in rows]
     )
+
+
+def test_rows_that_count_the_tokens_of_one_dimension_are_taken_as_they_are():
+    """No op is spent on an index where a division or a remainder would change nothing."""
+    emit = Emitter(contextlib.nullcontext())  # type: ignore[arg-type]  # tensors here have values
+    rows = emit.placeholder("rows", ROWS)
+    PositionBuilder(FRAME, Sizes(FRAME, 2), rows, emit, emit).of(FRAME.layout())
+    called = {node.target for node in emit.graph.nodes if node.op == "call_function"}
+    assert not called & {torch.ops.aten.div.Tensor_mode, torch.ops.aten.remainder.Scalar}
