@@ -115,7 +115,8 @@ def frozen_plan(analysis: Analysis) -> SparsePlan:
     """
     result = SparsePlan(live=set())
     assert result.live is not None
-    ambient = [node for node in analysis.graph.nodes if node.op == "call_function" and "val" not in node.meta]  # borders of autocast regions
+    # borders of autocast regions, which give nothing
+    ambient = [node for node in analysis.graph.nodes if node.op == "call_function" and "val" not in node.meta]
     todo = [*analysis.output_nodes, analysis.latent, *ambient]
     while todo:
         node = todo.pop()

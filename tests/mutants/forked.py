@@ -79,7 +79,9 @@ class Watched:
         begun = time.perf_counter()
 
         def called(frame: Any, event: str, given: Any) -> None:
-            if event == "call" and frame.f_code.co_flags & CO_OPTIMIZED:  # a module and a class run when they are imported
+            if (
+                event == "call" and frame.f_code.co_flags & CO_OPTIMIZED
+            ):  # a module and a class run when they are imported
                 codes.add(frame.f_code)
 
         sys.setprofile(called)

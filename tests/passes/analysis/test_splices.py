@@ -47,6 +47,9 @@ def test_a_frozen_context_leaves_out_what_is_its_own_alone():
     assert not sparse.skips(border), "what is said of all that follows"
     text = arguments(analysis, (2, 2, 8))
     assert [node.name for node in sparse.frozen] == ["getitem"], "the text that is returned"
-    assert [node for node in analysis.graph.nodes if node.op != "output" and sparse.skips(node)] == [*text, *sparse.frozen]
+    assert [node for node in analysis.graph.nodes if node.op != "output" and sparse.skips(node)] == [
+        *text,
+        *sparse.frozen,
+    ]
     assert names(sparse) == (["expand", "transpose_1"], ["view_3"])
     assert list(sparse.gathers) == arguments(analysis, (2, 4, 2, 3), (1, 6, 8))

@@ -1,0 +1,98 @@
+"""What an entry does with a decision: which program, what is told afterwards, and what happens where one raises."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ras_compile.dispatch import dispatcher
+from ras_compile.dispatch.dispatcher import Entry
+
+
+class Told:
+    """Writes down what it is called for: in place of a plan, of a state, and of what a plan says to the other processes."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.calls: list[tuple] = []
+        self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*given: Any) -> Any:
+            self.calls.append((name, *given))
+            if name in ("dense", "run_sparse") and self.error is not None:
+                raise self.error
+            return [name]
+
+        return call
+
+
+def entry(monkeypatch, *, rows=None, time=None, spread=False, error=None, group=None) -> tuple[Entry, Told, Any]:
+    told, made = Told(error), Entry.__new__(Entry)
+    decision = SimpleNamespace(
+        rows=rows, time=time, slots={"half": "written"}, spare=None, kind="sparse", active=2, reason=""
+    )
+    monkeypatch.setattr(Entry, "_info", lambda *given: SimpleNamespace(tokens=8))
+    monkeypatch.setattr(Entry, "_state", lambda *given: told)
+    told.decide = lambda *given: decision  # type: ignore[attr-defined]  # the one answer that is no list
+    made.plan = SimpleNamespace(  # type: ignore[assignment]  # as much of one as is asked for
+        dense=told.dense, run_sparse=told.run_sparse, bare=told.bare, noise=0, noise_view="view",
+        cached_noise=lambda slots: "noise", analysis=SimpleNamespace(frame=SimpleNamespace(group=group)),
+        spread=SimpleNamespace(share=told.share) if spread else None,
+    )  # fmt: skip
+    return made, told, decision
+
+
+def names(told: Told) -> list[str]:
+    return [name for name, *_ in told.calls]
+
+
+ROWS = torch.tensor([[0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, ["dense", "record"]),
+        ({"rows": ROWS}, ["run_sparse", "record"]),
+        ({"time": 0.5}, ["dense", "record", "extrapolate"]),
+        ({"time": 0.5, "spread": True}, ["dense", "record", "extrapolate"]),  # each process has computed all
+        ({"rows": ROWS, "spread": True}, ["run_sparse", "record"]),  # nothing was made of the noise
+        ({"rows": ROWS, "time": 0.5}, ["run_sparse", "record", "extrapolate"]),
+        ({"rows": ROWS, "time": 0.5, "spread": True}, ["run_sparse", "record", "extrapolate", "share"]),
+    ],
+    ids=str,
+)
+def test_a_step_is_run_told_and_shared(monkeypatch, given, wanted):
+    made, told, _ = entry(monkeypatch, **given)
+    assert made.run([], [], [], None) == wanted[:1] and names(told) == wanted
+
+
+def test_without_memory_a_step_is_dense_keeps_nothing_and_is_told(monkeypatch):
+    freed = []
+    monkeypatch.setattr(dispatcher, "free_memory", lambda: freed.append(True))
+    made, told, decision = entry(monkeypatch, rows=ROWS, time=0.5, error=torch.OutOfMemoryError("none"))
+    with pytest.warns(UserWarning, match="no memory left for the caches"):
+        assert made.run([], [], [], None) == ["bare"]
+    assert names(told) == ["run_sparse", "bare", "record"] and freed and not decision.slots
+    assert told.calls[-1][3:] == (None, None), "no noise, and no output that another step could rest on"
+    assert (decision.kind, decision.rows, decision.active) == ("dense", None, 8) and "no memory" in decision.reason
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), ValueError("wrong")], ids=repr)
+def test_a_step_that_raises_has_failed(monkeypatch, error):
+    made, told, decision = entry(monkeypatch, error=error)
+    with pytest.raises(type(error)):
+        made.run([], [], [], None)
+    assert told.calls[1:] == [("fail", decision)]
+
+
+def test_among_several_processes_no_step_is_run_again_by_one_alone(monkeypatch):
+    error = torch.OutOfMemoryError("none")
+    made, told, _ = entry(monkeypatch, error=error, group=SimpleNamespace(name="all", size=2, rank=0))
+    monkeypatch.setattr(dispatcher, "disconnected", lambda error, group: ConnectionError(group.name))
+    with pytest.raises(ConnectionError, match="all") as raised:
+        made.run([], [], [], None)
+    assert names(told) == ["dense", "fail"] and raised.value.__cause__ is error
