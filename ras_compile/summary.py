@@ -142,7 +142,7 @@ class Summary:
             for reason, steps in _by_reason(self.steps)
             if reason not in _PLANNED
         ]
-        return lines + [f"fell back {fallback}" for fallback in self.fallbacks]
+        return lines + [f"in this process so far: {fallback}" for fallback in self.fallbacks]
 
     @property
     def _took(self) -> str:

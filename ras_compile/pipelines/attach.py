@@ -96,8 +96,11 @@ class Handle:
             **options: some of :data:`ras_compile.config.RUNTIME_OPTIONS`.
 
         Raises:
-            ConfigError: an option that changes what is compiled (the text names those that do not), or a bad value.
+            ConfigError: an option that changes what is compiled (the text names those that do not), a bad value, or a handle
+                that is detached.
         """
+        if not self._attached:
+            raise ConfigError("this handle is detached, so that its options reach no picture; attach(pipe, ...) anew.")
         self.follower.config = self.config.with_runtime(**options)
 
     def summary(self) -> Summary:
@@ -225,11 +228,13 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
             "denoiser, with ras_compile.generation() to tell the steps."
         )
     for name, module in found.items():
-        if isinstance(module, OptimizedModule) or compiled_call(module) is not None:
+        what, call = f"{type(pipe).__name__}.{name}", compiled_call(module)
+        if isinstance(call, _Followed):
             raise ConfigError(
-                f"{type(pipe).__name__}.{name} is compiled or attached already; attach to the plain module, or call "
-                "detach() on its handle first."
+                f"{what} is attached already; give options to its handle's configure(), or call detach() on that handle first."
             )
+        if isinstance(module, OptimizedModule) or call is not None:
+            raise ConfigError(f"{what} is compiled already; leave torch.compile out, since attach compiles the plain module.")
         check_timestep(config.timestep, type(module))
     _advise(getattr(pipe, "scheduler", None))
     return Handle(pipe, config, found, chosen)

@@ -321,10 +321,14 @@ def test_what_cannot_be_attached_is_refused():
     pipe = sd3()
     with pytest.raises(ValueError, match="sample_ratio"):
         ras_compile.attach(pipe, sampleratio=0.5)
-    with ras_compile.attach(pipe), pytest.raises(ValueError, match="attached already"):
+    with pytest.raises(ValueError, match="Did you mean 'sample_ratio'"):  # a part of the name is near enough
+        ras_compile.attach(pipe, ratio=0.5)
+    with ras_compile.attach(pipe) as handle, pytest.raises(ValueError, match="attached already.*configure"):
         ras_compile.attach(pipe)
+    with pytest.raises(ValueError, match="detached"):
+        handle.configure(sample_ratio=0.5)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    with pytest.raises(ValueError, match="compiled or attached"):
+    with pytest.raises(ValueError, match="compiled already; leave torch.compile out"):
         ras_compile.attach(pipe)
 
     class Nothing:
