@@ -1,6 +1,7 @@
 """For MkDocs: what pages and docstrings say to others than MkDocs reads well on the site, too.
 
-A link to a file outside of docs/ leads to where the repository is published, and a picture there is copied to the site. One
+A link to a file outside of docs/ leads to where the repository is published (`repo_url`), or becomes the file's path where that
+is not known; a picture there is copied to the site. One
 that is not there is a warning, and with that an error of `make docs`. A docstring names things as :class:`Name`, which the site
 shows as code.
 """
@@ -51,6 +52,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             log.warning("%s links to %s, which is not there", source, path)
         if picture:
             return f"![{text}]({posixpath.relpath(f'pictures/{path}', posixpath.dirname(source) or '.')})"
+        if not config.repo_url:
+            return f"{text} (`{path}`)" if path not in text else text
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         return f"[{text}]({config.repo_url}/{kind}/main/{path}{anchor or ''})"
 

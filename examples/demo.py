@@ -2,10 +2,11 @@
 
     python examples/demo.py            # on the GPU if there is one, else on the CPU
 
-It draws the same prompts from the same noise in several ways: all steps dense (compiled by Inductor), with RAS at 50 % and
-25 % of the tokens, and, for each of these, with as many dense steps of DPM-Solver++ as take the same time. After one run of
-each, which compiles, the ways take turns, so that a machine that is busy for a while is busy for all of them; the medians
-count. It prints a table and writes one PNG: dense | RAS | how many times each token was computed, with its scale.
+It draws the same prompts from the same noise in several ways: all steps dense (compiled by Inductor), with RAS, and with as
+many dense steps of DPM-Solver++ as take the same time. What has to be compiled is compiled first; then the ways take turns, so
+that a machine that is busy for a while is busy for all of them, and the medians count. It prints a table, and writes one
+picture (dense | RAS | how many times each token was computed, with its scale | plain steps in the same time) and a page to
+step through. Two CPU cores take a few minutes; `--ratios 0.5 0.25` and `--turns 3` draw more.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ class Run:
     """One way of sampling: its pictures [B, 3, H, W] in [0, 1], and what it cost."""
 
     name: str
-    draw: Callable[[str], tuple[Tensor, list[float]]]  # label -> (pictures, seconds of each step)
-    ratio: float = 1.0  # share of the tokens in sparse steps
-    first: float = 0.0  # seconds of the first run, compilation included
+    draw: Callable[
+        [str, int | None], tuple[Tensor, list[float]]
+    ]  # label, steps or None -> pictures, seconds of each step
+    warm: int | None = None  # steps after which all is compiled; 0: others have compiled it
+    first: list[float] = field(default_factory=list)  # seconds of each step of the first run, compilation included
     times: list[list[float]] = field(default_factory=list)  # seconds of every step, of each timed run
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))
     kinds: list[str] = field(default_factory=list)
@@ -56,6 +59,11 @@ class Run:
     def seconds(self) -> float:
         """Median seconds of a run."""
         return float(np.median(np.sum(self.times, axis=1)))
+
+    @property
+    def compiled(self) -> float:
+        """Seconds that the first run took longer than its steps take later."""
+        return sum(self.first) - sum(self.steps[: len(self.first)])
 
 
 def main() -> None:
@@ -76,18 +84,20 @@ def main() -> None:
     plain.set_progress_bar_config(disable=True)
     plain.transformer.compile()
     with ras_compile.attach(pipe) as handle:
-        runs = [dense(plain, args, "dense", args.steps)]
-        runs += [adaptive(pipe, args, ratio, handle, explained) for ratio in args.ratios]
+        runs = [dense(plain, args, "dense", args.steps, warm=1)]
+        runs += [adaptive(pipe, args, ratio, handle, explained) for ratio in args.ratios or [None]]
         compare(runs, 1)
         for run in runs[1:]:  # the same time in dense steps of a better solver
             steps = max(2, round(run.seconds / np.median(runs[0].steps)))
-            runs.append(dense(solver(plain), args, f"{steps} DPM++", steps))
+            runs.append(dense(solver(plain), args, f"{steps} DPM++", steps, warm=0))
         compare(runs, args.turns)
+        args.output.mkdir(parents=True, exist_ok=True)
+        page = handle.report(args.output / "demo.html", dense=runs[0].pictures[:1], prompt=args.prompts[0])
+        print(f"\nlast run of RAS: {handle}")
     report(runs, explained)
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "demo.png"
     grid(runs, args.prompts, explained.grid).save(path)
-    print(f"\npictures: {path}")
+    print(f"\npictures: {path}\npage to step through: {page}")
 
 
 def arguments() -> argparse.Namespace:
@@ -95,11 +105,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--preset", help="options of RAS beside the ratio: paper, fast, balanced or quality")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--preset", help="options of RAS: paper, fast, balanced (the defaults) or quality")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", help="share of the tokens, one run of RAS for each; else the preset's"
+    )
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--turns", type=int, default=3, help="timed runs of each way")
+    parser.add_argument("--turns", type=int, default=2, help="timed runs of each way")
     parser.add_argument("--explain", action="store_true", help="list every splice and gather")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     return parser.parse_args()
@@ -148,22 +160,24 @@ def first_call(pipe: StableDiffusion3Pipeline, args: argparse.Namespace) -> dict
 
 
 def compare(runs: list[Run], turns: int) -> None:
-    """Draws with each way once to compile it, if it has not been drawn with yet, and then in turns."""
+    """Compiles what is not compiled yet, and draws in turns until each way has been timed so often."""
     for run in runs:
-        run.times = []
-        if not run.first:
-            begin = time.perf_counter()
-            run.draw(f"{run.name}, compiling")
-            run.first = time.perf_counter() - begin
-    for _ in range(turns):
+        if run.warm != 0 and not run.first:
+            run.first = run.draw(f"{run.name}, compiling", run.warm)[1]
+    for turn in range(turns):
         for run in runs:
-            run.pictures, steps = run.draw(run.name)
-            run.times.append(steps)
+            if len(run.times) <= turn:
+                run.pictures, steps = run.draw(run.name, None)
+                run.times.append(steps)
 
 
-def dense(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, name: str, steps: int) -> Run:
+def dense(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, name: str, steps: int, warm: int) -> Run:
     """Every step dense, compiled by Inductor."""
-    return Run(name, lambda label: sample(pipe, args, label, steps), kinds=["dense"] * steps, flops=steps)
+
+    def draw(label: str, fewer: int | None) -> tuple[Tensor, list[float]]:
+        return sample(pipe, args, label, fewer or steps)
+
+    return Run(name, draw, warm, kinds=["dense"] * steps, flops=steps)
 
 
 def solver(pipe: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
@@ -177,14 +191,14 @@ def solver(pipe: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
 
 
 def adaptive(
-    pipe: StableDiffusion3Pipeline, args: argparse.Namespace, ratio: float, handle: ras_compile.Handle,
+    pipe: StableDiffusion3Pipeline, args: argparse.Namespace, ratio: float | None, handle: ras_compile.Handle,
     explained: ras_compile.Explanation,
 ) -> Run:  # fmt: skip
-    """Region-adaptive sampling at one ratio."""
+    """Region-adaptive sampling at one ratio, or at the preset's. Only a whole run compiles for all its counts of tokens."""
 
-    def draw(label: str) -> tuple[Tensor, list[float]]:
-        handle.configure(preset=args.preset, sample_ratio=ratio)
-        drawn = sample(pipe, args, label)
+    def draw(label: str, fewer: int | None) -> tuple[Tensor, list[float]]:
+        handle.configure(preset=args.preset, **({} if ratio is None else {"sample_ratio": ratio}))
+        drawn = sample(pipe, args, label, fewer)
         records = ras_compile.trace(handle)
         samples = len(args.prompts)
         counts = torch.zeros(2 * samples, explained.tokens)
@@ -197,7 +211,7 @@ def adaptive(
         )
         return drawn
 
-    run = Run(f"RAS {100 * ratio:.4g}%", draw, ratio)
+    run = Run("RAS" if ratio is None else f"RAS {100 * ratio:.4g}%", draw)
     return run
 
 
@@ -208,7 +222,7 @@ def report(runs: list[Run], explained: ras_compile.Explanation) -> None:
         "",
         "seconds",
         "speed-up",
-        "first run",
+        "compiling",
         "ms dense step",
         "ms sparse step",
         "sparse FLOPs",
@@ -229,7 +243,7 @@ def report(runs: list[Run], explained: ras_compile.Explanation) -> None:
         times = [
             f"{run.seconds:.2f}",
             f"{base.seconds / run.seconds:.2f}x",
-            f"{run.first:.1f} s",
+            f"{run.compiled:.1f} s" if run.first else "-",
             ms["dense"],
             ms["sparse"],
         ]

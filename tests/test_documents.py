@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import shlex
 import tomllib
@@ -25,7 +26,7 @@ from ras_compile.cli.app import app
 from ras_compile.config import RUNTIME_OPTIONS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.ipynb")])
 
 
 def plain(text: str) -> str:
@@ -91,9 +92,24 @@ def test_a_message_is_seen(source, text):
     assert text in [found for _, found in said(ast.parse(source))]
 
 
+def as_page(path: Path) -> str:
+    """A page as it is written, and a notebook as the page that it would be."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells)
+
+
+def test_notebooks_hold_no_output():
+    """What they print is seen where they are run; here it would be large, and old."""
+    for path in (page for page in PAGES if page.suffix == ".ipynb"):
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert cells and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+
+
 def blocks(path: Path, *languages: str) -> list[tuple[int, str, str]]:
     """Line, code and language of the fenced blocks of a page; a visible line before one may except it, with its reason."""
-    text = path.read_text()
+    text = as_page(path)
     found = []
     for block in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         before = text[: block.start()].rstrip().rpartition("\n\n")[2]

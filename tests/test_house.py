@@ -161,20 +161,38 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
-def of_the_repository(text: str) -> list[str]:
-    """Files that absolute links into this repository name, by the address that pyproject.toml gives it."""
-    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+def address() -> str | None:
+    """Where the repository is published, by pyproject.toml; None as long as nobody has said it."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {}).get("Repository")
+
+
+def of_the_repository(text: str, home: str) -> list[str]:
+    """Files that absolute links into this repository name."""
     raw = home.replace("github.com", "raw.githubusercontent.com")
     return re.findall(rf"\]\((?:{re.escape(home)}/(?:blob|tree)|{re.escape(raw)})/main/([^)#\s]+)", text)
 
 
-def test_links_of_the_readme_work_outside_of_the_repository():
-    """The package index shows it, too: links are absolute, and those into this repository name files that exist."""
-    text = (ROOT / "README.md").read_text()
-    assert not linked(text)
-    found = of_the_repository(text)
+def test_links_of_the_readme_lead_to_files():
+    """Once the repository has an address, all of them are absolute: the package index shows the page, too."""
+    text, home = (ROOT / "README.md").read_text(), address()
+    found = linked(text) if home is None else of_the_repository(text, home)
     assert len(found) > 10 and not [name for name in found if not (ROOT / name).exists()]
-    assert text.count("/ras_compile/") == len(found), "another address of this repository"
+    assert home is None or (not linked(text) and text.count("/ras_compile/") == len(found))
+
+
+def test_no_address_is_a_placeholder():
+    """A link to nowhere is worse than none; the form of an address belongs to CONTRIBUTING.md alone."""
+    for name in [
+        "README.md",
+        "pyproject.toml",
+        "mkdocs.yml",
+        "CITATION.cff",
+        "docs/index.md",
+        "integrations/space/README.md",
+    ]:
+        text = (ROOT / name).read_text()
+        assert not re.search(r"://[^\s/]*/?(OWNER|NAME|USER|YOUR\w*)\b|\bOWNER\b", text), name
+        assert name != "mkdocs.yml" or ("repo_url:" in text) == (address() is not None)
 
 
 def test_a_missing_file_is_seen():

@@ -66,7 +66,9 @@ def test_dense_steps_that_nobody_planned_are_told_with_their_reason():
 
 def test_what_fell_back_is_told():
     told = Summary(steps("ds"), fallbacks=(Fallback("a program runs uncompiled", "RuntimeError: no compiler", 3),))
-    assert str(told).endswith("\nnot as planned: in this process so far: 3 x a program runs uncompiled (RuntimeError: no compiler)")
+    assert str(told).endswith(
+        "\nnot as planned: in this process so far: 3 x a program runs uncompiled (RuntimeError: no compiler)"
+    )
 
 
 def test_before_the_first_picture():

@@ -234,7 +234,9 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
                 f"{what} is attached already; give options to its handle's configure(), or call detach() on that handle first."
             )
         if isinstance(module, OptimizedModule) or call is not None:
-            raise ConfigError(f"{what} is compiled already; leave torch.compile out, since attach compiles the plain module.")
+            raise ConfigError(
+                f"{what} is compiled already; leave torch.compile out, since attach compiles the plain module."
+            )
         check_timestep(config.timestep, type(module))
     _advise(getattr(pipe, "scheduler", None))
     return Handle(pipe, config, found, chosen)
