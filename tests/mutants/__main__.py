@@ -30,7 +30,8 @@ def tried(mutant: Mutant, nearest: Nearest, near: bool = False) -> tuple[str, st
     if found.ended == "passed" and near:
         return "survived", f"{len(tests)} tests in {found.seconds:.0f} s"
     if found.ended == "passed":
-        more = run_tests(FURTHER[mutant.path.split("/")[0]], Short(SEEDS), change=change, limit=LONGEST)
+        further = next(tests for place, tests in FURTHER.items() if mutant.path.startswith(place))
+        more = run_tests(further, Short(SEEDS), change=change, limit=LONGEST)
         if more.ended != "failed":
             return (
                 "survived",

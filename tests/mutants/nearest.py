@@ -16,11 +16,14 @@ from forked import ROOT, Watched, run_tests
 # Unit tests of what is mutated: which of them call a function is looked at once.
 TESTS = (
     "tests/passes/rules", "tests/passes/algebra", "tests/passes/analysis", "tests/passes/programs", "tests/passes/spec",
-    "tests/capture", "tests/plans", "tests/sampling", "tests/dispatch", "tests/test_backend.py",
+    "tests/capture", "tests/plans/test_equal.py", "tests/plans/test_latent.py", "tests/plans/test_shared.py",
+    "tests/plans/test_symbolic.py", "tests/sampling", "tests/dispatch", "tests/test_backend.py",
 )  # fmt: skip
-# What runs whole where those see nothing: the short contract and the first of the fuzz's fixed seeds; the runtime's own.
+# What runs whole where those see nothing, by the beginning of the mutant's file: the short contract and the first of the fuzz's
+# fixed seeds; prompts of many lengths; the runtime's own.
 FURTHER = {
     "passes": ("tests/contract/test_handwritten.py", "tests/fuzz/test_fuzz.py"),
+    "ras_compile/plans": ("tests/plans/test_lengths.py", "tests/contract/test_handwritten.py", "tests/test_faults.py"),
     "ras_compile": ("tests/sampling", "tests/dispatch", "tests/test_faults.py", "tests/pipelines/test_noise_adding.py"),
 }
 SEEDS = 60

@@ -272,3 +272,7 @@ def test_noise_is_looked_at_where_a_later_step_chooses_by_it():
     assert observed(9, **given, metric="std") == [2, 3, 4]
     assert observed(9, **given, metric="drift") == [1, 2, 3, 4], "its change between two steps is what counts"
     assert observed(9, **given, metric="std", sample_ratio=1.0) == [], "nothing is chosen"
+
+
+def test_the_programs_that_a_tolerance_chooses_among():
+    assert Schedule.tolerable(2**14) == [2**10, 2**12, 2**13]

@@ -408,7 +408,10 @@ def test_slots_of_a_finished_generation_come_back_as_spares():
     with ras_compile.generation() as gen:
         gen.step()
         second = model.state.decide(call)
-    assert second.slots == {} and second.spare == {"buffer": marker}
+        assert second.slots == {} and second.spare == {"buffer": marker}
+        model.state.record(call, second, None, None)
+        gen.step()
+        assert model.state.decide(call).spare is None, "it is taken over once, and its memory is not held"
 
 
 def test_without_noise_the_next_step_is_dense():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from joint import analysed, layers
-from torch import fx
+from torch import Tensor, fx, nn
 
-from ras_compile.passes.analysis.propagate import Analysis
+from ras_compile.capture.export import capture
+from ras_compile.passes.algebra.layout import Frame
+from ras_compile.passes.analysis.propagate import Analysis, propagate
 from ras_compile.passes.analysis.splices import SparsePlan, plan
 from ras_compile.passes.spec.demand import AMBIENT
 
@@ -53,3 +55,22 @@ def test_a_frozen_context_leaves_out_what_is_its_own_alone():
     ]
     assert names(sparse) == (["expand", "transpose_1"], ["view_3"])
     assert list(sparse.gathers) == arguments(analysis, (2, 4, 2, 3), (1, 6, 8))
+
+
+class Cross(nn.Module):
+    """The picture attends to a text, which is projected in this block."""
+
+    def forward(self, latent: Tensor, text: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(latent @ weight, text @ weight, text.sin() @ weight) + latent
+
+
+def test_keys_and_values_of_a_frozen_text_are_taken_from_the_dense_step():
+    inputs = [torch.randn(1, 6, 4), torch.randn(1, 3, 4), torch.randn(4, 4)]
+    graph = capture(torch.export.export(Cross(), tuple(inputs)).module(), inputs).graph
+    latent = graph.find_nodes(op="placeholder")[0]
+    analysis = propagate(graph, latent, Frame.of(latent.meta["val"].shape))
+    (attention,) = graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    sparse = plan(analysis, frozen=True)
+    assert sparse.frozen == list(attention.args[1:3])
+    skipped = [str(node.target) for node in graph.nodes if node.op == "call_function" and sparse.skips(node)]
+    assert skipped == ["aten.matmul.default", "aten.sin.default", "aten.matmul.default"], "the text's own"

@@ -70,3 +70,13 @@ def test_rows_that_count_the_tokens_of_one_dimension_are_taken_as_they_are():
     PositionBuilder(FRAME, Sizes(FRAME, 2), rows, emit, emit).of(FRAME.layout())
     called = {node.target for node in emit.graph.nodes if node.op == "call_function"}
     assert not called & {torch.ops.aten.div.Tensor_mode, torch.ops.aten.remainder.Scalar}
+
+
+def test_the_patch_that_is_not_full_reads_its_last_entry_again():
+    """Two patches of two, of a side of three entries: the second one's fourth entry is not there."""
+    frame = Frame.of((1, 3, 1))
+    frame = frame.clipped(Atom(1, 1), 2, 2).without(frozenset([Atom(1, 1), Atom(2, 1)]))
+    emit = Emitter(contextlib.nullcontext())  # type: ignore[arg-type]  # tensors here have values
+    rows = emit.placeholder("rows", torch.tensor([[0, 1]]))
+    positions = PositionBuilder(frame, Sizes(frame, 2), rows, emit, emit).of(frame.layout())
+    assert [index.meta["val"].flatten().tolist() for index in positions.indices] == [[0, 1, 2, 2]]
