@@ -7,6 +7,7 @@ _STATE, _JOINED = "ras_compile/sampling/state.py", "passes/rules/concatenation.p
 EQUIVALENT: dict[str, str] = {
     f"{_STATE}:TransformerState.fail:1 -> 2": "any count below the present one says that the generation is over; counts only rise",
     "ras_compile/dispatch/dispatcher.py:Entry._state:weights -> not (weights)": "what is kept there is looked up anew without it",
+    "ras_compile/dispatch/dispatcher.py:Entry._state:2 -> 3": "no middle weight is found there, and the state is looked up anew",
     f"{_JOINED}:sparse_offset:offset < size -> offset <= size": "a border between segments ends one and begins the next: one place",
     "passes/analysis/propagate.py::200 -> 201": "an end for what would never end; no model needs more than a few dozen rounds",
 }

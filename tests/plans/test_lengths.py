@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import pytest
+import sympy
 import torch
 from contract import Subject, error, widen, widest
 from tiny import EAGER, TinyDiT, kinds
@@ -142,6 +143,41 @@ def test_a_frozen_context_and_a_new_ratio(compiled_programs):
     torch._dynamo.reset()
     alone = torch.compile(module, backend="ras", dynamic=False, options=options)
     assert torch.equal(sampled(alone, lengthened(given, 5, TWENTY[5])), found[5])
+
+
+def test_lengths_of_a_call():
+    """A text [2, s, 3], a number that is its length, and a latent; found true of the text: it is no longer than 90."""
+    s, two, three = sympy.Symbol("s", integer=True), sympy.Integer(2), sympy.Integer(3)
+    lengths = Lengths([s], {1: [two, s, three], 2: [s]}, {1: [3 * s, three, sympy.Integer(1)]}, [s <= 90])
+    latent, text = torch.empty(2, 4), torch.empty(2, 7, 3)
+    assert lengths.at([latent, text, 7]) == (7,)
+    assert lengths.described(1, (5,)) == ((2, 5, 3), (15, 3, 1)) and lengths.number(2, (5,)) == 5
+    assert lengths.fits([latent, text, 7], (7,))
+    for other in (
+        [latent, text, 8],
+        [latent, torch.empty(3, 7, 3), 7],
+        [latent, torch.empty(7, 2, 3).transpose(0, 1), 7],
+    ):
+        assert not lengths.fits(other, (7,))
+    assert [length for length in (1, 2, 90, 91) if lengths.allows((length,))] == [2, 90], "one token is another graph"
+
+
+def test_calls_that_differ_in_their_lengths_alone_have_one_key():
+    s, two = sympy.Symbol("s", integer=True), sympy.Integer(2)
+    lengths = Lengths([s], {1: [two, s], 2: [s]}, {1: [s, sympy.Integer(1)]}, [])
+    latent, text = torch.empty(2, 4), torch.empty(2, 7)
+
+    def key(*given) -> tuple:
+        return lengths.key_without_lengths(given, range(4))
+
+    first = key(latent, text, 7, "mode")
+    assert first == key(torch.ones(2, 4), torch.empty(2, 9), 9, "mode")
+    others = [
+        (torch.empty(2, 5), text, 7, "mode"), (torch.empty(4, 2).t(), text, 7, "mode"), (latent.double(), text, 7, "mode"),
+        (latent.to("meta"), text, 7, "mode"), (latent, torch.empty(3, 7), 7, "mode"), (latent, text.double(), 7, "mode"),
+        (latent, text.to("meta"), 7, "mode"), (latent, text, 7, "other"),
+    ]  # fmt: skip
+    assert first not in [key(*other) for other in others]
 
 
 def dynamo_graphs(module: nn.Module, calls: Sequence[dict]) -> list:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import fx
 
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.plans import symbolic
 from ras_compile.plans.symbolic import Symbols, takes_all
 
 
@@ -58,3 +60,12 @@ def test_a_slice_of_everything(given, everything):
     value.meta["val"] = torch.empty(4, 5)
     assert takes_all(graph.call_function(torch.ops.aten.slice.Tensor, (value, *given))) == everything
     assert not takes_all(graph.call_function(torch.ops.aten.select.int, (value, 0, 0)))
+
+
+@pytest.mark.parametrize("kind", ["is_flex", "is_transform"])
+def test_what_is_captured_for_one_length_at_a_time(kind, monkeypatch):
+    monkeypatch.setattr(symbolic, kind, lambda node: True)
+    graph = fx.Graph()
+    graph.output(graph.placeholder("value"))
+    with pytest.raises(UnsupportedGraph, match="one length of the context at a time"):
+        symbolic.SymbolicGraph(fx.GraphModule({}, graph), None, [])

@@ -1,0 +1,80 @@
+"""A plan of a small joint block: what its programs return and keep, run eagerly."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from joint import captured
+from torch import Tensor
+
+from ras_compile.capture.inputs import GraphInput
+from ras_compile.config import RASConfig
+from ras_compile.passes.spec import legal
+from ras_compile.plans.plan import Plan
+from ras_compile.sampling.branches import Slots
+
+NAMES = ("latent", "text", "position")
+
+
+def made(**options) -> tuple[Plan, list[Tensor]]:
+    """The plan, and inputs of a call."""
+    graph, drawn = copy.deepcopy(captured()), torch.Generator().manual_seed(1)
+    nodes = graph.graph.find_nodes(op="placeholder")[
+        : len(NAMES)
+    ]  # then those of the weights, which are constants of it
+    values = [torch.randn(node.meta["val"].shape, generator=drawn) for node in nodes]
+    inputs = [GraphInput(name, name) for name in NAMES]
+    return Plan(graph, inputs, values, RASConfig.from_options({"inner_backend": "eager", **options})), values
+
+
+def test_a_dense_call_returns_what_the_model_does_and_keeps_copies():
+    plan, values = made()
+    slots = Slots()
+    wanted, outputs = plan.bare(values), plan.dense(values, slots)
+    assert all(map(torch.equal, outputs, wanted)) and plan.noise == 0 and plan.latent == 0
+    outputs[0].zero_()
+    assert torch.equal(plan.cached_noise(slots), wanted[0]), "who got the noise may write it"
+    assert plan.cached_noise({}) is None
+
+
+def test_a_sparse_call_computes_its_rows_and_returns_copies():
+    plan, values = made()
+    slots = Slots()
+    before = plan.dense(values, slots)
+    other = [torch.randn_like(values[0]), *values[1:]]
+    some = plan.run_sparse(other, torch.tensor([[1, 4], [0, 2]]), slots)
+    changed = (plan.noise_view(some[0]) != plan.noise_view(before[0])).flatten(2).any(-1)
+    assert changed.tolist() == [[row in rows for row in range(6)] for rows in ([1, 4], [0, 2])]
+    every = plan.run_sparse(other, torch.arange(6).repeat(2, 1), slots)
+    for found, wanted in zip(every, plan.bare(other), strict=True):
+        torch.testing.assert_close(found, wanted)
+    every[0].zero_()
+    assert plan.cached_noise(slots).any()
+
+
+def test_what_is_on_the_host_and_how_large_caches_are():
+    plain, _ = made()
+    assert plain.hosted == []
+    hosted, _ = made(cache_device="cpu")
+    assert hosted.hosted == [0, 1], "keys and values, and not the noise, which is returned"
+    whole = plain.cost.cache_bytes
+    assert whole == sum(4 * splice.node.meta["val"].numel() for splice in plain.sparse.splices)
+
+
+@pytest.mark.parametrize("kind", ["float8", "int8"])
+def test_rounded_caches_on_a_cpu_ask_no_gpu(kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    plan, values = made(cache_dtype=kind)
+    slots = Slots()
+    assert torch.equal(plan.dense(values, slots)[0], plan.bare(values)[0])
+
+
+def test_where_the_spec_is_asked_of_every_pass_programs_of_one_and_of_all_rows_are_checked_too(monkeypatch):
+    checked = []
+    monkeypatch.setattr(legal, "EVERY_PASS", True)
+    monkeypatch.setattr(legal, "check_program", checked.append)
+    made()
+    rows = [node.meta["val"].shape[1] for program in checked for node in program.graph.nodes if node.name == "rows"]
+    assert len(checked) == 3 and sorted(rows) == [1, 6], "dense, of one row (a quarter of six, too), and of all"
