@@ -52,6 +52,28 @@ def test_a_python_number_as_timestep(number):
     assert kinds(compiled).endswith("ssss")
 
 
+def test_a_list_of_python_numbers_has_the_models_type():
+    """`torch.tensor` of a list of floats is a float32 tensor, though each of them alone is a number of 64 bits."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model()
+
+        def forward(self, hidden_states, timestep, text):
+            out = self.model(hidden_states, torch.full((2,), 0.5), text)
+            return out * (1 + torch.tensor([timestep] * 2)[:, None, None, None])
+
+    plain = Scaled().eval()
+    compiled = torch.compile(plain, backend="ras", options={**EAGER, "sample_ratio": 1.0})
+    with torch.no_grad(), ras_compile.generation(4) as gen:
+        for step in range(4):
+            gen.step()
+            found, wanted = (each(LATENT, 1 - step / 4, TEXT) for each in (compiled, plain))
+            torch.testing.assert_close(found, wanted)
+    assert kinds(compiled) == "ddss"
+
+
 def test_a_picture_does_not_depend_on_the_one_before():
     compiled = torch.compile(model(), backend="ras", options=EAGER)
     alone = run(compiled, LATENT, TEXT)

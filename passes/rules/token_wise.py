@@ -56,6 +56,9 @@ def token_wise(x: Tensor, weights: list[Tensor], part: int, width: int) -> Tenso
         weights: what :func:`weights_of` gives.
         part: what :func:`number_of` gives.
         width: D.
+
+    Raises:
+        TypeError: the module returns something else than a tensor.
     """
     module, before, x = (
         _PARTS[part],
@@ -71,6 +74,8 @@ def token_wise(x: Tensor, weights: list[Tensor], part: int, width: int) -> Tenso
             result = functional_call(module, dict(zip(own, weights, strict=True)), (x,))
     finally:
         here.running = before
+    if not isinstance(result, Tensor):
+        raise TypeError(f"returns a {type(result).__name__}, and no tensor")
     return result.clone() if result is x else result
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ras_compile._torch import pytree
 from ras_compile.capture.export import capture
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.errors import UnsupportedGraph
@@ -65,6 +66,13 @@ def read_floats(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphMod
     return fx.GraphModule(graph, new) if numbers else None
 
 
+def _dtypes(graph: fx.GraphModule, key: str) -> list[torch.dtype]:
+    """The types of the tensors that a graph returns, as its nodes hold them under ``key``."""
+    returned = next(iter(reversed(graph.graph.nodes))).args
+    values = [node.meta.get(key) for node in pytree.tree_leaves(returned) if isinstance(node, fx.Node)]
+    return [value.dtype for value in values if isinstance(value, torch.Tensor)]
+
+
 def capture_numbers(graph: fx.GraphModule, values: Sequence[Any], *, symbolic: bool = False) -> fx.GraphModule:
     """Captures a graph whose float arguments stay variable; see :func:`capture`.
 
@@ -80,7 +88,9 @@ def capture_numbers(graph: fx.GraphModule, values: Sequence[Any], *, symbolic: b
         if variant is None:
             return capture(graph, values, symbolic=symbolic)
         try:
-            return capture(variant, values, symbolic=symbolic)
+            captured = capture(variant, values, symbolic=symbolic)
         except (UnsupportedGraph, TypeError):
             continue
+        if _dtypes(captured, "val") == _dtypes(graph, "example_value"):
+            return captured
     raise UnsupportedGraph("the model needs the value of a Python float argument; pass the timestep as a tensor")

@@ -167,6 +167,7 @@ class TimeLine:
         self._before: deque[Seen] = deque(maxlen=_ORDER)
         self._calls: Seen = []  # those of this evaluation
         self._mark, self._seen = tensor_mark(latent), seen
+        self._began = seen
         self._print = fingerprint(latent) if seen is None else None
 
     def take(self, noises: list[Tensor]) -> None:
@@ -205,9 +206,21 @@ class TimeLine:
             return False
         return torch.equal(seen, self._seen[torch.arange(seen.shape[0]) % self._seen.shape[0]])
 
+    def _is_back(self, seen: Tensor | None) -> bool:
+        """Whether a latent is nearer to the generation's first one than to the last: no sampler goes back so far.
+
+        Only this tells another picture from the same noise, or from almost the same, where nothing says the time: all that
+        one step after the other has added lies between the last latent and the first.
+        """
+        first, last = self._began, self._seen
+        if seen is None or first is None or last is None or not (seen.shape == first.shape == last.shape):
+            return False
+        nearer = (seen - first).flatten(1).norm(dim=1) < (seen - last).flatten(1).norm(dim=1)
+        return bool(nearer.any())
+
     def _advance(self, time: float | None, latent: Tensor, seen: Tensor | None) -> Move:
         if time is None or self.last is None:
-            if time != self.last:
+            if time != self.last or self._is_back(seen):
                 return "begin"
         elif time == self.first:
             return "begin"

@@ -53,7 +53,7 @@ class Generation(Home):
         self.num_steps = None if num_steps is None else int(num_steps)
         self.key = object()
         self.current: int | None = None
-        self.entered = self.ended = False
+        self.entered = self.ended = self.reached = False
         self.branch_name: str | None = None
 
     def __enter__(self) -> Generation:
@@ -61,7 +61,13 @@ class Generation(Home):
         self.make_current()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self.current is not None and not self.reached and kind is None:
+            warn_once(
+                "ras_compile: no model call of a generation() reached the backend, so that all of them ran as they are. Call what "
+                "torch.compile(model, backend='ras') returned; if you do, Dynamo gave the model's forward up: "
+                "TORCH_LOGS=graph_breaks names the line."
+            )
         self.end()
 
     def step(self) -> int:
@@ -303,8 +309,10 @@ def attached_call(call: AttachedCall) -> Iterator[None]:
 
 
 def note_reached() -> Said | None:
-    """Note that the attached call that is running has reached the backend; returns what its pipeline says of it."""
+    """Note that the call that is running has reached the backend; returns what the attached pipeline says of it, if it has one."""
     call = _attached.get()
+    for entered in _running()[-1:]:
+        entered.reached = True
     if call is None:
         return None
     call.reached = True
@@ -346,6 +354,7 @@ def locate() -> Place:
         if said is not None:
             key, step, num_steps = said.key, said.step, said.num_steps
     if explicit is not None:
+        explicit.reached = True
         home, branch = explicit, explicit.branch_name or branch
         num_steps = explicit.num_steps if explicit.num_steps is not None else num_steps
         if explicit.current is not None:

@@ -175,7 +175,11 @@ def test_fragments_of_a_refused_model_run_dense():
     apply_first_block_cache(model, FirstBlockCacheConfig(threshold=1e-9))
     expected, given = copy.deepcopy(model), case.inputs()
     compiled = torch.compile(model, backend="ras", options=OPTIONS)
-    with pytest.warns(RASWarning, match="has hooks"), torch.no_grad(), ras_compile.generation(num_steps=4) as gen:
+    with (
+        pytest.warns(RASWarning, match="has a hook of diffusers"),
+        torch.no_grad(),
+        ras_compile.generation(num_steps=4) as gen,
+    ):
         for _ in range(4):
             gen.step()
             given[case.region] = torch.randn_like(given[case.region])

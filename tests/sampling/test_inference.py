@@ -71,6 +71,15 @@ def test_picture_after_picture(times, same_prompt):
         contexts = contexts if same_prompt else prompts("cond", "uncond")
 
 
+@pytest.mark.parametrize("away", [0.0, 0.05])
+def test_picture_after_picture_of_almost_one_noise_where_nothing_says_the_time(away):
+    """All that lies between the last latent and such a first one is the noise of the steps, so that this alone tells nothing."""
+    model, contexts, latent = FakeTransformer(), prompts("cond"), torch.randn(1, TOKENS, CHANNELS)
+    for picture in range(3):
+        denoise(model, [None] * 12, contexts, latent=latent + away * picture * torch.randn_like(latent))
+        assert model.kinds() == TWELVE
+
+
 @pytest.mark.parametrize("stop", range(1, 12))
 @pytest.mark.parametrize("times", [falling, rising])
 @pytest.mark.parametrize("same_prompt", [True, False])

@@ -372,6 +372,15 @@ def test_a_loop_that_forgets_its_steps_runs_dense_and_is_told():
     assert "s" not in model.kinds()
 
 
+def test_a_generation_whose_calls_never_reach_the_backend_is_told():
+    """The plain model was called, or Dynamo gave its forward up: neither of it reaches this library otherwise."""
+    with pytest.warns(RASWarning, match="no model call of a generation"), ras_compile.generation(4) as gen:
+        gen.step()
+    with pytest.raises(KeyError), ras_compile.generation(4) as gen:  # nothing to add to an error
+        gen.step()
+        raise KeyError
+
+
 def test_a_generation_is_entered_by_with():
     run = ras_compile.generation(num_steps=3)
     with pytest.raises(ras_compile.ConfigError, match="has not begun: .* belong inside `with"):

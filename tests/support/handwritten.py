@@ -1931,6 +1931,57 @@ class NotTokenWise(SaidToBeTokenWise):
         self.routed = Centred()
 
 
+class Placed(Counted):
+    def forward(self, x):
+        return super().forward(x) * torch.linspace(0, 1, x.shape[1])[:, None]
+
+
+@variant("experts that are said so, and know the tokens' places", refused="in another order")
+class PlaceWise(SaidToBeTokenWise):
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = Placed()
+
+
+class SeeingOthers(Counted):
+    def forward(self, x):
+        return super().forward(x) + x.mean(0, keepdim=True)
+
+
+@variant("experts that are said so, and see the other samples", refused="in another order")
+class SampleWise(SaidToBeTokenWise):
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = SeeingOthers()
+
+
+class Writing(Counted):
+    def forward(self, x):
+        return super().forward(x.relu_().contiguous())
+
+
+@variant("experts that are said so, and write into their tokens", refused="writes into its tokens")
+class WritesItsTokens(SaidToBeTokenWise):
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = Writing()
+
+
+class InAPair(Counted):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+@variant("experts that are said so, and return a pair", refused="returns a tuple")
+class ReturnsAPair(SaidToBeTokenWise):
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = InAPair()
+
+    def mlp(self, x, grid):
+        return self.routed(x)[0] + Block.mlp(self, x, grid)
+
+
 @variant("experts that are said so, and are told the time", refused="something else than one tensor")
 class ToldTheTime(SaidToBeTokenWise):
     def mlp(self, x, grid):
