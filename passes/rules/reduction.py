@@ -34,6 +34,7 @@ def carries(call: Call, layout: Layout, dims: Sequence[int]) -> bool:
     aten.median.dim, aten.var_mean.dim, aten.std_mean.correction, aten.count_nonzero.default, aten.aminmax.default,
     aten.max.default, aten.min.default, aten.median.default, aten.prod.default, aten.any.default, aten.all.default,
     aten.any.dims, aten.all.dims, aten.nansum.default, aten.count_nonzero.dim_IntList, aten.norm.Scalar,
+    aten.mode.default, aten.nanmedian.dim, aten.nanmedian.default, aten.quantile.scalar, aten.nanquantile.scalar,
 )  # fmt: skip
 def reduction(call: Call) -> Step:
     """`a b -> a`"""

@@ -882,10 +882,11 @@ def reduction() -> list[Row]:
     dims = [aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.logsumexp.default, aten.var.dim,
             aten.std.dim]  # fmt: skip
     single = [aten.prod.dim_int, aten.argmax.default, aten.argmin.default]
-    several = [aten.max.dim, aten.min.dim, aten.median.dim]
+    several = [aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default]
     truth = [aten.any.dim, aten.all.dim]
     truths = [aten.any.dims, aten.all.dims]
-    overall = [aten.max.default, aten.min.default, aten.median.default, aten.prod.default, aten.nansum.default]
+    overall = [aten.max.default, aten.min.default, aten.median.default, aten.prod.default, aten.nansum.default,
+               aten.nanmedian.default]  # fmt: skip
     spread = [aten.var.correction, aten.std.correction]
     every = [aten.mean.default, aten.sum.default]
     along = [aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default, aten.cumsum.default,
@@ -933,6 +934,15 @@ def reduction() -> list[Row]:
         *[Row(target, lambda s: s(bits(s)), "whole") for target in (aten.any.default, aten.all.default)],
         *[Row(target, lambda s: s(s.tokens), "whole") for target in overall],
         Row(aten.nansum.default, lambda s: s(s.tokens, [-1], True)),
+        *[
+            row
+            for target in (aten.quantile.scalar, aten.nanquantile.scalar)
+            for row in (
+                Row(target, lambda s: s(s.tokens, 0.9, -1)),
+                Row(target, lambda s: s(s.tokens, 0.9, 1, True), "whole"),
+                Row(target, lambda s: s(s.tokens, 0.9), "whole"),
+            )
+        ],
         Row(aten.norm.Scalar, lambda s: s(s.tokens), "whole"),
         Row(aten.count_nonzero.dim_IntList, lambda s: s(bits(s), [-1])),
         Row(aten.count_nonzero.dim_IntList, lambda s: s(bits(s), [1]), "whole"),
