@@ -38,6 +38,11 @@ def test_what_depends_on_no_length():
     assert of(lambda length: torch.empty(2, 2 * length).T[:3]).varies, "its strides alone"
 
 
+def test_one_of_two_lengths_is_enough():
+    points = [(5, 4), (6, 4), (5, 6), (9, 9)]
+    assert Sized.of(points, [torch.empty(2, first) for first, _ in points]).varies
+
+
 @pytest.mark.parametrize(
     "make",
     [

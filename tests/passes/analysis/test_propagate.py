@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
+from ras_compile.capture.export import capture
+from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Axis, Frame, Group, Layout
 from ras_compile.passes.algebra.order import RANKS, Atom, Order
-from ras_compile.passes.analysis.propagate import same_rows, torn
+from ras_compile.passes.analysis.propagate import propagate, same_rows, torn
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use
 
 aten = torch.ops.aten
@@ -56,3 +58,17 @@ def test_a_latent_that_was_moved_before_it_was_cut_into_patches_is_torn():
     assert not torn(call.node, {first: moved, second: (moved, None)}), "a value of several parts is no latent"
     assert not torn(call.node, {first: Layout(moved.dims), second: None}), "features are not the latent"
     assert not torn(call.node, {first: Layout(((Axis(4, Atom(1, 1)),),), raw=True)}), "it was not moved"
+
+
+class Sorted(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return latent.flatten().sort()[0].exp()
+
+
+def test_where_tokens_are_lost_is_told():
+    inputs = [torch.randn(1, 6, 4)]
+    graph = capture(torch.export.export(Sorted(), tuple(inputs)).module(), inputs).graph
+    (latent,) = graph.find_nodes(op="placeholder")
+    with pytest.raises(UnsupportedGraph, match=r"tokens are lost in aten\.sort") as raised:
+        propagate(graph, latent, Frame.of((1, 6, 4)))
+    assert "patches" not in str(raised.value), "the latent was not moved"
