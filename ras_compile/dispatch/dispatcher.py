@@ -108,7 +108,7 @@ class Entry:
             weights: they say which transformer it is.
             place: where the call stands.
         """
-        plan, info, state = self.plan, self._info(own, weights), self._state(weights)
+        plan, info, state = self.plan, self.info(own, weights), self.state_of(weights)
         decision = state.decide(info, place)
         outputs: list[Any] | None = None
         try:
@@ -158,7 +158,7 @@ class Entry:
         state.record(info, decision, None, None)
         return outputs
 
-    def _info(self, own: Sequence[Any], weights: Sequence[Tensor]) -> CallInfo:
+    def info(self, own: Sequence[Any], weights: Sequence[Tensor]) -> CallInfo:
         """The call as the state of its transformer sees it, with the user's own objects."""
         plan, time = self.plan, self.timestep
         return CallInfo(
@@ -166,7 +166,7 @@ class Entry:
             plan.latent_view, self.cost, weights, plan.spread,
         )  # fmt: skip
 
-    def _state(self, weights: Sequence[Tensor]) -> TransformerState:
+    def state_of(self, weights: Sequence[Tensor]) -> TransformerState:
         """The state of the call's transformer; that of the last call, as a rule, and a weight never changes its owner."""
         if self._recent is not None:
             (first, middle, last), known = self._recent

@@ -259,11 +259,11 @@ class Families:
         key: Hashable = (lengths.key_without_lengths(values, self._users), fixed)
         region = config.region and (config.region.start, config.region.stop, config.region.step)
         if (key, region) not in self._found and len(self._found) < FAMILIES:
-            self._found[key, region] = self._make(key, lengths, values, config)
+            self._found[key, region] = self.make(key, lengths, values, config)
         family = self._found.get((key, region))
         return None if family is None else family.member(values)
 
-    def _make(self, key: Hashable, lengths: Lengths, values: Sequence[Any], config: RASConfig) -> Family | None:
+    def make(self, key: Hashable, lengths: Lengths, values: Sequence[Any], config: RASConfig) -> Family | None:
         try:
             if key not in self._captured:
                 self._captured[key] = None

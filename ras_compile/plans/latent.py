@@ -52,14 +52,14 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
     reasons: list[UnsupportedGraph] = []
     for index in ranked:
         rank = likeness(values[index], outputs)
-        if found and rank > found[0][0] and not _unreached(outputs, [analysis for _, _, analysis in found]):
+        if found and rank > found[0][0] and not unreached(outputs, [analysis for _, _, analysis in found]):
             break
         try:
-            frame = _frame(values[index], config)
+            frame = frame_of(values[index], config)
             found.append((rank, index, propagate(graph, nodes[index], frame, kv_cache=config.kv_cache)))
         except UnsupportedGraph as error:
             reasons.append(error)
-    if _of_their_own(
+    if of_their_own(
         [analysis for _, _, analysis in found]
     ):  # as many pictures as outputs: the largest one is the region
         found = [max(found, key=lambda entry: entry[2].frame.tokens)]
@@ -83,13 +83,13 @@ def is_fixed(given: GraphInput, value: Any) -> bool:
     return value.dtype in (torch.int64, torch.int32) and 1 < value.numel() <= LARGEST_FIXED and value.ndim > 0
 
 
-def _unreached(outputs: Sequence[Any], found: Sequence[Analysis]) -> bool:
+def unreached(outputs: Sequence[Any], found: Sequence[Analysis]) -> bool:
     """Whether an output has no tokens of any latent found so far: there may be another one."""
     reached = {index for analysis in found for index in analysis.outputs}
     return any(isinstance(out, Tensor) and out.ndim > 1 and index not in reached for index, out in enumerate(outputs))
 
 
-def _of_their_own(found: Sequence[Analysis]) -> bool:
+def of_their_own(found: Sequence[Analysis]) -> bool:
     """Whether each latent has outputs of its own, and one of them has more tokens than any other."""
     reached = [index for analysis in found for index in analysis.outputs]
     tokens = sorted(analysis.frame.tokens for analysis in found)
@@ -109,7 +109,7 @@ def likeness(value: Tensor, outputs: Sequence[Any]) -> int:
     return best
 
 
-def _frame(latent: Tensor, config: RASConfig) -> Frame:
+def frame_of(latent: Tensor, config: RASConfig) -> Frame:
     if config.region is None:
         return Frame.of(latent.shape)
     if latent.ndim != 3:

@@ -34,8 +34,8 @@ def entry(monkeypatch, *, rows=None, time=None, spread=False, error=None, group=
     decision = SimpleNamespace(
         rows=rows, time=time, slots={"half": "written"}, spare=None, kind="sparse", active=2, reason=""
     )
-    monkeypatch.setattr(Entry, "_info", lambda *given: SimpleNamespace(tokens=8))
-    monkeypatch.setattr(Entry, "_state", lambda *given: told)
+    monkeypatch.setattr(Entry, "info", lambda *given: SimpleNamespace(tokens=8))
+    monkeypatch.setattr(Entry, "state_of", lambda *given: told)
     told.decide = lambda *given: decision  # type: ignore[attr-defined]  # the one answer that is no list
     made.plan = SimpleNamespace(  # type: ignore[assignment]  # as much of one as is asked for
         dense=told.dense, run_sparse=told.run_sparse, bare=told.bare, noise=0, noise_view="view",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-_STATE, _JOINED = "ras_compile/sampling/state.py", "passes/rules/concatenation.py"
+_ENTRY, _STATE, _JOINED = (
+    "ras_compile/dispatch/dispatcher.py",
+    "ras_compile/sampling/state.py",
+    "passes/rules/concatenation.py",
+)
 
 EQUIVALENT: dict[str, str] = {
     f"{_STATE}:TransformerState.fail:1 -> 2": "any count below the present one says that the generation is over; counts only rise",
-    "ras_compile/dispatch/dispatcher.py:Entry._state:weights -> not (weights)": "what is kept there is looked up anew without it",
-    "ras_compile/dispatch/dispatcher.py:Entry._state:2 -> 3": "no middle weight is found there, and the state is looked up anew",
-    "ras_compile/dispatch/dispatcher.py:Entry._state:self._recent = tuple(map(weakref.ref, probes_of(weights))), weakref.ref(state) "
+    f"{_ENTRY}:Entry.state_of:weights -> not (weights)": "what is kept there is looked up anew without it",
+    f"{_ENTRY}:Entry.state_of:2 -> 3": "another weight is found there, and the state is looked up anew",
+    f"{_ENTRY}:Entry.state_of:self._recent = tuple(map(weakref.ref, probes_of(weights))), weakref.ref(state) "
     "-> pass": "nothing is kept, and the state is looked up anew",
     "ras_compile/sampling/branches.py:Branch:False -> True": "read only behind a branch's first call, which has written it",
     "ras_compile/plans/family.py:Family._points:5 -> 6": "any lengths at which the graph is right serve as those that are made up",

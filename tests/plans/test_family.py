@@ -18,7 +18,7 @@ def test_a_family_is_made_once_for_what_calls_have_in_common(monkeypatch):
 
     lengths = SimpleNamespace(key_without_lengths=lambda values, users: values[0])
     monkeypatch.setattr(family.Lengths, "of", lambda graph, inputs, values, numbers: lengths if values else None)
-    monkeypatch.setattr(Families, "_make", make)
+    monkeypatch.setattr(Families, "make", make)
     families, config = Families(None, [], []), RASConfig()
     assert families.plan([], config, []) is None and not made, "there are no lengths"
     assert families.plan(["a", 5], config, []) == (("a", None), 5)

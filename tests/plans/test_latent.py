@@ -42,9 +42,9 @@ def found(tokens: int, *outputs: int) -> SimpleNamespace:
 
 def test_an_output_without_a_known_latent_may_have_another_one():
     picture, vector = torch.empty(1, 4, 8), torch.empty(4)
-    assert latent._unreached([picture, picture], [found(8, 0)])
-    assert not latent._unreached([picture, picture], [found(8, 0), found(4, 1)])
-    assert not latent._unreached([picture, vector, 3, None], [found(8, 0)]), "a vector holds no tokens"
+    assert latent.unreached([picture, picture], [found(8, 0)])
+    assert not latent.unreached([picture, picture], [found(8, 0), found(4, 1)])
+    assert not latent.unreached([picture, vector, 3, None], [found(8, 0)]), "a vector holds no tokens"
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_an_output_without_a_known_latent_may_have_another_one():
     ],
 )
 def test_the_largest_of_several_latents_with_outputs_of_their_own(analyses, wanted):
-    assert latent._of_their_own(analyses) == wanted
+    assert latent.of_their_own(analyses) == wanted
 
 
 def test_a_region_is_of_packed_tokens_and_not_empty():
     packed = torch.empty(1, 10, 4)
-    window = latent._frame(packed, RASConfig.from_options({"region": slice(-4, None)}))
-    assert window.window == (6, 10) and latent._frame(packed, RASConfig.from_options({})).window is None
+    window = latent.frame_of(packed, RASConfig.from_options({"region": slice(-4, None)}))
+    assert window.window == (6, 10) and latent.frame_of(packed, RASConfig.from_options({})).window is None
     with pytest.raises(ConfigError, match="holds none of the latent's 10 tokens"):
-        latent._frame(packed, RASConfig.from_options({"region": slice(7, 7)}))
+        latent.frame_of(packed, RASConfig.from_options({"region": slice(7, 7)}))
     with pytest.raises(ConfigError, match="packed tokens"):
-        latent._frame(packed[0], RASConfig.from_options({"region": slice(0, 4)}))
+        latent.frame_of(packed[0], RASConfig.from_options({"region": slice(0, 4)}))
