@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from ras_compile._torch import compile_lock, compile_session
 
-__all__ = ["compiling", "seconds_spent"]
+__all__ = ["compiling", "seconds_spent", "told"]
+
+told: list[Callable[[bool], None]] = []  # called with True where a thread begins to compile, and with False behind it
 
 
 class _Spent(threading.local):
@@ -31,12 +33,17 @@ def compiling(announced: bool = True) -> Iterator[None]:
     """
     with compile_lock, compile_session() if announced else nullcontext():
         began, _spent.depth = time.perf_counter(), _spent.depth + 1
+        if _spent.depth == 1:
+            for tell in told:
+                tell(True)
         try:
             yield
         finally:
             _spent.depth -= 1
             if not _spent.depth:
                 _spent.seconds += time.perf_counter() - began
+                for tell in told:
+                    tell(False)
 
 
 def seconds_spent() -> float:

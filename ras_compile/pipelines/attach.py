@@ -25,6 +25,7 @@ from ras_compile.errors import ConfigError
 from ras_compile.history import past_of
 from ras_compile.notices import first_time, warn_once
 from ras_compile.options import Options, RuntimeOptions
+from ras_compile.pipelines.bars import follow_bars, unfollow_bars
 from ras_compile.pipelines.casting import cast_by_hooks, cast_in_graph
 from ras_compile.pipelines.follow import (
     SchedulerFollower,
@@ -72,6 +73,7 @@ class Handle:
             follow_branches(module)
         self._pipe = weakref.ref(pipe)
         follow_pictures(pipe, self.follower)
+        follow_bars(pipe)
 
     @property
     def transformers(self) -> list[nn.Module]:
@@ -163,6 +165,7 @@ class Handle:
             set_compiled_call(module, None)
             unfollow_branches(module)
         unfollow_pictures(self._pipe())
+        unfollow_bars(self._pipe())
         cast_by_hooks(self._cast)
         self.follower.stop()
         self._attached, self._cast = {}, []

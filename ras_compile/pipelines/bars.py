@@ -1,0 +1,50 @@
+"""A pipeline's progress bar stands still while something is compiled: meanwhile it says why."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from types import MethodType
+from typing import Any
+
+from ras_compile.execute.compiling import told
+
+__all__ = ["follow_bars", "unfollow_bars"]
+
+WORDS = "ras_compile is compiling"
+
+
+class _Shown(threading.local):
+    """The bar that this thread's pipeline has shown last."""
+
+    bar: Any = staticmethod(lambda: None)  # a weak reference
+
+
+_shown = _Shown()
+
+
+def _say(compiles: bool) -> None:
+    bar = _shown.bar()
+    if bar is not None and hasattr(bar, "set_postfix_str"):
+        bar.set_postfix_str(WORDS if compiles else "")
+
+
+told.append(_say)
+
+
+def follow_bars(pipe: Any) -> None:
+    """Notice the bars that a pipeline makes for its loops."""
+
+    def progress_bar(self, *args, **kwargs):
+        bar = type(self).progress_bar(self, *args, **kwargs)
+        _shown.bar = weakref.ref(bar)
+        return bar
+
+    if callable(getattr(type(pipe), "progress_bar", None)):
+        vars(pipe)["progress_bar"] = MethodType(progress_bar, pipe)
+
+
+def unfollow_bars(pipe: Any) -> None:
+    """Undo `follow_bars`, of a pipeline that may be gone."""
+    if pipe is not None:
+        vars(pipe).pop("progress_bar", None)
