@@ -108,11 +108,3 @@ class Run:
     contents: dict[Hashable, tuple[Contents, int, Any]] = field(
         default_factory=dict
     )  # by graph: of which step, the mark
-
-    def contents_of(self, call: CallInfo, anew: bool = False) -> Any:
-        """The mark of what the weights of a call's graph hold; looked at once in a step, and where it is wanted anew."""
-        found, step, mark = self.contents.get(call.graph) or (Contents(call.weights), None, None)
-        if anew or step != self.step:
-            mark = found.mark(call.weights)
-            self.contents[call.graph] = found, self.step, mark
-        return mark

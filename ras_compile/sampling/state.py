@@ -24,7 +24,7 @@ from ras_compile.execute.homes import Home
 from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.blocks import is_block, known_blocks, leave_output
-from ras_compile.sampling.branches import Branch, Branches, Match
+from ras_compile.sampling.branches import Branch, Branches, Contents, Match
 from ras_compile.sampling.calls import CallInfo, Decision, Run
 from ras_compile.sampling.inference import TimeLine, read_call, read_time, sketch
 from ras_compile.sampling.locate import Evaluation, Generation, Place, leave_attached, locate, owner
@@ -312,7 +312,7 @@ class TransformerState:
             line.take(noises)
             match = run.branches.find(call.context, call.graph, place.branch, len(run.used), run.used, alone=True)
             move = line.place(time, call.latent, seen, match, run.used)
-            if match.branch is not None and match.branch.contents != run.contents_of(call, anew=True):
+            if match.branch is not None and match.branch.contents != _contents_of(run, call, anew=True):
                 move = "begin"  # as another graph does, which Dynamo may make of a model that has changed
             if move == "advance":
                 line.note(time, call.latent, seen)
@@ -344,7 +344,7 @@ class TransformerState:
             run.used.append(branch)
 
         count = None if run.num_steps is None else run.num_steps - run.base
-        before, branch.contents = branch.contents, run.contents_of(call)
+        before, branch.contents = branch.contents, _contents_of(run, call)
         reason = self._why_dense(run, branch, match, call, place)
         if not reason and before != branch.contents:
             reason = "its weights have changed"
@@ -406,6 +406,15 @@ class TransformerState:
         if run.line is not None and not run.line.corroborated:
             return "the direction of time is not known yet"
         return ""
+
+
+def _contents_of(run: Run, call: CallInfo, anew: bool = False) -> Any:
+    """The mark of what the weights of a call's graph hold; looked at once in a step, and where it is wanted anew."""
+    found, step, mark = run.contents.get(call.graph) or (Contents(call.weights), None, None)
+    if anew or step != run.step:
+        mark = found.mark(call.weights)
+        run.contents[call.graph] = found, run.step, mark
+    return mark
 
 
 def _computed(rows: Tensor | None, call: CallInfo) -> Tensor:
