@@ -20,20 +20,31 @@ pytest.register_assert_rewrite("properties")
 
 # What `make quick` leaves out, by files and folders; a test that runs Triton's interpreter is `compiles`, too.
 LANES = {
+    "capture/test_subclasses.py": "compiles",
     "cli": "pipelines",
+    "contract/test_across.py": "slow",
     "contract/test_contract.py": "zoo",
     "contract/test_handwritten.py": "zoo",
     "contract/test_inductor.py": "compiles",
     "contract/test_options.py": "pipelines",
     "contract/test_bad_input.py": "pipelines",
+    "dispatch/test_agreement.py": "slow",
+    "dispatch/test_sizes.py": "slow",
     "examples": "slow",
+    "execute/test_memory.py": "slow",
     "fuzz": "slow",
     "integrations": "pipelines",
     "kernels": "slow",
+    "passes/fusion/test_few_rows.py": "compiles",
+    "passes/fusion/test_group.py": "compiles",
     "passes/lowering/test_functional.py": "compiles",
+    "passes/lowering/test_narrow.py": "compiles",
     "passes/lowering/test_share.py": "compiles",
     "pipelines": "pipelines",
+    "plans/test_equal.py": "slow",
     "plans/test_lengths.py": "compiles",
+    "report/test_page.py": "slow",
+    "test_faults.py": "slow",
 }
 QUICK = {"pipelines/test_follow.py", "kernels/test_tiles.py"}  # the quick ones among those
 
