@@ -319,9 +319,8 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     known = ["preset", *(option.name for option in fields(RASConfig))]
     for name in given:
         if name not in (*known, "mode"):
-            within = [
-                option for option in known if len(str(name)) > 3 and str(name) in option
-            ]  # "ratio": "sample_ratio"
+            # "ratio" is meant for "sample_ratio"
+            within = [option for option in known if len(str(name)) > 3 and str(name) in option]
             near = difflib.get_close_matches(str(name), known, n=1) or within
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown option {name!r}.{hint} Options: {', '.join(known)}.")

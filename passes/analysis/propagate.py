@@ -79,9 +79,8 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
     packed = False
     frame = joined_by(graph, frame)
     for _ in range(ROUNDS):
-        if (
-            not frame.region and frame.batch is not None
-        ):  # no more than one dimension is left: of tokens, if it is mixed
+        # no more than one dimension is left: of tokens, if it is mixed
+        if not frame.region and frame.batch is not None:
             packed, frame = True, frame.unbatched()
         if not frame.region:
             break

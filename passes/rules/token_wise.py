@@ -60,11 +60,8 @@ def token_wise(x: Tensor, weights: list[Tensor], part: int, width: int) -> Tenso
     Raises:
         TypeError: the module returns something else than a tensor.
     """
-    module, before, x = (
-        _PARTS[part],
-        here.running,
-        x.contiguous(),
-    )  # active rows may stand apart, where code wants a view
+    module, before = _PARTS[part], here.running
+    x = x.contiguous()  # active rows may stand apart, where code wants a view
     own = weights_of(module)
     here.running = True
     try:

@@ -20,10 +20,8 @@ from ras_compile.passes.rules.token_wise import here, number_of, token_wise, wei
 KNOWN = {
     ("diffusers.models.transformers.transformer_hidream_image", "MOEFeedForwardSwiGLU"),
 }
-CLOSE = {
-    2: 0.02,
-    4: 0.002,
-}  # of the largest entry, by bytes of an entry: other sizes of the same products differ by far less
+# Of the largest entry, by bytes of an entry: other sizes of the same products differ by far less.
+CLOSE = {2: 0.02, 4: 0.002}
 
 
 def is_token_wise(part: nn.Module) -> bool:

@@ -14,10 +14,14 @@ __all__ = ["follow_bars", "unfollow_bars"]
 WORDS = "ras_compile is compiling"
 
 
-class _Shown(threading.local):
-    """The bar that this thread's pipeline has shown last."""
+def _no_bar() -> None:
+    return None
 
-    bar: Any = staticmethod(lambda: None)  # a weak reference
+
+class _Shown(threading.local):
+    """The bar that this thread's pipeline has shown last, as a weak reference."""
+
+    bar: Any = staticmethod(_no_bar)
 
 
 _shown = _Shown()
@@ -25,7 +29,7 @@ _shown = _Shown()
 
 def _say(compiles: bool) -> None:
     bar = _shown.bar()
-    if bar is not None and hasattr(bar, "set_postfix_str"):
+    if bar is not None:
         bar.set_postfix_str(WORDS if compiles else "")
 
 
@@ -37,7 +41,8 @@ def follow_bars(pipe: Any) -> None:
 
     def progress_bar(self, *args, **kwargs):
         bar = type(self).progress_bar(self, *args, **kwargs)
-        _shown.bar = weakref.ref(bar)
+        # a pipeline may have a bar of its own kind, or none
+        _shown.bar = weakref.ref(bar) if hasattr(bar, "set_postfix_str") else _no_bar
         return bar
 
     if callable(getattr(type(pipe), "progress_bar", None)):

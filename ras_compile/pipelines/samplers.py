@@ -123,7 +123,7 @@ def noise_levels(scheduler: Any) -> list[float]:
     else:
         sigma = scheduler.sigmas
         if family == "own":
-            alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigma)
+            alpha, sigma = alpha_and_sigma(scheduler, sigma)
         else:
             alpha = 1 - sigma if family == "flow" else torch.ones_like(sigma)
     levels = (sigma / (alpha + sigma)).double().tolist()

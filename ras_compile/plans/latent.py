@@ -59,9 +59,8 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
             found.append((rank, index, propagate(graph, nodes[index], frame, kv_cache=config.kv_cache)))
         except UnsupportedGraph as error:
             reasons.append(error)
-    if of_their_own(
-        [analysis for _, _, analysis in found]
-    ):  # as many pictures as outputs: the largest one is the region
+    # as many pictures as outputs: the largest one is the region
+    if of_their_own([analysis for _, _, analysis in found]):
         found = [max(found, key=lambda entry: entry[2].frame.tokens)]
     if len(found) > 1:
         arguments = [repr(inputs[index].argument) for _, index, _ in found]

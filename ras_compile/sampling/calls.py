@@ -105,6 +105,5 @@ class Run:
     pending: int | None = None  # the thread whose call is under way
     epoch: int = 0
     terms: Tensor | None = None  # [entries, 2]: what makes predictions velocities, see `velocity.py`; None: they are
-    contents: dict[Hashable, tuple[Contents, int, Any]] = field(
-        default_factory=dict
-    )  # by graph: of which step, the mark
+    # by graph: what its weights are read by, of which step, and the mark
+    contents: dict[Hashable, tuple[Contents, int, Any]] = field(default_factory=dict)
