@@ -8,8 +8,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-__all__ = ["Fallback", "fallbacks", "fell_back", "forget"]
-
 
 @dataclass(frozen=True)
 class Fallback:

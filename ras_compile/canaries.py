@@ -17,8 +17,6 @@ from ras_compile import _torch
 from ras_compile.notices import warn_once
 from ras_compile.versions import TESTED, cannot_run, is_tested
 
-__all__ = ["changed", "check"]
-
 # What is used of each name of `_torch`; those that only have to exist are not listed.
 _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "ConstantSource": ("source_name",),

@@ -12,18 +12,6 @@ from typing import Any, Unpack
 from ras_compile.errors import ConfigError
 from ras_compile.options import Options
 
-__all__ = [
-    "METRICS",
-    "MODES",
-    "NOISE_REUSES",
-    "PRESETS",
-    "RATIO_SCHEDULES",
-    "RUNTIME_OPTIONS",
-    "RASConfig",
-    "fitting",
-    "is_whole",
-]
-
 # Options that no compiled program depends on: each generation may have others, see `RASConfig.with_runtime`.
 RUNTIME_OPTIONS = (
     "sample_ratio",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "RASError", "RASWarning", "SpecViolation", "UnsupportedGraph", "UnusableInput"]
-
 
 class RASError(RuntimeError):
     """Base of every error that ras_compile raises on purpose; catch it to catch them all.

@@ -33,9 +33,6 @@ from ras_compile.plans.plan import Plan
 from ras_compile.sampling.models import transformers_of
 from ras_compile.sampling.schedule import Schedule, at_speedup
 
-__all__ = ["Explanation", "SplicePoint", "explain", "points_of", "record_call"]
-
-
 # Steps of a run, where nobody says how many.
 _STEPS = 28
 

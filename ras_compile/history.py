@@ -16,8 +16,6 @@ from ras_compile.sampling.records import Record
 from ras_compile.sampling.registry import states_of
 from ras_compile.sampling.state import TransformerState
 
-__all__ = ["Past", "Record", "past_of", "trace"]
-
 
 def trace(compiled: Any) -> list[Record]:
     """The records of the last generation that began, in the order of the calls.

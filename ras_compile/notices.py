@@ -18,8 +18,6 @@ from ras_compile.errors import RASWarning
 if TYPE_CHECKING:
     from ras_compile.kernels.fallbacks import Fallback
 
-__all__ = ["LIBRARIES", "fallbacks", "fell_back", "first_time", "reset", "user_frame", "warn_once"]
-
 # Code that is nobody's model: PyTorch's and ours.
 LIBRARIES = (
     os.path.join(os.path.dirname(torch.__file__), ""),

@@ -10,8 +10,6 @@ from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
-__all__ = ["Metric", "Options", "RuntimeOptions", "Selector"]
-
 Metric = Callable[[Tensor, Any], Tensor]  # (noise [B, N, P * C], info) -> [B, N]
 Selector = Callable[[Tensor, Tensor, int, Any], Tensor]  # (metric [B, N], drops [B, N], k, info) -> rows [B, k]
 

@@ -35,8 +35,6 @@ from ras_compile.kernels.tiles import is_answer, timings
 from ras_compile.notices import warn_once
 from ras_compile.sampling.models import modules_of, transformers_of
 
-__all__ = ["load", "save"]
-
 log = logging.getLogger(__name__)
 
 MANIFEST = "ras_compile.json"

@@ -17,8 +17,6 @@ from ras_compile.kernels.fallbacks import Fallback
 from ras_compile.notices import fallbacks
 from ras_compile.plans.plan import Plan
 
-__all__ = ["Step", "Summary", "amount", "percent", "summarise"]
-
 # Reasons for a dense step that the options ask for.
 _PLANNED = ("", "warm-up", "error reset")
 

@@ -8,8 +8,6 @@ import torch
 
 from ras_compile.errors import RASError
 
-__all__ = ["FIRST", "LAST", "TESTED", "cannot_run", "is_tested"]
-
 FIRST, LAST = (2, 11), (2, 14)
 TESTED = " to ".join(".".join(map(str, version)) for version in (FIRST, LAST))
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.passes import rules
+from ras_compile.passes import rules  # noqa: F401  (fills the registry)
 from ras_compile.passes.algebra.layout import (
     Coarsen,
     Exclude,
@@ -27,8 +27,6 @@ from ras_compile.passes.rules.pointwise import find_rule
 from ras_compile.passes.rules.registry import Call, Gather, Result, Step, Use, operands, source_line
 
 aten = torch.ops.aten
-
-__all__ = ["Analysis", "find_rule", "propagate", "rules"]
 
 ROUNDS = 200
 CONVOLUTIONS = (

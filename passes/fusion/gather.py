@@ -237,6 +237,3 @@ def patches(value: Tensor, kernel: list[int]) -> Tensor:
         value = value.unflatten(2 + index, (-1, kernel[index]))
     outer, inner = [2 + 2 * index for index in range(rank)], [3 + 2 * index for index in range(rank)]
     return value.permute(0, *outer, 1, *inner) if rank else value
-
-
-__all__ = ["fuse_gather_linear"]

@@ -140,6 +140,3 @@ class Gathered:
                 total += left % size * stride
                 left = left // size
         return total.flatten()
-
-
-__all__ = ["Gathered"]

@@ -259,6 +259,3 @@ def launches(graph: fx.Graph) -> int:
     return len(graph.find_nodes(op="call_function", target=own.scatter_linear.default)) + sum(
         root(cache).op == "placeholder" for cache in caches
     )
-
-
-__all__ = ["Group", "GroupChoice", "Op", "join", "launches"]

@@ -259,6 +259,3 @@ def addressed(emit: Emitter, cache: fx.Node, target: Target, samples: int, chann
     if wanted_order != sorted(wanted_order):
         view = emit(aten.permute.default, view, wanted_order)
     return view, len(rows)
-
-
-__all__ = ["Fusion", "fuse_scatter_linear"]

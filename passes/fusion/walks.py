@@ -139,6 +139,3 @@ def numbers(walk: Walk) -> Tensor:
     for size, stride in walk.runs:
         result = (result[:, None] + torch.arange(size) * stride).flatten()
     return result
-
-
-__all__ = ["VIEWS", "Digits", "Walk", "chained", "contiguous", "moves_entries", "numbers", "walk_of"]

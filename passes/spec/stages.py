@@ -313,6 +313,3 @@ def check_sparse_sizes(graph: fx.Graph, analysis: Analysis, sizes: Sizes) -> Non
         if isinstance(step.out, Layout) and not step.whole and node.name in shapes:
             wanted = sizes.shape(step.out)
             demand(wanted in shapes[node.name], node, f"no value of the sparse sizes {wanted}, but {shapes[node.name]}")
-
-
-__all__ = ["check_analysis", "check_captured", "check_dense", "check_sparse"]

@@ -14,8 +14,6 @@ from torch import Tensor, fx, nn
 
 from ras_compile._torch import copy_reason, set_source, source_of
 
-__all__ = ["PerAttributes", "attribute_positions"]
-
 
 def attribute_positions(graph: fx.Graph) -> list[int]:
     """Places of the inputs that are float attributes of a module, and that the graph only reads as numbers."""

@@ -29,8 +29,6 @@ from ras_compile.capture.sizes import expressions
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.rules.registry import source_line
 
-__all__ = ["spell_flex_attention"]
-
 LARGEST = 2**30  # entries of a mask: beyond, block lists are worth keeping
 # places in the block mask that Dynamo hands over: lengths, then (count, indices) of partial and of full blocks
 _PARTIAL, _FULL, _SIZES, _FUNCTION = slice(2, 4), slice(4, 6), slice(-3, -1), -1

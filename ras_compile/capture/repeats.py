@@ -24,8 +24,6 @@ from torch import Tensor, fx, nn
 from ras_compile.passes.analysis.emit import described
 from ras_compile.passes.programs.aliases import apart, memories
 
-__all__ = ["Block", "NotRepeated", "block", "forget", "shortened", "written_out"]
-
 FEWEST_NODES = 8  # shorter blocks are not worth a call
 _ENTRY = re.compile(r"(?:\.|\[)['\"]?\d+['\"]?\]?$")  # the path of an entry of a ModuleList: blocks.0, blocks[0]
 _LEVELS = 3  # lists in lists

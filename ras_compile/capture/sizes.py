@@ -8,8 +8,6 @@ import sympy
 import torch
 from torch import Tensor
 
-__all__ = ["expression", "expressions"]
-
 
 def expression(size: Any) -> sympy.Expr:
     """One size, as an expression in Dynamo's symbols."""

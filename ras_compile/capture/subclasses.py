@@ -27,8 +27,6 @@ from ras_compile._torch import (
     source_of,
 )
 
-__all__ = ["Entrance"]
-
 
 class Entrance:
     """From the inputs of Dynamo's graph to plain tensors.

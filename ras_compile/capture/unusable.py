@@ -11,8 +11,6 @@ from torch import Tensor
 from ras_compile._torch import TorchRuntimeError, pytree
 from ras_compile.errors import UnusableInput
 
-__all__ = ["translate_dynamo_errors", "unusable"]
-
 
 def unusable(reason: str, args: tuple, kwargs: dict) -> UnusableInput:
     """The error of a model that fails on these arguments."""

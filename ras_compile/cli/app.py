@@ -26,8 +26,6 @@ from ras_compile.errors import ConfigError, RASError
 from ras_compile.report.run import load as load_run
 from ras_compile.report.write import checked, write
 
-__all__ = ["DEMO", "app"]
-
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "pipeline"
 
 

@@ -13,8 +13,6 @@ import torch
 from ras_compile import canaries, versions
 from ras_compile.errors import RASError
 
-__all__ = ["Finding", "examine"]
-
 
 @dataclass(frozen=True)
 class Finding:

@@ -22,8 +22,6 @@ from ras_compile.pipelines.attach import Handle
 from ras_compile.report.pictures import frames_of
 from ras_compile.summary import Summary
 
-__all__ = ["Artist", "Drawn", "as_tensor", "dpm_solver", "load", "named", "nearest", "settings"]
-
 # A way is drawn again until nothing compiles, but not for ever: an option may make each run compile.
 _RUNS = 3
 

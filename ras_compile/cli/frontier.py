@@ -21,8 +21,6 @@ from ras_compile.cli.drawing import Artist, Drawn, as_tensor, dpm_solver
 from ras_compile.errors import ConfigError
 from ras_compile.report.pictures import as_uri, few, frames_of
 
-__all__ = ["Row", "frontier", "page", "psnr", "ssim", "table"]
-
 
 @dataclass
 class Row:

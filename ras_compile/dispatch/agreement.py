@@ -25,8 +25,6 @@ from ras_compile.errors import RASError
 from ras_compile.passes.algebra.layout import Group
 from ras_compile.plans.plan import Plan
 
-__all__ = ["agree", "disconnected"]
-
 SAMPLED = 64  # entries of each weight that are compared
 
 _counts: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)

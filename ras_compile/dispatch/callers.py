@@ -14,8 +14,6 @@ from torch import nn
 from ras_compile import _torch
 from ras_compile.notices import LIBRARIES
 
-__all__ = ["caller_is_known", "compiled_call", "compiled_modules", "holder", "is_call", "receiver"]
-
 _DYNAMO = str(Path(torch.__file__).parent / "_dynamo")
 _CALLS = (
     "_call_impl",

@@ -37,16 +37,6 @@ from ras_compile.sampling.locate import Place, locate
 from ras_compile.sampling.registry import probes_of, state_for
 from ras_compile.sampling.state import TransformerState
 
-__all__ = [
-    "Dispatcher",
-    "Entry",
-    "Refusal",
-    "entries_at",
-    "key_of",
-    "without_traceback",
-    "worth_tracing",
-]
-
 log = logging.getLogger(__name__)
 
 PLANS = 32  # sets of sizes of one graph whose programs stay; those used longest ago go

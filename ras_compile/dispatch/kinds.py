@@ -25,18 +25,6 @@ from ras_compile.notices import LIBRARIES
 from ras_compile.sampling.blocks import is_features, why_block
 from ras_compile.versions import TESTED
 
-__all__ = [
-    "KINDS",
-    "GraphBreak",
-    "Kind",
-    "arguments_of",
-    "gradients_recorded",
-    "graph_break",
-    "kind_of_graph",
-    "part_of",
-    "records_gradients",
-]
-
 
 @dataclass(frozen=True)
 class Kind:

@@ -41,8 +41,6 @@ from ras_compile.execute.cudagraphs import plain_mode
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.locate import note_reached
 
-__all__ = ["Exchangeable", "TracedModel", "captured_in_this_call", "here", "retry_by_tracing", "specialise"]
-
 # So many sets of values (lengths of prompts, say) are compiled for one set of sizes; further ones run dense.
 _SPECIALISATIONS = 16
 _LEAVES = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice)

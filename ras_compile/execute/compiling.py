@@ -9,8 +9,6 @@ from contextlib import contextmanager, nullcontext
 
 from ras_compile._torch import compile_lock, compile_session
 
-__all__ = ["compiling", "seconds_spent", "told"]
-
 told: list[Callable[[bool], None]] = []  # called with True where a thread begins to compile, and with False behind it
 
 

@@ -37,8 +37,6 @@ from ras_compile._torch import (
 from ras_compile.execute.inner import Compiled
 from ras_compile.notices import fell_back, warn_once
 
-__all__ = ["DEVICE", "SLOTS", "ProgramGraphs", "warn_without"]
-
 # Slots of one plan: guidance branches, and generations that take turns or run in several threads.
 SLOTS = 4
 DEVICE = "cuda"

@@ -7,8 +7,6 @@ from collections.abc import Hashable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-__all__ = ["Home", "homes", "listed"]
-
 _T = TypeVar("_T")
 _homes: weakref.WeakSet[Home] = weakref.WeakSet()
 

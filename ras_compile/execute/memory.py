@@ -20,8 +20,6 @@ import torch
 
 from ras_compile.execute.homes import homes, listed
 
-__all__ = ["GraphOwner", "Keeper", "default_budget", "free_memory", "keepers_of"]
-
 _clock = itertools.count()
 keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 

@@ -18,8 +18,6 @@ from ras_compile.execute.cudagraphs import DEVICE, Graph, Slot, plain_mode
 from ras_compile.execute.inner import compile_inner
 from ras_compile.notices import fell_back, warn_once
 
-__all__ = ["Replayed"]
-
 log = logging.getLogger(__name__)
 
 # Graphs of one function in one thread: shapes and settings that are in use; the least recently used one goes first.

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["alpha_and_sigma", "begin_step"]
-
 
 def begin_step(scheduler: Any, timestep: Any) -> None:
     """Let a scheduler find the present entry of its `sigmas`, as its `step` does; without it `x0` reuse has no first step."""

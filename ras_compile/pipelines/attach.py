@@ -41,8 +41,6 @@ from ras_compile.sampling.locate import AttachedCall, attached_call
 from ras_compile.sampling.models import release, transformers_of
 from ras_compile.summary import Summary, summarise
 
-__all__ = ["Handle", "attach"]
-
 # 40 of diffusers' transformer classes share one code object, each with its options and batch sizes: 8 is soon used up.
 _RECOMPILE_LIMIT = 64
 # Deterministic solvers of first order, and the one that measured best in their place (examples/quality).

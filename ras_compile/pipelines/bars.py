@@ -9,8 +9,6 @@ from typing import Any
 
 from ras_compile.execute.compiling import told
 
-__all__ = ["follow_bars", "unfollow_bars"]
-
 WORDS = "ras_compile is compiling"
 
 

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["cast_by_hooks", "cast_in_graph"]
-
 _HOOK = "layerwise_casting"
 Kept = list[tuple[nn.Module, Any]]
 

@@ -20,8 +20,6 @@ from ras_compile.pipelines.samplers import check_clean, clean_coefficients
 from ras_compile.sampling.locate import Evaluation
 from ras_compile.sampling.reuse import CleanSample, active_tokens
 
-__all__ = ["CleanHold", "Draws"]
-
 
 class Draws(TorchDispatchMode):
     """Sees whether this thread draws random numbers while it is open, from whatever generator."""

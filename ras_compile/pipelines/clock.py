@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ras_compile.execute.compiling import seconds_spent
 
-__all__ = ["Clock"]
-
 log = logging.getLogger(__name__)
 
 # So many values of a step's prediction, evenly spread, tell how far it moved.

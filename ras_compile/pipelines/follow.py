@@ -31,15 +31,6 @@ from ras_compile.pipelines.samplers import check_clean, noise_levels, velocity_t
 from ras_compile.sampling.branches import intact, same_tensor, tensor_mark
 from ras_compile.sampling.locate import Evaluation, Said, owner
 
-__all__ = [
-    "SchedulerFollower",
-    "follow_branches",
-    "follow_pictures",
-    "present_branch",
-    "unfollow_branches",
-    "unfollow_pictures",
-]
-
 _branch: ContextVar[str | None] = ContextVar("ras_compile_cache_context", default=None)
 _STEPS = "_ras_compile_steps"
 _PLAIN = "_ras_compile_plain_class"

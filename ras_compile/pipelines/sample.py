@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ras_compile.passes.algebra.tokens import TokenView
 
-__all__ = ["SampleMap", "picture_window", "sample_map"]
-
 
 class SampleMap:
     """Made by :func:`sample_map`.

@@ -19,8 +19,6 @@ from ras_compile.errors import ConfigError
 from ras_compile.pipelines._diffusers import alpha_and_sigma, begin_step
 from ras_compile.sampling import velocity
 
-__all__ = ["PREDICTIONS", "SCHEDULERS", "check_clean", "clean_coefficients", "noise_levels", "velocity_terms"]
-
 PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction", "sample")
 
 # How a scheduler tells alpha and sigma of its present step. Those that evaluate the model between two entries of

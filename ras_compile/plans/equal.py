@@ -25,8 +25,6 @@ from ras_compile.plans.family import Member
 from ras_compile.plans.latent import is_fixed
 from ras_compile.plans.plan import Plan
 
-__all__ = ["first_of_its_kind", "forget", "made"]
-
 made: WeakValueDictionary[Hashable, Plan] = WeakValueDictionary()
 
 

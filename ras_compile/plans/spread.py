@@ -14,8 +14,6 @@ from ras_compile.passes.algebra.tokens import TokenView, token_view
 
 c10d = torch.ops._c10d_functional
 
-__all__ = ["Spread"]
-
 
 class Spread:
     """The tokens of all processes, where they share a latent.

@@ -14,8 +14,6 @@ from ras_compile.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["as_uri", "frames_of", "from_uri", "pillow"]
-
 # A page holds at most so many frames of a video, evenly spread, of at most so many pixels a side.
 _FRAMES, _SIDE = 48, 512
 # Larger pictures are held as JPEG.

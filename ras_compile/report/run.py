@@ -16,8 +16,6 @@ from ras_compile.errors import ConfigError
 from ras_compile.report.pictures import as_uri, few, frames_of
 from ras_compile.summary import Step, Summary, amount, percent
 
-__all__ = ["VERSION", "collect", "grid_of", "load", "masks_of"]
-
 VERSION = 1
 
 

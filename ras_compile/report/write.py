@@ -18,8 +18,6 @@ from ras_compile.report.run import masks_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["SUFFIXES", "checked", "write"]
-
 SUFFIXES = (".html", ".png", ".gif", ".json")
 # Pixels of the longer side of what is drawn.
 _SIDE = 512

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from ras_compile.notices import warn_once
 from ras_compile.sampling.locate import owner
 
-__all__ = ["feeds_a_block", "is_block", "is_features", "known_blocks", "leave_output", "why_block"]
-
 _OUTPUTS = 64  # so many of the last calls' are remembered
 known_blocks: set[Hashable] = set()  # graphs that have shown themselves to be blocks
 _TEXT = (

@@ -22,18 +22,6 @@ from torch import Tensor
 
 from ras_compile._torch import version_of
 
-__all__ = [
-    "Branch",
-    "Branches",
-    "Contents",
-    "Match",
-    "equal_prints",
-    "fingerprint",
-    "intact",
-    "same_tensor",
-    "tensor_mark",
-]
-
 # Fingerprints weigh at most about so many elements of a tensor by their position; plain sums take all of them.
 _WEIGHED = 1 << 20
 

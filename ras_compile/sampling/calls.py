@@ -19,8 +19,6 @@ from ras_compile.sampling.records import Record
 from ras_compile.sampling.rows import RowChooser
 from ras_compile.sampling.schedule import Kind, Schedule
 
-__all__ = ["CallInfo", "Decision", "Run"]
-
 
 @dataclass
 class CallInfo:

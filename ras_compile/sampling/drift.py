@@ -27,8 +27,6 @@ from torch import Tensor
 
 from ras_compile.passes.algebra.tokens import TokenView
 
-__all__ = ["FLOOR", "UNKNOWN", "Drift", "expected", "learned", "spread"]
-
 FLOOR = 0.05  # of the mean rate, beside a token's own
 UNKNOWN = -1.0
 _LARGEST = 1e30  # of a rate; beyond, sums would overflow

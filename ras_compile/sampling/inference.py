@@ -23,8 +23,6 @@ from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.branches import Branch, Match, equal_prints, fingerprint, same_tensor, tensor_mark
 
-__all__ = ["Move", "TimeLine", "latent_is_made_of", "read_call", "read_time", "sketch"]
-
 Move = Literal["begin", "advance", "stay"]
 Seen = list[tuple[Tensor, Tensor]]  # latents and noises of the calls of one evaluation, as sketched
 

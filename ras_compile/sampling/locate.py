@@ -23,21 +23,6 @@ from ras_compile.execute.homes import Home
 from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 
-__all__ = [
-    "AttachedCall",
-    "Evaluation",
-    "Follower",
-    "Generation",
-    "Place",
-    "Said",
-    "attached_call",
-    "generation",
-    "leave_attached",
-    "locate",
-    "note_reached",
-    "owner",
-]
-
 
 class Generation(Home):
     """One denoising run of a hand-written loop; made by `ras_compile.generation`, and entered by `with`.

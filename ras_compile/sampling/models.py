@@ -13,8 +13,6 @@ from ras_compile.execute.memory import keepers_of
 from ras_compile.sampling.registry import states_of
 from ras_compile.sampling.state import TransformerState
 
-__all__ = ["held_by", "modules_of", "release", "transformers_of"]
-
 
 def modules_of(compiled: Any) -> list[nn.Module]:
     """The transformers behind what `torch.compile` or `ras_compile.attach` returned.

@@ -11,8 +11,6 @@ from torch import Tensor
 from ras_compile.sampling.inference import read_time
 from ras_compile.sampling.schedule import Kind
 
-__all__ = ["Record"]
-
 
 @dataclass(frozen=True, repr=False)
 class Record:

@@ -12,8 +12,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ras_compile.config import RASConfig
 from ras_compile.sampling.state import TransformerState
 
-__all__ = ["probes_of", "state_for", "states_of"]
-
 
 class _Instance:
     """One transformer: a state for each config that it was compiled with."""

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DECAY", "CleanSample", "Extrapolation", "active_tokens", "continued"]
-
 DECAY = 0.8  # a step; of what is known of the line
 _LEAST = 1e-30  # of the sum that is divided by
 

@@ -30,8 +30,6 @@ from ras_compile.sampling.selection import (
 )
 from ras_compile.sampling.velocity import predicted, velocity
 
-__all__ = ["RowChooser", "Selection"]
-
 # a callable may do anything, and "random" draws numbers
 _REPLAYED_METRICS = tuple(metric for metric in METRICS if metric != "random")
 # of all transformers: what is compiled for one serves the others

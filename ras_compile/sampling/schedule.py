@@ -13,8 +13,6 @@ from ras_compile.errors import ConfigError
 from ras_compile.notices import warn_once
 from ras_compile.passes.analysis.cost import Cost
 
-__all__ = ["Kind", "Schedule", "at_speedup"]
-
 Kind = Literal["dense", "sparse"]
 
 # Each distinct count of active tokens is a compiled program of its own.

@@ -17,19 +17,6 @@ from ras_compile.errors import ConfigError
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.drift import expected, learned, spread
 
-__all__ = [
-    "Measure",
-    "SelectionInfo",
-    "choose",
-    "mean_metric",
-    "rated",
-    "sample_groups",
-    "select_rows",
-    "settle",
-    "token_metric",
-    "update_counts",
-]
-
 # Beyond any score (log metric plus scaled drops) and any absence; sums with them stay exact in float32.
 _OVERDUE = 1e6
 _SCORE_LIMIT = 1e5

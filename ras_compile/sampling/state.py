@@ -34,8 +34,6 @@ from ras_compile.sampling.rows import RowChooser, Selection
 from ras_compile.sampling.schedule import Schedule, at_speedup
 from ras_compile.sampling.selection import SelectionInfo
 
-__all__ = ["TransformerState"]
-
 # Ways to reuse noise that go on along a line in time.
 _LINES = ("linear", "forecast")
 # The place of a branch's velocity among what it keeps.

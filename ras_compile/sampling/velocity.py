@@ -25,8 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PREDICTIONS", "predicted", "terms", "velocity"]
-
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # those that change along the line
 _LEAST = 1e-3  # of alpha and sigma, which are divided by
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ras_compile.capture.export import capture, export
 from ras_compile.explanation import record_call
-from ras_compile.passes.analysis.propagate import find_rule
 from ras_compile.passes.rules import constants
+from ras_compile.passes.rules.pointwise import find_rule
 
 aten = torch.ops.aten
 WEIGHT = (torch.arange(48.0) - 20).reshape(16, 3) / 10
