@@ -1,11 +1,15 @@
 """Tests in a process that is forked off one which has PyTorch loaded: a mutant then costs seconds.
 
-The parent must not have imported the library: the child does, and gets one file of it in another form.
+The parent must not have imported the library: the child does, and gets one file of it in another form. Each child has a folder of
+its own for what tests write, so that many can run at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.machinery
+import importlib.util
 import os
 import signal
 import sys
@@ -38,6 +42,18 @@ class Outcome:
     ended: str
     said: str
     seconds: float
+
+
+@dataclass(eq=False)
+class Part:
+    """A plugin of pytest: runs one of several equal parts of the tests."""
+
+    number: int
+    of: int
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = items[self.number :: self.of]
 
 
 @dataclass(eq=False)
@@ -102,12 +118,30 @@ def _plain(name: str) -> str:
     return name.split(".<")[0]
 
 
+@functools.cache
+def _package() -> str:
+    """The folder of the library that tests import, which need not be the repository's: it may be a copy on ``PYTHONPATH``."""
+    spec = importlib.util.find_spec("ras_compile")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "No package ras_compile is on the path: install it, or set PYTHONPATH to where it is."
+        )
+    return os.path.realpath(next(iter(spec.submodule_search_locations)))
+
+
+@functools.cache
 def repository_path(file: str) -> str:
     """A file of the library as it stands in the repository; empty for others."""
     if not file.startswith("/"):
         return ""
-    path = os.path.relpath(os.path.realpath(file), ROOT)
-    return path if path.startswith(("ras_compile/", "passes/", "kernels/")) else ""
+    real = os.path.realpath(file)
+    path = os.path.relpath(real, ROOT)
+    if path.startswith(("ras_compile/", "passes/", "kernels/")):
+        return path
+    copied = os.path.relpath(real, _package())  # there `passes` and `kernels` stand inside
+    if copied.startswith("../"):
+        return ""
+    return copied if copied.startswith(("passes/", "kernels/")) else f"ras_compile/{copied}"
 
 
 replaced: list[str] = []  # files of which another form was imported
@@ -115,11 +149,11 @@ replaced: list[str] = []  # files of which another form was imported
 
 def replace(path: str, source: str) -> None:
     """From now on an import of that file of the repository gives this source."""
-    wanted, real = str(ROOT / path), importlib.machinery.SourceFileLoader.get_code
+    real = importlib.machinery.SourceFileLoader.get_code
 
     def get_code(self: Any, name: str) -> Any:
         found = self.get_filename(name)
-        if os.path.realpath(found) == wanted:
+        if found.endswith(path.removeprefix("ras_compile/")) and repository_path(found) == path:
             replaced.append(path)
             return compile(source, found, "exec", dont_inherit=True)
         return real(self, name)
@@ -128,44 +162,53 @@ def replace(path: str, source: str) -> None:
 
 
 def preload() -> None:
-    """What takes long to import and is not ours."""
-    os.environ.update(OMP_NUM_THREADS="1", HYPOTHESIS_STORAGE_DIRECTORY=tempfile.mkdtemp())
-    import diffusers.models.transformers  # noqa: F401
+    """What takes long to import and is not ours. No test uses a GPU: a process that was forked could not."""
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     import hypothesis  # noqa: F401
     import scipy  # noqa: F401
     import torch._dynamo
     import torch._inductor.compile_fx
+
+    with contextlib.suppress(ImportError):  # tests that need it then fail as they are, and are left out
+        import diffusers.models.transformers  # noqa: F401
 
     torch.set_num_threads(1)
     assert not any(name.split(".")[0] == "ras_compile" for name in sys.modules)
 
 
 def run_tests(
-    files: Iterable[str], plugin: object, *, change: tuple[str, str] | None = None, limit: float, each: float = 60
+    files: Iterable[str],
+    plugins: list[object],
+    *,
+    change: tuple[str, str] | None = None,
+    limit: float,
+    each: float = 60,
 ) -> Outcome:
     """Runs tests in a child, up to the first failure where something is changed.
 
     Args:
         files: of tests.
-        plugin: of pytest.
+        plugins: of pytest.
         change: a file of the library and its source.
         limit: seconds for all, and ``each`` for a test.
     """
     begun = time.monotonic()
     sys.stdout.flush()
-    with tempfile.TemporaryFile() as out:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryDirectory() as scratch:
         child = os.fork()
         if child == 0:
             code = 70
             try:
-                os.setsid()
+                os.setpgrp()
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
                 os.chdir(ROOT)
                 if change:
                     replace(*change)
-                options = [*OPTIONS, f"--timeout={each:.0f}", *(["-x", "--no-header", "--tb=line"] if change else [])]
-                code = int(pytest.main([*options, *files], plugins=[plugin]))
+                os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = scratch
+                options = [*OPTIONS, f"--timeout={each:.0f}", f"--basetemp={scratch}/tests"]
+                options += ["-x", "--no-header", "--tb=line"] if change else []
+                code = int(pytest.main([*options, *files], plugins=plugins))
                 code = 5 if change and not code and not replaced else code  # another copy of the library was tested
                 sys.stdout.flush()
             finally:

@@ -57,6 +57,7 @@ class Mutant:
         function: where, with its class; empty outside of functions.
         text: what is changed into what; with a number where the same is found more than once.
         source: the whole changed file.
+        line: where the change begins.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Mutant:
     function: str
     text: str
     source: str
+    line: int
 
     @property
     def name(self) -> str:
@@ -138,7 +140,7 @@ def mutants_of(path: str, kind: str = "", functions: tuple[str, ...] = ()) -> It
         seen[function, text] += 1
         if seen[function, text] > 1:
             text = f"{text} #{seen[function, text]}"
-        return Mutant(kind, path, function, text, made.decode())
+        return Mutant(kind, path, function, text, made.decode(), node.lineno)  # type: ignore[attr-defined]
 
     def visit(node: ast.AST, function: str) -> Iterator[Mutant]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
