@@ -192,8 +192,14 @@ class Memory:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(map(_bytes, [*module.parameters(), *module.buffers()]))
+
+
+def _bytes(tensor: Any) -> int:
+    """Bytes of a tensor; of one that is made of others, as quantised weights are, those of its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 class _Steady:

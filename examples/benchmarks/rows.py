@@ -2,6 +2,7 @@
 
 A row is one way of sampling one model. Its key is (model, method, sample_ratio, context); the ratio may be a preset's name.
 
+    model                   of `sizes.py`; with a kind of `quantise.py` behind it where its linear layers are quantised
     seconds                 one run of the sampling loop, median of the repeats
     x_compiled, x_eager     how many times faster than compiled dense and eager sampling of the same number of steps
     flop_ratio              FLOPs of the run over those of a run with dense steps alone
@@ -11,6 +12,10 @@ A row is one way of sampling one model. Its key is (model, method, sample_ratio,
 
 Further keys:
 
+    error                   distance of the latents at the end from those of compiled dense sampling, over the size of these
+    rounding                of a quantised model: likewise, from those of the same way of sampling the plain model
+    x_quantised             how many times faster than compiled dense sampling of the quantised model; x_compiled and error
+                            are to the plain one
     floor_share             seconds that the run's FLOPs take at FLOOR_TFLOPS, over its seconds
     extra_gb, cache_gb      peak over that of the compiled dense run; caches of the splices
     reserved_gb             peak of the memory taken from the device, pools of CUDA graphs included

@@ -2,11 +2,13 @@
 
     python examples/benchmarks/run.py --model sd3-medium --methods eager,compile,ras --out results
     python examples/benchmarks/run.py --model flux-dev --measure starts --out results --merge   # cold and warm starts
+    python examples/benchmarks/run.py --model flux-dev --methods compile,ras --quantise float8-row float8-tensor
     python examples/benchmarks/run.py --model sd3-medium --size tiny --inner-backend eager --out results   # on a CPU
 
 `DIR/<gpu or cpu>.json` is written after every row; `rows.py` says what its columns mean, `sizes.py` what the models are.
 All rows of a run share one model. Where the way allows it, its runs and those of compiled dense sampling take turns, and
-x_compiled is the ratio of these neighbours: a device that slows down slows down both.
+x_compiled is the ratio of these neighbours: a device that slows down slows down both. `--quantise` measures compiled dense
+sampling and RAS once more with a quantised model (`quantise.py`), whose neighbour is compiled dense sampling of the plain one.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from typing import Any
 import torch
 from machine import describe, dtype_of, short_name
 from measure import HostClock, Marks, Memory, null_backend, synchronising, weight_bytes
+from quantise import KINDS, quantised
 from rows import FLOOR_TFLOPS, load, merge, new_row, save
 from sizes import MODELS, SIZES, WARMUP, Workload, build, sample
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from ways import METHODS, NotAvailable, Setup, Way, set_up, ways_of
 
@@ -56,6 +60,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="+", default=["fresh", "frozen"], choices=["fresh", "frozen"])
     parser.add_argument("--steps", type=int, help="steps of a run; by default the model's")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quantise", nargs="*", default=[], choices=KINDS, help="compile and ras once more, quantised")
     parser.add_argument("--measure", choices=["speed", "starts"], default="speed")
     parser.add_argument("--size", choices=SIZES, default="real")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -120,15 +125,23 @@ class Bench:
 
     Args:
         args: the arguments.
+        kind: of quantised linear layers, one of `KINDS`.
+        plain: the bench of the plain model, beside a quantised one.
+
+    Raises:
+        NotAvailable: there is no such quantised model here.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.work = _workload(args)
+    def __init__(self, args: argparse.Namespace, kind: str | None = None, plain: Bench | None = None) -> None:
+        self.args, self.plain = args, plain
+        self.work = _workload(args) if kind is None else quantised(_workload(args), kind)
         self.device = torch.device(args.device)
         self.weights = weight_bytes(self.work.transformer)
         self.seconds: dict[Way, float] = {}  # medians of the rows so far
-        self.dense: Setup | None = None  # compiled dense sampling, once its row has been measured
+        # compiled dense sampling of the plain model, once its row has been measured
+        self.dense: Setup | None = None if plain is None else plain.dense
+        self.latents: dict[Way, Tensor] = {}  # at the end of the rows so far
+        self.gain: float | None = None  # of compiled dense sampling of a quantised model over that of the plain one
         self.few = min(self.work.steps, WARMUP + 4)  # steps that reach every program
         self._adaptive: dict[str | None, tuple[Setup, Memory]] = {}
 
@@ -154,6 +167,8 @@ class Bench:
     @cached_property
     def dense_flops(self) -> int | None:
         """FLOPs of a dense step, counted in an eager one; None on a CPU, where the counter misses attention."""
+        if self.plain is not None:
+            return self.plain.dense_flops
         return self.counted_flops(Setup(self.work.scheduler()), 2) // 2 if self.device.type == "cuda" else None
 
     @cached_property
@@ -202,7 +217,7 @@ class Bench:
             runs = [self.timed(setup)]
             row |= dict(steps=work.steps, peak_gb=memory.peak_gb(), reserved_gb=memory.reserved_gb())
             neighbours = []
-            pair = self.dense if not setup.exclusive and way.method != "compile" else None
+            pair = self.dense if not setup.exclusive else None
             for _ in range(self.args.repeats - 1):
                 if sum(map(sum, runs)) > 1e3 * _ENOUGH:
                     break
@@ -211,8 +226,9 @@ class Bench:
                 runs.append(self.timed(setup))
             self._report(way, row, setup, runs, neighbours)
             row["finite"] = bool(last.isfinite().all())
+            self._compare(way, row, last)
             self._look_inside(way, row, setup)
-            if way.method == "compile":
+            if way.method == "compile" and self.plain is None:
                 self.dense = setup
         finally:
             if setup.exclusive:
@@ -260,7 +276,8 @@ class Bench:
         if setup.exclusive:
             row["dense_ms"] = None  # which of its steps are dense is the cache's own business
         self.seconds[way] = seconds
-        dense, eager = self.seconds.get(Way("compile")), self.seconds.get(Way("eager"))
+        whole = self.plain or self
+        dense, eager = whole.seconds.get(Way("compile")), whole.seconds.get(Way("eager"))
         if neighbours:
             dense = statistics.median(neighbours)
         row |= dict(
@@ -279,8 +296,23 @@ class Bench:
         elif setup.exclusive:
             ratio = self.counted_flops(setup, work.steps) / (flops * work.steps) if flops else None
         row |= dict(flop_ratio=ratio, dense_tflop=flops / 1e12 if flops else None)
-        if flops and ratio is not None:
+        if flops and ratio is not None and self.plain is None:  # the floor is one of bf16
             row["floor_share"] = flops * work.steps * ratio / (FLOOR_TFLOPS * 1e12) / seconds
+
+    def _compare(self, way: Way, row: dict, latents: Tensor) -> None:
+        """The distances of the latents at the end, and how many times faster it is than compiled dense sampling, quantised."""
+        self.latents[way] = latents
+        dense = (self.plain or self).latents.get(Way("compile"))
+        if dense is not None:
+            row["error"] = _distance(latents, dense)
+        if self.plain is None:
+            return
+        if way in self.plain.latents:
+            row["rounding"] = _distance(latents, self.plain.latents[way])
+        if way == Way("compile"):
+            self.gain = row["x_compiled"]
+        if self.gain and row["x_compiled"]:  # both by their neighbours: what slowed the device down is in neither
+            row["x_quantised"] = row["x_compiled"] / self.gain
 
     def counted_flops(self, setup: Setup, steps: int) -> int:
         """FLOPs of a run, counted while it runs eagerly."""
@@ -326,8 +358,18 @@ class Bench:
 def _speeds(args: argparse.Namespace, until: float):
     """Rows of `--measure speed`, one after another."""
     bench = Bench(args)
+    yield from _rows(bench, args.ways, until)
+    for kind in args.quantise:
+        ways = [way for way in args.ways if way.method in ("compile", "ras")]
+        try:
+            yield from _rows(Bench(args, kind, bench), ways, until)
+        except NotAvailable as error:
+            yield new_row(f"{args.model}, {kind}", "compile", reason=_text(error))
+
+
+def _rows(bench: Bench, ways: list[Way], until: float):
     base: dict[str, float | None] = {}
-    for way in args.ways:
+    for way in ways:
         if time.perf_counter() > until:
             print("the budget is spent: the rest is left out", flush=True)
             return
@@ -337,6 +379,11 @@ def _speeds(args: argparse.Namespace, until: float):
         if way.method == "ras" and row["peak_gb"] is not None and base.get("peak") is not None:
             row["extra_gb"] = row["peak_gb"] - base["peak"]
         yield row
+
+
+def _distance(latents: Tensor, others: Tensor) -> float:
+    """Of two latents, over the size of the second one."""
+    return float((latents.float() - others.float()).norm() / others.float().norm())
 
 
 # starts
@@ -395,11 +442,11 @@ def _line(row: dict) -> str:
     figures = [
         f"{label} {row[column]:.3f}"
         for label, column in (
-            ("s", "seconds"), ("x compiled", "x_compiled"), ("x eager", "x_eager"), ("FLOPs", "flop_ratio"),
-            ("dense ms", "dense_ms"), ("sparse ms", "sparse_ms"), ("peak GB", "peak_gb"), ("cold s", "cold_s"),
+            ("s", "seconds"), ("x compiled", "x_compiled"), ("x quantised", "x_quantised"), ("x eager", "x_eager"),
+            ("error", "error"), ("rounding", "rounding"), ("FLOPs", "flop_ratio"), ("dense ms", "dense_ms"), ("sparse ms", "sparse_ms"), ("peak GB", "peak_gb"), ("cold s", "cold_s"),
             ("warm s", "warm_s"),
         )
-        if row[column] is not None
+        if row.get(column) is not None
     ]  # fmt: skip
     extras = [f"{label} {row[label]}" for label in ("syncs", "reason", "warnings") if row.get(label)]
     return f"{name:<40} " + "  ".join(figures + extras)

@@ -32,6 +32,8 @@ HEADER = (
     "sampling", "steps", "seconds", "vs compiled", "vs eager", "FLOPs", "dense ms", "sparse ms", "of the floor", "GB",
     "extra / caches GB", "reserved GB", "cold / warm start s", "host ms", "waits",
 )  # fmt: skip
+# What stands there in the tables of quantised models.
+QUANTISED = {"vs compiled": "vs bf16 compiled", "vs eager": "vs compiled", "of the floor": "error / of rounding"}
 
 
 def tables(content: dict) -> str:
@@ -41,8 +43,10 @@ def tables(content: dict) -> str:
     for model in dict.fromkeys(row["model"] for row in content["rows"]):
         rows = [row for row in content["rows"] if row["model"] == model]
         measured = [row for row in rows if row["seconds"] is not None]
-        lines = [f"**{model}**", "", _line(HEADER), _line(["---"] * len(HEADER))]
-        lines += [_line(_cells(row, latest)) for row in measured]
+        quantised = any(row.get("x_quantised") is not None for row in measured)
+        header = [QUANTISED.get(name, name) if quantised else name for name in HEADER]
+        lines = [f"**{model}**", "", _line(header), _line(["---"] * len(header))]
+        lines += [_line(_cells(row, latest, quantised)) for row in measured]
         left_out = [f"{_name(row)} ({row['reason']})" for row in rows if row["seconds"] is None and row.get("reason")]
         if left_out:
             lines += ["", f"Not measured: {'; '.join(left_out)}."]
@@ -55,6 +59,12 @@ def tables(content: dict) -> str:
         "compiled dense sampling; *reserved*: with the pools of CUDA graphs. *host ms*: host time that a "
         "call adds to Dynamo's own, CUDA's launch of its graphs included. *waits*: calls in three steps that wait for the device."
     )
+    if any(row.get("x_quantised") is not None for row in content["rows"]):
+        where += (
+            " In the tables of quantised models, *vs bf16 compiled* is to compiled dense sampling of the plain model and *vs compiled* to that "
+            "of the quantised one; *error* is the distance of the latents at the end from those of the former, and *of rounding* "
+            "from those of the same sampling of the plain model, both over their size."
+        )
     if any(row["method"] in THRESHOLDS and row["seconds"] is not None for row in content["rows"]):
         where += (
             " FirstBlockCache and cache-dit skip by a threshold on values, which random weights meet in their own way."
@@ -77,7 +87,7 @@ def _name(row: dict) -> str:
     return f"{name}, not compiled" if row.get("compiled") is False else name
 
 
-def _cells(row: dict, latest: str) -> list[str]:
+def _cells(row: dict, latest: str, quantised: bool) -> list[str]:
     """The cells of a row; one that is older than the latest says so beside its name."""
 
     def figure(name: str, form: str) -> str:
@@ -85,11 +95,14 @@ def _cells(row: dict, latest: str) -> list[str]:
 
     older = f" ({row['date']})" if row.get("date") and row["date"] != latest else ""
     starts = "" if row["cold_s"] is None else f"{row['cold_s']:.0f} / {row['warm_s']:.0f}"
+    floor = figure("floor_share", "{:.0%}")
+    if quantised:
+        floor = " / ".join([figure("error", "{:.3f}"), figure("rounding", "{:.3f}")])
     extra = "" if row.get("extra_gb") is None else f"{row['extra_gb']:.2f} / {row['cache_gb']:.2f}"
     return [
         _name(row) + older, str(row["steps"]), figure("seconds", "{:.3f}"), figure("x_compiled", "{:.2f}x"),
-        figure("x_eager", "{:.2f}x"), figure("flop_ratio", "{:.3f}"), figure("dense_ms", "{:.1f}"),
-        figure("sparse_ms", "{:.1f}"), figure("floor_share", "{:.0%}"), figure("peak_gb", "{:.1f}"), extra,
+        figure("x_quantised" if quantised else "x_eager", "{:.2f}x"), figure("flop_ratio", "{:.3f}"), figure("dense_ms", "{:.1f}"),
+        figure("sparse_ms", "{:.1f}"), floor, figure("peak_gb", "{:.1f}"), extra,
         figure("reserved_gb", "{:.1f}"), starts,
         figure("host_ms", "{:.2f}"), "" if row.get("syncs") is None else str(sum(row["syncs"].values())),
     ]  # fmt: skip
