@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 
 from ras_compile.execute.cudagraphs import Graph

@@ -443,8 +443,8 @@ def _line(row: dict) -> str:
         f"{label} {row[column]:.3f}"
         for label, column in (
             ("s", "seconds"), ("x compiled", "x_compiled"), ("x quantised", "x_quantised"), ("x eager", "x_eager"),
-            ("error", "error"), ("rounding", "rounding"), ("FLOPs", "flop_ratio"), ("dense ms", "dense_ms"), ("sparse ms", "sparse_ms"), ("peak GB", "peak_gb"), ("cold s", "cold_s"),
-            ("warm s", "warm_s"),
+            ("error", "error"), ("rounding", "rounding"), ("FLOPs", "flop_ratio"), ("dense ms", "dense_ms"),
+            ("sparse ms", "sparse_ms"), ("peak GB", "peak_gb"), ("cold s", "cold_s"), ("warm s", "warm_s"),
         )
         if row.get(column) is not None
     ]  # fmt: skip

@@ -61,9 +61,9 @@ def tables(content: dict) -> str:
     )
     if any(row.get("x_quantised") is not None for row in content["rows"]):
         where += (
-            " In the tables of quantised models, *vs bf16 compiled* is to compiled dense sampling of the plain model and *vs compiled* to that "
-            "of the quantised one; *error* is the distance of the latents at the end from those of the former, and *of rounding* "
-            "from those of the same sampling of the plain model, both over their size."
+            " In the tables of quantised models, *vs bf16 compiled* is to compiled dense sampling of the plain model and "
+            "*vs compiled* to that of the quantised one; *error* is the distance of the latents at the end from those of "
+            "the former, and *of rounding* from those of the same sampling of the plain model, both over their size."
         )
     if any(row["method"] in THRESHOLDS and row["seconds"] is not None for row in content["rows"]):
         where += (

@@ -20,6 +20,13 @@ from ras_compile.passes.rules.registry import RULES, Call, named_arguments, oper
 
 aten = torch.ops.aten
 
+# What they give of all entries they give of what they give of each row, to the last bit.
+EXTREMES = {
+    overload: getattr(aten, name).default
+    for name in ("amax", "amin")
+    for overload in (getattr(aten, name).default, getattr(aten, name[1:]).default)
+}
+
 
 def normalize(graph: fx.Graph) -> None:
     """Drops assertions, empty segments and dead code, spells out ops that have no rule, and causal attention as a mask.
@@ -38,6 +45,8 @@ def normalize(graph: fx.Graph) -> None:
             drop_open_mask(node)
         elif node.target in CONCATENATIONS:
             drop_empty_segments(node)
+        elif node.target in EXTREMES:
+            channels_first(graph, node)
     spell_collectives(graph)
     graph.eliminate_dead_code()
 
@@ -110,6 +119,20 @@ def drop_empty_segments(node: fx.Node) -> None:
     kept = [tensor for tensor in tensors if tensor.meta["val"].shape[dim]]
     if any(tensor.meta["val"].dtype == value.dtype for tensor in kept):
         node.args = (kept, *rest)
+
+
+def channels_first(graph: fx.Graph, node: fx.Node) -> None:
+    """`amax(x, all)  ->  amax(amax(x, last), all)`: a scale of a whole activation then needs one number of each token.
+
+    A sparse step keeps what is reduced over tokens; of activations that would be all their channels.
+    """
+    operand, dims = operands(node)[0], named_arguments(node).get("dim") or ()
+    shape = operand.meta["val"].shape
+    gone = {dim % len(shape) for dim in dims} or set(range(len(shape)))
+    if len(gone) > 1 and len(shape) - 1 in gone and shape[-1] > 1:
+        with graph.inserting_before(node):
+            rows = Emitter.of(graph)(EXTREMES[node.target], operand, [-1], True)
+        node.replace_input_with(operand, rows)
 
 
 def spell_causal_mask(graph: fx.Graph, node: fx.Node) -> None:

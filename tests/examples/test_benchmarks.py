@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from scripts import load
 import ras_compile
 
 ROOT = Path(__file__).parents[2]
-names = ("caches", "host_profile", "kernel_sites", "measure", "rows", "run", "sizes", "step_profile", "table", "ways")
-caches, host_profile, kernel_sites, measure, rows, run, sizes, step_profile, table, ways = load(["benchmarks"], names)
+names = (
+    "caches", "host_profile", "kernel_sites", "measure", "quantise", "rows", "run", "sizes", "step_profile", "table", "ways",
+)  # fmt: skip
+caches, host_profile, kernel_sites, measure, quantise, rows, run, sizes, step_profile, table, ways = load(
+    ["benchmarks"], names
+)
 
 
 def bench(tmp_path, *more, model="sd3-medium"):
@@ -45,6 +50,49 @@ def test_rows_of_one_run(tmp_path):
     explained = ras_compile.explain(work.transformer, options={"reset_steps": (12,)}, **work.inputs)
     predicted = 1 / explained.speedup(0.5, 14)
     assert by_key["ras", 0.5, "fresh"]["flop_ratio"] == pytest.approx(predicted, rel=1e-4)
+
+
+def test_quantised_rows_stand_beside_the_plain_ones(tmp_path, monkeypatch):
+    """Both are compared with compiled dense sampling of the plain model, and a quantised one with its own, too."""
+
+    def halved(work, kind):
+        if kind == "float8-row":
+            raise ways.NotAvailable("torchao: no such device")
+        work.transformer.half().float()
+        return dataclasses.replace(work, name=f"{work.name}, {kind}")
+
+    monkeypatch.setattr(run, "quantised", halved)
+    monkeypatch.setattr(run, "set_up", lambda work, *others: ways.Setup(work.scheduler()))
+    more = ["--methods", "compile", "--steps", "4", "--repeats", "2", "--quantise", "int8-weight", "float8-row"]
+    content = bench(tmp_path, *more)
+    dense, quantised, missing = content["rows"]
+    assert dense["error"] == 0 and "rounding" not in dense and quantised["model"] == "sd3-medium, int8-weight"
+    assert 0 < quantised["error"] == quantised["rounding"] < 0.01
+    assert quantised["x_quantised"] == 1 != quantised["x_compiled"]
+    assert missing["model"] == "sd3-medium, float8-row" and missing["reason"] == "torchao: no such device"
+    meta = dict.fromkeys(("driver", "triton", "diffusers", "dtype", "floor_tflops"))
+    text = table.tables(content | {"meta": content["meta"] | meta})
+    assert "**sd3-medium, int8-weight**" in text and "error / of rounding" in text
+
+
+@pytest.mark.parametrize("kind", ["float8-weight", "int8"])
+def test_torchao_quantises_what_it_takes(kind):
+    pytest.importorskip("torchao")
+    work = sizes.build("flux-dev", "tiny", torch.device("cpu"), torch.float32)
+    before = measure.weight_bytes(work.transformer)
+    work = quantise.quantised(work, kind)
+    block = work.transformer.single_transformer_blocks[0]
+    assert (
+        type(block.proj_mlp.weight.data) is not torch.Tensor
+        and type(work.transformer.x_embedder.weight.data) is torch.Tensor
+    )
+    assert work.name == f"flux-dev, {kind}" and measure.weight_bytes(work.transformer) < 0.5 * before
+
+
+def test_a_kind_of_weights_that_is_not_to_be_had_is_a_reason():
+    work = sizes.build("flux-dev", "tiny", torch.device("cpu"), torch.float32)
+    with pytest.raises(ways.NotAvailable, match="torchao"):
+        quantise.quantised(work, "float8-row")  # no GPU here, if there is torchao at all
 
 
 def test_28_steps_have_6_dense_ones():

@@ -181,3 +181,19 @@ def test_strides_that_overlap_or_divide_nothing_stay(strides):
     module = Calls(lambda x, w: (x + 1).as_strided(*strides))
     captured = export(module, given)
     torch.testing.assert_close(captured(*given)[0], module(*given)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "reduced", [torch.amax, torch.amin, torch.max, torch.min], ids=lambda function: function.__name__
+)
+def test_an_extreme_of_all_tokens_is_one_of_each_tokens_own(reduced):
+    """A sparse step then keeps one number of a token, not its channels (scales of a whole activation, in float8)."""
+
+    def scaled(x, w):
+        return x / reduced(x.abs())
+
+    given = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)), WEIGHT
+    captured = export(Calls(scaled), given)
+    named = [node for node in captured.graph.nodes if reduced.__name__[-3:] in node.name]
+    assert [tuple(node.meta["val"].shape) for node in named] == [(2, 5, 1), ()]
+    assert torch.equal(captured(*given)[0], scaled(*given))
