@@ -9,6 +9,7 @@ not been tested; ``tests/test_torch_canaries.py`` holds each of them to what is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ __all__ = [
     "exit_inference_mode",
     "fx_graph_cse",
     "has_forward_hooks",
+    "ignore_warning_once",
     "inductor_config",
     "is_composite",
     "is_traceable_wrapper_subclass",
@@ -325,3 +327,11 @@ def raise_recompile_limit(count: int) -> None:
     """At least so many compilations of one function in this process; without it transformers after the eighth run uncompiled."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
+
+
+def ignore_warning_once() -> None:
+    """Dynamo passes over `logger.warning_once`, which is not Python's own; a hook that calls it breaks a model's graph without."""
+    config, told = torch._dynamo.config, getattr(logging.Logger, "warning_once", None)
+    if told is not None:
+        named = hasattr(config, "ignore_logging_functions")
+        (config.ignore_logging_functions if named else config.ignore_logger_methods).add(told)

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ras_compile._torch import call_uncompiled, compiled_call, original, pytree, set_compiled_call
 from ras_compile.capture.inputs import GraphInput, check_timestep, describe_inputs
+from ras_compile.capture.sharding import settle_sharding_hooks
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import RASConfig, is_whole
@@ -68,6 +69,7 @@ def record_call(transformer: nn.Module, inputs: dict[str, Any]) -> tuple[fx.Grap
         return leave
 
     module = original(transformer)
+    settle_sharding_hooks(module)
 
     def call(**kwargs: Any) -> Any:
         # with its hooks, past what it was compiled to, which other threads may call now

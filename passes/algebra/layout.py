@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ras_compile.passes.algebra.order import RANKS, Atom, Order, factors
+from ras_compile.passes.algebra.order import OWN, RANKS, Atom, Order, factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +127,18 @@ class Clip(Restart):
 
 
 class Sharded(Restart):
-    """The model takes this process's part out of the latent: the others' tokens stand beside the region, ``start`` to ``stop``."""
+    """The model takes this process's tokens, ``start`` to ``stop``, out of those of the whole latent.
 
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
+    Args:
+        beside: atoms that the latent has beside its tokens, where nothing has shown yet that they are channels.
+        outs: layouts of the parts that the tokens are taken apart into; None for those of other processes.
+    """
+
+    def __init__(self, start: int, stop: int, beside: Iterable[Atom], outs: tuple[Layout | None, ...]) -> None:
+        self.start, self.stop, self.beside, self.outs = start, stop, frozenset(beside), outs
 
     def apply(self, frame: Frame) -> Frame:
-        return frame.sharded(self.start, self.stop)
+        return frame.without(self.beside).sharded(self.start, self.stop)
 
 
 class Padded(Restart):
@@ -307,7 +312,7 @@ class Layout:
                     dim.append(factor)
                     left //= factor.size
                 elif isinstance(factor, Axis) and factor.size % left == 0:
-                    if factor.atom == RANKS:
+                    if factor.atom in (RANKS, OWN):
                         raise ViewError(f"cannot view {self} as {tuple(shape)}")
                     if factor.atom is not None:
                         raise Refine(factor.atom, left)
@@ -368,6 +373,8 @@ class Frame:
         shared_rows: the model takes the samples apart, so that all of them have the same active rows.
         shards: the processes that exchange tokens, each with tokens and active rows of its own.
         replicas: the processes that add up features of the same tokens, all with the active rows of the first of them.
+        stretch: ``(start, stop)`` among all tokens of the latent, counted row by row, where every process has the whole latent
+            and takes tokens of its own out of it. These alone are the region.
     """
 
     shape: tuple[int, ...]
@@ -382,6 +389,7 @@ class Frame:
     shifted: bool = False
     shards: Group | None = None
     replicas: Group | None = None
+    stretch: tuple[int, int] | None = None
 
     @staticmethod
     def of(shape: Sequence[int], batch_dim: int | None = 0, window: tuple[int, int] | None = None) -> Frame:
@@ -461,11 +469,20 @@ class Frame:
         return self._with(shards=shards, replicas=replicas)
 
     def sharded(self, start: int, stop: int) -> Frame:
-        return Frame.of(self.shape, self.batch_dim, (start, stop)).across(self.shards, self.replicas)
+        return self._with(stretch=(start, stop))
 
-    def unsharded(self) -> Frame:
-        """The frame of the whole latent, of which this one's region is a window."""
-        return self._with(window=None, parts=(self.parts[0], self.shape[1:2], *self.parts[2:]))
+    @cached_property
+    def everyone(self) -> Frame:
+        """The frame whose region are the tokens of all processes, where this one's is a stretch of them."""
+        return self if self.stretch is None else self._with(stretch=None)
+
+    def gathered(self, dim: Iterable[Factor]) -> Dim:
+        """A product in which the tokens of all processes, one's behind another's, are those of the whole latent."""
+        found, whole = normal(dim), [Axis(size, atom) for atom, size in self.everyone.region]
+        for index, pair in enumerate(zip(found, found[1:], strict=False)):
+            if self.stretch is not None and [axis.atom for axis in pair if isinstance(axis, Axis)] == [RANKS, OWN]:
+                return normal([*found[:index], *whole, *found[index + 2 :]])
+        return found
 
     def padding(self) -> Frame:
         return self._with(padded=True)
@@ -508,6 +525,8 @@ class Frame:
     @cached_property
     def region(self) -> tuple[tuple[Atom, int], ...]:
         """The region's atoms with their sizes, in the order in which rows count them (the last one fastest)."""
+        if self.stretch is not None:
+            return ((OWN, self.stretch[1] - self.stretch[0]),)
         return tuple(
             (axis.atom, axis.size)
             for dim in range(len(self.shape))
@@ -526,7 +545,7 @@ class Frame:
 
     def counts_tokens(self, atom: Atom | None) -> bool:
         """Whether an atom is a part of the region, in the latent's order or in another one."""
-        return atom is not None and (atom in self._own or atom.order is not None)
+        return atom is not None and (atom in self._own or atom.order is not None and atom.order.base[0][0] in self._own)
 
     def tokens_in(self, dims: Iterable[Dim]) -> list[Atom]:
         """The region's own atoms in these dimensions, as often as they stand there: behind an order are those that it has."""

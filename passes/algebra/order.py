@@ -30,6 +30,8 @@ class Atom(NamedTuple):
 
 # A dimension that counts the processes of a group, behind an exchange of tokens: entry r holds the tokens of process r.
 RANKS = Atom(-2, 1)
+# The tokens that this process takes out of those of the whole latent, which all processes have: one stretch of them.
+OWN = Atom(-3, 1)
 
 
 @dataclass(frozen=True, order=True)

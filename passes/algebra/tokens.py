@@ -38,6 +38,7 @@ class TokenView:
         shape: ``(B, N, P)``.
         channels: how many channels are viewed; None for all.
         filled: ``(dim, size)`` of dimensions whose last patch is not full, and their size if it were.
+        stretch: ``(start, total)`` where only a stretch of all the tensor's tokens is viewed, N from ``start`` on.
     """
 
     cuts: tuple[tuple[int, int, int], ...]
@@ -47,9 +48,25 @@ class TokenView:
     shape: tuple[int, int, int]
     channels: int | None
     filled: tuple[tuple[int, int], ...] = ()
+    stretch: tuple[int, int] | None = None
 
     def __call__(self, value: Tensor) -> Tensor:
-        return self._opened(value).reshape(*self.shape, -1)[..., : self.channels]
+        return self._own(self._every(self._opened(value)))[..., : self.channels]
+
+    def _every(self, exploded: Tensor) -> Tensor:
+        """[B, N, P, C] of all tokens, those beside the stretch included."""
+        samples, tokens, pixels = self.shape
+        return exploded.reshape(samples, tokens if self.stretch is None else self.stretch[1], pixels, -1)
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        return tokens if self.stretch is None else tokens.narrow(1, self.stretch[0], self.shape[1])
+
+    @cached_property
+    def everyone(self) -> TokenView:
+        """The view of all tokens, where this one is of a stretch of them."""
+        if self.stretch is None:
+            return self
+        return replace(self, stretch=None, shape=(self.shape[0], self.stretch[1], self.shape[2]))
 
     def cut(self, value: Tensor) -> Tensor:
         """The region's segment alone, as :attr:`uncut` views it."""
@@ -67,8 +84,12 @@ class TokenView:
         place = self.cut(value)
         whole = self._filled(place)
         exploded = self._exploded(whole)
-        behind = exploded.reshape(*self.shape, -1)[..., tokens.shape[-1] :]
-        exploded.copy_(torch.cat([tokens.to(value.dtype), behind], -1).view(exploded.shape))
+        every, tokens = self._every(exploded), tokens.to(value.dtype)
+        if self.stretch is not None:
+            stop = self.stretch[0] + tokens.shape[1]
+            beside = every[..., : tokens.shape[-1]]
+            tokens = torch.cat([beside[:, : self.stretch[0]], tokens, beside[:, stop:]], 1)
+        exploded.copy_(torch.cat([tokens, every[..., tokens.shape[-1] :]], -1).view(exploded.shape))
         if self.filled:
             place.copy_(whole[tuple(slice(size) for size in place.shape)])
 
@@ -95,11 +116,12 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
     Args:
         channels: only the first so many channels are viewed (a learned variance behind the noise is left out).
     """
-    region = [atom for atom, _ in frame.region]
+    region = [atom for atom, _ in frame.everyone.region]
     dims, cuts = [], []
     filled = tuple((k, dim_size(opened(dim))) for k, dim in enumerate(layout.dims) if opened(dim) != dim)
+    layout = Layout(tuple(map(frame.gathered, layout.dims)))
     for index, dim in enumerate(map(opened, layout.dims)):
-        inside, cut = _own(dim, frame) or _segment(dim, region)
+        inside, cut = _segment(dim, region)
         dims.append(inside)
         if cut is not None:
             cuts.append((index, *cut))
@@ -130,17 +152,9 @@ def token_view(layout: Layout, frame: Frame, channels: int | None = None) -> Tok
     patch = math.prod(exploded[place] for place in pixels)
 
     holding = frozenset(index for index, dim in enumerate(layout.dims) if set(region) & set(atoms_of(dim)))
-    return TokenView(
-        tuple(cuts), holding, tuple(exploded), tuple(order), (frame.samples, frame.tokens, patch), channels, filled
-    )
-
-
-def _own(dim: Dim, frame: Frame) -> tuple[Dim, tuple[int, int]] | None:
-    """This process's part of a dimension that counts processes first, and where it stands; None for any other dimension."""
-    if frame.shards is None or not dim or not isinstance(dim[0], Axis) or dim[0].atom != RANKS:
-        return None
-    size = dim_size(dim[1:])
-    return normal(dim[1:]), (frame.shards.rank * size, size)
+    stretch = None if frame.stretch is None else (frame.stretch[0], frame.everyone.tokens)
+    shape = frame.samples, frame.tokens, patch
+    return TokenView(tuple(cuts), holding, tuple(exploded), tuple(order), shape, channels, filled, stretch)
 
 
 def _segment(dim: Dim, region: list) -> tuple[Dim, tuple[int, int] | None]:
@@ -159,7 +173,7 @@ def _segment(dim: Dim, region: list) -> tuple[Dim, tuple[int, int] | None]:
 
 def channel_count(layout: Layout, frame: Frame) -> int:
     """C of the token view of a value with ``layout``."""
-    region = {atom for atom, _ in frame.region}
+    region = {atom for atom, _ in (*frame.region, *frame.everyone.region)}
     beside = [dim for dim in layout.dims if not region & set(atoms_of(dim))]
     return math.prod(
         dim_size(f for f in dim if not (isinstance(f, Axis) and f.atom and f.atom == frame.batch)) for dim in beside

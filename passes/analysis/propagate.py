@@ -18,6 +18,7 @@ from ras_compile.passes.algebra.layout import (
     Padded,
     Refine,
     Restart,
+    Sharded,
     Unbatch,
     atoms_of,
 )
@@ -112,7 +113,7 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool, apart
             result: Result = layouts[source][index]
             steps[node] = Step(result, (Use.ROWS,))
         else:
-            call = Call(node, layouts, frame, kv_cache=kv_cache, mixed=mixed)
+            call = Call(node, of_region(node, layouts, frame), frame, kv_cache=kv_cache, mixed=mixed)
             source, one = operands(node)[0], one_step(graph, call, apart)
             if one is None:  # the graph is another from where the parts were cut
                 for known in (layouts, steps):
@@ -137,6 +138,7 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool, apart
                     f"tokens of the picture stand in several places of one tensor, {layout}", source=source_line(node)
                 )
     outputs = next(iter(reversed(graph.nodes))).args[0]
+    layouts = {node: known for node, known in layouts.items() if node in outputs or holds_region(known, frame)}
     found = tuple(index for index, node in enumerate(outputs) if isinstance(layouts.get(node), Layout))
     if not found:
         if not frame.coarse and any(node.target in CONVOLUTIONS and steps[node].whole for node in steps):
@@ -180,6 +182,8 @@ def one_step(graph: fx.Graph, call: Call, apart: set[fx.Node]) -> Step | None:
         apart: values whose parts are known to be worked apart; those that are found so are added.
     """
     node = call.node
+    if not any(holds_region(result, call.frame) for result in call.layouts.values()):
+        return of_all_tokens(call)
     if node.target not in CUTS:
         return applied(call)
     try:
@@ -189,6 +193,33 @@ def one_step(graph: fx.Graph, call: Call, apart: set[fx.Node]) -> Step | None:
             return None
         raise
     return None if step.whole and together(graph, node, apart) else step
+
+
+def holds_region(result: Result, frame: Frame) -> bool:
+    """Whether a value has tokens of the region: of the whole latent, a process takes a part for its own."""
+    return frame.stretch is None or any(layout is not None and frame.carries(layout) for layout in as_tuple(result))
+
+
+def of_region(node: fx.Node, layouts: dict[fx.Node, Result], frame: Frame) -> dict[fx.Node, Result]:
+    """The layouts by which a node's rule goes: beside tokens of the region, those of the whole latent are values as any other."""
+    if frame.stretch is None:
+        return layouts
+    known = {operand: layouts[operand] for operand in operands(node) if layouts.get(operand) is not None}
+    own = {operand: result for operand, result in known.items() if holds_region(result, frame)}
+    return own or known
+
+
+def of_all_tokens(call: Call) -> Step:
+    """What becomes of a node on tokens of the whole latent, of which this process takes its own, or to which they are joined.
+
+    It is computed as it is; the rule says where the tokens stand.
+    """
+    before = Call(call.node, call.layouts, call.frame.everyone, kv_cache=call.kv_cache, mixed=call.mixed)
+    try:
+        out = applied(before).out
+    except Sharded as own:
+        out: Result = own.outs
+    return Step(out, (Use.SAME,) * len(call.operands), whole=True)
 
 
 def applied(call: Call) -> Step:

@@ -74,8 +74,8 @@ def plan(analysis: Analysis, *, frozen: bool = False) -> SparsePlan:
 
     def rows(node: fx.Node) -> None:
         layout = analysis.layouts[node]
-        if node is analysis.latent or source(node) in whole:
-            assert isinstance(layout, Layout)
+        assert isinstance(layout, Layout)
+        if analysis.frame.carries(layout) and (node is analysis.latent or source(node) in whole):
             gather(node, Layout(layout.dims))
 
     def splice(node: fx.Node, is_output: bool = False) -> None:

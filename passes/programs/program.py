@@ -75,7 +75,8 @@ class _SparseBuilder:
             self.env[node] = emit.placeholder(f"frozen_{index}", value, Role.FROZEN)
         self.positions = PositionBuilder(frame, self.sizes, rows, emit, self._table)
         for layout in self._addressed():
-            self.positions.of(layout)
+            if frame.carries(layout):
+                self.positions.of(layout)
         for node in [*inputs, *self.plan.frozen]:
             self._gathers(node)
         for node in nodes:
@@ -193,6 +194,8 @@ class _SparseBuilder:
 
         Each part comes with its place in the cache, ``(dim, start, length)``, and its layout (None: no tokens).
         """
+        if not self.analysis.frame.carries(layout):  # of the tokens of all processes, computed whole
+            return [(None, self.env[node], None)]
         step = self.analysis.steps.get(node)
         dim = joined_dim(node, layout)
         if step is None or dim is None:

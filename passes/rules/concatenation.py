@@ -25,6 +25,7 @@ from ras_compile.passes.algebra.layout import (
     opaque,
     opaque_or_empty,
 )
+from ras_compile.passes.algebra.order import OWN
 from ras_compile.passes.rules.contraction import counts_samples, grid_atoms, region_atoms, smaller
 from ras_compile.passes.rules.convolution import cut_patch
 from ras_compile.passes.rules.pointwise import broadcast, dense_use, rows_or_gather
@@ -272,9 +273,7 @@ def split(call: Call) -> Step:
     """`b (t | n) c -> b t c, b n c`"""
     layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
     lengths = [value.shape[dim] for value in call.node.meta["val"]]
-    own = own_shard(call, layout, dim, lengths)
-    if own is not None:
-        raise Sharded(*own)
+    own_shard(call, layout, dim, lengths)
     outs, start = [], 0
     borders = [0]
     for length in lengths:
@@ -293,20 +292,26 @@ def split(call: Call) -> Step:
     return Step(tuple(outs), call.uses(), rewrite=rewrite)
 
 
-def own_shard(call: Call, layout: Layout, dim: int, lengths: Sequence[int]) -> tuple[int, int] | None:
-    """The tokens of the latent that this process takes for itself, from where to where; None where it takes others, too.
+def own_shard(call: Call, layout: Layout, dim: int, lengths: Sequence[int]) -> None:
+    """Finds that this process takes its part of the tokens of the whole latent, and of these parts no other.
 
     Such a model is called with the whole latent by every process, and takes `latent.chunk(n, dim=1)[rank]`, or does so behind its
     first layers, which are then computed for all tokens.
+
+    Raises:
+        Sharded: it does.
     """
     group, frame = call.frame.shards, call.frame
-    if group is None or frame.window is not None or len(frame.shape) != 3:
-        return None
-    if len(set(lengths)) != 1 or len(lengths) != group.size or layout.dims[dim] != frame.layout().dims[1]:
-        return None
-    if {user.args[1] for user in call.node.users} != {group.rank}:
-        return None
-    return group.rank * lengths[0], (group.rank + 1) * lengths[0]
+    if group is None or frame.window is not None or set(lengths) != {lengths[0]} or len(lengths) != group.size:
+        return
+    packed = len(frame.shape) == 3 and layout.raw and layout.dims[dim] == frame.layout().dims[1]
+    beside = [atom for atom, _ in frame.region if packed and atom.dim == 2]
+    tokens = normal(Axis(size, atom) for atom, size in frame.region if atom not in beside)
+    if layout.dims[dim] != tokens or {user.args[1] for user in call.node.users} != {group.rank}:
+        return
+    own = layout.replace(dim, (Axis(lengths[0], OWN),))
+    outs = tuple(own if rank == group.rank else None for rank in range(group.size))
+    raise Sharded(group.rank * lengths[0], (group.rank + 1) * lengths[0], beside, outs)
 
 
 @rule_for(aten.unbind.int)

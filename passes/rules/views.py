@@ -30,10 +30,19 @@ def reshape(call: Call) -> Step:
     if layout is None:
         return same_shape(call, aten.reshape.default)
     try:
-        out = layout.reshape(call.shape)
+        return call.as_view(layout.reshape(call.shape))
     except ViewError:
-        return call.whole()
-    return call.as_view(out)
+        return call.whole(of_everyone(call, layout))
+
+
+def of_everyone(call: Call, layout: Layout) -> Layout | None:
+    """The layout of a view of the tokens of all processes as those of the whole latent, which is made of whole values."""
+    factors = [factor for dim in layout.dims for factor in dim]
+    whole = Layout((call.frame.gathered(factors),), layout.raw)
+    try:
+        return None if whole.ranked or not layout.ranked else whole.reshape(call.shape)
+    except ViewError:
+        return None
 
 
 def same_shape(call: Call, target: Callable) -> Step:

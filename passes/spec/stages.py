@@ -97,9 +97,10 @@ def check_layouts(node: fx.Node, layouts: Any, frame: Frame) -> None:
     demand(isinstance(found, tuple) and len(found) == len(values), node, "not one layout for each result")
     for item, layout in zip(values, found, strict=True):
         if layout is not None:
+            known = frame if frame.carries(layout) else frame.everyone
             demand(layout.shape == tuple(item.shape), node, f"layout {layout} for a value of shape {tuple(item.shape)}")
             demand(
-                holds_grid(layout.dims, frame, layout.raw), node, f"layout {layout} does not hold the grid exactly once"
+                holds_grid(layout.dims, known, layout.raw), node, f"layout {layout} does not hold the grid exactly once"
             )
 
 
@@ -212,7 +213,8 @@ def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan
         demand(same, cache, f"a cache for `{splice.node.name}` of another shape")
     check_caches(graph, caches, whole=sparse.live is None)
     check_values_of_caches(graph, dict(zip(caches, sparse.splices, strict=True)))
-    check_reads_of_latent(inputs[given.index(analysis.latent)])
+    if analysis.frame.stretch is None:
+        check_reads_of_latent(inputs[given.index(analysis.latent)])
     check_sparse_sizes(graph, analysis, sparse.sizes(analysis.frame, value.shape[1]))
     last = next(iter(reversed(graph.nodes)))
     for result in last.args[0]:

@@ -18,6 +18,7 @@ from torch import nn
 from ras_compile._torch import OptimizedModule, compiled_call, raise_recompile_limit, set_compiled_call
 from ras_compile.backend import ras
 from ras_compile.capture.inputs import check_timestep
+from ras_compile.capture.sharding import settle_sharding_hooks
 from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.traced import Exchangeable
@@ -64,6 +65,7 @@ class Handle:
         self._cast = [layer for module in transformers.values() for layer in cast_in_graph(module)]
         for name, module in transformers.items():
             _say_replaced(module)
+            settle_sharding_hooks(module)
             module.compile(backend=ras, options=options, **_limits())
             compiled = compiled_call(module)
             assert compiled is not None

@@ -206,9 +206,8 @@ class Plan:
     @cached_property
     def spread(self) -> Spread | None:
         """The tokens of all processes, where each of them has the whole latent; else None."""
-        layout = self.analysis.layouts[self.analysis.output_nodes[self.noise]]
-        assert isinstance(layout, Layout)
-        return Spread(self.analysis.frame, self.noise_view) if layout.ranked else None
+        frame = self.analysis.frame
+        return None if frame.stretch is None else Spread(frame, self.latent_view, self.noise_view)
 
     @cached_property
     def noise(self) -> int:

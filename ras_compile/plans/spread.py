@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ras_compile.passes.algebra.layout import Frame, Group
-from ras_compile.passes.algebra.tokens import TokenView, token_view
+from ras_compile.passes.algebra.tokens import TokenView
 
 c10d = torch.ops._c10d_functional
 
@@ -20,20 +20,19 @@ class Spread:
 
     Args:
         frame: this process's frame.
-        noise: the view of the noise on this process's tokens; its one cut is along the dimension of the tokens.
+        latent, noise: views of this process's tokens.
     """
 
-    def __init__(self, frame: Frame, noise: TokenView) -> None:
+    def __init__(self, frame: Frame, latent: TokenView, noise: TokenView) -> None:
         assert frame.shards is not None
         self._group: Group = frame.shards
         self._tokens, self._noise = frame.tokens, noise
-        whole = frame.unsharded()
-        self.view = token_view(whole.layout(), whole)
+        self.view = latent.everyone
 
     def share(self, noise: Tensor) -> None:
         """Writes what each process has made of its own tokens' noise into that of all."""
-        ((dim, _, _),) = self._noise.cuts
-        noise.copy_(self._gathered(self._noise.cut(noise)).movedim(0, dim).reshape(noise.shape))
+        every = self._gathered(self._noise(noise)).movedim(0, 1).flatten(1, 2)
+        self._noise.everyone.write(noise, every)
 
     def rows(self, rows: Tensor) -> Tensor:
         """The active rows of all processes among the tokens of the whole latent, [B, n A], from this one's [B, A]."""
