@@ -290,19 +290,17 @@ def keeps_dispatch(kind: type[Tensor]) -> bool:
     return not any("__torch_dispatch__" in vars(base) for base in own)
 
 
-def process_group(name: Any) -> tuple[int, int]:
-    """``(size, rank)`` of the group of processes that a collective names; without it no model on several devices is sparse."""
+def process_group(name: Any) -> tuple[tuple[int, ...], int]:
+    """The members of the group of processes that a collective names, and this one's place among them; without it no model on
+    several devices is sparse."""
     resolve: Callable[[Any], Any] = torch.distributed.distributed_c10d._resolve_process_group
     group = resolve(name) if isinstance(name, str) else name
-    return group.size(), group.rank()
+    return tuple(torch.distributed.get_process_group_ranks(group)), group.rank()
 
 
-def process_store(name: Any) -> tuple[Any, list[int]]:
-    """The store by which all processes found each other, and a group's members in it; without it they agree on nothing."""
-    c10d = torch.distributed.distributed_c10d
-    resolve: Callable[[Any], Any] = c10d._resolve_process_group
-    group = resolve(name) if isinstance(name, str) else name
-    return c10d._get_default_store(), torch.distributed.get_process_group_ranks(group)
+def process_store() -> Any:
+    """The store by which all processes found each other; without it they agree on nothing."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def why_graph_ends(graph: fx.GraphModule) -> Any:

@@ -231,7 +231,7 @@ def _sd3(transformer: Any, tiny: bool, draw: _Draw) -> dict:
 def _flux(transformer: Any, tiny: bool, draw: _Draw) -> dict:
     config = transformer.config
     side = 8 if tiny else 64
-    text = draw(1, 5 if tiny else 512, config.joint_attention_dim)
+    text = draw(1, 4 if tiny else 512, config.joint_attention_dim)
     pooled = draw(1, config.pooled_projection_dim)
     ids = torch.zeros(side, side, 3, device=draw.device, dtype=draw.dtype)
     ids[..., 1] += torch.arange(side, device=draw.device)[:, None]

@@ -215,10 +215,11 @@ def of_all_tokens(call: Call) -> Step:
     It is computed as it is; the rule says where the tokens stand.
     """
     before = Call(call.node, call.layouts, call.frame.everyone, kv_cache=call.kv_cache, mixed=call.mixed)
+    out: Result
     try:
         out = applied(before).out
     except Sharded as own:
-        out: Result = own.outs
+        out = own.outs
     return Step(out, (Use.SAME,) * len(call.operands), whole=True)
 
 

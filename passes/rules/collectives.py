@@ -50,12 +50,16 @@ def joined_by(graph: fx.Graph, frame: Frame) -> Frame:
     """
     nodes = [node for node in graph.nodes if node.target in COLLECTIVES]
     names = {named_arguments(node)["group_name"]: node for node in nodes}
-    if len(names) > 1:
+    groups: dict[tuple[int, ...], Group] = {}
+    for name in names:  # a mesh may give the same processes several names
+        members, rank = process_group(name)
+        groups.setdefault(members, Group(name, len(members), rank))
+    if len(groups) > 1:
         raise UnsupportedGraph(
-            f"collectives of {len(names)} groups of processes in one model; those of one group are supported",
+            f"collectives of {len(groups)} groups of processes in one model; those of one group are supported",
             source=source_line(list(names.values())[-1]),
         )
-    group = next((Group(name, *process_group(name)) for name in names), None)
+    group = next(iter(groups.values()), None)
     exchanged = any(node.target in EXCHANGES for node in nodes)
     return frame.across(group, None) if exchanged else frame.across(None, group)
 
@@ -73,7 +77,7 @@ def part_of(call: Call, dim: Dim) -> Dim | None:
 
 def sent_by(node: fx.Node, shape: Sequence[Any]) -> Any:
     """Entries that one process sends in a collective whose operand has ``shape``, by the algorithm that moves fewest."""
-    count = process_group(named_arguments(node)["group_name"])[0]
+    count = len(process_group(named_arguments(node)["group_name"])[0])
     entries = math.prod(shape)
     if node.target in GATHERED:
         return (count - 1) * entries

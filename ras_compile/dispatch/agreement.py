@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ras_compile._torch import process_store
+from ras_compile._torch import process_group, process_store
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
 from ras_compile.errors import RASError
@@ -62,7 +62,7 @@ def agree(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any], confi
 
 def _exchanged(group: Group, own: str) -> list[dict[str, str]]:
     """What each process of a group wrote, in order."""
-    store, members = process_store(group.name)
+    store, (members, _) = process_store(), process_group(group.name)
     name = f"ras_compile/{'-'.join(map(str, members))}"
     place = f"{name}/{next(_counts[name])}"
     store.set(f"{place}/{group.rank}", own)

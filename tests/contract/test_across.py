@@ -39,11 +39,11 @@ def shard() -> slice:
     return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
 
 
-def everyone(rows: Tensor) -> Tensor:
+def everyone(rows: Tensor, tokens: int = TOKENS) -> Tensor:
     """The rows of all processes as rows of all tokens."""
     found = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(found, rows)
-    return torch.cat([rank * TOKENS // len(found) + own for rank, own in enumerate(found)], dim=1)
+    return torch.cat([rank * tokens // len(found) + own for rank, own in enumerate(found)], dim=1)
 
 
 def contract(attention: type, **options: Any) -> Callable[[int], dict[str, Any]]:
@@ -172,6 +172,70 @@ def test_context_parallel_of_diffusers():
         return against_one(subject(model, given), subject(build(), given), whole=True)
 
     assert max(on_ranks(2, work)) < TIGHT
+
+
+def test_context_parallel_of_a_video():
+    """Tokens of a latent with sides of its own, of which each process takes a stretch behind the patches."""
+    diffusers = pytest.importorskip("diffusers", minversion="0.38")
+    wan = diffusers.WanTransformer3DModel
+    config = dict(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32,
+        num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+
+    def build() -> Any:
+        torch.manual_seed(7)
+        return wan(**config).eval()
+
+    def work(rank: int) -> Any:
+        torch.set_default_dtype(torch.float64)
+        torch.accelerator.device_count = lambda: 1
+        torch._C._get_accelerator = lambda: torch.device("cpu")
+        torch.manual_seed(0)
+        given = dict(
+            hidden_states=torch.randn(SAMPLES, 4, 3, 4, 8), timestep=torch.ones(SAMPLES),
+            encoder_hidden_states=torch.randn(SAMPLES, 7, 16), return_dict=False,
+        )  # fmt: skip
+        model = build()
+        model.set_attention_backend("native")
+        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
+        shared, alone = subject(model, given), subject(build(), given)
+        tokens, all_of_them = shared.frame.tokens, alone.frame.tokens
+        assert all_of_them == 2 * tokens == 24
+        own = slice(rank * tokens, (rank + 1) * tokens)
+        dense, caches = shared.dense(shared.values)
+        wanted, before = alone.dense(alone.values)
+        found = {"dense": error(dense, wanted)}
+        other = alone.other_latent()
+        every = torch.arange(tokens).repeat(SAMPLES, 1)
+        whole, _ = shared.sparse(shared.with_latent(other), every, caches)
+        found["identity"] = error(whole, alone.reference(alone.with_latent(other)))
+        rows = shared.rows(tokens // 4, seed=rank)
+        same, after = shared.sparse(shared.values, rows, caches)
+        found["consistency"] = max(error(same, dense), error(after, caches))
+        (moved, *_), _ = shared.sparse(shared.with_latent(other), rows, caches)
+        kept = torch.ones(SAMPLES, tokens, dtype=torch.bool).scatter_(1, rows, False)
+        view, noise = shared.plan.noise_view, dense[0]
+        found["locality"] = float(not torch.equal(view(moved)[kept], view(noise)[kept]))
+        for step in (1, 2):
+            latent, rows = alone.other_latent(step), shared.rows(tokens // 4, seed=10 * step + rank)
+            outputs, caches = shared.sparse(shared.with_latent(latent), rows, caches)
+            wanted, before = alone.sparse(alone.with_latent(latent), everyone(rows, all_of_them), before)
+            found[f"oracle {step}"] = error(outputs, wanted)
+        for seen, all_seen, value in (
+            (shared.plan.latent_view, alone.plan.latent_view, shared.latent), (view, alone.plan.noise_view, noise)
+        ):  # fmt: skip
+            assert torch.equal(seen(value), all_seen(value)[:, own])
+        assert shared.plan.spread is not None
+        made = noise.clone()
+        view.write(made, view(noise) + 1)
+        assert torch.equal(alone.plan.noise_view(made)[:, own], alone.plan.noise_view(noise)[:, own] + 1)
+        shared.plan.spread.share(made)
+        assert torch.equal(made, noise + 1)
+        return found
+
+    for found in on_ranks(2, work):
+        assert max(found.values()) < TIGHT, found
 
 
 def test_sharded_tensors_of_pytorch_are_refused():

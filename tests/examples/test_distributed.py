@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -61,3 +62,20 @@ def test_two_actors_of_ray_draw_the_pictures_of_one(tmp_path, alone):
     pytest.importorskip("ray")
     run([sys.executable, SCRIPT, *given(tmp_path), "--ray", "2"])
     assert drawn(tmp_path) == alone
+
+
+@pytest.mark.pipelines
+@pytest.mark.slow
+def test_the_benchmark_of_two_processes(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(EXAMPLES / "benchmarks" / "across.py")
+    less = ["--model", "wan-1.3b", "--size", "tiny", "--device", "cpu", "--inner-backend", "eager", "--layers", "1"]
+    out = tmp_path / "across.json"
+    run([sys.executable, *launcher, script, *less, "--steps", "6", "--repeats", "1", "--out", str(out)])
+    dense, adaptive = json.loads(out.read_text())["rows"]
+    assert dense["kinds"] == "dddddd" and adaptive["kinds"] == "ddddss"
+    assert adaptive["same"] and dense["same"] and "warnings" not in adaptive
+    assert 0 < adaptive["sent_sparse"] < adaptive["sent_dense"]
+    run([sys.executable, *launcher, script, *less, "--steps", "6", "--cancel", "4", "--out", str(out)])
+    found = json.loads(out.read_text())["cancel"]
+    assert 0 < found["stopped"] < 4 and found["apart"] == 0 and found["same"]
