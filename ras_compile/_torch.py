@@ -87,6 +87,7 @@ __all__ = [
     "source_of",
     "tables_of",
     "tracing",
+    "vary_numbers",
     "version_of",
     "why_graph_ends",
 ]
@@ -101,6 +102,9 @@ try:
     from torch._dynamo.convert_frame import compile_lock  # held by who compiles; without it two threads mix their modes
     from torch._dynamo.eval_frame import OptimizedModule  # what `torch.compile(module)` returns
     from torch._dynamo.eval_frame import _TorchDynamoContext as DynamoContext  # its methods call what was compiled
+    from torch._dynamo import exc as _exc  # what restarts a capture
+    from torch._dynamo import symbolic_convert as _symbolic_convert  # the code that is being captured
+    from torch._dynamo import pgo as _pgo  # which numbers of a call were the same so far, and are constants for Dynamo
     from torch._dynamo.exc import InvalidBackend  # an unknown name of a backend; without it the error is Dynamo's own
     from torch._dynamo.exc import TorchRuntimeError  # a model that fails while it is traced; as above
     from torch._dynamo.resume_execution import (
@@ -319,6 +323,27 @@ def copy_reason(graph: fx.GraphModule, copy: fx.GraphModule) -> fx.GraphModule:
 def is_transform(target: Any) -> bool:
     """Whether a node's target belongs to a `torch.func` transform; tracing one a second time leaves its stack open."""
     return (getattr(target, "__module__", None) or "").startswith(("torch._functorch", "torch._dynamo._trace_wrapped"))
+
+
+def vary_numbers(wanted: Callable[[str, Any], bool]) -> None:
+    """Restarts the present capture where Dynamo took numbers for constants that ``wanted`` wants as inputs.
+
+    Without it Dynamo finds out at the second call that a number varies, and makes another graph.
+
+    Args:
+        wanted: takes Dynamo's expression of a number, and its value.
+    """
+    capture, found = getattr(_symbolic_convert.tls, "current_tx", None), False
+    if capture is None:  # somebody else's graph
+        return
+    place = capture.f_code.co_filename, capture.f_code.co_firstlineno, capture.f_code.co_name
+    for known, state in _pgo.get_code_state().items():
+        if (known.filename, known.firstlineno, known.name) == place:
+            for name, entry in state.automatic_dynamic.items():
+                if isinstance(entry.scalar, int | float) and wanted(name, entry.scalar):
+                    entry.scalar, found = _pgo.auto_dynamic, True
+    if found:
+        raise _exc.TensorifyScalarRestartAnalysis(restart_reason="a number that varies from call to call is an input")
 
 
 def raise_recompile_limit(count: int) -> None:

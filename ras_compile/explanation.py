@@ -13,14 +13,14 @@ import torch
 from torch import fx, nn
 
 from ras_compile._torch import call_uncompiled, compiled_call, original, pytree, set_compiled_call
-from ras_compile.capture.inputs import GraphInput, check_timestep, describe_inputs
+from ras_compile.capture.inputs import GraphInput, check_timestep, describe_arguments, describe_inputs
 from ras_compile.capture.sharding import settle_sharding_hooks
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import RASConfig, is_whole
 from ras_compile.dispatch.dispatcher import worth_tracing
 from ras_compile.dispatch.kinds import GraphBreak, arguments_of, graph_break, part_of
-from ras_compile.dispatch.traced import inputs_of, specialise
+from ras_compile.dispatch.traced import inputs_of, lifted, specialise
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph, UnusableInput
 from ras_compile.execute.compiling import compiling
 from ras_compile.kernels.fallbacks import Fallback
@@ -405,7 +405,9 @@ def plan_of(transformer: nn.Module, inputs: dict[str, Any], config: RASConfig) -
         if not worth_tracing(error, leaves):
             raise
     with compiling(announced=False):  # the model's own code runs
-        entry = specialise(original(transformer), (), inputs, config)
+        root = original(transformer)
+        leaves = lifted(leaves, describe_arguments(type(root).forward, (), inputs), config)
+        entry = specialise(root, (), inputs, leaves, config)
     return entry.plan, list(entry.inputs), inputs_of(entry.trace, leaves)
 
 

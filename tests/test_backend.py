@@ -40,16 +40,32 @@ def test_half_the_tokens_stay_near_the_dense_picture():
     assert 0 < gap < 0.1
 
 
-@pytest.mark.parametrize("number", [float, int])
-def test_a_python_number_as_timestep(number):
-    """One graph serves every value, and steps are told by it."""
-    compiled = torch.compile(model(), backend="ras", options=EAGER)
-    latent = LATENT
-    with torch.no_grad():
-        for step in range(10):
-            time = number(1000 - 100 * step)
-            latent = latent - compiled(latent, time, TEXT) / 10
-    assert kinds(compiled).endswith("ssss")
+class Numbers(TinyDiT):
+    """Takes a list of numbers, as many pictures are in the batch."""
+
+    def forward(self, hidden_states, timestep, text):
+        return super().forward(hidden_states, torch.tensor(timestep, dtype=torch.float32), text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [(TinyDiT, float), (TinyDiT, int), (Numbers, lambda time: [float(time), time / 2])],
+    ids=["float", "int", "list"],
+)
+def test_a_python_number_as_timestep(kind, number):
+    """One graph serves every value from the first call on, and steps are told by it."""
+    torch.manual_seed(1)
+    plain = kind().eval()
+    compiled = torch.compile(plain, backend="ras", options={**EAGER, "sample_ratio": 1.0})
+    for _ in range(2):
+        latent = LATENT
+        with torch.no_grad():
+            for step in range(6):
+                time = number(1000 - 100 * step)
+                noise = compiled(latent, time, TEXT)
+                torch.testing.assert_close(noise, plain(latent, time, TEXT))
+                latent = latent - noise / 10
+        assert kinds(compiled) == "ddssss", "the second picture's steps are those of the first"
 
 
 def test_a_list_of_python_numbers_has_the_models_type():

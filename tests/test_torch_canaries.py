@@ -73,6 +73,23 @@ def test_a_backend_is_told_of_a_reset(name):
     assert told
 
 
+@canary("vary_numbers")
+def test_a_number_becomes_an_input_at_the_first_call(name):
+    seen, graphs = [], []
+
+    def backend(graph, inputs):
+        _torch.vary_numbers(lambda source, number: seen.append((source, number)) or source.startswith("L['time']"))
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, time, count: x * time[0] + count, backend=backend)
+    results = [compiled(torch.ones(2), [time], 3).tolist() for time in (0.5, 0.25)]
+    assert results == [[3.5, 3.5], [3.25, 3.25]] and len(graphs) == 1
+    assert ("L['time'][0]", 0.5) in seen and ("L['count']", 3) in seen
+    _torch.vary_numbers(lambda source, number: True)  # nothing is captured here
+
+
 # Ops
 
 

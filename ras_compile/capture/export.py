@@ -77,11 +77,8 @@ class _Interpreter(fx.Interpreter):
             tensors = args[0] if args and isinstance(args[0], (list, tuple)) else args
             shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
             return tuple(tensor.expand(shape) for tensor in tensors)
-        if target is torch.full and len(args) == 2 and isinstance(args[1], Tensor):
-            return _filled(*args, **kwargs)
-        if target is torch.full_like and len(args) == 2 and isinstance(args[1], Tensor):
-            return _filled(args[0].shape, args[1], **_like(args[0], kwargs))
-        return super().call_function(target, args, kwargs)
+        made = filled(target, args, kwargs)
+        return made if made is not None else super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         # `fill_diagonal_` is `as_strided` inside; perturbed attention calls it on a part of its mask
@@ -90,21 +87,24 @@ class _Interpreter(fx.Interpreter):
             return args[0]
         if target == "type_as" and isinstance(args[0], Tensor) and not kwargs:
             return args[0].to(args[1].device, args[1].dtype)
-        if target == "new_full" and len(args) == 3 and isinstance(args[2], Tensor):
-            return _filled(*args[1:], **_like(args[0], kwargs))
-        return super().call_method(target, args, kwargs)
+        made = filled(getattr(Tensor, target, None), args, kwargs)
+        return made if made is not None else super().call_method(target, args, kwargs)
 
 
-def _filled(size: Sequence[int], value: Tensor, *, dtype: Any = None, device: Any = None, **others: Any) -> Tensor:
-    """`torch.full` of a number that is a 0-d tensor."""
-    if dtype is None:
-        dtype = torch.get_default_dtype() if value.is_floating_point() else value.dtype
-    return value.to(device, dtype).expand(size).clone()
-
-
-def _like(tensor: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of a constructor that takes what it is not told from a tensor."""
-    return {"dtype": tensor.dtype, "device": tensor.device} | {k: v for k, v in kwargs.items() if v is not None}
+def filled(target: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """What `torch.full` and its kind make of a number that is a 0-d tensor: itself, repeated. None for all other calls."""
+    if (
+        target not in (torch.full, torch.full_like, Tensor.new_full)
+        or len(args) < 2
+        or not isinstance(args[-1], Tensor)
+    ):
+        return None
+    value, named = args[-1], {name: given for name, given in kwargs.items() if given is not None}
+    like = args[0] if isinstance(args[0], Tensor) else None
+    size = args[1] if len(args) == 3 else args[0] if like is None else like.shape
+    dtype = torch.get_default_dtype() if value.is_floating_point() else value.dtype
+    device, dtype = (None, dtype) if like is None else (like.device, like.dtype)
+    return value.to(named.get("device", device), named.get("dtype", dtype)).expand(size).clone()
 
 
 class _Bound(nn.Module):

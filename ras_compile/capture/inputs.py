@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile._torch import pytree, source_of
+from ras_compile._torch import pytree, source_of, vary_numbers
 from ras_compile.errors import ConfigError
 
+_TIMES = (
+    r"timesteps?",
+    r".*time.*",
+    r"t|sigmas?|noise_level",
+)  # names of arguments that say the time, the surest first
 _STEP = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]|\.([A-Za-z_]\w*)")
 
 
@@ -41,9 +46,8 @@ def source_name(node: fx.Node) -> str:
 
 def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
     """Describes every placeholder of a Dynamo graph."""
-    forward = _forward(graph)
-    names, extra = (argument_names(forward), keywords(forward)) if forward is not None else ([], "kwargs")
-    module = f"L[{own_name(forward)!r}]"
+    names, extra = _names(graph)
+    module = f"L[{own_name(_forward(graph))!r}]"
     found = []
     for node in graph.find_nodes(op="placeholder"):
         value, name = node.meta.get("example_value"), source_name(node)
@@ -55,6 +59,12 @@ def describe_inputs(graph: fx.Graph) -> list[GraphInput]:
         else:
             found.append(_user_input(name, names, extra))
     return found
+
+
+def _names(graph: fx.Graph) -> tuple[list[str], str]:
+    """What the root module's forward calls its arguments, and those that it does not name."""
+    forward = _forward(graph)
+    return (argument_names(forward), keywords(forward)) if forward is not None else ([], "kwargs")
 
 
 def _user_input(name: str, names: Sequence[str], extra: str) -> GraphInput:
@@ -156,12 +166,41 @@ def latent_candidates(inputs: Sequence[GraphInput], values: Sequence[Any], name:
     return named
 
 
+def vary_time(graph: fx.Graph, name: str | None) -> None:
+    """Restarts Dynamo's capture where it took the timestep, a Python number or some in a list, for a constant.
+
+    Dynamo itself would find out at the second call, with another graph: that step would be dense in the first picture alone.
+
+    Args:
+        graph: what was captured.
+        name: the option `timestep`.
+    """
+    names, extra = _names(graph)
+    vary_numbers(lambda source, number: varies(_user_input(source, names, extra), number, name))
+
+
+def varies(given: GraphInput, value: Any, name: str | None) -> bool:
+    """Whether an argument is a Python number, or one of a list, that says the time, and so is another one at each step.
+
+    Args:
+        given: the argument.
+        value: it.
+        name: the option `timestep`; None: by the argument's name. A whole number called `t` may as well count frames.
+    """
+    if type(value) not in (int, float):
+        return False
+    if name is not None:
+        return name in (given.argument, given.path)
+    patterns = _TIMES if isinstance(value, float) else _TIMES[:2]
+    return any(re.fullmatch(pattern, given.argument or "") for pattern in patterns)
+
+
 def find_timestep(inputs: Sequence[GraphInput], values: Sequence[Any], name: str | None) -> int | None:
     """Position of the timestep: the named argument, else one whose name says time, else None."""
     users = [index for index, given in enumerate(inputs) if given.argument is not None]
     if name is not None:
         return next((index for index in users if name in (inputs[index].argument, inputs[index].path)), None)
-    for pattern in (r"timesteps?", r".*time.*", r"t|sigmas?|noise_level"):
+    for pattern in _TIMES:
         for index in users:
             if re.fullmatch(pattern, inputs[index].argument or "") and isinstance(values[index], (Tensor, int, float)):
                 return index

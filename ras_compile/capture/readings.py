@@ -25,6 +25,7 @@ from ras_compile._torch import (
     GuardOnDataDependentSymNode,
     pytree,
 )
+from ras_compile.capture.export import filled
 from ras_compile.capture.facts import Fact
 from ras_compile.errors import UnsupportedGraph
 
@@ -112,6 +113,9 @@ class Readings(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         args, kwargs = self.enter(args, kwargs or {})
+        made = filled(function, args, kwargs)
+        if made is not None:
+            return self.leave(made)
         args, kwargs = self.numbers(function, args, kwargs)
         if function == _DATA.__get__:  # PyTorch 2.11 cannot trace it; without gradients it is a view
             return self.leave(args[0].view_as(args[0]))

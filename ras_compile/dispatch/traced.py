@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ras_compile import _torch
-from ras_compile._torch import OptimizedModule, pytree
-from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep
+from ras_compile._torch import OptimizedModule, call_uncompiled, pytree
+from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep, varies
 from ras_compile.capture.python_state import PythonState
-from ras_compile.capture.tracing import Trace, trace
+from ras_compile.capture.tracing import Trace, parts_uncompiled, trace
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.callers import compiled_call, compiled_modules
 from ras_compile.dispatch.dispatcher import (
@@ -38,6 +38,7 @@ from ras_compile.dispatch.kinds import gradients_recorded, records_gradients
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import plain_mode
+from ras_compile.notices import fell_back
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.locate import note_reached
 
@@ -120,13 +121,15 @@ def captured_in_this_call() -> bool:
     return here.capturing
 
 
-def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) -> TracedEntry:
+def specialise(root: nn.Module, args: tuple, kwargs: dict, leaves: Sequence[Any], config: RASConfig) -> TracedEntry:
     """Traces one call and makes its plan.
+
+    Args:
+        leaves: those of the arguments, as :func:`lifted` gives them.
 
     Raises:
         UnsupportedGraph: the call cannot be traced, or its graph cannot be proved right.
     """
-    leaves, _ = flattened(args, kwargs)
     strange = next((leaf for leaf in leaves if not isinstance(leaf, _LEAVES)), None)
     if strange is not None:
         raise UnsupportedGraph(
@@ -135,12 +138,50 @@ def specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig) ->
     hooked = next(((name, module) for name, module in root.named_modules() if has_hooks(module)), None)
     if hooked is not None:
         raise Hooked(*hooked)
+    own, structure = pytree.tree_flatten((args, kwargs))
+    if any(mine is not given for mine, given in zip(own, leaves, strict=True)):
+        numbers = args, kwargs
+        args, kwargs = pytree.tree_unflatten(list(leaves), structure)
+        if not same_noise(root, numbers, (args, kwargs)):
+            raise UnsupportedGraph(
+                "the timestep is a Python number, and Dynamo broke the model's graph, which is traced instead; with a tensor in "
+                "place of the number the model computes something else: give it a tensor that it can take"
+            )
     try:
         return _specialise(root, args, kwargs, config, runs=False)
     except UnsupportedGraph:
         if not places_given(leaves):
             raise
     return _specialise(root, args, kwargs, config, runs=True)
+
+
+def same_noise(root: nn.Module, one: tuple[tuple, dict], other: tuple[tuple, dict]) -> bool:
+    """Whether a model returns the same, up to rounding, for two spellings of its arguments and keyword arguments."""
+    with torch.no_grad(), parts_uncompiled(root):
+        wanted = pytree.tree_leaves(call_uncompiled(root, *one[0], **one[1]))
+        try:
+            found = pytree.tree_leaves(call_uncompiled(root, *other[0], **other[1]))
+        except Exception as error:  # of any kind: the model has just run
+            fell_back("a number that could not be a tensor", error)
+            return False
+    if [(type(v), getattr(v, "shape", None), getattr(v, "dtype", None)) for v in found] != [
+        (type(v), getattr(v, "shape", None), getattr(v, "dtype", None)) for v in wanted
+    ]:
+        return False
+    tensors = [(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, wanted, strict=True) if isinstance(a, Tensor)]
+    return all(
+        bool((a - b).abs().max() <= 0.01 * b.abs().max()) for a, b in tensors if a.numel() and a.is_floating_point()
+    )
+
+
+def lifted(leaves: Sequence[Any], described: Sequence[GraphInput], config: RASConfig) -> list[Any]:
+    """The leaves of a call's arguments, with a tensor for each number that says the time: so one trace serves all its values."""
+    return [
+        torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else torch.int64)
+        if varies(given, leaf, config.timestep)
+        else leaf
+        for leaf, given in zip(leaves, described, strict=True)
+    ]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -269,6 +310,7 @@ class TracedModel(Dispatcher[TracedEntry]):
     def __init__(self, root: nn.Module, compiled: Callable[..., Any], config: RASConfig) -> None:
         super().__init__(config)
         self._root, self.compiled = weakref.ref(root), compiled
+        self._described: dict[Hashable, list[GraphInput]] = {}  # by the structure of the arguments
 
     @property
     def root(self) -> nn.Module:
@@ -283,18 +325,25 @@ class TracedModel(Dispatcher[TracedEntry]):
         What the user gets of the present call is what Dynamo's parts compute: none of our code runs behind the last of them. It is
         made here beside that, so that the generation goes on from it as from any other call.
         """
-        leaves, structure = flattened(args, kwargs)
+        own, structure = flattened(args, kwargs)
         with compiling(announced=False):
+            leaves = self.lifted(own, structure, args, kwargs)
             key = self.key(leaves, structure)
             found = self.make(key, leaves, args, kwargs)
         if found is None:
-            self._tell_dense(self.refused[key], leaves)
+            self._tell_dense(self.refused[key], own)
             return False
         entry, values = found
         # the caches are plain tensors, whatever mode the model's own code has entered here: later calls may be in another one
         with plain_mode(values[entry.plan.latent].device), suppress(torch.OutOfMemoryError):
-            self.run(entry, values, values, entry.weights_of(values))
+            self.run(entry, values, [*own, *values[len(own) :]], entry.weights_of(values))
         return True
+
+    def lifted(self, leaves: list[Any], structure: Hashable, args: tuple, kwargs: dict) -> list[Any]:
+        """The leaves of a call's arguments as the trace takes them; see :func:`lifted`."""
+        if structure not in self._described:
+            self._described[structure] = describe_arguments(type(self.root).forward, args, kwargs)
+        return lifted(leaves, self._described[structure], self.config)
 
     def fall_back(self, args: tuple, kwargs: dict) -> Any:
         """Runs a call by Dynamo's parts, none of which is the whole model."""
@@ -306,11 +355,12 @@ class TracedModel(Dispatcher[TracedEntry]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         note_reached()
-        leaves, structure = flattened(args, kwargs)
-        if torch.is_grad_enabled() and records_gradients(itertools.chain(leaves, self.root.parameters())):
+        own, structure = flattened(args, kwargs)
+        if torch.is_grad_enabled() and records_gradients(itertools.chain(own, self.root.parameters())):
             result = self.fall_back(args, kwargs)  # whose parts refuse to record gradients
-            self._tell_dense(Refusal(gradients_recorded()), leaves)
+            self._tell_dense(Refusal(gradients_recorded()), own)
             return result
+        leaves = self.lifted(own, structure, args, kwargs)
         key = self.key(leaves, structure)
         found = self.find(key, leaves)
         if found is None and not self._is_refused(key):
@@ -318,10 +368,11 @@ class TracedModel(Dispatcher[TracedEntry]):
                 found = self.find(key, leaves) or self.make(key, leaves, args, kwargs)
         if found is None:
             result = self.fall_back(args, kwargs)
-            self._tell_dense(self.refused[key], leaves)
+            self._tell_dense(self.refused[key], own)
             return result
         entry, values = found
-        outputs, traced = iter(self.run(entry, values, values, entry.weights_of(values))), entry.trace
+        mine = [*own, *values[len(own) :]]
+        outputs, traced = iter(self.run(entry, values, mine, entry.weights_of(values))), entry.trace
         flat = [
             next(outputs) if tensor else other for tensor, other in zip(traced.is_tensor, traced.others, strict=True)
         ]
@@ -362,12 +413,7 @@ class TracedModel(Dispatcher[TracedEntry]):
         try:
             if len(entries) >= _SPECIALISATIONS:
                 raise UnsupportedGraph(f"values that Python code reads differ in more than {_SPECIALISATIONS} ways")
-            if self.counts_time(key):
-                raise UnsupportedGraph(
-                    "the timestep is a Python number, and Dynamo broke the model's graph, which is traced instead: for one "
-                    "value of each number; a tensor is supported"
-                )
-            entry = specialise(self.root, args, kwargs, self.config)
+            entry = specialise(self.root, args, kwargs, leaves, self.config)
         except (UnsupportedGraph, SpecViolation) as error:
             hooked = error.module if isinstance(error, Hooked) else None
             timestep = find_timestep(
@@ -378,19 +424,6 @@ class TracedModel(Dispatcher[TracedEntry]):
             return None
         self.keep(key, entry)
         return entry, inputs_of(entry.trace, leaves)
-
-    def counts_time(self, key: tuple) -> bool:
-        """Whether a call differs from one that was traced in its timestep alone, a Python number."""
-        leaves, *others = key
-        for (known, *rest), entries in self.plans.items():
-            for place in {entry.timestep for entry in entries} & set(range(len(known))):
-                if len(known) != len(leaves) or rest != others or known[place][0] not in (int, float):
-                    continue
-                if [a == b for a, b in zip(known, leaves, strict=True)].count(False) == 1 and known[place] != leaves[
-                    place
-                ]:
-                    return True
-        return False
 
     def plan_for(self, entry: TracedEntry, values: Sequence[Any], config: RASConfig) -> Plan:
         return traced_plan(entry.trace, entry.inputs, values, config)

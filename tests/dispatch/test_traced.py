@@ -332,16 +332,35 @@ class Number(Length):
         return super().forward(hidden_states, torch.full((len(hidden_states),), timestep), text, mask)
 
 
-def test_a_timestep_that_is_a_number(monkeypatch):
-    """Of a trace it is a constant: each step would be traced and compiled for itself."""
+class Either(Length):
+    """Takes a number for another kind of time than a tensor."""
+
+    def forward(self, hidden_states, timestep, text, mask):
+        time = torch.full((len(hidden_states),), 1000 * timestep if isinstance(timestep, float) else timestep)
+        return super().forward(hidden_states, time, text, mask)
+
+
+def test_a_timestep_that_is_a_number():
+    """One trace serves all values, from the first call on: the model takes a tensor in its place."""
     model = Number()
-    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    compiled = torch.compile(model, backend="ras", options=EXACT)
+    latent, others = latents(1)[0], inputs(4)
     with torch.no_grad():
-        compiled(latents(1)[0], 1.0, **inputs(4))
-        with pytest.warns(RASWarning, match="the timestep is a Python number.*a tensor is supported"):
-            found = compiled(latents(1)[0], 0.9, **inputs(4))
-        torch.testing.assert_close(found, model(latents(1)[0], 0.9, **inputs(4)), rtol=1e-4, atol=1e-5)
-    assert len(compiled.forward.plans) == 2 and sum(map(len, compiled.forward.plans.values())) == 1
+        for step in range(6):
+            noise = compiled(latent, 1 - step / 6, **others)
+            torch.testing.assert_close(noise, model(latent, 1 - step / 6, **others), rtol=1e-4, atol=1e-5)
+            latent = latent - noise / 6
+    assert kinds(compiled) == ["dense"] * 2 + ["sparse"] * 4
+    assert sum(map(len, compiled.forward.plans.values())) == 1
+
+
+def test_a_timestep_that_only_a_number_can_be():
+    model = Either()
+    compiled = torch.compile(model, backend="ras", options=OPTIONS)
+    with torch.no_grad(), pytest.warns(RASWarning, match="a Python number.*computes something else: give it a tensor"):
+        for time in (1.0, 0.9):
+            found = compiled(latents(1)[0], time, **inputs(4))
+            torch.testing.assert_close(found, model(latents(1)[0], time, **inputs(4)), rtol=1e-4, atol=1e-5)
 
 
 REFUSED = {
