@@ -13,6 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +21,11 @@ from rich.table import Table
 import ras_compile
 from ras_compile.cli.doctor import examine
 from ras_compile.cli.drawing import Artist, as_tensor, load, named, nearest, settings
-from ras_compile.cli.frontier import clip_score, frontier, page, psnr, table
+from ras_compile.cli.frontier import frontier, page, table
+from ras_compile.cli.measures import clip_score, image_reward, psnr
 from ras_compile.config import PRESETS
 from ras_compile.errors import ConfigError, RASError
+from ras_compile.report.pictures import frames_of, save
 from ras_compile.report.run import load as load_run
 from ras_compile.report.write import checked, write
 
@@ -51,6 +54,7 @@ _progress = Console(stderr=True)
 # Defaults of options that may be repeated; typer reads them and never writes.
 _NONE: list[str] = []
 _BENCHED = list(PRESETS)
+_WRITTEN = ("dense", "ras", "report", "focus")
 _EVALUATED = ["fast", "balanced", "quality"]
 
 Folder = Annotated[Path, typer.Argument(help="a folder that pipe.save_pretrained(folder) wrote")]
@@ -76,9 +80,14 @@ def _in_a_sentence(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (RASError, TypeError) as error:
-            print(f"ras-compile: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
+        except torch.OutOfMemoryError:
+            text = "the GPU's memory is full; give a smaller --height and --width, or another --device."
+        except (RASError, TypeError, ValueError, OSError) as error:  # the latter of the pipeline, and of files
+            text = str(error)
+        else:
+            return
+        print(f"ras-compile: {text}", file=sys.stderr)
+        raise typer.Exit(1)
 
     return run
 
@@ -180,7 +189,7 @@ def generate(
     more: Set = _NONE, device: Device = None, backend: Backend = "inductor", output: Output = Path("ras_output"),
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Draw a prompt dense and region-adaptively from the same noise: seconds, PSNR, and a report."""
+    """Draw a prompt dense and region-adaptively from the same noise: both pictures, seconds, PSNR, and a report."""
     given = {"prompt": prompt, "height": height, "width": width}
     _preset(preset)
     with _drawing(folder, device, seed, backend, given, more) as artist:
@@ -189,13 +198,18 @@ def generate(
         with _progress.status(f"drawing with the preset {preset}"):
             drawn = artist.adaptive(steps, preset)
         output.mkdir(parents=True, exist_ok=True)
-        report = artist.handle.report(output / "report.html", image=drawn.picture, dense=dense.picture, prompt=prompt)
-        focus = artist.handle.report(output / "focus.png", image=drawn.picture, dense=dense.picture)
+        written = [
+            save(frames_of(one.picture, one.video), output / name) for name, one in (("dense", dense), ("ras", drawn))
+        ]
+        written += [
+            artist.handle.report(output / name, image=drawn.picture, dense=dense.picture, prompt=prompt)
+            for name in ("report.html", "focus.png")
+        ]
     near = psnr(as_tensor(drawn.picture, drawn.video), as_tensor(dense.picture, dense.video))
     data = {
         "preset": preset, "steps": steps, "dense_seconds": dense.seconds, "seconds": drawn.seconds,
         "speedup": dense.seconds / drawn.seconds if drawn.seconds else None, "flop_speedup": drawn.summary.flop_speedup,
-        "psnr": near, "summary": str(drawn.summary), "report": str(report), "focus": str(focus),
+        "psnr": near, "summary": str(drawn.summary), **dict(zip(_WRITTEN, map(str, written), strict=True)),
     }  # fmt: skip
     if as_json:
         print(json.dumps(data))
@@ -204,7 +218,7 @@ def generate(
     ratio = f"{dense.seconds / drawn.seconds:.2f}x" if drawn.seconds else ""
     flops = "" if data["flop_speedup"] is None else f"{data['flop_speedup']:.2f}x"
     _show([head, ["dense", f"{dense.seconds:.3g}"], [preset, f"{drawn.seconds:.3g}", ratio, flops, f"{near:.1f} dB"]])
-    print(f"\n{drawn.summary}\n\nreport: {report}\nwhere it computed: {focus}")
+    print(f"\n{drawn.summary}\n\nwritten to {output}: {', '.join(path.name for path in written)}")
 
 
 @app.command()
@@ -283,33 +297,34 @@ def evaluate(
     exact_steps: Annotated[int, typer.Option(min=1, help="dense steps of the picture that counts as exact")] = 112,
     height: Height = None, width: Width = None, more: Set = _NONE, device: Device = None, backend: Backend = "inductor",
     clip: Annotated[Path | None, typer.Option(help="a folder with a CLIP model, to tell CLIPScore")] = None,
+    reward: Annotated[
+        Path | None, typer.Option("--image-reward", help="a folder with ImageReward.pt and med_config.json")
+    ] = None,
     output: Output = Path("ras_output"), as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure presets on your own weights, beside plain steps and DPM-Solver++ that take the same time."""
     for preset in presets:
         _preset(preset)
     try:
-        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-    except OSError:
-        raise ConfigError(f"{prompts} cannot be read; give a text file with one prompt a line.") from None
+        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"{prompts} cannot be read; give a text file (UTF-8) with one prompt a line.") from None
     if not lines:
         raise ConfigError(f"{prompts} holds no prompt; write one a line.")
-    score = None if clip is None else clip_score(clip)
+    asked = {"clip": (clip_score, clip), "image_reward": (image_reward, reward)}
+    judges = {name: judge(where) for name, (judge, where) in asked.items() if where is not None}
     given = {"prompt": lines[0], "height": height, "width": width}
     with _drawing(folder, device, 0, backend, given, more) as artist, _progress.status("drawing") as status:
-        rows, notes = frontier(
-            artist, lines, presets, steps, exact_steps, score, lambda name: status.update(f"drew with {name}")
-        )
+        drawn = frontier(artist, lines, presets, steps, exact_steps, judges, lambda said: status.update(f"drew {said}"))
     output.mkdir(parents=True, exist_ok=True)
     found = output / "evaluation.html"
-    found.write_text(page(rows, lines, notes, exact_steps), encoding="utf-8")
-    data = {"exact_steps": exact_steps, "prompts": len(lines), "ways": [row.told() for row in rows], "notes": notes}
-    (output / "evaluation.json").write_text(json.dumps(data, indent=1))
+    found.write_text(page(drawn), encoding="utf-8")
+    (output / "evaluation.json").write_text(json.dumps(drawn.told(), indent=1))
     if as_json:
-        print(json.dumps({**data, "page": str(found)}))
+        print(json.dumps({**drawn.told(), "page": str(found)}))
         return
     _show(
-        table(rows),
+        table(drawn.rows),
         f"to the picture of {exact_steps} dense steps from the same noise; prompts: {len(lines)}, means over them",
     )
-    print("\n".join(["", *notes, f"page: {found}"]))
+    print("\n".join(["", *drawn.verdicts, *drawn.notes, "", f"written to {output}: {found.name}, evaluation.json"]))

@@ -30,13 +30,17 @@ def load(folder: Path, device: str | None = None) -> Any:
     """The pipeline of a folder, on a device: bfloat16 on CUDA, else float32. Nothing is downloaded.
 
     Raises:
-        ConfigError: it is no folder of a pipeline, lacks weights, or diffusers is not installed.
+        ConfigError: it is no folder of a pipeline, lacks weights or cannot be loaded, there is no such device, or diffusers is
+            not installed.
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ConfigError(
-            f"{folder} is no folder of a pipeline: it has no model_index.json; give what pipe.save_pretrained(folder) wrote."
-        )
+        what = "give what pipe.save_pretrained(folder) wrote"
+        if (folder.parent / "model_index.json").is_file():
+            what = f"give the folder of the whole pipeline, {folder.parent}"
+        elif not folder.exists() and len(folder.parts) == 2:
+            what = f"nothing is downloaded here, so get it first: hf download {folder} --local-dir {folder.name}"
+        raise ConfigError(f"{folder} is no folder of a pipeline: it has no model_index.json; {what}.")
     for name, part in json.loads(index.read_text()).items():
         where = folder / name
         models = isinstance(part, list) and part[0] is not None and (where / "config.json").is_file()
@@ -47,11 +51,23 @@ def load(folder: Path, device: str | None = None) -> Any:
     except ImportError:
         raise ConfigError("pipelines need diffusers: pip install 'ras_compile[diffusers]'.") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"there is no device {device!r} here ({_line(error)}); take cuda or cpu.") from None
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     parameter = "dtype" if _takes_dtype() else "torch_dtype"
-    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{parameter: dtype}).to(device)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{parameter: dtype})
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"diffusers cannot load {folder}: {_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _takes_dtype() -> bool:

@@ -7,19 +7,20 @@ DPM-Solver++, as take the same time: a preset that these beat is not worth havin
 from __future__ import annotations
 
 import html
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ras_compile.cli.drawing import Artist, Drawn, as_tensor, dpm_solver
+from ras_compile.cli.measures import Judge, psnr, ssim
 from ras_compile.errors import ConfigError
 from ras_compile.report.pictures import as_uri, few, frames_of
+
+# What tells how well a picture fits its prompt, by the names that the data has, and how a table calls it.
+JUDGES = {"clip": "CLIPScore", "image_reward": "ImageReward"}
 
 
 @dataclass
@@ -29,22 +30,24 @@ class Row:
     Attributes:
         name: what it is called.
         steps: its number of steps.
+        preset: whether it is one.
         seconds, psnr, ssim: of each prompt: seconds of its steps, and how near it is to the exact picture.
-        clip: of each prompt: 100 times the cosine of picture and prompt, where there is a model that tells.
+        judged: of each prompt, what each of the judges says.
         pictures: of each prompt.
         speedup: by FLOPs, against as many dense steps.
     """
 
     name: str
     steps: int
+    preset: bool = False
     seconds: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
-    clip: list[float] = field(default_factory=list)
+    judged: dict[str, list[float]] = field(default_factory=dict)
     pictures: list[Any] = field(default_factory=list)
     speedup: float | None = None
 
-    def add(self, drawn: Drawn, exact: Tensor, prompt: str, clip: Callable[[Any, str], float] | None) -> None:
+    def add(self, drawn: Drawn, exact: Tensor, prompt: str, judges: Mapping[str, Judge]) -> None:
         """Takes a picture and what is known of it."""
         picture = as_tensor(drawn.picture, drawn.video)
         self.seconds.append(drawn.seconds)
@@ -53,68 +56,61 @@ class Row:
         self.speedup = drawn.summary.flop_speedup
         shown = frames_of(drawn.picture, drawn.video)
         self.pictures.append(shown)
-        if clip is not None:
-            self.clip.append(clip(shown[len(shown) // 2], prompt))
+        for name, judge in judges.items():
+            self.judged.setdefault(name, []).append(judge(shown[len(shown) // 2], prompt))
 
     def told(self) -> dict[str, Any]:
         """As plain numbers: means over the prompts."""
         found = {"way": self.name, "steps": self.steps, "seconds": mean(self.seconds), "flop_speedup": self.speedup}
-        return {
-            **found,
-            "psnr": mean(self.psnr),
-            "ssim": mean(self.ssim),
-            "clip": mean(self.clip) if self.clip else None,
-        }
+        found |= {"psnr": mean(self.psnr), "ssim": mean(self.ssim)}
+        return found | {name: mean(self.judged[name]) if name in self.judged else None for name in JUDGES}
 
 
-def psnr(picture: Tensor, exact: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1]; at most 100, that of equal ones."""
-    error = float((picture.double() - exact.double()).square().mean())
-    return min(100.0, -10 * math.log10(max(error, 1e-10)))
+@dataclass
+class Frontier:
+    """All ways.
 
-
-def ssim(picture: Tensor, exact: Tensor) -> float:
-    """Structural similarity of pictures [B, C, H, W] in [0, 1] (Wang et al. 2004, Gaussian windows of 11, sigma 1.5)."""
-    size = min(11, *(2 * ((side + 1) // 2) - 1 for side in picture.shape[-2:]))
-    line = torch.exp(-(torch.arange(size, dtype=torch.float64) - size // 2).square() / (2 * 1.5**2))
-    window = (line[:, None] * line / line.sum() ** 2)[None, None]
-    a, b = (value.double().flatten(0, 1)[:, None] for value in (picture, exact))
-
-    def smooth(value: Tensor) -> Tensor:
-        return torch.nn.functional.conv2d(value, window)
-
-    mean_a, mean_b = smooth(a), smooth(b)
-    spread = smooth(a * a) - mean_a**2 + smooth(b * b) - mean_b**2
-    shared = smooth(a * b) - mean_a * mean_b
-    first, second = 0.01**2, 0.03**2
-    top = (2 * mean_a * mean_b + first) * (2 * shared + second)
-    return float((top / ((mean_a**2 + mean_b**2 + first) * (spread + second))).mean())
-
-
-def clip_score(folder: Path) -> Callable[[Any, str], float]:
-    """A function that gives 100 times the cosine of a picture and a prompt (CLIPScore, Hessel et al. 2021).
-
-    Raises:
-        ConfigError: the folder holds no CLIP model.
+    Attributes:
+        prompts: what was drawn, the `n`-th with the seed `n`.
+        exact_steps: dense steps of the pictures that count as exact.
+        rows: the ways, the exact one left out.
+        exact: the exact picture of each prompt.
+        rivals: of each preset the number of plain steps that take its time.
+        notes: what could not be compared.
     """
-    try:
-        from transformers import CLIPModel, CLIPProcessor
 
-        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ImportError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--clip takes a folder with a CLIP model and its processor; {folder} is none ({line})."
-        ) from None
+    prompts: Sequence[str]
+    exact_steps: int
+    rows: list[Row] = field(default_factory=list)
+    exact: list[Any] = field(default_factory=list)
+    rivals: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    @torch.no_grad()
-    def score(picture: Any, prompt: str) -> float:
-        inputs = processor(text=[prompt], images=picture, return_tensors="pt", padding=True, truncation=True)
-        found = model(**inputs)
-        return 100 * float(torch.cosine_similarity(found.image_embeds, found.text_embeds))
+    def told(self) -> dict[str, Any]:
+        """As plain data."""
+        data = {
+            "exact_steps": self.exact_steps,
+            "prompts": len(self.prompts),
+            "ways": [row.told() for row in self.rows],
+        }
+        return data | {"same_time": self.rivals, "notes": self.notes}
 
-    return score
+    @property
+    def verdicts(self) -> list[str]:
+        """A sentence for each preset: how near it comes, and how near plain steps come in its time."""
+        rows = {row.name: row for row in self.rows}
+        found = []
+        for preset, count in self.rivals.items():
+            dense = "dense" if count == rows["dense"].steps else f"{count} plain steps"
+            near = [
+                f"{name}: {mean(rows[name].psnr):.1f} dB"
+                for name in (dense, f"{count} DPM-Solver++ steps")
+                if name in rows
+            ]
+            found.append(
+                f"{preset}: {mean(rows[preset].psnr):.1f} dB; in the time of {count} dense steps, {', '.join(near)}"
+            )
+        return found
 
 
 def frontier(
@@ -123,9 +119,9 @@ def frontier(
     presets: Sequence[str],
     steps: int,
     exact_steps: int,
-    clip: Callable[[Any, str], float] | None = None,
-    on_drawn: Callable[[str], None] = lambda name: None,
-) -> tuple[list[Row], list[str]]:
+    judges: Mapping[str, Judge],
+    on_drawn: Callable[[str], None] = lambda said: None,
+) -> Frontier:
     """Draws every prompt in every way.
 
     Args:
@@ -134,54 +130,54 @@ def frontier(
         presets: those that are compared.
         steps: of the presets.
         exact_steps: dense steps of the picture that counts as exact.
-        clip: see `clip_score`.
-        on_drawn: told the name of each way when it has drawn a prompt.
-
-    Returns:
-        a row for each way, the exact one left out, and what could not be compared.
+        judges: by names of `JUDGES`.
+        on_drawn: told what has been drawn, in words.
     """
-    rows: dict[str, Row] = {}
-    notes: list[str] = []
+    found = Frontier(prompts, exact_steps)
     exacts: list[Tensor] = []
 
-    def draw(name: str, count: int, way: Callable[..., Drawn]) -> Row:
-        row = rows.setdefault(name, Row(name, count))
+    def draw(name: str, count: int, way: Callable[..., Drawn], preset: bool = False) -> list[float | None]:
+        row, speedups = Row(name, count, preset), []
         for seed, prompt in enumerate(prompts):
-            row.add(way(count, prompt=prompt, seed=seed), exacts[seed], prompt, clip)
-            on_drawn(name)
-        return row
+            drawn = way(count, prompt=prompt, seed=seed)
+            row.add(drawn, exacts[seed], prompt, judges)
+            speedups.append(drawn.summary.speedup)
+            on_drawn(f"{name}, prompt {seed + 1} of {len(prompts)}")
+        found.rows.append(row)
+        return speedups
 
     for seed, prompt in enumerate(prompts):
         drawn = artist.dense(exact_steps, prompt=prompt, seed=seed)
         exacts.append(as_tensor(drawn.picture, drawn.video))
-        on_drawn("exact")
-    dense = draw("dense", steps, artist.dense)
-    per_step = mean(dense.seconds) / steps
-    budgets: dict[int, None] = {}
-    for preset in presets:
+        found.exact.append(frames_of(drawn.picture, drawn.video))
+        on_drawn(f"{exact_steps} dense steps, prompt {seed + 1} of {len(prompts)}")
+    draw("dense", steps, artist.dense)
+    for preset in dict.fromkeys(presets):
 
         def adaptive(count: int, preset: str = preset, **more: Any) -> Drawn:
             return artist.adaptive(count, preset, **more)
 
-        row = draw(preset, steps, adaptive)
-        budgets[min(steps, max(2, round(mean(row.seconds) / per_step)))] = None
-    for count in budgets:
+        # against the dense steps of the same runs: a machine that is busy for a while slows both
+        ratios = [ratio for ratio in draw(preset, steps, adaptive, True) if ratio is not None]
+        ratio = median(ratios) if ratios else mean(found.rows[0].seconds) / mean(found.rows[-1].seconds)
+        found.rivals[preset] = min(steps, max(2, round(steps / ratio)))
+    for count in dict.fromkeys(found.rivals.values()):
         if count != steps:
             draw(f"{count} plain steps", count, artist.dense)
+        if found.notes:
+            continue
         try:
             with artist.solver(dpm_solver(artist.pipe.scheduler)):
                 draw(f"{count} DPM-Solver++ steps", count, artist.dense)
         except (ConfigError, ValueError, TypeError) as error:
-            rows.pop(f"{count} DPM-Solver++ steps", None)
-            notes.append(f"DPM-Solver++ does not fit this pipeline: {error}")
-            break
-    return list(rows.values()), notes
+            found.notes.append(f"DPM-Solver++ does not fit this pipeline: {error}")
+    return found
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Head and lines of the comparison."""
-    clip = any(row.clip for row in rows)
-    lines = [["way", "steps", "seconds", "FLOPs", "PSNR dB", "SSIM", *(["CLIPScore"] * clip)]]
+    judges = [name for name in JUDGES if any(name in row.judged for row in rows)]
+    lines = [["way", "steps", "seconds", "saved by FLOPs", "PSNR dB", "SSIM", *(JUDGES[name] for name in judges)]]
     for row in rows:
         told = row.told()
         saved = "" if row.speedup is None else f"{row.speedup:.2f}x"
@@ -193,56 +189,70 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             f"{told['psnr']:.2f}",
             f"{told['ssim']:.4f}",
         ]
-        lines.append([*cells, *([f"{told['clip']:.2f}" if row.clip else ""] * clip)])
+        lines.append([*cells, *("" if told[name] is None else f"{told[name]:.3g}" for name in judges)])
     return lines
 
 
-def page(rows: Sequence[Row], prompts: Sequence[str], notes: Sequence[str], exact_steps: int) -> str:
+def page(found: Frontier) -> str:
     """One page that needs nothing else: the table, seconds against PSNR, and the pictures."""
     lines = "".join(
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
-        for line, tag in zip(table(rows), ["th", *["td"] * len(rows)], strict=True)
+        for line, tag in zip(table(found.rows), ["th", *["td"] * len(found.rows)], strict=True)
     )
+    exactly = len(found.prompts) * (len(found.rows) + 1) <= 32  # more of them are held as JPEG, so that the page opens
     pictures = ""
-    for place, prompt in enumerate(prompts):
+    for place, prompt in enumerate(found.prompts):
+        shown = [(f"exact: {found.exact_steps} dense steps", found.exact[place])]
+        shown += [(f"{row.name}, {row.psnr[place]:.1f} dB", row.pictures[place]) for row in found.rows]
         tiles = ""
-        for row in rows:
-            frames = few(row.pictures[place])
-            uri = as_uri(frames[len(frames) // 2], len(prompts) * len(rows) <= 32)
-            said = f"{html.escape(row.name)}, {row.psnr[place]:.1f} dB"
-            tiles += f"<figure><img src='{uri}' alt=''><figcaption>{said}</figcaption></figure>"
+        for said, frames in shown:
+            few_frames = few(frames)
+            uri = as_uri(few_frames[len(few_frames) // 2], exactly)
+            said = html.escape(said)
+            tiles += f"<figure><img src='{uri}' alt='{said}'><figcaption>{said}</figcaption></figure>"
         pictures += f"<h2>{html.escape(prompt)}</h2><div class=row>{tiles}</div>"
-    noted = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    return _PAGE.format(exact=exact_steps, table=lines, plot=_plot(rows), pictures=pictures, notes=noted)
+    noted = "".join(f"<p>{html.escape(line)}</p>" for line in [*found.verdicts, *found.notes])
+    return _PAGE.format(exact=found.exact_steps, table=lines, plot=_plot(found.rows), pictures=pictures, notes=noted)
 
 
 def _plot(rows: Sequence[Row]) -> str:
+    """Seconds to the right and PSNR upwards, a point and its name for each way."""
     told = [row.told() for row in rows]
     most = max(entry["seconds"] for entry in told) * 1.1 or 1
     low, high = (f(entry["psnr"] for entry in told) for f in (min, max))
     span = max(high - low, 1e-9)
     marks = ""
-    for row, entry in zip(rows, told, strict=True):
-        x, y = 40 + 520 * entry["seconds"] / most, 270 - 230 * (entry["psnr"] - low) / span
-        color = "#3b6fb6" if row.name == "dense" or "steps" in row.name else "#e8833a"
+    taken: list[tuple[float, float]] = []
+    for row, entry in sorted(zip(rows, told, strict=True), key=lambda pair: -pair[1]["psnr"]):
+        x, y = 50 + 530 * entry["seconds"] / most, 260 - 220 * (entry["psnr"] - low) / span
         anchor, aside = ("end", -8) if x > 400 else ("start", 8)
-        marks += f"<circle cx={x:.1f} cy={y:.1f} r=5 fill='{color}'/>"
-        marks += f"<text x={x + aside:.1f} y={y + 4:.1f} text-anchor={anchor}>{html.escape(row.name)}</text>"
-    marks += f"<text x=580 y=300 text-anchor=end>seconds, to {most:.3g}</text>"
-    marks += f"<text x=44 y=16>PSNR, {low:.1f} to {high:.1f} dB</text>"
-    axes = "<path d='M40 20V280H580' fill=none stroke=#888 />"
-    return f"<svg viewBox='0 0 600 310' role=img aria-label='seconds against PSNR'>{axes}{marks}</svg>"
+        # a name goes below those of the points beside it
+        label = max([y + 4, *(other + 13 for at, other in taken if abs(at - x) < 130 and other + 13 > y + 4)])
+        taken.append((x, label))
+        marks += f"<circle cx={x:.1f} cy={y:.1f} r=5 fill='{'#e8833a' if row.preset else '#3b6fb6'}'/>"
+        marks += f"<text x={x + aside:.1f} y={label:.1f} text-anchor={anchor}>{html.escape(row.name)}</text>"
+    for part in range(5):
+        x, y = 50 + 530 * part / 4, 260 - 220 * part / 4
+        marks += f"<text x={x:.1f} y=300 text-anchor=middle>{most * part / 4:.3g}</text>"
+        marks += f"<text x=44 y={y + 4:.1f} text-anchor=end>{low + (high - low) * part / 4:.1f}</text>"
+    marks += "<text x=580 y=318 text-anchor=end>seconds of the steps</text><text x=10 y=16>PSNR in dB</text>"
+    axes = "<path d='M50 26V284H580' fill=none stroke=#888 />"
+    return f"<svg viewBox='0 0 610 324' role=img aria-label='seconds against PSNR'>{axes}{marks}</svg>"
 
 
 _PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
 <title>The frontier</title><link rel=icon href="data:,"><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 20px 16px; color: #1d2330; }}
-h1 {{ font-size: 19px; }} h2 {{ font-size: 15px; overflow-wrap: anywhere; }} .wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+h1 {{ font-size: 19px; }} h2 {{ font-size: 15px; overflow-wrap: anywhere; }} .wide {{ overflow-x: auto; margin-bottom: 14px; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }} p {{ margin: 0 0 6px; }}
 th, td {{ text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid #d9dee7; white-space: nowrap; }}
-svg {{ width: 100%; max-width: 600px; font-size: 11px; }} .row {{ display: flex; flex-wrap: wrap; gap: 8px; }}
-figure {{ margin: 0; width: 160px; }} img {{ width: 100%; }} figcaption {{ font-size: 12px; color: #667085; }}
+svg {{ width: 100%; max-width: 640px; font-size: 11px; }} .row {{ display: flex; flex-wrap: wrap; gap: 8px; }}
+figure {{ margin: 0; width: 168px; }} img {{ width: 100%; }} figcaption {{ font-size: 12px; color: #667085; }}
+.key {{ display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin: 0 4px 0 10px; }}
+@media (max-width: 500px) {{ figure {{ width: calc(50% - 4px); }} svg {{ font-size: 15px; }} }}
 </style><h1>How near each way comes to the exact picture, and in what time</h1>
-<p>Exact: {exact} dense steps from the same noise. Means over the prompts; seconds of the steps alone.</p>
-<div class=wide><table>{table}</table></div>{notes}{plot}{pictures}</html>
+<p>Exact is the picture of {exact} dense steps from the same noise. Means over the prompts; seconds of the steps alone.</p>
+<div class=wide><table>{table}</table></div>{notes}{plot}
+<p><span class=key style="background:#e8833a"></span>presets<span class=key style="background:#3b6fb6"></span>plain steps</p>
+{pictures}</html>
 """

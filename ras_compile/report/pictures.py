@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _FRAMES, _SIDE = 48, 512
 # Larger pictures are held as JPEG.
 _PIXELS = 1 << 18
+# Milliseconds of a frame of an animation: about what video models draw.
+_FRAME_MS = 60
 
 
 def pillow() -> Any:
@@ -37,12 +40,14 @@ def frames_of(value: Any, video: bool = False) -> list[Image]:
     """The frames of a video, or a picture as one frame; of a batch the first.
 
     Args:
-        value: Pillow's pictures, arrays [..., H, W, C] or tensors [..., C, H, W]; floats are in [0, 1]. Also in lists.
+        value: Pillow's pictures, arrays [..., H, W, C] or tensors [..., C, H, W]; floats are in [0, 1]. Also in lists, and
+            what a pipeline returns around them.
         video: lists and first dimensions are frames, where there is one such level alone.
 
     Raises:
         ConfigError: it is nothing that can be shown.
     """
+    value = next((getattr(value, name) for name in ("images", "frames") if hasattr(value, name)), value)
     if isinstance(value, (list, tuple)):
         if not value:
             raise ConfigError("an empty list is no picture; give a picture, or the frames of a video.")
@@ -57,7 +62,8 @@ def frames_of(value: Any, video: bool = False) -> list[Image]:
         value = (tensor.movedim(-3, -1) if tensor.ndim > 2 else tensor).cpu().numpy()
     if not hasattr(value, "__array__"):
         raise ConfigError(
-            f"a {type(value).__name__} is no picture; give Pillow's, an array [H, W, C], or a tensor [C, H, W]."
+            f"a {type(value).__name__} is no picture; give Pillow's (PIL.Image.open reads a file), an array [H, W, C], or a "
+            "tensor [C, H, W]."
         )
     import numpy as np
 
@@ -102,3 +108,11 @@ def as_uri(frame: Image, exact: bool) -> str:
 def from_uri(uri: str) -> Image:
     """The picture that an address of `as_uri` holds."""
     return pillow().open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
+
+
+def save(frames: Sequence[Image], path: Path) -> Path:
+    """Writes a picture as a PNG, and frames as an animated GIF; returns the path, which gets that suffix."""
+    found = path.with_suffix(".png" if len(frames) == 1 else ".gif")
+    moving: dict[str, Any] = {} if len(frames) == 1 else {"append_images": frames[1:], "duration": _FRAME_MS, "loop": 0}
+    frames[0].save(found, save_all=len(frames) > 1, **moving)
+    return found

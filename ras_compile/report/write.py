@@ -31,6 +31,8 @@ def checked(path: str | PathLike[str]) -> Path:
     Raises:
         ConfigError: it is of another kind, or its folder does not exist.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise ConfigError(f"a report is written to a path, such as 'run.html', and {type(path).__name__} is none.")
     found = Path(path)
     if found.suffix.lower() not in SUFFIXES:
         raise ConfigError(

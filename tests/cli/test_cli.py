@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ typer_testing = pytest.importorskip("typer.testing", reason="needs typer: pip in
 from ras_compile.cli import main  # noqa: E402
 from ras_compile.cli.app import DEMO, app  # noqa: E402
 from ras_compile.cli.drawing import load, named, nearest  # noqa: E402
-from ras_compile.cli.frontier import Row, page, psnr, ssim, table  # noqa: E402
+from ras_compile.cli.frontier import Frontier, Row, page, table  # noqa: E402
+from ras_compile.cli.measures import image_reward, psnr, ssim  # noqa: E402
 from ras_compile.errors import ConfigError  # noqa: E402
+from ras_compile.report.pictures import save  # noqa: E402
 from ras_compile.report.write import write  # noqa: E402
 
 EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "pipeline"
@@ -61,7 +64,14 @@ def test_a_command_that_is_not_there_is_told_with_the_nearest():
         (["generate", EMOJI, "a cat", "--preset", "balancd"], "no preset 'balancd'; did you mean 'balanced'?"),
         (["generate", EMOJI, "a cat", "--set", "hight=3", "--device", "cpu"], "takes no 'hight'; did you mean 'height'?"),
         (["generate", EMOJI, "a cat", "--set", "height", "--device", "cpu"], "--set takes name=value"),
-        (["evaluate", EMOJI, "nowhere.txt"], "nowhere.txt cannot be read; give a text file with one prompt a line"),
+        (["generate", EMOJI, "a cat", "--device", "gpu"], "no device 'gpu' here"),
+        (["generate", EMOJI, "a cat", *SMALL, "--height", "63"], "divisible by 4"),  # the pipeline's own words
+        (["generate", EMOJI / "transformer", "a cat"], f"give the folder of the whole pipeline, {EMOJI}"),
+        (["generate", "some/name", "a cat"], "nothing is downloaded here, so get it first: hf download some/name"),
+        (["evaluate", EMOJI, "nowhere.txt"], "nowhere.txt cannot be read; give a text file (UTF-8) with one prompt a line"),
+        (["evaluate", EMOJI, EMOJI / "vae" / "diffusion_pytorch_model.safetensors"], "cannot be read; give a text file"),
+        (["evaluate", EMOJI, EMOJI / "NOTICE", "--clip", EMOJI], "--clip takes a folder with a CLIP model"),
+        (["evaluate", EMOJI, EMOJI / "NOTICE", "--image-reward", EMOJI], "lacks them"),
         (["report", "nowhere.json", "out.html"], "nowhere.json cannot be read"),
         (["report", "nowhere.json", "out.pdf"], "a report is a file that ends in"),
         (["explain", "FluxPipelin"], "is neither a folder nor a class of diffusers; did you mean 'FluxPipeline'?"),
@@ -71,6 +81,12 @@ def test_what_cannot_be_done_is_said_in_a_sentence(args, sentence):
     found = call(*args, code=1)
     last = found.stderr.strip().splitlines()[-1]  # before it, diffusers' bars
     assert last.startswith("ras-compile: ") and sentence in last and "Traceback" not in found.output
+
+
+def test_a_folder_that_diffusers_cannot_load_is_said(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
+    with pytest.raises(ConfigError, match="diffusers cannot load"):
+        load(tmp_path, "cpu")
 
 
 def test_a_folder_without_weights_is_said(tmp_path):
@@ -93,12 +109,24 @@ def test_a_folder_is_explained():
     assert found["words"].startswith("In a run of 12 steps")
 
 
+def test_the_last_line_names_what_was_written(tmp_path):
+    last = call("generate", EMOJI, "a cat", "--steps", "5", "--output", tmp_path, *SMALL).stdout.splitlines()[-1]
+    assert last == f"written to {tmp_path}: dense.png, ras.png, report.html, focus.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.png", "focus.png", "ras.png", "report.html"]
+
+
+def test_a_video_is_written_as_an_animation(tmp_path):
+    path = save([picture(), picture().transpose(Image.Transpose.ROTATE_90)], tmp_path / "dense")
+    assert path.name == "dense.gif" and Image.open(path).n_frames == 2
+
+
 def test_a_prompt_is_drawn_both_ways(tmp_path):
     found = data("generate", EMOJI, "a <b>cat</b>", "--steps", "6", "--output", tmp_path / "new", *SMALL)
     assert found["steps"] == 6 and found["flop_speedup"] > 1 and 5 < found["psnr"] < 100
     html = Path(found["report"]).read_text()
     assert "data:image/png" in html and "<b>cat" not in html
     assert Image.open(found["focus"]).width > 1000
+    assert Image.open(found["dense"]).size == Image.open(found["ras"]).size == (64, 64)
 
 
 def test_presets_are_measured_on_ones_own_weights(tmp_path):
@@ -153,8 +181,48 @@ def test_named_arguments_are_pythons_values_or_texts():
     assert nearest("xyz", ["fast"]) == "." and nearest("fsat", ["fast"]) == "; did you mean 'fast'?"
 
 
+def told_frontier() -> Frontier:
+    def row(name, steps, seconds, near, preset=False):
+        return Row(name, steps, preset, [seconds], [near], [0.9], {"clip": [31.0]}, [[picture()]], 1.0)
+
+    rows = [row("dense", 6, 3.0, 30.0), row("fast", 6, 1.5, 28.0, True), row("3 plain steps", 3, 1.5, 25.0)]
+    return Frontier(["<script>alert(1)</script>"], 8, rows, [[picture()]], {"fast": 3}, ["<i>"])
+
+
 def test_the_frontiers_page_escapes_prompts():
-    row = Row("dense", 6, [1.0], [30.0], [0.9], [], [[picture()]], 1.0)
-    text = page([row], ["<script>alert(1)</script>"], ["<i>"], 8)
-    assert "<script" not in text and "<i>" not in text and "30.0 dB" in text
-    assert table([row])[1] == ["dense", "6", "1", "1.00x", "30.00", "0.9000"]
+    text = page(told_frontier())
+    assert "<script" not in text and "<i>" not in text and "30.0 dB" in text and "exact: 8 dense steps" in text
+    assert "fast: 28.0 dB; in the time of 3 dense steps, 3 plain steps: 25.0 dB" in text
+
+
+def test_a_judge_has_a_column_where_there_is_one():
+    found = told_frontier()
+    assert table(found.rows)[0][-1] == "CLIPScore" and table(found.rows)[1][:3] == ["dense", "6", "3"]
+    told = found.told()["ways"][0]
+    assert told["clip"] == 31 and told["image_reward"] is None
+    for row in found.rows:
+        row.judged.clear()
+    assert table(found.rows)[0][-1] == "SSIM"
+
+
+def test_image_reward_is_read_by_its_package(monkeypatch, tmp_path, capsys):
+    """A stand-in with the arguments of the package's version 1.5, which prints what it loads."""
+    (tmp_path / "ImageReward.pt").touch(), (tmp_path / "med_config.json").touch()
+    monkeypatch.setitem(sys.modules, "ImageReward", None)
+    with pytest.raises(ConfigError, match="pip install image-reward"):
+        image_reward(tmp_path)
+
+    class Model:
+        def score(self, prompt, image):
+            return len(prompt) + image.width
+
+    def load(name, device, download_root=None, med_config=None):
+        assert Path(name).is_file() and Path(med_config).is_file()
+        print("load checkpoint")
+        return Model()
+
+    package = types.ModuleType("ImageReward")
+    package.load = load
+    monkeypatch.setitem(sys.modules, "ImageReward", package)
+    assert image_reward(tmp_path)(Image.new("RGB", (5, 5)), "four") == 9
+    assert capsys.readouterr().out == ""
