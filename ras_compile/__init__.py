@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ def __getattr__(name: str) -> Any:
     elif name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        methods = ("configure", "detach", "report", "summary")
+        where = f"; it is a method of what ras_compile.attach(pipe) returns: handle.{name}()" if name in methods else ""
+        # given the module, Python names what was meant
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{where}", name=name, obj=sys.modules[__name__]
+        )
     globals()[name] = value
     return value
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 from ras_compile.errors import ConfigError
 from ras_compile.options import Options
@@ -301,6 +301,14 @@ class RASConfig:
         return {"low": 1.0, "high": 0.0}[self.focus] if isinstance(self.focus, str) else float(self.focus)
 
 
+def _stays(config: RASConfig, name: str, value: Any) -> NoReturn:
+    text = f"a RASConfig stays as it is; write handle.configure({name}={value!r}), or make another RASConfig."
+    raise FrozenInstanceError(text)
+
+
+type.__setattr__(RASConfig, "__setattr__", _stays)  # what a frozen class says by itself does not say what to do
+
+
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options by the names of fields: a preset is what it stands for, over which what is given beside it rules."""
     given = dict(options)
@@ -319,7 +327,8 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     if name is None:
         return given
     if not isinstance(name, str) or name not in PRESETS:
-        raise ConfigError(f"option preset={name!r} is not allowed; it takes {' or '.join(map(repr, PRESETS))}.")
+        allowed = " or ".join(map(repr, PRESETS))
+        raise ConfigError(f"option preset={name!r} is not allowed{_meant(name, PRESETS)}; it takes {allowed}.")
     preset = dict(PRESETS[name])
     if given.get("speedup") is not None:  # it is reached by choosing the ratio
         del preset["sample_ratio"]
@@ -330,16 +339,24 @@ def _bad(config: RASConfig, name: str, allowed: str) -> ConfigError:
     return ConfigError(f"option {name}={getattr(config, name)!r} is not allowed; it takes {allowed}.")
 
 
+def _meant(value: Any, choices: Iterable[str]) -> str:
+    """The part of a sentence that names the choice which a wrong word is near."""
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
 def _one_of(config: RASConfig, name: str, choices: tuple[str, ...], also: str | None = None) -> None:
     value = getattr(config, name)
     if not isinstance(value, str) or value not in choices:
-        raise _bad(config, name, " or ".join([*map(repr, choices), *([also] if also else [])]))
+        allowed = " or ".join([*map(repr, choices), *([also] if also else [])])
+        raise ConfigError(f"option {name}={value!r} is not allowed{_meant(value, choices)}; it takes {allowed}.")
 
 
 def _integer(config: RASConfig, name: str, low: int) -> int:
     value = getattr(config, name)
     if not is_whole(value) or value < low:
-        raise _bad(config, name, f"a whole number of at least {low}")
+        what = " of bytes, such as 2 * 2**30," if name == "cache_budget" else ""
+        raise _bad(config, name, f"a whole number{what} of at least {low}")
     return int(value)
 
 
@@ -353,7 +370,7 @@ def _number(config: RASConfig, name: str, low: float, high: float = math.inf, op
     fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or value > high or value < low or (open_low and value == low):
         span = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
-        raise _bad(config, name, f"a number in {span}")
+        raise _bad(config, name, f"a number in {span}" + ", such as 0.25 for a quarter" * (name == "sample_ratio"))
     return float(value)
 
 

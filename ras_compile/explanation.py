@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -289,7 +289,7 @@ class Explanation:
         )
 
 
-def explain(model: Any, *, options: dict[str, Any] | None = None, **inputs: Any) -> Explanation:
+def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **inputs: Any) -> Explanation:
     """Says what region-adaptive sampling makes of one call, and ends in plain words. No step is computed.
 
     ::
@@ -300,14 +300,14 @@ def explain(model: Any, *, options: dict[str, Any] | None = None, **inputs: Any)
         model: a transformer, compiled or not, or a pipeline, which is called up to its first call of a transformer: its
             text encoders run, and a generator among the inputs is drawn from.
         options: options as for the backend; see :class:`RASConfig`.
-        **inputs: the arguments of one call.
+        *args, **inputs: the arguments of one call.
 
     Raises:
         ConfigError: a bad option, or a pipeline that calls no transformer.
         TypeError: neither a module nor a pipeline, or arguments that its forward does not take.
     """
     config = RASConfig.from_options(options)
-    steps = _STEPS
+    steps, given = _STEPS, model
     if not isinstance(model, nn.Module):
         found = transformers_of(model)
         if not found or not callable(model):
@@ -315,10 +315,12 @@ def explain(model: Any, *, options: dict[str, Any] | None = None, **inputs: Any)
                 "explain takes a transformer and the arguments of one call of it, or a pipeline that has a transformer, not "
                 f"{type(model).__name__}{'; give its .transformer' if found else ''}."
             )
+        inputs = _named(model, args, inputs) if args else inputs
         steps = _steps_of(model, inputs)
         model, inputs = _first_call(model, found, inputs)
     transformer: nn.Module = model
     module: nn.Module = original(transformer)
+    inputs = _named(module.forward, args, inputs) if args and transformer is given else inputs
     check_timestep(config.timestep, type(module))
     try:
         plan, described, values = plan_of(transformer, inputs, config)
@@ -353,6 +355,20 @@ def _steps_of(pipe: Any, inputs: dict[str, Any]) -> int:
     return int(steps) if steps is not None and is_whole(steps) and steps > 0 else _STEPS
 
 
+def _named(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all of them by name.
+
+    Raises:
+        TypeError: it takes others.
+    """
+    given = inspect.signature(call).bind(*args, **kwargs)
+    named = dict(given.arguments)
+    for name, parameter in given.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
+    return named
+
+
 def _first_call(pipe: Any, transformers: dict[str, nn.Module], inputs: dict[str, Any]) -> tuple[nn.Module, dict]:
     """The transformer that a call of a pipeline calls first, with that call's arguments by name; there the call ends.
 
@@ -363,12 +379,7 @@ def _first_call(pipe: Any, transformers: dict[str, nn.Module], inputs: dict[str,
 
     def noting(module: nn.Module) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(module.forward).bind(*args, **kwargs)
-            named = dict(given.arguments)
-            for name, parameter in given.signature.parameters.items():
-                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                    named.update(named.pop(name, {}))
-            calls.append((module, named))
+            calls.append((module, _named(module.forward, args, kwargs)))
             raise _Recorded
 
         return note

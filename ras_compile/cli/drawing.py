@@ -24,6 +24,7 @@ from ras_compile.summary import Summary
 
 # A way is drawn again until nothing compiles, but not for ever: an option may make each run compile.
 _RUNS = 3
+DPM = "DPMSolverMultistepScheduler"  # the solver that presets are compared with
 
 
 def load(folder: Path, device: str | None = None) -> Any:
@@ -209,12 +210,13 @@ def dpm_solver(scheduler: Any) -> Any:
     Raises:
         ConfigError: it does not fit.
     """
-    from diffusers import DPMSolverMultistepScheduler
+    import diffusers
 
+    solver = getattr(diffusers, DPM)
     if "FlowMatch" in type(scheduler).__name__:
         shift = scheduler.config.get("shift", 1.0)
-        return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        return solver(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     try:
-        return DPMSolverMultistepScheduler.from_config(scheduler.config)
+        return solver.from_config(scheduler.config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"DPM-Solver++ does not take over from {type(scheduler).__name__}: {error}.") from None

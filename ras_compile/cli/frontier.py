@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ras_compile.cli.drawing import Artist, Drawn, as_tensor, dpm_solver
+from ras_compile.cli.drawing import DPM, Artist, Drawn, as_tensor, dpm_solver
 from ras_compile.cli.measures import Judge, psnr, ssim
 from ras_compile.errors import ConfigError
 from ras_compile.report.pictures import as_uri, few, frames_of
@@ -161,6 +161,8 @@ def frontier(
         ratios = [ratio for ratio in draw(preset, steps, adaptive, True) if ratio is not None]
         ratio = median(ratios) if ratios else mean(found.rows[0].seconds) / mean(found.rows[-1].seconds)
         found.rivals[preset] = min(steps, max(2, round(steps / ratio)))
+    if type(artist.pipe.scheduler).__name__ == DPM:
+        found.notes.append("plain steps are those of DPM-Solver++, which this pipeline has.")
     for count in dict.fromkeys(found.rivals.values()):
         if count != steps:
             draw(f"{count} plain steps", count, artist.dense)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,16 @@ def compiled_call() -> tuple[nn.Module, tuple, dict] | None:
         return None
     owner, _ = owner_of(frame)
     return None if owner is None else (owner, args, kwargs)
+
+
+def called_pipeline() -> str | None:
+    """The class of a whole pipeline, which has a transformer and is none, where the user had that compiled."""
+    frame = _call_frame()
+    called = None if frame is None else frame.f_locals.get("fn")
+    owner = inspect.unwrap(called) if callable(called) else called
+    owner = getattr(owner, "__self__", owner)
+    pipeline = not isinstance(owner, nn.Module) and isinstance(getattr(owner, "transformer", None), nn.Module)
+    return type(owner).__name__ if pipeline else None
 
 
 def compiled_modules() -> Iterator[nn.Module]:

@@ -25,7 +25,7 @@ from ras_compile._torch import original
 from ras_compile.capture.inputs import GraphInput, find_timestep
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.agreement import agree, disconnected
-from ras_compile.dispatch.callers import compiled_call
+from ras_compile.dispatch.callers import called_pipeline, compiled_call
 from ras_compile.dispatch.kinds import GraphBreak
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
@@ -268,6 +268,12 @@ class Dispatcher(Generic[_AnEntry]):
         if model is None:
             found = compiled_call()
             model = None if found is None else original(found[0])
+        pipeline = called_pipeline() if model is None else None
+        if pipeline is not None:
+            text = (
+                f"torch.compile was given a whole {pipeline}, which runs dense; use ras_compile.attach(pipe) instead."
+            )
+            return warn_once(f"ras_compile: {text}")
         name = "this model" if model is None else type(model).__name__
         if isinstance(error, GraphBreak) and not first_time((name, error.where)):
             return  # the parts on the other side of a break that was told say no more

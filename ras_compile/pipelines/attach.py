@@ -10,7 +10,7 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ras_compile.backend import ras
 from ras_compile.capture.inputs import check_timestep
 from ras_compile.capture.sharding import settle_sharding_hooks
 from ras_compile.capture.unusable import translate_dynamo_errors
-from ras_compile.config import RASConfig
+from ras_compile.config import PRESETS, RASConfig
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.errors import ConfigError
 from ras_compile.history import past_of
@@ -170,6 +170,33 @@ class Handle:
         self.follower.stop()
         self._attached, self._cast = {}, []
 
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: whoever wrote ``pipe = attach(pipe)`` wants the pipeline to draw."""
+        raise TypeError(
+            "a Handle is not the pipeline, which attach(pipe) compiled in place; keep both names, as in "
+            "`handle = ras_compile.attach(pipe)`, and call pipe(...)."
+        )
+
+    if not TYPE_CHECKING:  # a type checker knows a handle's attributes, and says of all others that there are none
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Says where that is to be found which was looked for in a handle."""
+            pipe = None if name.startswith("_") else self._pipe()
+            where = ""
+            if name in ("release", "trace"):
+                where = f"; it is a function: ras_compile.{name}(handle)"
+            elif name in RASConfig.__dataclass_fields__:
+                where = f"; it is an option: handle.config.{name}"
+            elif hasattr(pipe, name):
+                where = f"; it is the pipeline's, which attach(pipe) compiled in place: pipe.{name}"
+            raise AttributeError(f"a Handle has no attribute {name!r}{where}", name=name, obj=self)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "config" or name in RASConfig.__dataclass_fields__:
+                what = "sample_ratio=0.25" if name == "config" else f"{name}={value!r}"
+                raise AttributeError(f"options are changed by handle.configure({what}), not by handle.{name} = ...")
+            super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuses copies and pickles: a copied pipeline is a plain one, so that a copied handle would stand for nothing."""
         raise TypeError(
@@ -212,7 +239,15 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
         raise ConfigError(
             "attach takes options by name: attach(pipe, sample_ratio=0.5), not attach(pipe, options={...})."
         )
+    arguments = inspect.signature(type(pipe).__call__).parameters if callable(pipe) else ()
+    for name in options.keys() - Options.__annotations__:
+        meant = next((known for known in arguments if known == name or known.endswith(f"_{name}")), None)
+        if meant is not None:
+            raise ConfigError(f"{name} is no option, but an argument of the pipeline: pipe(..., {meant}=...).")
     config = RASConfig.from_options(chosen)
+    if isinstance(pipe, type):
+        name = pipe.__name__
+        raise ConfigError(f"attach takes a loaded pipeline, and {name} is a class: give {name}.from_pretrained(...).")
     if isinstance(pipe, (str, nn.Module)) or pipe is None:
         raise ConfigError(
             f"attach takes a loaded diffusers pipeline, not {'None' if pipe is None else type(pipe).__name__}; a model alone is "
@@ -220,7 +255,7 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
         )
     found = transformers_of(pipe)
     if not found:
-        what = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
+        what = type(pipe).__name__
         if getattr(pipe, "unet", None) is not None:
             raise ConfigError(
                 f"{what} denoises with a UNet, and region-adaptive sampling takes diffusion transformers alone; use a pipeline "
@@ -266,9 +301,10 @@ def _chosen(config: RASConfig | None) -> dict[str, Any]:
     if config is None:
         return {}
     if not isinstance(config, RASConfig):
+        such = f"preset={config!r}" if isinstance(config, str) and config in PRESETS else "sample_ratio=0.5"
         raise ConfigError(
             f"attach takes a RASConfig as its second argument, not {type(config).__name__}; options are given by name: "
-            "attach(pipe, sample_ratio=0.5)."
+            f"attach(pipe, {such})."
         )
     names = set(vars(config))
     default = vars(RASConfig.from_options({"metric": config.metric} if "metric" in names else {}))

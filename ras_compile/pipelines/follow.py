@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ras_compile._torch import original
+from ras_compile._torch import compiled_call, original
 from ras_compile.config import RASConfig
+from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.notices import user_frame, warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.pipelines.clean import CleanHold, Draws
@@ -374,7 +375,8 @@ class SchedulerFollower:
         pipe = self._pipe()
         for name, attached in list(self._transformers.items()):
             present = getattr(pipe, name, None)
-            if present is not attached and original(present) is attached:
+            within = isinstance(present, nn.Module) and original(present) is attached
+            if within and (present is not attached or not isinstance(compiled_call(attached), Exchangeable)):
                 warn_once(
                     f"ras_compile: {type(pipe).__name__}.{name} was compiled once more after attach(); the options of that "
                     "compilation rule. Put the plain module back, or call detach() on the handle."

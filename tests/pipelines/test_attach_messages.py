@@ -7,6 +7,7 @@ import warnings
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from pipelines import EAGER, draw_sd3, kinds, sd3
 from tiny import LATENT, TEXT, model
 
@@ -33,6 +34,18 @@ class Unet:
         (lambda: None, {}, "loaded diffusers pipeline, not None"),
         (lambda: torch.nn.Linear(1, 1), {}, r"not Linear; a model alone is compiled by torch.compile"),
         (Unet, {}, "denoises with a UNet"),
+        (lambda: diffusers.FluxPipeline, {}, r"FluxPipeline is a class: give FluxPipeline.from_pretrained\(...\)"),
+        (sd3, {"config": "fast"}, r"not str; options are given by name: attach\(pipe, preset='fast'\)"),
+        (
+            sd3,
+            {"steps": 28},
+            r"steps is no option, but an argument of the pipeline: pipe\(..., num_inference_steps=...\)",
+        ),
+        (sd3, {"height": 64}, r"height is no option, but an argument of the pipeline: pipe\(..., height=...\)"),
+        (sd3, {"preset": "Fast"}, r"not allowed \(did you mean 'fast'\?\)"),
+        (sd3, {"metric": "STD"}, r"not allowed \(did you mean 'std'\?\)"),
+        (sd3, {"sample_ratio": 25}, "such as 0.25 for a quarter"),
+        (sd3, {"cache_budget": "2GB"}, r"a whole number of bytes, such as 2 \* 2\*\*30"),
     ],
 )
 def test_what_is_no_pipeline_or_no_option(pipe, given, text):
@@ -99,6 +112,51 @@ def test_a_module_that_is_compiled_once_more():
         pipe.transformer = torch.compile(pipe.transformer, backend="ras", options=EAGER)
         with pytest.warns(ras_compile.RASWarning, match="was compiled once more after attach"):
             draw_sd3(pipe)
+
+
+def test_a_module_that_is_compiled_in_place_once_more():
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    with ras_compile.attach(pipe, **EAGER):
+        pipe.transformer.compile(backend="eager")
+        with pytest.warns(ras_compile.RASWarning, match="was compiled once more after attach"):
+            draw_sd3(pipe)
+
+
+def test_a_pipeline_that_is_compiled_whole():
+    """One sentence, for all the parts that Dynamo makes of it."""
+    pipe = sd3()
+    pipe.set_progress_bar_config(disable=True)
+    compiled = torch.compile(pipe, backend="ras", options={"inner_backend": "eager"})
+    with pytest.warns(ras_compile.RASWarning, match="a whole StableDiffusion3Pipeline") as told:
+        draw_sd3(compiled, steps=2)
+    assert len([item for item in told if issubclass(item.category, ras_compile.RASWarning)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind", "text"),
+    [
+        (lambda handle: handle("a cat"), TypeError, r"is not the pipeline, .* call pipe\(...\)"),
+        (lambda handle: handle.to("cpu"), AttributeError, "it is the pipeline's, .*: pipe.to"),
+        (lambda handle: handle.trace(), AttributeError, r"it is a function: ras_compile.trace\(handle\)"),
+        (lambda handle: handle.warmup_steps, AttributeError, "it is an option: handle.config.warmup_steps"),
+        (lambda handle: handle.sumary(), AttributeError, "no attribute 'sumary'$"),  # Python names the nearest
+        (lambda handle: setattr(handle, "sample_ratio", 0.3), AttributeError, r"handle.configure\(sample_ratio=0.3\)"),
+        (lambda handle: setattr(handle, "config", None), AttributeError, r"handle.configure\(sample_ratio=0.25\)"),
+        (
+            lambda handle: setattr(handle.config, "sample_ratio", 0.3),
+            AttributeError,
+            r"handle.configure\(sample_ratio=0.3\)",
+        ),
+        (lambda handle: handle.report(Image.new("RGB", (8, 8))), ras_compile.ConfigError, "a path, such as 'run.html'"),
+        (lambda handle: ras_compile.detach(handle), AttributeError, r"method of what .* returns: handle.detach\(\)"),
+        (lambda handle: ras_compile.compile(handle), AttributeError, "no attribute 'compile'$"),
+    ],
+)
+def test_what_is_looked_for_in_a_handle(mistake, kind, text):
+    with ras_compile.attach(sd3(), **EAGER) as handle, pytest.raises(kind, match=text) as error:
+        mistake(handle)
+    assert "\n" not in str(error.value)
 
 
 def test_a_speedup_without_sparse_steps():
