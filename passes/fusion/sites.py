@@ -26,6 +26,7 @@ from ras_compile.kernels import epilogue_reference
 from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.fusion.epilogues import Epilogue, arguments, hypotheses
+from ras_compile.passes.rules.collectives import COLLECTIVES
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def candidate(put: fx.Node, after: set[fx.Node]) -> Site | None:
         if node not in after:
             site.leaves.append(node)
             return True
-        if len(site.live) > MAX_LIVE or node.op != "call_function" or not all(map(visit, node.all_input_nodes)):
+        if len(site.live) > MAX_LIVE or not runs_here(node) or not all(map(visit, node.all_input_nodes)):
             return False
         site.reach[node] = frozenset().union(
             *(site.reach.get(operand, frozenset()) for operand in node.all_input_nodes)
@@ -142,6 +143,11 @@ def candidate(put: fx.Node, after: set[fx.Node]) -> Site | None:
     if any(user not in inside for node in (*site.live, *site.products) for user in node.users):
         return None
     return site
+
+
+def runs_here(node: fx.Node) -> bool:
+    """Whether a node can be run in an experiment: a collective would wait for processes that have none on this site."""
+    return node.op == "call_function" and node.target not in COLLECTIVES
 
 
 def structure(site: Site) -> object:
@@ -377,7 +383,7 @@ def ancestors(nodes: Sequence[fx.Node], rows: fx.Node) -> list[fx.Node] | None:
         node = stack.pop()
         if node is rows or node in wanted:
             continue
-        if node.op != "call_function":
+        if not runs_here(node):
             return None
         wanted[node] = None
         stack += node.all_input_nodes

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import OpOverload, memory_key, pytree, schema_of
+from ras_compile.passes.rules.collectives import COLLECTIVES
 
 # Ops that may return views of operands, or an operand itself, though their schemas do not say so.
 MAY_BE_VIEWS = frozenset(
@@ -113,8 +114,11 @@ def written(node: fx.Node) -> bool:
 
 
 def movable(node: fx.Node) -> bool:
-    """Whether a node gives the same wherever it stands: it writes nothing, draws nothing, and reads nothing that is written."""
-    if node.target is not operator.getitem and not isinstance(node.target, OpOverload):
+    """Whether a node gives the same wherever it stands: it writes nothing, draws nothing, and reads nothing that is written.
+
+    Collectives stay in their order: what one process moves by its own measurements, another one may leave where it is.
+    """
+    if node.target is not operator.getitem and not isinstance(node.target, OpOverload) or node.target in COLLECTIVES:
         return False
     if writes(node) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
