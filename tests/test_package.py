@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_every_package_is_listed():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs build: pip install build")
 def test_wheel(tmp_path):
-    for name in [*HOMES, "pyproject.toml", "README.md", "LICENSE"]:  # building leaves things behind
+    for name in [*HOMES, "pyproject.toml", "setup.py", "README.md", "LICENSE"]:  # building leaves things behind
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     offline = [] if importlib.util.find_spec("setuptools") is None else ["--no-isolation"]
@@ -72,5 +73,21 @@ def check_wheel(path: Path) -> None:
     assert said["Author"] == PROJECT["authors"][0]["name"] and len(said.get_all("Project-URL", [])) == len(
         PROJECT.get("urls", {})
     )
-    relative = re.search(r"\]\((?!https://)", said.get_payload())
-    assert not PROJECT.get("urls") or not relative, "the index shows no relative link"
+    shown = said.get_payload()
+    assert "# ras_compile" in shown and "pip install" in shown
+    assert not re.search(r"\]\((?!https://)", shown), "the index shows no relative link"
+
+
+def test_the_page_of_the_index_has_absolute_links():
+    pytest.importorskip("setuptools", reason="needs setuptools: pip install setuptools")
+    page = runpy.run_path(str(ROOT / "setup.py"))["page"]
+    text = "![seen](a/b.png)\nabout it\n\n[this](docs/x.md), [that](https://arxiv.org/abs/1)"
+    assert page(text, None) == "this, [that](https://arxiv.org/abs/1)"
+    home = "https://github.com/ours/it"
+    assert page(text, home) == (
+        "![seen](https://raw.githubusercontent.com/ours/it/main/a/b.png)\nabout it\n\n"
+        f"[this]({home}/blob/main/docs/x.md), [that](https://arxiv.org/abs/1)"
+    )
+    readme = (ROOT / "README.md").read_text()
+    targets = re.findall(rf"\]\({home}/blob/main/([^)#]+)", page(readme, home))
+    assert len(targets) > 10 and all((ROOT / target).exists() for target in targets)
