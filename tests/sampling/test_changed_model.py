@@ -5,6 +5,8 @@ import copy
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from pipelines import EAGER as PIPELINE
 from pipelines import draw_sd3, kinds, sd3
 from tiny import EAGER, LATENT, TEXT, TinyDiT
@@ -80,6 +82,60 @@ def test_equal_events_give_equal_pictures(change, said):
     # alone, another graph, which Dynamo makes of another strength, is another model
     assert orders == ["dd" + "sss" + ("dds" if said == "nothing" else "dss")] * 3
     assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+
+
+def drawn(compiled, model, steps: int, change=None) -> str:
+    """The kinds of a picture's steps; ``change`` happens before the sixth, whose noise is then the changed model's."""
+    latent, order = LATENT, ""
+    with torch.no_grad(), ras_compile.generation(num_steps=8) as gen:
+        for step in range(steps):
+            if change and step == 5:
+                change(model)
+            gen.step()
+            given = latent, torch.full((2,), 1 - step / 8), TEXT
+            noise = compiled(*given)
+            kind = ras_compile.trace(compiled)[-1].kind[0]
+            if kind == "d":
+                torch.testing.assert_close(noise, model(*given))
+            latent, order = latent - noise / 8, order + kind
+    return order
+
+
+def adapters(model: nn.Module) -> list:
+    return [part for part in model.modules() if isinstance(part, LoraLayer)]
+
+
+ADAPTED = {
+    "merged": lambda model: [part.merge() for part in adapters(model)],
+    "another strength": lambda model: [part.set_scale("default", 0.3) for part in adapters(model)],
+    "turned off": lambda model: [part.enable_adapters(False) for part in adapters(model)],
+}
+
+
+@pytest.mark.parametrize("change", ADAPTED)
+def test_what_happens_to_adapters_is_seen(change):
+    """PEFT merges them through `.data`, which moves no version; its layers then go another way, which is another graph."""
+    torch.manual_seed(0)
+    model = TinyDiT().eval()
+    inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["head"], init_lora_weights=False), model
+    )
+    compiled = torch.compile(model.eval(), backend="ras", options=EAGER)
+    assert drawn(compiled, model, 8, ADAPTED[change]) == "ddsss" + "dss"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_write_through_data_is_seen_in_the_next_picture(frozen):
+    """No version and no object tells it. Nothing that was made of the old weights outlives a picture, the context's part neither."""
+    model = Adapted().eval()
+    compiled = torch.compile(model, backend="ras", options=EAGER | ({"context": "frozen"} if frozen else {}))
+
+    def write(model):
+        model.head.weight.data.mul_(1.5)
+        model.up.weight.data = 1.5 * model.up.weight
+
+    assert drawn(compiled, model, 8, write) == "dd" + "s" * 6
+    assert drawn(compiled, model, 2) == "dd", "which have the changed model's noise"
 
 
 def to_and_back(model: Adapted) -> None:
