@@ -117,16 +117,14 @@ def test_what_happens_to_adapters_is_seen(change):
     """PEFT merges them through `.data`, which moves no version; its layers then go another way, which is another graph."""
     torch.manual_seed(0)
     model = TinyDiT().eval()
-    inject_adapter_in_model(
-        LoraConfig(r=2, target_modules=["head"], init_lora_weights=False), model
-    )
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["head"], init_lora_weights=False), model)
     compiled = torch.compile(model.eval(), backend="ras", options=EAGER)
     assert drawn(compiled, model, 8, ADAPTED[change]) == "ddsss" + "dss"
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_write_through_data_is_seen_in_the_next_picture(frozen):
-    """No version and no object tells it. Nothing that was made of the old weights outlives a picture, the context's part neither."""
+    """No version and no object tells it. Nothing made of the old weights outlives a picture, the context neither."""
     model = Adapted().eval()
     compiled = torch.compile(model, backend="ras", options=EAGER | ({"context": "frozen"} if frozen else {}))
 
