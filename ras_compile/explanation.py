@@ -218,6 +218,29 @@ class Explanation:
             for step in range(num_steps)
         )
 
+    def seconds(
+        self, ranks: int = 1, *, tflops: float, gigabytes: float, ratio: float | None = None
+    ) -> tuple[float, float]:
+        """Predicted seconds of a dense and of a sparse step that several processes share: docs/across.md has the formula.
+
+        Args:
+            ranks: how many processes share the tokens by Ulysses' way; of a call that one process makes alone.
+            tflops: 10^12 FLOPs that a device does in a second, in these layers.
+            gigabytes: 10^9 bytes that a process sends to the others in a second.
+            ratio: share of tokens in the sparse step; by default that of ``config``.
+
+        Raises:
+            UnsupportedGraph: the call is not supported.
+            ConfigError: a number that is not above 0.
+        """
+        if self.cost is None:
+            raise UnsupportedGraph(self.reason)
+        for name, value in (("ranks", ranks), ("tflops", tflops), ("gigabytes", gigabytes)):
+            if not value > 0:
+                raise ConfigError(f"{name}={value!r} is not allowed; it takes a number above 0.")
+        active = max(1, round((self.config.ratio if ratio is None else ratio) * self.tokens))
+        return self.cost.seconds(active, ranks, 1e12 * tflops, 1e9 * gigabytes)
+
     def _planned(self, num_steps: int) -> str:
         """The budget in words."""
         try:

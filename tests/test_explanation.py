@@ -83,3 +83,16 @@ def test_the_budget_of_a_run_is_told():
         tolerant.budget()
     with pytest.raises(ras_compile.ConfigError, match="num_steps=0"):
         told.budget(0)
+
+
+def test_seconds_of_a_step_that_processes_share():
+    told = ras_compile.explain(model(), hidden_states=LATENT, timestep=torch.ones(2), text=TEXT)
+    alone, shared = (told.seconds(ranks, tflops=1e-6, gigabytes=1e-3, ratio=0.25) for ranks in (1, 4))
+    cost = told.cost
+    active = round(cost.tokens / 4)
+    assert alone == (cost.dense_flops / 1e6, cost.flop_ratio(active) * (cost.dense_flops / 1e6))
+    moved = cost.attended_bytes * 3 / 16 / 1e6
+    assert moved > 0
+    assert shared == pytest.approx((alone[0] / 4 + moved, alone[1] / 4 + active / cost.tokens * moved))
+    with pytest.raises(ras_compile.ConfigError, match="ranks=0 is not allowed; it takes a number above 0"):
+        told.seconds(0, tflops=1.0, gigabytes=1.0)

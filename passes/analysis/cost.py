@@ -109,6 +109,8 @@ class Cost:
         tokens: N.
         dense_sent: bytes that one process sends to others in a dense step, over several devices.
         sparse_sent: the same for a sparse step, an expression in ``A``.
+        attended_bytes: bytes of queries, keys, values and results of attention between the picture's tokens in a dense step:
+            what processes would exchange that share the tokens, and attend by heads.
     """
 
     dense_flops: int
@@ -119,6 +121,20 @@ class Cost:
     tokens: int
     dense_sent: int = 0
     sparse_sent: sympy.Expr = sympy.Integer(0)
+    attended_bytes: int = 0
+
+    def seconds(self, active: int, ranks: int, flops: float, bandwidth: float) -> tuple[float, float]:
+        """Predicted seconds of a dense and of a sparse step of which ``ranks`` processes each compute a share of the tokens.
+
+        Args:
+            active: active rows of all processes.
+            ranks: how many processes there are; each is sent its heads of all tokens and sends their results back (Ulysses).
+            flops: FLOPs that one device does in a second.
+            bandwidth: bytes that one process sends in a second.
+        """
+        moved = self.attended_bytes * (ranks - 1) / ranks**2 / bandwidth
+        computed = self.dense_flops / ranks / flops
+        return computed + moved, self.flop_ratio(active) * computed + active / self.tokens * moved
 
     def flop_ratio(self, active: int) -> float:
         """FLOPs of a sparse step with ``active`` rows over those of a dense step."""
@@ -153,7 +169,7 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
     """Prices the dense and the sparse program of an analysis."""
     sizes = sparse.sizes(analysis.frame, ACTIVE)
     dense_flops, sparse_flops, dense_bytes, sparse_bytes = 0, sympy.Integer(0), 0, sympy.Integer(0)
-    dense_sent, sparse_sent = sympy.Integer(0), sympy.Integer(0)
+    dense_sent, sparse_sent, attended = sympy.Integer(0), sympy.Integer(0), 0
     for node in analysis.graph.nodes:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor):
@@ -172,6 +188,10 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
         widths = [operand.meta["val"].element_size() for operand in given] + [value.element_size()]
         traffic = sum(w * math.prod(s) for w, s in zip(widths, [*whole, tuple(value.shape)], strict=True))
         dense_flops, dense_bytes = dense_flops + flops, dense_bytes + traffic
+        if node.target is aten.scaled_dot_product_attention.default and step is not None and Use.WHOLE in step.uses:
+            attended += sum(
+                w * math.prod(s) for w, s in zip((*widths[:3], widths[-1]), (*whole[:3], value.shape), strict=True)
+            )
         if sparse.skips(node):
             continue
         if step is not None and not step.whole:
@@ -194,6 +214,7 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
         analysis.frame.tokens,
         int(dense_sent),
         sympy.expand(sparse_sent),
+        attended,
     )
 
 
