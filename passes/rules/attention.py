@@ -88,7 +88,9 @@ def split_region(call: Call, nodes: Sequence[fx.Node]) -> tuple[bool, Layout] | 
             return None
         if batch and sequence:
             raise Exclude(smaller(call, batch, sequence))
-        if region_atoms(call, layout.dims[-1:]):
+        if contracted := region_atoms(call, layout.dims[-1:]):
+            if layout.raw:  # the latent itself attends: what the scores contract are its channels
+                raise Exclude(contracted)
             return None
         if batch:
             lead = paired_batch(call, nodes)

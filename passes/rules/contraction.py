@@ -29,7 +29,8 @@ def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) 
     """Contracts labelled operands.
 
     Tokens that are contracted with channels by the first contraction, or together with channels in one dimension, are no
-    tokens but channels or pixels of a patch. Tokens that are contracted otherwise are mixed: their operand is spliced.
+    tokens but channels or pixels of a patch. Tokens that are contracted otherwise are mixed: their operand is spliced, and
+    so is the latent itself where all of its tokens are, beside an operand that has them, too (it is a value of attention).
     Where two operands carry the tokens in different places (queries and keys), those of the result stay, the others are
     spliced.
 
@@ -49,7 +50,7 @@ def contract(call: Call, given: Sequence[Term | fx.Node], out: tuple[str, ...]) 
         if not lost:
             continue
         channels = any(isinstance(f, Axis) and f.atom is None for dim in gone if region_atoms(call, [dim]) for f in dim)
-        if layout.raw or (len(carriers) == 1 and channels):
+        if (layout.raw and (kept or len(carriers) == 1)) or (len(carriers) == 1 and channels):
             raise Exclude(lost)
         if kept and apart(call, lost | kept):
             return call.whole(of_terms(call, carriers, out))

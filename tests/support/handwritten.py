@@ -2024,3 +2024,35 @@ class Wavelet(DiT):
 class Rolled(DiT):
     def forward(self, latent, timestep, text=None):
         return super().forward(latent.roll(1, -1), timestep, text).roll(-1, -1)
+
+
+class AttendingLatent(DiT):
+    """Patches of the latent attend to each other as they are, before anything is projected."""
+
+    def patchify(self, latent):
+        b, c, height, width = latent.shape
+        p, q = self.patch
+        x = latent.reshape(b, c, height // p, p, width // q, q).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * q * c)
+        return self.embed(x + self.mix(x)), (height // p, width // q)
+
+
+@model("the latent itself attends, in heads")
+class LatentInHeads(AttendingLatent):
+    def mix(self, x):
+        return merge(F.scaled_dot_product_attention(heads(x), heads(x), heads(x)))
+
+
+@model("the latent itself attends, by hand")
+class LatentByHand(AttendingLatent):
+    def mix(self, x):
+        return (x @ x.mT / 4).softmax(-1) @ x
+
+
+@model("the latent itself is the values of its own attention")
+class LatentAsValues(AttendingLatent):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(16, 16)
+
+    def mix(self, x):
+        return F.scaled_dot_product_attention(self.query(x), self.query(x), x)
