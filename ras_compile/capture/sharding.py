@@ -7,6 +7,7 @@ import inspect
 from torch import nn
 
 from ras_compile._torch import ignore_warning_once
+from ras_compile.errors import ConfigError
 
 __all__ = ["settle_sharding_hooks"]
 
@@ -15,8 +16,20 @@ def settle_sharding_hooks(model: nn.Module) -> None:
     """Lets Dynamo trace a model's hooks that take a process's part of a tensor; nothing where it has none.
 
     Such a hook looks its module's arguments up when it is first called, by `inspect`, and says in a log at every call which
-    tensors it leaves alone. Neither can be traced, and `reset` on the hooks does not undo it.
+    tensors it leaves alone. Neither can be traced.
+
+    Raises:
+        ConfigError: the processes cannot have equally many heads; Dynamo's error of that names no heads.
     """
+    shared = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    degree, heads = (
+        getattr(shared, "ulysses_degree", 1),
+        getattr(getattr(model, "config", None), "num_attention_heads", 0),
+    )
+    if isinstance(heads, int) and heads % degree:
+        raise ConfigError(
+            f"ulysses_degree={degree} does not divide the {heads} heads of {type(model).__name__}; take a degree that does."
+        )
     found = False
     for part in model.modules():
         for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values():

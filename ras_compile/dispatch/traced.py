@@ -206,6 +206,11 @@ def _hooked_by(module: nn.Module) -> str:
         return f"is offloaded part by part or split by a device_map, {offload}"
     if names == ["layerwise_casting"]:
         return "casts its weights by hooks that came behind attach; attach after enable_layerwise_casting()"
+    if names and names[0].startswith("cp_"):
+        return (
+            f"shares tokens with other processes by a hook ({names[0]}), which Dynamo traces only where their number divides the "
+            "tokens of the picture and of the text; after a call that failed, torch._dynamo.reset() is needed, too"
+        )
     if names:
         return (
             f"has a hook of diffusers ({names[0]}) that decides at each call what is computed; disable_cache() takes a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -50,3 +51,35 @@ def test_all_tokens_give_the_picture_of_one_process():
     (picture, kinds), _ = over_two(8, sample_ratio=1.0)
     assert "sparse" in kinds
     torch.testing.assert_close(torch.from_numpy(picture), draw_flux(flux(), 8, **PROMPT), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_shared_is_told_to_everyone():
+    """In one sentence, before anything is exchanged: nobody waits for another one."""
+    pipe = flux()
+    config = {**pipe.transformer.config, "num_attention_heads": 3}
+    other = flux(transformer=type(pipe.transformer).from_config(config))
+    shared = diffusers.ContextParallelConfig(ulysses_degree=2)
+
+    def refused(do: Callable[[], Any]) -> str:
+        with pytest.raises(Exception) as told:
+            do()
+        return str(told.value)
+
+    def work(rank: int) -> Any:
+        torch.accelerator.device_count = lambda: 1
+        torch._C._get_accelerator = lambda: torch.device("cpu")
+        for each in (pipe, other):
+            each.transformer.set_attention_backend("native")
+            each.transformer.enable_parallelism(config=shared)
+        said = [refused(lambda: pipe.transformer.enable_parallelism(config=shared))]
+        said.append(refused(lambda: ras_compile.attach(other, **OPTIONS)))
+        with ras_compile.attach(pipe, **OPTIONS):
+            said.append(refused(lambda: draw_flux(pipe, 2, prompt_embeds=normal(1, 3, 16, seed=1))))
+        return said
+
+    for twice, heads, tokens in on_ranks(2, work):
+        assert "cannot be called twice" in twice
+        assert (
+            heads == "ulysses_degree=2 does not divide the 3 heads of FluxTransformer2DModel; take a degree that does."
+        )
+        assert "only where their number divides the tokens of the picture and of the text" in tokens
