@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["cache_folder", "inductor", "linear_gelu_tanh"]
-
 
 def cache_folder() -> Path:
     """Where Inductor keeps what it has compiled; without it our timings have no folder beside it."""

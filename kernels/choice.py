@@ -25,9 +25,8 @@ from .reference import epilogue_reference
 from .tiles import Answer, Postponed, milliseconds, timings
 
 MEASURED_BYTES = 2**28  # of weights that are read in turn: many times what the cache of a device holds
-Arguments = Sequence[
-    Any
-]  # of an op, in the order of its schema; of tensors only sizes, strides, dtypes and devices count
+# Of an op, in the order of its schema; of tensors only sizes, strides, dtypes and devices count.
+Arguments = Sequence[Any]
 
 
 def pays(ops: Sequence[Arguments]) -> bool:

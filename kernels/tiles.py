@@ -143,9 +143,8 @@ class Timings:
             raise
 
 
-LONGEST_WAIT = (
-    5.0  # seconds; writing takes milliseconds, and a process that stopped with the lock must not stop the others
-)
+# Seconds; writing takes milliseconds, and a process that stopped with the lock must not stop the others.
+LONGEST_WAIT = 5.0
 
 
 @contextlib.contextmanager

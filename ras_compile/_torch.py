@@ -5,7 +5,7 @@ not been tested; ``tests/test_torch_canaries.py`` holds each of them to what is 
 ``kernels/_torch.py``, as they import nothing else of this package.
 """
 
-# ruff: noqa: I001  (the imports stand by what they are for)
+# ruff: noqa: F401, I001  (what is imported is for others; the imports stand by what they are for)
 
 from __future__ import annotations
 
@@ -20,77 +20,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ras_compile.versions import cannot_run
-
-__all__ = [
-    "COMPILED_CALL",
-    "MISSING",
-    "RESUME_PREFIX",
-    "ConstantSource",
-    "DataDependentOutputException",
-    "DimDynamic",
-    "DynamicOutputShapeException",
-    "DynamoContext",
-    "FakeTensor",
-    "FakeTensorMode",
-    "FunctionalTensor",
-    "GuardOnDataDependentSymNode",
-    "InvalidBackend",
-    "LazyGraphModule",
-    "OpOverload",
-    "OpOverloadPacket",
-    "OptimizedModule",
-    "ShapeEnv",
-    "TorchDispatchMode",
-    "TorchRuntimeError",
-    "TracingContext",
-    "addresses_equal",
-    "aot_export_module",
-    "at_reset",
-    "auto_functionalized_v2",
-    "call_uncompiled",
-    "clear_cublas_workspaces",
-    "close_vmap",
-    "compile_fx",
-    "compile_lock",
-    "compile_session",
-    "compiled_call",
-    "copy_reason",
-    "copy_tensors",
-    "current_raw_stream",
-    "enter_autocast",
-    "enter_inference_mode",
-    "exit_autocast",
-    "exit_inference_mode",
-    "fx_graph_cse",
-    "has_forward_hooks",
-    "ignore_warning_once",
-    "inductor_config",
-    "is_composite",
-    "is_traceable_wrapper_subclass",
-    "is_transform",
-    "keeps_dispatch",
-    "list_mode_options",
-    "lookup_backend",
-    "maybe_warm_pool",
-    "memory_key",
-    "no_modes",
-    "open_vmap",
-    "original",
-    "process_group",
-    "process_store",
-    "pytree",
-    "raise_recompile_limit",
-    "schema_of",
-    "set_compiled_call",
-    "set_grad_mode",
-    "set_source",
-    "source_of",
-    "tables_of",
-    "tracing",
-    "vary_numbers",
-    "version_of",
-    "why_graph_ends",
-]
 
 try:
     # What ops are. Without: no rule finds its op.
@@ -107,59 +36,57 @@ try:
     from torch._dynamo import pgo as _pgo  # which numbers of a call were the same so far, and are constants for Dynamo
     from torch._dynamo.exc import InvalidBackend  # an unknown name of a backend; without it the error is Dynamo's own
     from torch._dynamo.exc import TorchRuntimeError  # a model that fails while it is traced; as above
-    from torch._dynamo.resume_execution import (
-        TORCH_DYNAMO_RESUME_IN_PREFIX as RESUME_PREFIX,
-    )  # names what is behind a break
-    from torch._dynamo.source import (
-        ConstantSource,
-    )  # names a symbol of ours; without it lengths of prompts are compiled one by one
+
+    # names what is behind a break
+    from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUME_PREFIX
+
+    # names a symbol of ours; without it lengths of prompts are compiled one by one
+    from torch._dynamo.source import ConstantSource
 
     # Capture. Without: no graph is captured.
     from torch._functorch.aot_autograd import aot_export_module  # from a module to functional ATen before dispatch
     from torch._functorch.compile_utils import fx_graph_cse  # equal nodes become one: facts are computed once
-    from torch._functorch.predispatch import (
-        _vmap_decrement_nesting as close_vmap,
-    )  # ends a vmap, as flex_attention's masks have
+
+    # ends a vmap, as flex_attention's masks have
+    from torch._functorch.predispatch import _vmap_decrement_nesting as close_vmap
     from torch._functorch.predispatch import _vmap_increment_nesting as open_vmap  # begins it
-    from torch._higher_order_ops.auto_functionalize import (
-        auto_functionalized_v2,
-    )  # an op that writes, as Inductor reads it
-    from torch._subclasses.fake_tensor import (
-        DataDependentOutputException,
-    )  # a value is needed; the model is refused by line
+
+    # an op that writes, as Inductor reads it
+    from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
+
+    # a value is needed; the model is refused by line
+    from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch._subclasses.fake_tensor import DynamicOutputShapeException  # a size depends on values; as above
     from torch._subclasses.fake_tensor import FakeTensor  # a tensor with sizes and without values
     from torch._subclasses.fake_tensor import FakeTensorMode  # makes them; all shapes of nodes come from it
-    from torch._subclasses.functional_tensor import (
-        FunctionalTensor,
-    )  # answers `tolist` itself: readings are not noted without
+
+    # answers `tolist` itself: readings are not noted without
+    from torch._subclasses.functional_tensor import FunctionalTensor
     from torch.amp.autocast_mode import _enter_autocast as enter_autocast  # begins an autocast region in a graph
     from torch.amp.autocast_mode import _exit_autocast as exit_autocast  # ends it
-    from torch.autograd.grad_mode import (
-        _enter_inference_mode as enter_inference_mode,
-    )  # in a graph; left out of captures
+
+    # in a graph; left out of captures
+    from torch.autograd.grad_mode import _enter_inference_mode as enter_inference_mode
     from torch.autograd.grad_mode import _exit_inference_mode as exit_inference_mode  # as above
     from torch._C import _set_grad_enabled as set_grad_mode  # both ends of no_grad in a graph; left out of captures
     from torch.fx.experimental.symbolic_shapes import DimDynamic  # says that a length varies
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # as DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # symbols of lengths, and what was assumed of them
-    from torch.fx._lazy_graph_module import (
-        _LazyGraphModule as LazyGraphModule,
-    )  # writes a graph's code when it is first run; plain modules write it each time that a graph is given to them
+
+    # writes a graph's code when it is first run; plain modules write it each time that a graph is given to them
+    from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
     from torch.utils import _pytree as pytree  # arguments as lists of leaves
     from torch.utils._python_dispatch import TorchDispatchMode  # sees ops run: whether a scheduler draws random numbers
-    from torch.utils._python_dispatch import (
-        _disable_current_modes as no_modes,
-    )  # real tensors while something is traced
-    from torch.utils._python_dispatch import (
-        is_traceable_wrapper_subclass,
-    )  # a tensor made of others, such as quantised weights
+
+    # real tensors while something is traced
+    from torch.utils._python_dispatch import _disable_current_modes as no_modes
+
+    # a tensor made of others, such as quantised weights
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     # Inductor. Without: programs are not compiled (`inner_backend="eager"` runs them).
-    from torch._guards import (
-        TracingContext,
-        tracing,
-    )  # a context for PyTorch's caches on disk, which are passed over without
+    # a context for PyTorch's caches on disk, which are passed over without
+    from torch._guards import TracingContext, tracing
     from torch._inductor import config as inductor_config  # its options, to name one that is misspelled
     from torch._inductor import list_mode_options  # what torch.compile's `mode` stands for
     from torch._inductor.async_compile import maybe_warm_pool  # starts the processes that compile kernels early
@@ -210,12 +137,10 @@ MISSING: list[str] = [
 
 # What is looked up on PyTorch's objects.
 
-COMPILED_CALL = (
-    "_compiled_call_impl"  # the attribute of a module that `module.compile()` sets; `attach` works through it
-)
-version_of = attrgetter(
-    "_version"
-)  # how often a tensor was written; without it a latent that was written passes for the old
+# The attribute of a module that `module.compile()` sets; `attach` works through it.
+COMPILED_CALL = "_compiled_call_impl"
+# How often a tensor was written; without it a latent that was written passes for the old.
+version_of = attrgetter("_version")
 
 
 def at_reset(backend: Callable[..., Any], forget: Callable[[], None]) -> None:

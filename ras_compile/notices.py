@@ -72,9 +72,8 @@ def fallbacks() -> tuple[Fallback, ...]:
 
     Each has ``what`` (what is done instead), ``error`` (the first error's type and first line) and ``count``; ``str()`` is a line.
     """
-    from ras_compile.kernels import (
-        fallbacks,  # not at the top: the kernels bring Triton, and an import of options must not
-    )
+    # not at the top: the kernels bring Triton, and an import of options must not
+    from ras_compile.kernels import fallbacks
 
     return fallbacks.fallbacks()
 

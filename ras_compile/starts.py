@@ -40,9 +40,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "ras_compile.json"
 _FORMAT = 1
 _ARTIFACTS = "artifacts"  # in the file of programs: PyTorch's; everything else is a library
-_LIBRARY = re.compile(
-    r"[a-z0-9]{2}/[a-z0-9]+(\.main)?\.so"
-)  # below Inductor's folder; its name is a hash of its source
+# A library below Inductor's folder; its name is a hash of its source.
+_LIBRARY = re.compile(r"[a-z0-9]{2}/[a-z0-9]+(\.main)?\.so")
 
 
 def save(compiled: Any, folder: str | os.PathLike[str]) -> Path:

@@ -261,9 +261,8 @@ class Together:
         cut, rank = cut_of(operand), operand.meta["val"].ndim
         if cut is not None and (cut.start, cut.stop, cut.size) == (part.start, part.stop, part.size):
             return cut.whole
-        if _pictures(operand) & _pictures(
-            self.source
-        ):  # tokens of the same picture in other places: no padding is theirs
+        # tokens of the same picture in other places: no padding is theirs
+        if _pictures(operand) & _pictures(self.source):
             raise NotTogether
         pads = [0] * (2 * rank)
         for index, dim in enumerate(layout.dims[len(layout.dims) - rank :]):

@@ -59,9 +59,8 @@ class Gathered:
             base = moves.pop()
         named = {dim: node for dim, node in enumerate(given) if isinstance(node, fx.Node)}
         behind = ancestors(list(named.values()), rows)
-        if (
-            role_of(base) is Role.CACHE or overlaps_itself(base.meta["val"]) or behind is None
-        ):  # which is written in between
+        # a cache is written in between
+        if role_of(base) is Role.CACHE or overlaps_itself(base.meta["val"]) or behind is None:
             return None
         if any(node.meta["val"].dtype is not torch.int64 for node in named.values()):
             return None

@@ -95,9 +95,8 @@ def sites(graph: fx.Graph, tokens: int) -> list[Site]:
         if key not in known:
             try:
                 known[key] = Experiment(site, rows, tokens).run()
-            except (
-                Exception
-            ) as error:  # an op that has no double precision, or does not run on a CPU: the site stays as it is
+            except Exception as error:
+                # an op that has no double precision, or does not run on a CPU: the site stays as it is
                 fell_back("a splice not fused", error)
                 log.info("no experiment on the splice %s", put.format_node(), exc_info=True)
                 known[key] = None
@@ -267,9 +266,8 @@ class Experiment:
         if self.site.put.target is aten.copy_.default:
             return [[]]
         nodes = self.site.put.args[1]
-        if (
-            any(node is None for node in nodes) or len(self.site.put.args) > 3
-        ):  # unindexed dims; adding instead of writing
+        # dims without an index; or what is written is added
+        if any(node is None for node in nodes) or len(self.site.put.args) > 3:
             return None
         behind = ancestors(nodes, self.rows)
         if behind is None:

@@ -66,10 +66,8 @@ class _SparseBuilder:
             values = [torch.empty_like(splice.node.meta["val"]) for splice in self.plan.splices]
             frozen = [torch.empty_like(node.meta["val"]) for node in self.plan.frozen]
         rows = emit.placeholder("rows", rows_value, Role.ROWS)
-        rows.meta["tokens"], rows.meta["context"] = (
-            frame.tokens,
-            self.sizes.context,
-        )  # what they count, and what is fresh
+        # what they count, and what is fresh
+        rows.meta["tokens"], rows.meta["context"] = frame.tokens, self.sizes.context
         self.caches = [emit.placeholder(f"cache_{index}", value, Role.CACHE) for index, value in enumerate(values)]
         for index, (node, value) in enumerate(zip(self.plan.frozen, frozen, strict=True)):
             self.env[node] = emit.placeholder(f"frozen_{index}", value, Role.FROZEN)

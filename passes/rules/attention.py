@@ -17,7 +17,7 @@ from ras_compile.passes.algebra.layout import (
     normal,
     opaque,
     paired,
-)  # fmt: skip
+)
 from ras_compile.passes.rules.contraction import apart, counts_samples, region_atoms, smaller
 from ras_compile.passes.rules.pointwise import dense_use
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for

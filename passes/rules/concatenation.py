@@ -366,9 +366,8 @@ def slice_scatter(call: Call) -> Step:
         assert part is not None
         rest = [*part.dims[:dim], *part.dims[dim + 1 :]]
         along = bool(grid_atoms(call, [part.dims[dim]]))
-        tokens = (
-            bool(region_atoms(call, rest)) and not part.raw
-        )  # in the latent, they may still turn out to be channels
+        # in the latent, they may still turn out to be channels
+        tokens = bool(region_atoms(call, rest)) and not part.raw
         if (along and tokens) or (not along and base in call.mixed):
             return call.whole()
         ends = [opaque_or_empty(start), part.dims[dim], opaque_or_empty(call.shape[dim] - stop)]

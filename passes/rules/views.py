@@ -93,14 +93,8 @@ def permute(call: Call) -> Step:
         stay = iter([dim for dim in order if dim not in moved.values()])
         order = [moved[dim] if dim in moved else next(stay) for dim in order]
     else:
-        pair = (
-            (args["dim0"], args["dim1"])
-            if "dim0" in args
-            else (args["axis0"], args["axis1"])
-            if "axis0" in args
-            else None
-        )
-        first, second = pair or ((-2, -1) if name in ("aten::mT", "aten::t") and rank > 1 else (0, -1))
+        last = (-2, -1) if name in ("aten::mT", "aten::t") and rank > 1 else (0, -1)
+        first, second = (args.get(f"dim{k}", args.get(f"axis{k}", last[k])) for k in (0, 1))
         order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
         if name == "aten::numpy_T":
             order = list(range(rank))[::-1]

@@ -42,9 +42,7 @@ _PARTS = {
 
 
 # They return their operand where they drop nothing.
-_DROPOUTS = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout
-}  # fmt: skip
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 
 
 def _drops(target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -69,9 +67,8 @@ class _Interpreter(fx.Interpreter):
             return _Interpreter(args[0]).run(*args[_PARTS[target] :])
         if target in _DROPOUTS and not _drops(target, args, kwargs):
             return args[0] if args else kwargs["input"]
-        if (
-            target is Tensor and len(args) == 1 and isinstance(args[0], Tensor)
-        ):  # a subclass's plain tensor: no op says it
+        # a subclass's plain tensor: no op says it
+        if target is Tensor and len(args) == 1 and isinstance(args[0], Tensor):
             return args[0].detach()
         if target is torch.broadcast_tensors:
             tensors = args[0] if args and isinstance(args[0], (list, tuple)) else args
@@ -206,10 +203,8 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
     assert isinstance(captured, fx.GraphModule)
     if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
         called = dict(zip(map(str, signature.user_inputs), names, strict=False))
-        written = {
-            **signature.user_inputs_to_mutate,
-            **signature.buffers_to_mutate,
-        }  # by what is written, a node's name
+        # by what is written, a node's name
+        written = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}
         lines = [source_line(node) for node in captured.graph.nodes if node.name in written]
         raise UnsupportedGraph(
             "the model writes into its inputs or buffers "

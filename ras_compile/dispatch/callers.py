@@ -16,11 +16,8 @@ from ras_compile import _torch
 from ras_compile.notices import LIBRARIES
 
 _DYNAMO = str(Path(torch.__file__).parent / "_dynamo")
-_CALLS = (
-    "_call_impl",
-    "_wrapped_call_impl",
-    "__call__",
-)  # what is compiled of a module, if it is not its forward alone
+# What is compiled of a module, if it is not its forward alone.
+_CALLS = ("_call_impl", "_wrapped_call_impl", "__call__")
 
 
 def compiled_call() -> tuple[nn.Module, tuple, dict] | None:

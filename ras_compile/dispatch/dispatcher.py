@@ -107,11 +107,10 @@ class Entry:
             else:
                 outputs = plan.run_sparse(given, decision.rows, decision.slots)
         except RuntimeError as error:
-            if (
-                plan.analysis.frame.group is not None
-            ):  # a step of another kind here alone would hang the other processes
+            group = plan.analysis.frame.group
+            if group is not None:  # a step of another kind here alone would hang the other processes
                 state.fail(decision)
-                raise disconnected(error, plan.analysis.frame.group) from error
+                raise disconnected(error, group) from error
             if not isinstance(error, torch.OutOfMemoryError):
                 state.fail(decision)
                 raise

@@ -55,9 +55,8 @@ def _product(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 class _Casting:
     """A layer's forward on weights that are cast as values."""
 
-    traceable = (
-        True  # what `dispatch.traced.has_hooks` asks: it computes what the layer's class does, and changes nothing
-    )
+    # what `dispatch.traced.has_hooks` asks: it computes what the layer's class does, and changes nothing
+    traceable = True
 
     def __init__(self, layer: nn.Module, product: Callable[..., Tensor], dtype: torch.dtype) -> None:
         self.layer, self.product, self.dtype = layer, product, dtype

@@ -124,9 +124,8 @@ class CallSites:
 
     def __init__(self) -> None:
         self._stepper: CodeType | None = None  # the code that calls the scheduler's step
-        self._depth = (
-            0  # how many times it was running when the scheduler stepped last, or at the generation's first call
-        )
+        # how many times it was running when the scheduler stepped last, or at the generation's first call
+        self._depth = 0
         self.begin()
 
     def begin(self) -> None:
