@@ -28,6 +28,7 @@ from ras_compile.kernels.arguments import ScatterArguments
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.programs.aliases import is_view, movable, root, written
+from ras_compile.passes.rules.registry import nodes_in
 
 aten = torch.ops.aten
 own = torch.ops.ras_compile
@@ -179,8 +180,7 @@ def place(graph: fx.Graph, group: Group) -> fx.Node | None:
     readers = (user for linear, _ in group.linears for user in linear.users)
     first = min([*(op.at for op in group.scatters), *readers], key=order.__getitem__)
     stack = [operand for linear, x in group.linears for operand in (x, *linear.all_input_nodes)]
-    for op in group.scatters:
-        fx.node.map_arg(tuple(op.arguments), stack.append)
+    stack += nodes_in([tuple(op.arguments) for op in group.scatters])
     caches = {op.arguments.cache for op in group.scatters}
     if any(written(root(operand)) for operand in stack if operand not in caches):
         return None

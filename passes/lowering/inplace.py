@@ -42,12 +42,11 @@ def write_in_place(graph: fx.Graph) -> int:
     emit, count = Emitter.of(graph), 0
     for target in (aten.index_put_.default, aten.copy_.default):
         for node in list(graph.find_nodes(op="call_function", target=target)):
-            part = part_of(node.args[0])
-            puts = target is aten.index_put_.default
-            if part is None or not (_indexes_cut(node, part) if puts else part.dim is not None):
+            part = part_written(node)
+            if part is None:
                 continue
             with graph.inserting_before(node):
-                indices, values = (_put if puts else _copy)(emit, node, part)
+                indices, values = (_put if target is aten.index_put_.default else _copy)(emit, node, part)
                 put = emit.like(node, aten.index_put_.default, part.cache, indices, values)
             emit.replace(node, put)
             count += 1
@@ -72,9 +71,16 @@ def part_of(node: fx.Node) -> Part | None:
     return Part(inner.cache, inner.order, inner.order[dim], start)
 
 
-def _indexes_cut(put: fx.Node, part: Part) -> bool:
-    """Whether an `index_put_` is into a view, and has an index for the dimension that is cut, if there is one."""
-    return part.cache is not put.args[0] and (part.dim is None or part.dim in part.order[: len(put.args[1])])
+def part_written(put: fx.Node) -> Part | None:
+    """What a splice writes into that could be the cache itself; None where it is, and for other views.
+
+    An `index_put_` has an index for the dimension that is cut, if there is one; a `copy_` is into a slice.
+    """
+    part = part_of(put.args[0])
+    if part is None or put.target is aten.copy_.default:
+        return part if part is not None and part.dim is not None else None
+    indexed = part.dim is None or part.dim in part.order[: len(put.args[1])]
+    return part if indexed and part.cache is not put.args[0] else None
 
 
 def _put(emit: Emitter, node: fx.Node, part: Part) -> tuple[list[Any], Any]:

@@ -26,9 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ras_compile._torch import FakeTensorMode
 from ras_compile.passes.analysis.roles import Role, role_of
-from ras_compile.passes.programs.aliases import apart, fills, is_view, viewers, writes
+from ras_compile.passes.programs.aliases import INVOKE, apart, fills, is_view, run_on_fakes, viewers, writes
 from ras_compile.passes.programs.aliases import root as memory
 
 aten = torch.ops.aten
@@ -62,8 +61,7 @@ def outline(module: fx.GraphModule) -> fx.GraphModule:
         repeat, operand_lists, outputs = found
         _replace(module, body, repeat, operand_lists, outputs, f"repeated_block_{number}", taken)
     # results that other calls hand on; a call that only writes has no users either
-    invoke = torch.ops.higher_order.invoke_subgraph
-    module.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target is invoke)
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target is INVOKE)
     module.graph.lint()
     module.recompile()
     return module
@@ -182,16 +180,7 @@ def returns_own_memory(
     """Whether all that a block returns fills its memory, and shares it with nothing: the block is run to see."""
     stretch, operands = stretches(body, repeat)[0], operand_lists[0]
     block = _subgraph(stretch, operands, outputs)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        values = [node.meta["val"] for node in operands]
-        given = [
-            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-            if isinstance(v, torch.Tensor)
-            else v
-            for v in values
-        ]
-        given = [paired(value) for value in given]
-        returned = fx.Interpreter(block).run(*given)
+    given, returned = run_on_fakes(block, [paired(node.meta["val"]) for node in operands])
     return apart(returned, given) and all(map(fills, returned))
 
 
@@ -245,7 +234,7 @@ def _replace(module, body, repeat, operand_lists, outputs, name, taken) -> None:
                 taken.add(pairs[operand])
         given = [pairs.get(operand, operand) for operand in operands]
         with module.graph.inserting_after(block):
-            call = module.graph.call_function(torch.ops.higher_order.invoke_subgraph, (block, name, *given))
+            call = module.graph.call_function(INVOKE, (block, name, *given))
         handed = _handed_on(stretch, outputs)
         call.meta["val"] = tuple(paired(node.meta["val"]) for node in handed)
         taken.add(call)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ras_compile._torch import OpOverload, memory_key, pytree, schema_of
+from ras_compile._torch import FakeTensorMode, OpOverload, memory_key, pytree, schema_of
 from ras_compile.passes.rules.collectives import COLLECTIVES
+from ras_compile.passes.rules.registry import nodes_in
 
 # Ops that may return views of operands, or an operand itself, though their schemas do not say so.
 MAY_BE_VIEWS = frozenset(
@@ -49,10 +50,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
     target = node.target
     if node.op != "call_function" or not isinstance(target, OpOverload) or not schema_of(target).is_mutable:
         return []
-    found: list[fx.Node] = []
-    for value in _marked(node, writing=True):
-        fx.node.map_arg(value, found.append)
-    return found
+    return nodes_in([*_marked(node, writing=True)])
 
 
 def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
@@ -62,14 +60,12 @@ def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
         return node.all_input_nodes[:1]
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return []
-    found: list[fx.Node] = []
     if any(result.alias_info is not None for result in schema_of(target).returns):
-        for value in _marked(node):
-            fx.node.map_arg(value, found.append)
-    elif may and schema_of(target).name in MAY_BE_VIEWS:
-        operands = node.all_input_nodes
-        found = [] if target is torch.ops.aten.einsum.default and len(operands) > 1 else operands  # products are new
-    return found
+        return nodes_in([*_marked(node)])
+    if not may or schema_of(target).name not in MAY_BE_VIEWS:
+        return []
+    given = node.all_input_nodes
+    return [] if target is torch.ops.aten.einsum.default and len(given) > 1 else given  # products are new
 
 
 def _marked(node: fx.Node, *, writing: bool = False) -> Iterator[Any]:
@@ -138,6 +134,16 @@ def overlaps_itself(value: Tensor) -> bool:
 def memories(values: Any) -> list[int]:
     """The memory of each tensor among some values, as a number: what is seen where a graph has been run."""
     return [memory_key(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def run_on_fakes(graph: fx.GraphModule, values: Iterable[Any]) -> tuple[list[Any], Any]:
+    """Runs a graph on new fake tensors of the sizes and strides of ``values``; returns them, and what it returns."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        given = [
+            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) if isinstance(v, Tensor) else v
+            for v in values
+        ]
+        return given, fx.Interpreter(graph).run(*given)
 
 
 def apart(returned: Iterable[Any], given: Iterable[Any]) -> bool:

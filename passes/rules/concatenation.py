@@ -28,9 +28,9 @@ from ras_compile.passes.algebra.layout import (
 from ras_compile.passes.algebra.order import OWN
 from ras_compile.passes.rules.contraction import counts_samples, grid_atoms, region_atoms, smaller
 from ras_compile.passes.rules.convolution import cut_patch
-from ras_compile.passes.rules.pointwise import broadcast, dense_use, rows_or_gather
-from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
-from ras_compile.passes.rules.views import only_layout
+from ras_compile.passes.rules.pointwise import broadcast, rows_or_gather
+from ras_compile.passes.rules.registry import Call, Step, rule_for
+from ras_compile.passes.rules.views import along, only_layout
 
 aten = torch.ops.aten
 
@@ -77,14 +77,7 @@ def joined(call: Call, nodes: Sequence[fx.Node], dim: int, shapes: Sequence[tupl
     else:
         others[dim] = opaque(call.shape[dim])
     out = Layout(tuple(others), raw)
-
-    def use(node: fx.Node) -> Use | Gather:
-        if call.layout(node) is not None:
-            return Use.ROWS
-        shape = call.shape_of(node)
-        return dense_use(call, out.replace(dim, opaque(shape[dim])), shape)
-
-    return Step(out, call.uses(use))
+    return Step(out, rows_or_gather(call, {node: out.replace(dim, opaque(call.shape_of(node)[dim])) for node in nodes}))
 
 
 def stacked(dims: Sequence[Dim]) -> Dim | None:
@@ -198,8 +191,7 @@ def piece(call: Call, layout: Layout, dim: int, start: int, stop: int) -> tuple[
 @rule_for(aten.slice.Tensor)
 def slice_(call: Call) -> Step:
     """`b (t | n) c -> b n c`"""
-    layout, args = only_layout(call), call.args
-    dim = args["dim"] % len(layout.dims)
+    (layout, dim), args = along(call), call.args
     size = layout.shape[dim]
     start, stop, step = slice(args["start"], args["end"], args["step"]).indices(size)
     stop = max(start, stop)
@@ -249,7 +241,7 @@ def moved(call: Call, dim: Dim, start: int, stop: int, sizes: Sizes):
 @rule_for(aten.narrow.default)
 def narrow(call: Call) -> Step:
     """`b (t | n) c -> b n c`"""
-    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    layout, dim = along(call)
     length, start = call.args["length"], call.args["start"]
     start += layout.shape[dim] if start < 0 else 0
     clipped = call.frame.clip(layout.dims[dim], length) if start == 0 else None
@@ -271,7 +263,7 @@ def narrow(call: Call) -> Step:
 )  # fmt: skip
 def split(call: Call) -> Step:
     """`b (t | n) c -> b t c, b n c`"""
-    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    layout, dim = along(call)
     lengths = [value.shape[dim] for value in call.node.meta["val"]]
     own_shard(call, layout, dim, lengths)
     outs, start = [], 0
@@ -317,7 +309,7 @@ def own_shard(call: Call, layout: Layout, dim: int, lengths: Sequence[int]) -> N
 @rule_for(aten.unbind.int)
 def unbind(call: Call) -> Step:
     """`a 3 b -> a b, a b, a b`"""
-    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    layout, dim = along(call)
     count = len(call.node.meta["val"])
     if grid_atoms(call, [layout.dims[dim]]):
         exclude_minor(call, [layout.dims[dim]])
@@ -329,7 +321,7 @@ def unbind(call: Call) -> Step:
 @rule_for(aten.select.int)
 def select(call: Call) -> Step:
     """`a 3 b -> a b`"""
-    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    layout, dim = along(call)
     if grid_atoms(call, [layout.dims[dim]]):
         joint, index = layout.dims[dim], call.args["index"] % layout.shape[dim]
         if isinstance(joint[0], Concat) and piece(call, layout, dim, index, index + 1) == (True, None):
@@ -379,17 +371,13 @@ def slice_scatter(call: Call) -> Step:
     if part is not None and part.dims != inside.dims:
         return call.whole()
     out = Layout(whole.dims, whole.raw and (part is None or part.raw))
-    reads = {base: out, src: inside}
-
-    def use(node: fx.Node) -> Use | Gather:
-        return Use.ROWS if call.layout(node) is not None else dense_use(call, reads[node], call.shape_of(node))
 
     def rewrite(sizes: Sizes):
         if not sizes.context and not grid_atoms(call, [taken]) and grid_atoms(call, [out.dims[dim]]):
             return aten.alias.default, (base,), {}  # what is written is context, which has no entries here
         return moved(call, out.dims[dim], start, stop, sizes)
 
-    return Step(out, call.uses(use), rewrite=rewrite)
+    return Step(out, rows_or_gather(call, {base: out, src: inside}), rewrite=rewrite)
 
 
 @rule_for(aten.select_scatter.default)
@@ -407,12 +395,8 @@ def select_scatter(call: Call) -> Step:
     inside = Layout((*whole.dims[:dim], *whole.dims[dim + 1 :]))
     if part is not None and part.dims != inside.dims:
         return call.whole()
-    reads = {base: whole, src: inside}
-
-    def use(node: fx.Node) -> Use | Gather:
-        return Use.ROWS if call.layout(node) is not None else dense_use(call, reads[node], call.shape_of(node))
-
-    return Step(Layout(whole.dims, whole.raw and (part is None or part.raw)), call.uses(use))
+    out = Layout(whole.dims, whole.raw and (part is None or part.raw))
+    return Step(out, rows_or_gather(call, {base: whole, src: inside}))
 
 
 def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int, start: int, step: int) -> Step:
@@ -424,13 +408,8 @@ def strided_scatter(call: Call, base: fx.Node, src: fx.Node, dim: int, start: in
     out = known[0].replace(dim, opaque(sizes[base]))
     if any(layout.replace(dim, ()).dims != out.replace(dim, ()).dims for layout in known):
         return call.whole()
-
-    def use(node: fx.Node) -> Use | Gather:
-        if call.layout(node) is not None:
-            return Use.ROWS
-        return dense_use(call, out.replace(dim, opaque(sizes[node])), call.shape_of(node))
-
-    return Step(Layout(out.dims, all(layout.raw for layout in known)), call.uses(use))
+    reads = {node: out.replace(dim, opaque(size)) for node, size in sizes.items()}
+    return Step(Layout(out.dims, all(layout.raw for layout in known)), rows_or_gather(call, reads))
 
 
 def comb(call: Call, base: fx.Node, src: fx.Node, dim: int, start: int, step: int) -> Step:
@@ -447,15 +426,9 @@ def comb(call: Call, base: fx.Node, src: fx.Node, dim: int, start: int, step: in
     written = combed(out.dims[dim], step)
     if written is None or (other is not None and other.dims != out.replace(dim, written).dims):
         return call.whole()
-    reads = {base: out, src: out.replace(dim, written)}
-
-    def use(node: fx.Node) -> Use | Gather:
-        return Use.ROWS if call.layout(node) is not None else dense_use(call, reads[node], call.shape_of(node))
-
+    uses = rows_or_gather(call, {base: out, src: out.replace(dim, written)})
     raw = all(layout.raw for layout in (mine, other) if layout is not None)
-    return Step(
-        Layout(out.dims, raw), call.uses(use), rewrite=lambda sizes: call.with_args(end=sizes.dim(out.dims[dim]))
-    )
+    return Step(Layout(out.dims, raw), uses, rewrite=lambda sizes: call.with_args(end=sizes.dim(out.dims[dim])))
 
 
 @rule_for(aten.constant_pad_nd.default, aten.pad.default)

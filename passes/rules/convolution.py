@@ -60,16 +60,29 @@ def cut_patch(dim: Dim, patch: int, call: Call) -> tuple[Dim, Dim]:
     return normal(rest), normal(inner)
 
 
+def convolved(call: Call) -> tuple[Layout, tuple[int, ...]] | None:
+    """The layout of what is convolved, and the sizes of the kernel; None where a kernel or a bias holds tokens.
+
+    Raises:
+        Unbatch: samples are convolved with each other.
+    """
+    layout, kernel = call.layout(call.args["input"]), call.shape_of(call.args["weight"])[2:]
+    if layout is None or any(call.layout(call.args[name]) is not None for name in ("weight", "bias")):
+        return None
+    if counts_samples(call, layout.dims[-len(kernel) - 1 :]):
+        raise Unbatch
+    return layout, kernel
+
+
 @rule_for(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 @rule_for(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 def convolution(call: Call) -> Step:
     """`b c (h p) (w q), d c p q -> b d h w`"""
-    layout, weight = call.layout(call.args["input"]), call.shape_of(call.args["weight"])
-    if layout is None or any(call.layout(call.args[name]) is not None for name in ("weight", "bias")):
+    found = convolved(call)
+    if found is None:
         return call.whole()
-    rank = len(weight) - 2
-    if counts_samples(call, layout.dims[-rank - 1 :]):
-        raise Unbatch
+    layout, kernels = found
+    rank = len(kernels)
     channels = region_atoms(call, [layout.dims[-rank - 1]])
     if channels:
         raise Exclude(channels)
@@ -79,7 +92,7 @@ def convolution(call: Call) -> Step:
     dims: list[Dim] = [*layout.dims[: -rank - 1], opaque(call.shape[-rank - 1])]
     mixes, dropped, coarse = False, set(), layout.raw or call.frame.coarse
     for index in range(rank):
-        dim, kernel, size = layout.dims[index - rank], weight[index - rank], call.shape[index - rank]
+        dim, kernel, size = layout.dims[index - rank], kernels[index], call.shape[index - rank]
         if not region_atoms(call, [dim]):
             dims.append(opaque(size))
         elif (
@@ -110,19 +123,18 @@ def convolution(call: Call) -> Step:
 @rule_for(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 def transposed_convolution(call: Call) -> Step:
     """`b c h w, c d p q -> b d (h p) (w q)` where stride = kernel; kernels that overlap mix tokens."""
-    layout, weight = call.layout(call.args["input"]), call.shape_of(call.args["weight"])
-    if layout is None or any(call.layout(call.args[name]) is not None for name in ("weight", "bias")):
+    found = convolved(call)
+    if found is None:
         return call.whole()
-    rank = len(weight) - 2
-    if counts_samples(call, layout.dims[-rank - 1 :]):
-        raise Unbatch
+    layout, kernel = found
+    rank = len(kernel)
     stride, dilation = per_dim(call.args["stride"], rank), per_dim(call.args["dilation"], rank)
     padding, extra = per_dim(call.args["padding"], rank), per_dim(call.args["output_padding"], rank)
     if region_atoms(call, [layout.dims[-rank - 1]]):
         return call.whole()
     plain = all(
         s == k and d == 1 and p == 0 and e == 0
-        for s, k, d, p, e in zip(stride, weight[2:], dilation, padding, extra, strict=True)
+        for s, k, d, p, e in zip(stride, kernel, dilation, padding, extra, strict=True)
     )
     fits = all(size * s == out for size, s, out in zip(layout.shape[-rank:], stride, call.shape[-rank:], strict=True))
     if not fits:

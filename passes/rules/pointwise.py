@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -57,11 +57,19 @@ def pointwise(call: Call) -> Step:
     return Step(out if count is None else (out,) * count, rows_or_gather(call, out))
 
 
-def rows_or_gather(call: Call, out: Layout) -> tuple[Use | Gather, ...]:
-    """Uses of operands that are broadcast together: rows of region values, gathered rows of dense ones."""
-    return call.uses(
-        lambda node: Use.ROWS if call.layout(node) is not None else dense_use(call, out, call.shape_of(node))
-    )
+def rows_or_gather(call: Call, out: Layout | Mapping[fx.Node, Layout]) -> tuple[Use | Gather, ...]:
+    """Uses of operands that meet entry by entry: rows of region values, gathered rows of dense ones.
+
+    Args:
+        out: the layout by which all of them are read, or one for each.
+    """
+
+    def use(node: fx.Node) -> Use | Gather:
+        if call.layout(node) is not None:
+            return Use.ROWS
+        return dense_use(call, out if isinstance(out, Layout) else out[node], call.shape_of(node))
+
+    return call.uses(use)
 
 
 @rule_for(aten._to_copy.default, aten.copy.default, aten.alias.default, aten.detach.default, aten.dropout.default)

@@ -10,7 +10,7 @@ from ras_compile.passes.algebra.layout import Layout, opaque
 from ras_compile.passes.rules.contraction import grid_atoms
 from ras_compile.passes.rules.pointwise import rows_or_gather
 from ras_compile.passes.rules.registry import Call, Step, rule_for
-from ras_compile.passes.rules.views import only_layout
+from ras_compile.passes.rules.views import along, only_layout
 
 aten = torch.ops.aten
 
@@ -56,10 +56,10 @@ def reduction(call: Call) -> Step:
 )  # fmt: skip
 def along_dim(call: Call) -> Step:
     """`a b -> a b`: every entry depends on all entries along ``dim``."""
-    layout = only_layout(call)
+    layout, dim = along(call)
     own = Layout(layout.dims, layout.raw)
     out = (own, own) if isinstance(call.node.meta["val"], tuple) else own
-    return call.whole(out) if carries(call, layout, [call.args["dim"] % len(layout.dims)]) else Step(out, call.uses())
+    return call.whole(out) if carries(call, layout, [dim]) else Step(out, call.uses())
 
 
 @rule_for(aten.layer_norm.default, aten.rms_norm.default)
@@ -105,15 +105,14 @@ def triangle(call: Call) -> Step:
 @rule_for(aten.argsort.default, aten.argsort.stable)
 def order(call: Call) -> Step:
     """`a b -> a b`: places of the entries in their order along ``dim``."""
-    layout = only_layout(call)
-    out = Layout(layout.dims)
-    return call.whole() if carries(call, layout, [call.args["dim"] % len(layout.dims)]) else Step(out, call.uses())
+    layout, dim = along(call)
+    return call.whole() if carries(call, layout, [dim]) else Step(Layout(layout.dims), call.uses())
 
 
 @rule_for(aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default)
 def order_statistics(call: Call) -> Step:
     """`a b -> a k, a k`"""
-    layout, dim = only_layout(call), call.args["dim"] % len(only_layout(call).dims)
+    layout, dim = along(call)
     if carries(call, layout, [dim]):
         return call.whole((None, None))
     shape = call.node.meta["val"][0].shape

@@ -64,11 +64,16 @@ class Step:
     rewrite: Rewrite | None = None
 
 
+def nodes_in(given: Any) -> list[fx.Node]:
+    """The nodes among some arguments, in order of appearance, repeats included."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(given, found.append)
+    return found
+
+
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node in order of appearance, repeats included."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda operand: found.append(operand))
-    return found
+    return nodes_in((node.args, node.kwargs))
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:

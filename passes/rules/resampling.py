@@ -78,13 +78,15 @@ def exclude(call: Call, dims: list[Dim]) -> None:
         raise Exclude(pixels)
 
 
+def windows(call: Call) -> tuple[list[int], ...]:
+    """Kernel, stride, dilation and padding of windows over a picture, each for both of its sides."""
+    return tuple(per_dim(call.args[name], 2) for name in ("kernel_size", "stride", "dilation", "padding"))
+
+
 @rule_for(aten.im2col.default)
 def im2col(call: Call) -> Step:
     """`b c (h p) (w q) -> b (c p q) (h w)`: patches that neither overlap nor leave entries out; others mix tokens."""
-    layout = only_layout(call)
-    kernel, stride, dilation, padding = (
-        per_dim(call.args[name], 2) for name in ("kernel_size", "stride", "dilation", "padding")
-    )
+    layout, (kernel, stride, dilation, padding) = only_layout(call), windows(call)
     *lead, channels, height, width = layout.dims
     if layout.raw:
         exclude(call, [channels])
@@ -105,10 +107,7 @@ def im2col(call: Call) -> Step:
 @rule_for(aten.col2im.default)
 def col2im(call: Call) -> Step:
     """`b (c p q) (h w) -> b c (h p) (w q)`: patches that do not overlap; others mix tokens."""
-    layout = only_layout(call)
-    kernel, stride, dilation, padding = (
-        per_dim(call.args[name], 2) for name in ("kernel_size", "stride", "dilation", "padding")
-    )
+    layout, (kernel, stride, dilation, padding) = only_layout(call), windows(call)
     *lead, channels, tokens = layout.dims
     sides = [size // k for size, k in zip(call.shape[-2:], kernel, strict=True)]
     if grid_atoms(call, [channels]) or kernel != stride or dilation != [1, 1] or padding != [0, 0]:

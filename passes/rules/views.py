@@ -22,6 +22,12 @@ def only_layout(call: Call, name: str = "self") -> Layout:
     return layout
 
 
+def along(call: Call) -> tuple[Layout, int]:
+    """The only operand's layout, and the dimension along which the op works."""
+    layout = only_layout(call)
+    return layout, call.args["dim"] % len(layout.dims)
+
+
 @rule_for(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 @rule_for(aten.unflatten.int, aten.view_as.default, aten.reshape_as.default)
 def reshape(call: Call) -> Step:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ras_compile._torch import FakeTensorMode
 from ras_compile.passes.analysis.roles import Role, role_of
-from ras_compile.passes.programs.aliases import INVOKE, apart, fills, root, subgraph, viewers, writes
+from ras_compile.passes.programs.aliases import INVOKE, apart, fills, root, run_on_fakes, subgraph, viewers, writes
 from ras_compile.passes.spec.demand import demand
 from ras_compile.passes.spec.values import kind
 
@@ -64,14 +61,6 @@ def check_call(call: fx.Node, block: fx.GraphModule) -> None:
 
 def check_results(call: fx.Node, block: fx.GraphModule) -> None:
     """A block is run on fake tensors: each result fills its memory, and shares it with nothing."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        given = [_empty(operand.meta["val"]) for operand in call.args[2:]]
-        returned = fx.Interpreter(block).run(*given)
+    given, returned = run_on_fakes(block, [operand.meta["val"] for operand in call.args[2:]])
     demand(apart(returned, given), call, "its block returns memory that something else uses")
     demand(all(map(fills, returned)), call, "its block returns a part of some memory")
-
-
-def _empty(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -10,7 +10,7 @@ from torch import fx
 
 from ras_compile.passes.analysis.roles import Role, of_role, role_of
 from ras_compile.passes.lowering.functional import writes_by_itself
-from ras_compile.passes.lowering.inplace import part_of
+from ras_compile.passes.lowering.inplace import part_written
 from ras_compile.passes.spec.blocks import check_blocks
 from ras_compile.passes.spec.demand import demand
 from ras_compile.passes.spec.memory import check_memory
@@ -76,13 +76,8 @@ def check_alive(graph: fx.Graph) -> None:
 def check_on_caches(graph: fx.Graph) -> None:
     """A splice writes into the cache itself, not into a permutation or a slice of it."""
     for node in graph.nodes:
-        if node.target is aten.index_put_.default:
-            part = part_of(node.args[0])
-            indexed = part is not None and (part.dim is None or part.dim in part.order[: len(node.args[1])])
-            demand(part is None or part.cache is node.args[0] or not indexed, node, "splices into a view of a cache")
-        elif node.target is aten.copy_.default:
-            part = part_of(node.args[0])
-            demand(part is None or part.dim is None, node, "copies into a slice of a cache")
+        if node.target in (aten.index_put_.default, aten.copy_.default):
+            demand(part_written(node) is None, node, "splices into a view of a cache")
 
 
 def check_functional(graph: fx.Graph) -> None:

@@ -7,8 +7,8 @@ tensors in other ways.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import fx
 from ras_compile._torch import auto_functionalized_v2, schema_of
 from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.programs.aliases import root, subgraph, writes
-from ras_compile.passes.rules.registry import named_arguments, operands
+from ras_compile.passes.rules.registry import named_arguments, nodes_in, operands
 from ras_compile.passes.spec.demand import demand
 
 own = torch.ops.ras_compile
@@ -70,9 +70,9 @@ class _Step:
 
     def _of(self, *given: Any) -> int:
         found = 0
-        for node in operands_in(given):
+        for node in nodes_in(given):
             value = self.values.get(node, 0)
-            found |= union(value) if isinstance(value, list) else value
+            found |= functools.reduce(operator.or_, value, 0) if isinstance(value, list) else value
             found |= self.memory.get(root(node), 0)
         return found
 
@@ -104,7 +104,7 @@ class _Step:
 
     def _members(self, given: dict[str, Any]) -> list[int]:
         """For each member of a launch what it is given: its place of every list, and what is no list."""
-        lists = [value for value in given.values() if isinstance(value, (list, tuple)) and operands_in(value)]
+        lists = [value for value in given.values() if isinstance(value, (list, tuple)) and nodes_in(value)]
         shared = self._of(*(value for value in given.values() if isinstance(value, fx.Node)))
         return [self._of(*places) | shared for places in zip(*lists, strict=True)]
 
@@ -124,18 +124,3 @@ class _Step:
     def _write(self, operand: Any, value: int) -> None:
         owner = root(operand)
         self.memory[owner] = self.memory.get(owner, 0) | value
-
-
-def operands_in(given: Any) -> list[fx.Node]:
-    """The nodes among some arguments."""
-    found: list[fx.Node] = []
-    fx.node.map_arg(given, found.append)
-    return found
-
-
-def union(values: Iterable[int]) -> int:
-    """All inputs of several sets."""
-    found = 0
-    for value in values:
-        found |= value
-    return found

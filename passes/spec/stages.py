@@ -20,7 +20,7 @@ from ras_compile.passes.algebra.layout import Axis, Concat, Dim, Frame, Layout, 
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan, Splice
 from ras_compile.passes.programs.aliases import overlaps_itself, root, roots, shows, writes
-from ras_compile.passes.rules.registry import Gather, Step, Use, named_arguments, operands
+from ras_compile.passes.rules.registry import Gather, Step, Use, named_arguments, nodes_in, operands
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
 aten = torch.ops.aten
@@ -133,9 +133,7 @@ def check_step(analysis: Analysis, node: fx.Node, step: Step) -> None:
         demand(len(step.uses) == 1, node, "an item of a result has one operand")
         return
     if step.rewrite is not None:
-        _, args, kwargs = step.rewrite(Sizes(frame, 1))
-        taking = []
-        fx.node.map_arg((args, kwargs), lambda operand: taking.append(operand))
+        taking = nodes_in(step.rewrite(Sizes(frame, 1))[1:])
     demand(len(step.uses) == len(taking), node, f"{len(step.uses)} uses for {len(taking)} operands")
     for operand, use in zip(taking, step.uses, strict=True):
         carries = layouts.get(operand) is not None

@@ -27,7 +27,7 @@ from ras_compile._torch import close_vmap, open_vmap
 from ras_compile.capture.inputs import GraphInput, describe_inputs
 from ras_compile.capture.sizes import expressions
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.passes.rules.registry import source_line
+from ras_compile.passes.rules.registry import nodes_in, source_line
 
 LARGEST = 2**30  # entries of a mask: beyond, block lists are worth keeping
 # places in the block mask that Dynamo hands over: lengths, then (count, indices) of partial and of full blocks
@@ -78,12 +78,6 @@ def is_transform(node: fx.Node) -> bool:
 def opens(node: fx.Node) -> bool:
     """Whether a node begins a vmap; its operand is a size."""
     return node.target is open_vmap
-
-
-def nodes_in(argument: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(argument, found.append)
-    return found
 
 
 def writes_into(node: fx.Node) -> fx.Node | None:

@@ -260,10 +260,8 @@ class Noted(Readings):
             found = function(*args, **kwargs)
             noted = [noted[id(value)] for value in read]
         elif function in (torch.masked_select, Tensor.masked_select):
-            noted, found = (
-                whereabouts(read[0].broadcast_to(broadcast_shape(args[0], read[0]))),
-                function(*args, **kwargs),
-            )
+            noted = whereabouts(read[0].broadcast_to(broadcast_shape(args[0], read[0])))
+            found = function(*args, **kwargs)
         elif function in (torch.repeat_interleave, Tensor.repeat_interleave):
             noted, found = torch.repeat_interleave(read[0]), function(*args, **kwargs)
         else:
@@ -324,16 +322,8 @@ class Replayed(Readings):
         return pytree.tree_map(swap, (args, kwargs))
 
     def read(self, function: Callable, args: tuple, kwargs: dict, read: list[Tensor]) -> Any:
-        noted = next(self.readings, None)
-        if (
-            noted is None
-            or noted.function != function.__name__
-            or [v.shape for v in noted.read] != [v.shape for v in read]
-        ):
-            raise UnsupportedGraph("the model reads other values each time it runs", source=user_line()[0])
-        for value, known in zip(read, noted.read, strict=True):
-            self.facts.append(value.clone())
-            self.found.append(Fact(known, noted.source))
+        noted = self.noted(function, read)
+        self.specialise(read, noted)
         if function in _VALUES:
             return copy.deepcopy(noted.result)
         if function in (Tensor.__getitem__, Tensor.__setitem__):
@@ -364,16 +354,15 @@ class Replayed(Readings):
         return pick_run(function, args, kwargs, noted.result)
 
     def noted(self, function: Callable, read: list[Tensor]) -> Reading:
+        """What the next reading gave while the model ran as it is."""
         noted = next(self.readings, None)
-        if (
-            noted is None
-            or noted.function != function.__name__
-            or [v.shape for v in noted.read] != [v.shape for v in read]
-        ):
+        same = noted is not None and [v.shape for v in noted.read] == [v.shape for v in read]
+        if noted is None or not same or noted.function != function.__name__:
             raise UnsupportedGraph("the model reads other values each time it runs", source=user_line()[0])
         return noted
 
     def specialise(self, read: list[Tensor], noted: Reading) -> None:
+        """From now on the graph is one for these values alone."""
         for value, known in zip(read, noted.read, strict=True):
             self.facts.append(value.clone())
             self.found.append(Fact(known, noted.source))

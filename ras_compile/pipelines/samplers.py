@@ -55,6 +55,14 @@ def _prediction(scheduler: Any) -> str:
     return "flow_prediction" if _family(scheduler) == "flow" else scheduler.config.prediction_type
 
 
+def _of_sigmas(scheduler: Any, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Alpha and sigma of entries of a scheduler's `sigmas`."""
+    family = _family(scheduler)
+    if family == "own":
+        return alpha_and_sigma(scheduler, sigma)
+    return 1 - sigma if family == "flow" else torch.ones_like(sigma), sigma
+
+
 def check_clean(scheduler: Any) -> None:
     """Refuse what `clean_coefficients` knows nothing of.
 
@@ -81,8 +89,7 @@ def clean_coefficients(scheduler: Any, timestep: Any, index: int | None = None) 
         timestep: as given to `step`.
         index: the step's entry of `sigmas`; None: that of the step that is about to begin.
     """
-    family = _family(scheduler)
-    if family == "preserving":
+    if _family(scheduler) == "preserving":
         table = scheduler.alphas_cumprod
         at = timestep.to(table.device) if isinstance(timestep, Tensor) else torch.tensor(timestep, device=table.device)
         kept = table.take(at.long().reshape(()))
@@ -90,11 +97,7 @@ def clean_coefficients(scheduler: Any, timestep: Any, index: int | None = None) 
     else:
         if index is None and scheduler.step_index is None:  # `step` does the same in a moment
             begin_step(scheduler, timestep)
-        sigma = scheduler.sigmas[scheduler.step_index if index is None else index]
-        if family == "own":
-            alpha, sigma = alpha_and_sigma(scheduler, sigma)
-        else:
-            alpha = 1 - sigma if family == "flow" else torch.ones_like(sigma)
+        alpha, sigma = _of_sigmas(scheduler, scheduler.sigmas[scheduler.step_index if index is None else index])
     alpha, sigma = alpha.float(), sigma.float()
     norm = (alpha**2 + sigma**2).sqrt()
     match _prediction(scheduler):
@@ -119,11 +122,7 @@ def noise_levels(scheduler: Any) -> list[float]:
         kept = scheduler.alphas_cumprod[scheduler.timesteps.long().to(scheduler.alphas_cumprod.device)]
         alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
     else:
-        sigma = scheduler.sigmas
-        if family == "own":
-            alpha, sigma = alpha_and_sigma(scheduler, sigma)
-        else:
-            alpha = 1 - sigma if family == "flow" else torch.ones_like(sigma)
+        alpha, sigma = _of_sigmas(scheduler, scheduler.sigmas)
     levels = (sigma / (alpha + sigma)).double().tolist()
     return levels + [0.0] * (len(scheduler.timesteps) + 1 - len(levels))
 

@@ -78,7 +78,10 @@ class Family:
             raise UnsupportedGraph("other values are spliced at another length")
         dense = [plan.dense_graph() for plan in self.samples]
         interpolate(dense, self.points)
-        self._caches = [_left_behind(program, plan) for program, plan in zip(dense, self.samples, strict=True)]
+        self._caches = [
+            plan.caches_among([node.meta["val"] for node in next(iter(reversed(program.graph.nodes))).args[0]])
+            for program, plan in zip(dense, self.samples, strict=True)
+        ]
         self._programs: dict[int | str, Shared | None] = {}
         self._members: list[Member] = []
         self._lock = threading.RLock()
@@ -327,12 +330,3 @@ def described(tensor: Tensor, sizes: Sequence[int] | None = None, strides: Seque
 
 def _told(answers: Iterator[bool], choice: Callable[..., bool], *ops: Any) -> bool:
     return next(answers, False)
-
-
-def _left_behind(dense: fx.GraphModule, plan: Plan) -> list[Tensor]:
-    """The caches as a dense program leaves them, fake, in the order in which the sparse one takes them."""
-    results = [node.meta["val"] for node in next(iter(reversed(dense.graph.nodes))).args[0]]
-    count = len(plan.analysis.output_nodes)
-    outputs, left = results[:count], iter(results[count:])
-    caches = [outputs[plan._output_of(s.node)] if s.is_output else next(left) for s in plan.sparse.splices]
-    return [*caches, *left]

@@ -198,9 +198,8 @@ class Plan:
     @cached_property
     def noise_view(self) -> TokenView:
         """Function from the noise output to its token view [B, N, P, C], on the channels that match the latent's."""
-        layout = self.analysis.layouts[self.analysis.output_nodes[self.noise]]
+        layout, frame = self.analysis.layouts[self.analysis.output_nodes[self.noise]], self.analysis.frame
         assert isinstance(layout, Layout)
-        frame = self.analysis.frame
         return token_view(layout, frame, min(channel_count(layout, frame), channel_count(frame.layout(), frame)))
 
     @cached_property
@@ -228,13 +227,16 @@ class Plan:
         self.kept.use(slots)
         results = list(self.run("dense", values, [], slots, spare))
         count = len(self.analysis.output_nodes)
-        outputs, left = results[:count], iter(results[count:])
-        slots["caches"] = [
-            outputs[self._output_of(splice.node)] if splice.is_output else next(left) for splice in self.sparse.splices
-        ] + list(left)
+        slots["caches"], outputs = self.caches_among(results), results[:count]
         for index in range(count) if self._graphs else self.analysis.outputs:
             outputs[index] = outputs[index].clone()
         return outputs
+
+    def caches_among(self, results: Sequence[Any]) -> list[Any]:
+        """Of what the dense program returns the caches, in the order in which the sparse ones take them."""
+        nodes = self.analysis.output_nodes
+        left = iter(results[len(nodes) :])
+        return [results[nodes.index(s.node)] if s.is_output else next(left) for s in self.sparse.splices] + list(left)
 
     def bare(self, values: Sequence[Any]) -> list[Any]:
         """Runs the model as it is and keeps nothing: where there is no memory for caches, nor for a CUDA graph."""
@@ -310,9 +312,6 @@ class Plan:
             return None
         given = [given.weight for given, value in zip(self.inputs, values, strict=True) if isinstance(value, Tensor)]
         return ProgramGraphs.of(self.captured.graph, self.tensors(values), given + [True] * len(self.constants))
-
-    def _output_of(self, node: fx.Node) -> int:
-        return self.analysis.output_nodes.index(node)
 
     def tensors(self, values: Sequence[Any]) -> list[Tensor]:
         tensors = values if self._only_tensors else compress(values, self._is_tensor)
