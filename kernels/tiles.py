@@ -113,7 +113,7 @@ class Timings:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with locked(self.path.with_suffix(".lock")):
                     self.known = {**self.read(), **self.known}
-                    self._write()
+                    put(self.path, json.dumps(self.known, indent=0, sort_keys=True).encode())
             except OSError as error:
                 fell_back("timings of kernels kept by this process alone", error)
 
@@ -131,16 +131,18 @@ class Timings:
             self.add(question, answer := measure())
             return answer
 
-    def _write(self) -> None:
-        """Puts a whole new file in the old one's place, so that no process ever reads a part of one."""
-        handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(self.known, file, indent=0, sort_keys=True)
-            os.replace(name, self.path)
-        except BaseException:  # a disk that is full, or Ctrl-C: no part of a file stays behind
-            os.unlink(name)
-            raise
+
+def put(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Puts a whole file in the place of an old one, so that no process ever reads a part of one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except BaseException:  # a disk that is full, or Ctrl-C: no part of a file stays behind
+        os.unlink(name)
+        raise
 
 
 # Seconds; writing takes milliseconds, and a process that stopped with the lock must not stop the others.

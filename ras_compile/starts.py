@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch import nn
 
 from ras_compile.errors import ConfigError
 from ras_compile.kernels._torch import cache_folder
-from ras_compile.kernels.tiles import is_answer, timings
+from ras_compile.kernels.tiles import is_answer, put, timings
 from ras_compile.notices import warn_once
 from ras_compile.sampling.models import modules_of, transformers_of
 
@@ -85,8 +84,9 @@ def save(compiled: Any, folder: str | os.PathLike[str]) -> Path:
         "programs": {"file": name, "sha256": digest},
         "timings": timings(device).known,
     }
-    _put(place / name, programs)
-    _put(place / MANIFEST, json.dumps(told, indent=1, sort_keys=True).encode())
+    # other users may read them (a container's)
+    put(place / name, programs, 0o644)
+    put(place / MANIFEST, json.dumps(told, indent=1, sort_keys=True).encode(), 0o644)
     for old in place.glob("programs-*.zip"):
         if old.name != name:
             with contextlib.suppress(OSError):  # another process reads it, or has deleted it
@@ -241,7 +241,7 @@ def _put_libraries(libraries: dict[str, bytes]) -> None:
         path = cache_folder() / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _put(path, content, 0o755)
+            put(path, content, 0o755)
 
 
 def _misfit(told: dict[str, Any], device: torch.device, models: list[nn.Module]) -> str:
@@ -259,16 +259,3 @@ def _misfit(told: dict[str, Any], device: torch.device, models: list[nn.Module])
             what = "other weights (names, types or shapes)" if alike else "another model"
             return f"it is for {what} than this {type(model).__name__}"
     return ""
-
-
-def _put(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Puts a whole file in place, so that no process ever reads a part of one; other users may read it (a container's)."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, mode)
-        os.replace(name, path)
-    except BaseException:  # a disk that is full, or Ctrl-C: no part of a file stays behind
-        os.unlink(name)
-        raise

@@ -49,10 +49,7 @@ class Emitter:
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = value
         if self.origin is not None:
-            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-                if key in self.origin.meta:
-                    node.meta[key] = self.origin.meta[key]
-            node.meta["dense"] = self.origin.name
+            node.meta.update(origin_of(self.origin), dense=self.origin.name)
         return node
 
     def like(self, node: fx.Node, target: Callable, *args, **kwargs) -> fx.Node:
@@ -94,6 +91,24 @@ class Emitter:
         if repeats:
             self._known[key] = result
         return result
+
+
+def copied(graph: fx.Graph, known: dict[fx.Node, fx.Node] | None = None, results: slice = slice(None)) -> fx.Graph:
+    """A copy of a graph.
+
+    Args:
+        known: is filled with the copy of each node.
+        results: which of its results the copy returns.
+    """
+    new = fx.Graph()
+    returned = new.graph_copy(graph, {} if known is None else known)
+    new.output(returned if results == slice(None) else tuple(returned[results]))
+    return new
+
+
+def origin_of(node: fx.Node) -> dict[str, Any]:
+    """What a node's meta says of the user's code that it comes from."""
+    return {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "source_fn_stack") if key in node.meta}
 
 
 def described(value: Any) -> Any:

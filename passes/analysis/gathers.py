@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.rules.collectives import COLLECTIVES, GATHERED, WAIT
+from ras_compile.passes.rules.concatenation import CONCATENATIONS, SPLITS
 from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
-
-SPLITS: tuple[Any, ...] = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
-CONCATENATIONS: tuple[Any, ...] = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 
 def spell_collectives(graph: fx.Graph) -> None:

@@ -11,9 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ras_compile._torch import OpOverload, is_composite, schema_of
 from ras_compile.passes import rules  # noqa: F401  (fills the registry)
-from ras_compile.passes.analysis.emit import Emitter
-from ras_compile.passes.analysis.gathers import CONCATENATIONS, spell_collectives
+from ras_compile.passes.analysis.emit import Emitter, origin_of
+from ras_compile.passes.analysis.gathers import spell_collectives
 from ras_compile.passes.analysis.layers import LAYERS
+from ras_compile.passes.rules.concatenation import CONCATENATIONS
 from ras_compile.passes.rules.constants import constant
 from ras_compile.passes.rules.pointwise import is_pointwise
 from ras_compile.passes.rules.registry import RULES, Call, named_arguments, operands
@@ -97,9 +98,7 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
     with graph.inserting_before(node):
         for part in calls:
             new = env[part] = graph.node_copy(part, lambda operand: env[operand])
-            for key in ("stack_trace", "nn_module_stack"):
-                if key in node.meta:
-                    new.meta[key] = node.meta[key]
+            new.meta.update(origin_of(node))
     emit, (result,) = Emitter.of(graph), next(iter(reversed(parts.nodes))).args
     if isinstance(result, (tuple, list)):
         for user in list(node.users):

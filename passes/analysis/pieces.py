@@ -22,17 +22,15 @@ from ras_compile.notices import fell_back
 from ras_compile.passes.algebra.layout import Axis, Frame, Layout, Restart, Sizes, opaque
 from ras_compile.passes.algebra.order import Atom
 from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.rules.concatenation import CONCATENATIONS, SPLITS
 from ras_compile.passes.rules.pointwise import copies, find_rule, is_pointwise
 from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, named_arguments, operands
 
 aten = torch.ops.aten
 
 SLICES = (aten.slice.Tensor, aten.narrow.default)
-SPLITS = (
-    aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.tensor_split.sections
-)  # fmt: skip
 CUTS = (*SLICES, *SPLITS)
-JOINS = (aten.cat.default, aten.concat.default, aten.concatenate.default, aten.slice_scatter.default)
+JOINS = (*CONCATENATIONS, aten.slice_scatter.default)
 SAME_PLACE = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
 HEAVY = (
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default,

@@ -15,6 +15,7 @@ from torch import fx
 
 from ras_compile.passes.algebra.layout import Concat, Frame, Layout, Sizes
 from ras_compile.passes.analysis.propagate import Analysis
+from ras_compile.passes.rules.concatenation import CONCATENATIONS
 from ras_compile.passes.rules.registry import Gather, Step, Use, named_arguments, operands
 
 aten = torch.ops.aten
@@ -162,7 +163,7 @@ def frozen_operand(node: fx.Node, step: Step, place: int) -> bool:
 
 def joined_dim(node: fx.Node, layout: Layout) -> int | None:
     """The dimension along which a node puts the region's segment beside others; None where it does not."""
-    if node.target not in (aten.cat.default, aten.concat.default, aten.concatenate.default):
+    if node.target not in CONCATENATIONS:
         return None
     dim = named_arguments(node)["dim"] % len(layout.dims)
     return dim if any(isinstance(factor, Concat) for factor in layout.dims[dim]) else None

@@ -27,6 +27,7 @@ from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.fusion.epilogues import Epilogue, arguments, hypotheses
 from ras_compile.passes.rules.collectives import COLLECTIVES
+from ras_compile.passes.fusion.walks import Digits
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ WIDER = {
     torch.complex64: torch.complex128,
 }  # fmt: skip
 SPLICES = (aten.index_put_.default, aten.copy_.default)
-
-Digits = tuple[tuple[int, int], ...]  # (size, stride) of a mixed radix, outermost first
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ class Experiment:
     def run(self) -> list[tuple[Epilogue, Target]] | None:
         """The epilogue and the target of each product, or None."""
         site, samples = self.site, self.samples
-        if self._values().meta["val"].numel() > MAX_ENTRIES:
+        if values_of(site.put).meta["val"].numel() > MAX_ENTRIES:
             log.info("no experiment on the splice %s: too large", site.put.format_node())
             return None
         lengths = []
@@ -218,7 +217,7 @@ class Experiment:
         values: dict[fx.Node, Any] = {node: self._draw(node) * 1e-3 for node in site.products}
         values |= {node: self._draw(node) for node in site.leaves}
         evaluate(site.live, values)
-        written = values[self._values()]
+        written = values[values_of(site.put)]
         shape = torch.broadcast_shapes(written.shape, self._shape(indices[0]))
         self.flat = written.expand(shape).reshape(-1)
         self.shape = shape
@@ -257,9 +256,6 @@ class Experiment:
         if not value.dtype.is_floating_point and not value.dtype.is_complex:
             return torch.zeros(value.shape, dtype=value.dtype)
         return torch.randn(value.shape, generator=self.generator, dtype=WIDER.get(value.dtype, value.dtype))
-
-    def _values(self) -> fx.Node:
-        return values_of(self.site.put)
 
     def _indices(self) -> list[list[Tensor]] | None:
         """The index tensors for several draws of active rows, which together name every token of every sample."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -34,8 +35,13 @@ from ras_compile.passes.rules.views import along, only_layout
 
 aten = torch.ops.aten
 
+CONCATENATIONS: tuple[Any, ...] = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+SPLITS: tuple[Any, ...] = (
+    aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.tensor_split.sections
+)  # fmt: skip
 
-@rule_for(aten.cat.default, aten.concat.default, aten.concatenate.default)
+
+@rule_for(*CONCATENATIONS)
 def cat(call: Call) -> Step:
     """`b t c, b n c -> b (t | n) c`"""
     nodes = call.args["tensors"]
@@ -258,9 +264,7 @@ def narrow(call: Call) -> Step:
     return Step(out, call.uses(), rewrite=rewrite)
 
 
-@rule_for(
-    aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.tensor_split.sections
-)  # fmt: skip
+@rule_for(*SPLITS)
 def split(call: Call) -> Step:
     """`b (t | n) c -> b t c, b n c`"""
     layout, dim = along(call)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ras_compile._torch import copy_reason, set_source, source_of
+from ras_compile.passes.analysis.emit import copied
 
 
 def attribute_positions(graph: fx.Graph) -> list[int]:
@@ -59,11 +60,8 @@ class PerAttributes:
         return [value for place, value in enumerate(values) if place not in self._places]
 
     def _with(self, numbers: Sequence[float]) -> fx.GraphModule:
-        new = fx.Graph()
         known: dict[fx.Node, fx.Node] = {}
-        output = new.graph_copy(self._graph.graph, known, return_output_node=True)
-        assert isinstance(output, tuple)
-        new.output(output[0])
+        new = copied(self._graph.graph, known)
         old = self._graph.graph.find_nodes(op="placeholder")
         attributes = dict(zip([old[place] for place in self._places], numbers, strict=True))
         for node in old:

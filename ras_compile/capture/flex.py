@@ -27,6 +27,7 @@ from ras_compile._torch import close_vmap, open_vmap
 from ras_compile.capture.inputs import GraphInput, describe_inputs
 from ras_compile.capture.sizes import expressions
 from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.analysis.emit import copied, origin_of
 from ras_compile.passes.rules.registry import nodes_in, source_line
 
 LARGEST = 2**30  # entries of a mask: beyond, block lists are worth keeping
@@ -46,12 +47,7 @@ def spell_flex_attention(graph: fx.GraphModule, values: Sequence[Any]) -> fx.Gra
     """
     if not any(is_flex(node) for node in graph.graph.nodes):
         return graph
-    new = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {}
-    output = new.graph_copy(graph.graph, known, return_output_node=True)
-    assert isinstance(output, tuple)
-    new.output(output[0])
-    module = fx.GraphModule(graph, new)
+    module = fx.GraphModule(graph, copied(graph.graph))
     constants = Constants(module, values, describe_inputs(graph.graph))
     calls = [node for node in module.graph.nodes if is_flex(node)]
     # what makes block lists; none of it is left, as the inner compiler could not trace a transform again
@@ -197,7 +193,7 @@ def replace(module: fx.GraphModule, node: fx.Node, constants: Constants, name: s
             module.register_buffer(f"{name}_rows", keep, persistent=False)
             rows = module.graph.get_attr(f"{name}_rows")
             attended = module.graph.call_function(torch.where, (rows, attended, 0.0))
-    attended.meta = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+    attended.meta = origin_of(node)
     for user in list(node.users):
         user.replace_all_uses_with(attended)
         module.graph.erase_node(user)

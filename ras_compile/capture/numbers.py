@@ -16,6 +16,7 @@ from ras_compile._torch import pytree
 from ras_compile.capture.export import capture
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.analysis.emit import copied
 
 
 def number_positions(inputs: Sequence[GraphInput]) -> list[int]:
@@ -40,10 +41,7 @@ def read_floats(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphMod
     Args:
         dtype: cast to it, as a Python number beside integers would be of the default dtype.
     """
-    new = fx.Graph()
-    output = new.graph_copy(graph.graph, {}, return_output_node=True)
-    assert isinstance(output, tuple)
-    new.output(output[0])
+    new = copied(graph.graph)
     numbers: set[fx.Node] = set()  # what is, or is computed in Python from, a float argument
     for node in list(new.nodes):
         operand = node.args[0] if node.args else None

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile.passes.analysis.emit import described
+from ras_compile.passes.analysis.emit import described, origin_of
 from ras_compile.passes.programs.aliases import apart, memories
 
 FEWEST_NODES = 8  # shorter blocks are not worth a call
@@ -109,7 +109,7 @@ def shortened(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Block]]:
         if node in starts:
             found, at = starts[node]
             call = short.call_function(_CALL, ([env[v] for v in found.operands[at]], found.number))
-            call.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+            call.meta = origin_of(node)
             for index, place in enumerate(found.outputs):
                 env[found.stretches[at][place]] = short.call_function(_item, (call, index))
         elif node not in inside:

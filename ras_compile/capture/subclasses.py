@@ -26,6 +26,7 @@ from ras_compile._torch import (
     set_source,
     source_of,
 )
+from ras_compile.passes.analysis.emit import copied, origin_of
 
 
 class Entrance:
@@ -114,10 +115,7 @@ def _part(value: Any, path: Sequence[str]) -> Tensor:
 
 
 def _taking_parts(graph: fx.GraphModule, inputs: Sequence[Any], wholes: dict[int, _Whole]) -> fx.GraphModule:
-    new = fx.Graph()
-    output = new.graph_copy(graph.graph, {}, return_output_node=True)
-    assert isinstance(output, tuple)
-    new.output(output[0])
+    new = copied(graph.graph)
     interned: dict[str, _Whole] = {}
     old = graph.graph.find_nodes(op="placeholder")
     for index, node in enumerate(new.find_nodes(op="placeholder")):
@@ -136,8 +134,7 @@ def _taking_parts(graph: fx.GraphModule, inputs: Sequence[Any], wholes: dict[int
             first = next(user for user in new.nodes if user in node.users)
             with new.inserting_before(first):
                 made = new.call_function(whole, tuple(leaves))
-            made.meta = {key: first.meta[key] for key in ("stack_trace", "nn_module_stack") if key in first.meta}
-            made.meta["example_value"] = example
+            made.meta = {**origin_of(first), "example_value": example}
             node.replace_all_uses_with(made)
         new.erase_node(node)
     new.lint()

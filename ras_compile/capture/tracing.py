@@ -36,6 +36,7 @@ from ras_compile.capture.readings import Closed, Noted, Replayed, plain_readings
 from ras_compile.capture.token_wise import Opaque
 from ras_compile.capture.unusable import unusable
 from ras_compile.errors import UnsupportedGraph
+from ras_compile.passes.analysis.emit import copied
 
 
 @dataclass
@@ -151,10 +152,7 @@ def weights_of(root: nn.Module) -> dict[int, Closed]:
 
 def outputs_of(graph: fx.Graph, part: slice) -> fx.Graph:
     """A copy of a graph with a part of its outputs; every input stays."""
-    new = fx.Graph()
-    output = new.graph_copy(graph, {}, return_output_node=True)
-    assert isinstance(output, tuple)
-    new.output(tuple(output[0][part]))
+    new = copied(graph, results=part)
     new.eliminate_dead_code(is_impure_node=_has_effects)
     return new
 
