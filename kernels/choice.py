@@ -94,46 +94,31 @@ def weighed(ops: Sequence[ScatterArguments[Tensor]]) -> tuple[float, float] | No
     return fused, plain
 
 
-def gather_pays(ops: Sequence[Arguments]) -> bool:
-    """Whether these `gather_linear` ops together are faster than a copy of the active rows and a linear (cuBLAS).
+def gather_pays(args: Arguments) -> bool:
+    """Whether a `gather_linear` of these arguments is faster than a copy of the active rows and a linear (cuBLAS).
 
     No gather that Inductor writes is faster than a copy of rows that lie side by side, no convolution over patches faster
     than the linear, and a table is added in a pass that Inductor makes anyway.
-
-    Args:
-        ops: arguments of each op, as it takes them; of the tensors only sizes, strides, dtypes and devices count.
     """
-    return _together("gather", ops, runs_triton, _measure_gather)
+    return _alone("gather", args, runs_triton, _measure_gather)
 
 
-def attention_pays(ops: Sequence[Arguments]) -> bool:
-    """Whether these `attention` ops together are faster than `scaled_dot_product_attention`.
-
-    Args:
-        ops: arguments of each op, as it takes them; of the tensors only sizes, strides, dtypes and devices count.
-    """
-    return _together("attention", ops, runs_attention, _measure_attention)
+def attention_pays(args: Arguments) -> bool:
+    """Whether an `attention` of these arguments is faster than `scaled_dot_product_attention`."""
+    return _alone("attention", args, runs_attention, _measure_attention)
 
 
-def _together(
-    what: str,
-    ops: Sequence[Arguments],
-    runs: Callable[[Tensor], bool],
-    measure: Callable[[Arguments], tuple[float, float]],
+def _alone(
+    what: str, args: Arguments, runs: Callable[[Tensor], bool], measure: Callable[[Arguments], tuple[float, float]]
 ) -> bool:
-    """Whether ops are faster fused than plain, by the sums of what ``measure`` gives for each: (fused, plain)."""
-    fused = plain = 0.0
-    for args in ops:
-        if not runs(args[0]):
-            return False
-        if not args[0].is_cuda:  # the interpreter: nothing to measure
-            continue
-        key = f"{what} pays {[_words(value) for value in args]}"
-        pair = remembered(key, args[0].device, partial(measure, args))
-        if pair is None:
-            return False
-        fused, plain = fused + pair[0], plain + pair[1]
-    return fused <= plain
+    """Whether one op is faster fused than plain, by the times that ``measure`` gives for both."""
+    if not runs(args[0]):
+        return False
+    if not args[0].is_cuda:  # the interpreter: nothing to measure
+        return True
+    key = f"{what} pays {[_words(value) for value in args]}"
+    times = remembered(key, args[0].device, partial(measure, args))
+    return times is not None and times[0] <= times[1]
 
 
 def many_pays(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -106,14 +106,14 @@ class Shifted(Restart):
     """Windows are cut in two orders: each token is one, where windows of the one order alone would have been."""
 
     def apply(self, frame: Frame) -> Frame:
-        return frame.windowed()
+        return replace(frame, shifted=True, excluded=frozenset(), cuts=())
 
 
 class Coarsen(Restart):
     """Convolutions with strides that overlap take tokens together: the finer ones, left as they are, reach no output."""
 
     def apply(self, frame: Frame) -> Frame:
-        return frame.coarsened()
+        return replace(frame, coarse=True)
 
 
 class Clip(Restart):
@@ -145,7 +145,7 @@ class Padded(Restart):
     """What is padded onto the grid by its own entries may fill it up to whole patches: where it is cut, they are seen."""
 
     def apply(self, frame: Frame) -> Frame:
-        return frame.padding()
+        return replace(frame, padded=True)
 
 
 class Group(NamedTuple):
@@ -175,9 +175,8 @@ def atoms_of(dim: Iterable[Factor]) -> Iterator[Atom]:
 
 def leads(axis: Axis) -> bool:
     """Whether a factor of tokens that stand in an order is the first of its parts."""
-    return (
-        axis.atom is not None and axis.atom.order is not None and axis.atom.stride * axis.size == axis.atom.order.size
-    )
+    order = None if axis.atom is None else axis.atom.order
+    return order is not None and axis.atom.stride * axis.size == order.size
 
 
 def axes_of(dim: Iterable[Factor]) -> Iterator[Axis]:
@@ -425,7 +424,7 @@ class Frame:
             if stride == atom.stride:
                 parts[index : index + 1] = [outer, size // outer]
                 break
-        return self._with(parts=self.parts[: atom.dim] + (tuple(parts),) + self.parts[atom.dim + 1 :])
+        return replace(self, parts=self.parts[: atom.dim] + (tuple(parts),) + self.parts[atom.dim + 1 :])
 
     def _refined_order(self, order: Order, stride: int, outer: int) -> Frame:
         parts = [axis.size for axis in self.ordered(order)]
@@ -434,7 +433,7 @@ class Frame:
         if len(parts) == 1 and len(order.base) == 1 and factors(order.places, inner):
             return self.refined(order.base[0][0], outer)  # patches in another order, and their pixels
         parts[index : index + 1] = [outer, inner]
-        return self._with(cuts=tuple({**dict(self.cuts), order: tuple(parts)}.items()))
+        return replace(self, cuts=tuple({**dict(self.cuts), order: tuple(parts)}.items()))
 
     def plain(self, atoms: Iterable[Atom]) -> frozenset[Atom] | None:
         """The latent's own atoms that are behind these; None where an order has only some of its parts among them."""
@@ -448,17 +447,14 @@ class Frame:
                 return None
         return frozenset(found)
 
-    def windowed(self) -> Frame:
-        return self._with(shifted=True, excluded=frozenset(), cuts=())
-
     def without(self, atoms: frozenset[Atom]) -> Frame:
-        return self._with(excluded=self.excluded | atoms)
+        return replace(self, excluded=self.excluded | atoms)
 
     def unbatched(self, apart: bool = False) -> Frame:
-        return self._with(batch_dim=None, shared_rows=apart)
+        return replace(self, batch_dim=None, shared_rows=apart)
 
     def clipped(self, atom: Atom, outer: int, inner: int) -> Frame:
-        return self._with(parts=self.parts[: atom.dim] + ((outer, inner),) + self.parts[atom.dim + 1 :])
+        return replace(self, parts=self.parts[: atom.dim] + ((outer, inner),) + self.parts[atom.dim + 1 :])
 
     @property
     def group(self) -> Group | None:
@@ -466,15 +462,15 @@ class Frame:
         return self.shards or self.replicas
 
     def across(self, shards: Group | None, replicas: Group | None) -> Frame:
-        return self._with(shards=shards, replicas=replicas)
+        return replace(self, shards=shards, replicas=replicas)
 
     def sharded(self, start: int, stop: int) -> Frame:
-        return self._with(stretch=(start, stop))
+        return replace(self, stretch=(start, stop))
 
     @cached_property
     def everyone(self) -> Frame:
         """The frame whose region are the tokens of all processes, where this one's is a stretch of them."""
-        return self if self.stretch is None else self._with(stretch=None)
+        return self if self.stretch is None else replace(self, stretch=None)
 
     def gathered(self, dim: Iterable[Factor]) -> Dim:
         """A product in which the tokens of all processes, one's behind another's, are those of the whole latent."""
@@ -484,21 +480,12 @@ class Frame:
                 return normal([*found[:index], *whole, *found[index + 2 :]])
         return found
 
-    def padding(self) -> Frame:
-        return self._with(padded=True)
-
     def clip(self, dim: Dim, stop: int) -> Dim | None:
         """A product of which the first ``stop`` entries are a side of the latent that its patches do not fill; else None."""
         for index, size in enumerate(self.shape):
             if stop == size < math.prod(self.parts[index]) and dim == normal(self.atoms(index)):
                 return (Clipped(dim, stop),)
         return None
-
-    def coarsened(self) -> Frame:
-        return self._with(coarse=True)
-
-    def _with(self, **changes: Any) -> Frame:
-        return Frame(**{**{field.name: getattr(self, field.name) for field in fields(self)}, **changes})
 
     def layout(self) -> Layout:
         """The latent's own layout."""
@@ -630,10 +617,7 @@ class Sizes:
 
     def segment(self, segment: Dim) -> Any:
         """Entries of one segment of a concatenated dimension."""
-        return self.dim(segment) if self.context or self.holds_region(segment) else 0
-
-    def holds_region(self, dim: Dim) -> bool:
-        return any(map(self.frame.counts_tokens, atoms_of(dim)))
+        return self.dim(segment) if self.context or any(map(self.frame.counts_tokens, atoms_of(segment))) else 0
 
     def shape(self, layout: Layout) -> tuple[Any, ...]:
         return tuple(self.dim(dim) for dim in layout.dims)

@@ -41,7 +41,7 @@ def fuse_attention(graph: fx.Graph, fusion: Fusion) -> int:
         if not scale > 0:
             continue
         args = (*operands, float(scale))
-        if not pays([args]):
+        if not pays(args):
             continue
         emit.instead(node, torch.ops.ras_compile.attention.default, *args)
         count += 1

@@ -86,7 +86,7 @@ def fuse_gather_linear(graph: fx.Graph, fusion: Fusion) -> int:
         if site is not None:
             with graph.inserting_before(site.last):
                 args = arguments(site, finder.rows, emit)
-                if args is None or not pays([args]):
+                if args is None or not pays(args):
                     continue  # what was emitted has no user, and goes with the dead code
                 y = emit.like(site.last, torch.ops.ras_compile.gather_linear.default, *args)
                 if site.turned:

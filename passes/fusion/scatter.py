@@ -35,6 +35,7 @@ aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 
 Choice = Callable[[list[tuple]], bool]  # asked with the arguments of a site's ops (fake tensors): are they worth it?
+OneChoice = Callable[[tuple], bool]  # asked with those of one op
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Fusion:
     probe: fx.Graph | None = None
     pays: Choice | None = None
     dtypes: Sequence[torch.dtype] = HALF
-    gather_pays: Choice | None = None
-    attention_pays: Choice | None = None
+    gather_pays: OneChoice | None = None
+    attention_pays: OneChoice | None = None
     grouped: GroupChoice | None = None
 
     @cached_property

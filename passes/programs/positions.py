@@ -253,32 +253,16 @@ class PositionBuilder:
                 if lead_shape:
                     part = self.emit(aten.expand.default, part, [*lead_shape, size])
             else:
-                part = self._segment(list(segment), lead_shape)
+                part = self._segment(segment)
             parts.append(part if offset == 0 else self.emit(aten.add.Tensor, part, offset))
             offset += size
         return parts[0] if len(parts) == 1 else self.emit(aten.cat.default, parts, -1)
 
-    def _segment(self, factors: list[Axis], lead_shape: list[int]) -> fx.Node:
+    def _segment(self, segment: Dim) -> fx.Node:
         """Positions of the sparse entries of one segment that holds the region: [B, S'] or [S']."""
-        runs = self._runs(factors)
-        if len(runs) == 1:
-            return self._digit(factors[-1].atom, math.prod(f.size for f in factors))
-        extents = [self.sizes.axis(factor) for factor in factors]
-        lead = next(k for k, factor in enumerate(factors) if self.sizes.leads(factor))
-        stride, total = math.prod(f.size for f in factors), None
-        for run in runs:
-            count = math.prod(factors[k].size for k in run)
-            stride //= count
-            atom = factors[run[0]].atom
-            if self.frame.counts_tokens(atom):
-                value = self._digit(factors[run[-1]].atom, count)
-                shape = [*lead_shape, *(1 if k != lead else self.sizes.active for k in range(len(factors)))]
-            else:
-                value = self._arange(count)
-                shape = [*([1] * len(lead_shape)), *(count if k == run[0] else 1 for k in range(len(factors)))]
-            value = self.emit(aten.reshape.default, value, shape)
-            value = value if stride == 1 else self.emit(aten.mul.Tensor, value, stride)
-            total = value if total is None else self.emit(aten.add.Tensor, total, value)
-        assert total is not None
-        total = self.emit(aten.expand.default, total, [*lead_shape, *extents])
-        return self.emit(aten.reshape.default, total, [*lead_shape, math.prod(extents)])
+        if len(self._runs(list(segment))) == 1:
+            return self._digit(segment[-1].atom, dim_size(segment))
+        dims: list[Dim] = [
+            *((Axis(size, atom),) for atom, size in zip(self.pictures, self.rows.meta["val"].shape, strict=False)), segment
+        ]  # fmt: skip
+        return self._indices(dims)[-1]

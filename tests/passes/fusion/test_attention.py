@@ -116,9 +116,9 @@ def test_leaves_other_dtypes_alone():
 def test_asks_whether_it_pays():
     asked = []
     assert counts(case_of(Attend()), pays=asked.append)[0] == 0  # None: no
-    (((q, k, v, scale),),) = asked
+    ((q, k, v, scale),) = asked
     assert (q.shape, k.shape, v.shape) == ((2, 2, 5, 8), (2, 2, 12, 8), (2, 2, 12, 8)) and scale == 8**-0.5
-    assert counts(case_of(Attend()), pays=lambda ops: True)[0] == 1
+    assert counts(case_of(Attend()), pays=lambda args: True)[0] == 1
 
 
 # Attentions that become the op, the others have masks.

@@ -229,9 +229,9 @@ def test_leaves_other_dtypes_alone():
 def test_asks_whether_it_pays():
     asked = []
     assert counts(Embedding(), 2, pays=asked.append)[0] == 0  # None: no
-    ((args,),) = asked
+    (args,) = asked
     assert all(isinstance(value, torch.Tensor) for value in args[:4])
-    assert counts(Embedding(), 2, pays=lambda ops: True)[0] == 1
+    assert counts(Embedding(), 2, pays=lambda args: True)[0] == 1
 
 
 class Entries(TorchDispatchMode):

@@ -25,7 +25,7 @@ def prepared(case, *, outline_blocks: bool, grouped: bool):
     """The sparse program with all its scatter-GEMMs, alone or in groups."""
     program = sparse_program(case.plan.analysis, ACTIVE, case.plan.sparse)
     fusion = Fusion(
-        case.frame.tokens, dtypes=(torch.float64,), gather_pays=lambda ops: False, attention_pays=lambda ops: False,
+        case.frame.tokens, dtypes=(torch.float64,), gather_pays=lambda args: False, attention_pays=lambda args: False,
         grouped=lambda *given: grouped,
     )  # fmt: skip
     return prepare(program, fusion=fusion, few_rows=None, outline_blocks=outline_blocks)
