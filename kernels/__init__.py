@@ -15,6 +15,8 @@ Importing this package registers the operators `torch.ops.ras_compile.*`; Triton
   once per device.
 """
 
+# ruff: noqa: F401  (what is imported is for others)
+
 # Libraries look for Hugging Face's package `kernels`, and in a process that runs from the root of the repository they find
 # and import this folder. Registering the operators again would pull the first ones from under those who hold them.
 if __name__ != "kernels":
@@ -30,28 +32,3 @@ if __name__ != "kernels":
     from .scatter_linear import scatter_linear
 else:
     __path__ = []  # and no module of it is found by that name
-
-__all__ = [
-    "attention",
-    "attention_pays",
-    "attention_reference",
-    "carrying",
-    "epilogue_reference",
-    "from_host",
-    "gather_linear",
-    "gather_linear_reference",
-    "gather_pays",
-    "grouped_scatter_linear",
-    "linear_gelu",
-    "linear_gelu_reference",
-    "many_linears",
-    "many_linears_reference",
-    "many_pays",
-    "pays",
-    "pays_grouped",
-    "row_numbers",
-    "scatter_linear",
-    "scatter_linear_reference",
-    "to_host",
-    "write_host",
-]

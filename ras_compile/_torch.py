@@ -24,7 +24,6 @@ from ras_compile.versions import cannot_run
 try:
     # What ops are. Without: no rule finds its op.
     from torch._ops import OpOverload  # one overload of an op: the target of every node of a captured graph
-    from torch._ops import OpOverloadPacket  # all overloads of an op: rules are written for one or the other
 
     # Dynamo. Without: a graph's inputs, its breaks and its caller are not known.
     from torch._dynamo.backends.registry import lookup_backend  # the option `inner_backend` by name

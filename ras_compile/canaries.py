@@ -28,8 +28,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
 }
 _ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "FakeTensorMode": ("from_tensor",),
-    "OpOverload": ("has_kernel_for_dispatch_key", "tags", "namespace", "overloadpacket"),
-    "OpOverloadPacket": ("overloads",),
+    "OpOverload": ("has_kernel_for_dispatch_key", "tags", "namespace"),
     "ShapeEnv": ("create_symbol", "create_symintnode"),
     "DimDynamic": ("DYNAMIC",),
     "inductor_config": ("get_config_copy",),

@@ -51,7 +51,7 @@ class TokenView:
     stretch: tuple[int, int] | None = None
 
     def __call__(self, value: Tensor) -> Tensor:
-        return self._own(self._every(self._opened(value)))[..., : self.channels]
+        return self._own(self._every(self._exploded(self._filled(self.cut(value)))))[..., : self.channels]
 
     def _every(self, exploded: Tensor) -> Tensor:
         """[B, N, P, C] of all tokens, those beside the stretch included."""
@@ -93,11 +93,8 @@ class TokenView:
         if self.filled:
             place.copy_(whole[tuple(slice(size) for size in place.shape)])
 
-    def _opened(self, value: Tensor) -> Tensor:
-        """``value`` with one dimension for each factor: samples, tokens, pixels, channels; a view where patches are full."""
-        return self._exploded(self._filled(self.cut(value)))
-
     def _exploded(self, value: Tensor) -> Tensor:
+        """A segment of whole patches with one dimension for each factor: samples, tokens, pixels, channels."""
         return value.view(self.exploded).permute(self.order)
 
     def _filled(self, value: Tensor) -> Tensor:

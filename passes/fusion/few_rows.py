@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from ras_compile.kernels.many_linears import ROWS
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.programs.aliases import movable
 from ras_compile.passes.programs.equals import equals
 
 aten = torch.ops.aten
 own = torch.ops.ras_compile
-ROWS = 16  # rows of an input, at most
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Views that keep the order of the rows.
 RESHAPES = (

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.kernels.arguments import ScatterArguments
+from ras_compile.kernels.grouped import MOST
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.programs.aliases import is_view, movable, root, written
@@ -32,7 +33,6 @@ from ras_compile.passes.rules.registry import nodes_in
 
 aten = torch.ops.aten
 own = torch.ops.ras_compile
-MOST = 8  # members of one launch
 
 # Asked with the arguments of the scatter-GEMMs, site by site, and with those that plain linears would have as members.
 GroupChoice = Callable[[list[list[Sequence]], list[Sequence]], bool]

@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from ras_compile.kernels.arguments import ScatterArguments
+from ras_compile.kernels.arguments import MOST_RUNS, ScatterArguments
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.fusion.choices import Asked
@@ -189,7 +189,7 @@ def more(emit: Emitter, epilogue: Epilogue, leaves: list[fx.Node], samples: int,
 
 def writable(target: Target) -> bool:
     """Whether the kernel has as many strides."""
-    return len(target.rows) <= 3 and len(target.channels) <= 3
+    return max(len(target.rows), len(target.channels)) <= MOST_RUNS
 
 
 def addressed(emit: Emitter, cache: fx.Node, target: Target, samples: int, channels: int) -> tuple[fx.Node, int] | None:

@@ -7,7 +7,7 @@ each tensor operand how the sparse program uses it. An op with no region operand
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ras_compile._torch import OpOverload, OpOverloadPacket, schema_of
+from ras_compile._torch import OpOverload, schema_of
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Frame, Layout, Sizes
 
@@ -192,30 +192,23 @@ Rule = Callable[[Call], Step]
 RULES: dict[OpOverload, Rule] = {}
 
 
-def overloads(target: OpOverload | OpOverloadPacket) -> Iterator[OpOverload]:
-    if isinstance(target, OpOverload):
-        yield target
-    elif isinstance(target, OpOverloadPacket):
-        for name in target.overloads():
-            yield getattr(target, name)
-    else:
-        raise TypeError(f"a rule is registered for an ATen op, not for {target!r}")
+def rule_for(*targets: OpOverload) -> Callable[[Rule], Rule]:
+    """Registers the rule that it decorates for some overloads; each has one rule.
 
+    Raises:
+        TypeError: one of them is no overload of an op.
+        ValueError: one has a rule already.
+    """
 
-def register(rule: Rule, targets: Iterable[OpOverload | OpOverloadPacket]) -> None:
-    """Registers ``rule`` for every overload of ``targets``; an op has one rule."""
-    for target in targets:
-        for overload in overloads(target):
-            if overload in RULES:
-                raise ValueError(f"{overload} has a rule already: {RULES[overload].__name__}")
-            RULES[overload] = rule
-
-
-def rule_for(*targets: OpOverload | OpOverloadPacket) -> Callable[[Rule], Rule]:
-    """Decorator form of :func:`register`."""
-
-    def decorate(rule: Rule) -> Rule:
-        register(rule, targets)
+    def register(rule: Rule) -> Rule:
+        for target in targets:
+            if not isinstance(target, OpOverload):
+                raise TypeError(
+                    f"a rule is registered for an overload of an op, such as aten.add.Tensor, not for {target!r}"
+                )
+            if target in RULES:
+                raise ValueError(f"{target} has a rule already: {RULES[target].__name__}")
+            RULES[target] = rule
         return rule
 
-    return decorate
+    return register

@@ -31,8 +31,7 @@ class SampleMap:
         """Bool [B, N] as a mask that broadcasts to the sample; of a batch that guidance repeats, its first copy."""
         mask = torch.zeros(self._latent, dtype=torch.bool, device=tokens.device)
         self._view.write(mask, tokens[..., None, None].expand_as(self._view(mask)))
-        for dim, start, length in self._view.cuts:
-            mask = mask.narrow(dim, start, length)
+        mask = self._view.cut(mask)
         for dim in self._channels:
             mask = mask.narrow(dim, 0, 1)
         return mask[: self._sample[0]]
@@ -42,9 +41,8 @@ class SampleMap:
         for dim in self._channels:
             mask = mask.any(dim, keepdim=True)
         mask = mask.repeat(self._latent[0] // self._sample[0], *[1] * (mask.dim() - 1))
-        covered = whole = torch.zeros(self._latent, dtype=torch.bool, device=mask.device)
-        for dim, start, length in self._view.cuts:
-            covered = covered.narrow(dim, start, length)
+        whole = torch.zeros(self._latent, dtype=torch.bool, device=mask.device)
+        covered = self._view.cut(whole)
         covered.copy_(mask.expand_as(covered))
         return self._view(whole).any(-1).all(-1)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ras_compile.config import METRICS, RASConfig
 from ras_compile.execute import replay
-from ras_compile.execute.replay import Replayed
+from ras_compile.execute.replay import Function, Replayed
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.drift import Drift, spread
 from ras_compile.sampling.reuse import active_tokens, continued
@@ -33,7 +32,8 @@ from ras_compile.sampling.velocity import predicted, velocity
 # a callable may do anything, and "random" draws numbers
 _REPLAYED_METRICS = tuple(metric for metric in METRICS if metric != "random")
 # of all transformers: what is compiled for one serves the others
-_FUNCTIONS = tuple(map(Replayed, (choose, settle, continued, velocity, predicted)))
+_KNOWN: tuple[Function, ...] = (choose, settle, continued, velocity, predicted)
+_FUNCTIONS = {function: Replayed(function) for function in _KNOWN}
 # their places among what a branch keeps
 _OBSERVED, _DRIFT = "observed noise", "drift"
 
@@ -46,42 +46,20 @@ class Selection:
     The graphs go when it goes.
 
     Args:
-        functions: :func:`choose`, :func:`settle`, :func:`continued`, :func:`velocity` and :func:`predicted`, to share what
-            is compiled of them.
+        functions: those that it knows, each as what is compiled of it and shared.
     """
 
-    def __init__(self, functions: tuple[Replayed, ...] = _FUNCTIONS) -> None:
-        shared = [function.sharing_code() for function in functions]
-        self._choose, self._settle, self._continued, self._velocity, self._predicted = shared
+    def __init__(self, functions: Mapping[Function, Replayed] = _FUNCTIONS) -> None:
+        self._own = {function: shared.sharing_code() for function, shared in functions.items()}
 
-    def choose(self, config: RASConfig, changing: Sequence[Tensor], kept: tuple[Tensor, ...], *settings: Hashable):
-        """:func:`choose` of ``(*changing, *kept, *settings)``."""
-        return _run(self._choose, config, changing, *settings, kept=kept)
-
-    def settle(self, config: RASConfig, tensors: Sequence[Tensor], view: TokenView | None) -> Sequence[Tensor]:
-        """:func:`settle` of these."""
-        return _run(self._settle, config, tensors, view)
-
-    def velocity(self, config: RASConfig, tensors: Sequence[Tensor]) -> Tensor:
-        """:func:`velocity` of these."""
-        return _run(self._velocity, config, tensors)[0]
-
-    def predicted(self, config: RASConfig, tensors: Sequence[Tensor]) -> Tensor:
-        """:func:`predicted` of these."""
-        return _run(self._predicted, config, tensors)[0]
-
-    def extrapolation(self, config: RASConfig) -> Callable[[Sequence[Tensor], bool], Sequence[Tensor]]:
-        """What runs :func:`continued` for an `Extrapolation`."""
-        return partial(_run, self._continued, config)
-
-
-def _run(
-    function: Replayed, config: RASConfig, tensors: Sequence[Tensor], *settings: Hashable, kept: tuple[Tensor, ...] = ()
-) -> Sequence[Tensor]:
-    """A function as one launch on CUDA, and as it is elsewhere."""
-    if config.cuda_graphs and tensors[0].device.type == replay.DEVICE:
-        return function(tensors, *settings, kept=kept, fuse=config.inner_backend == "inductor")
-    return function.plain(*tensors, *kept, *settings)
+    def __call__(
+        self, function: Function, config: RASConfig, tensors: Sequence[Tensor], *settings: Hashable,
+        kept: tuple[Tensor, ...] = (),
+    ) -> Sequence[Tensor]:  # fmt: skip
+        """The function of ``(*tensors, *kept, *settings)``: as one launch on CUDA, and as it is elsewhere."""
+        if config.cuda_graphs and tensors[0].device.type == replay.DEVICE:
+            return self._own[function](tensors, *settings, kept=kept, fuse=config.inner_backend == "inductor")
+        return function(*tensors, *kept, *settings)
 
 
 class RowChooser:
@@ -166,7 +144,7 @@ class RowChooser:
             noise, view = slots[_OBSERVED], drift.view
             with _exact(noise.device):
                 tensors = [noise, drift.last, drift.state]
-                drift.last, drift.state = self._selection.settle(self._config, tensors, view)
+                drift.last, drift.state = self._selection(settle, self._config, tensors, view)
             passed = self._step - drift.step - 1
         else:  # it was not called in the step that its gaps lead up to
             passed = self._step - drift.step
@@ -257,8 +235,8 @@ class RowChooser:
                 if self._nothing is None:
                     self._nothing = groups.new_empty(0, dtype=torch.bool)
                 known = self._nothing
-            results = self._selection.choose(
-                config, [*tensors, counts], (groups, known), tuple(measures), active, *self._settings
+            results = self._selection(
+                choose, config, [*tensors, counts], tuple(measures), active, *self._settings, kept=(groups, known)
             )
             rows, self._counts[key[1]], *kept = results
         else:

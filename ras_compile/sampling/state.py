@@ -29,10 +29,11 @@ from ras_compile.sampling.calls import CallInfo, Decision, Run
 from ras_compile.sampling.inference import TimeLine, read_call, read_time, sketch
 from ras_compile.sampling.locate import Evaluation, Generation, Place, leave_attached, locate, owner
 from ras_compile.sampling.records import Record
-from ras_compile.sampling.reuse import Extrapolation, active_tokens
+from ras_compile.sampling.reuse import Extrapolation, active_tokens, continued
 from ras_compile.sampling.rows import RowChooser, Selection
 from ras_compile.sampling.schedule import Schedule, at_speedup
 from ras_compile.sampling.selection import SelectionInfo
+from ras_compile.sampling.velocity import predicted, velocity
 
 # Ways to reuse noise that go on along a line in time.
 _LINES = ("linear", "forecast")
@@ -124,9 +125,9 @@ class TransformerState:
         decision.of.last_step, decision.of.kept = run.step, noise is not None
         decision.of.spare = None
         seen, seen_view = noise, view
-        velocity = None if noise is None else self._velocity(call, decision, noise, view)
-        if velocity is not None and run.config.metric == "drift":
-            seen, seen_view = velocity, None
+        moving = None if noise is None else self._velocity(call, decision, noise, view)
+        if moving is not None and run.config.metric == "drift":
+            seen, seen_view = moving, None
         if seen is not None and run.schedule.observes(run.step - run.base):
             run.chooser.observe(seen, SelectionInfo(run.step, run.num_steps, call.grid), seen_view, decision.slots)
         self.records, self.graphs = run.records, run.graphs
@@ -198,7 +199,8 @@ class TransformerState:
         if last is None:
             last, active = torch.zeros_like(prediction, dtype=torch.float32), _computed(None, call)
         tensors = [prediction, sample, last, active, run.terms[said.entry]]
-        decision.slots[_VELOCITY] = found = self._selection.velocity(run.config, tensors)
+        (found,) = self._selection(velocity, run.config, tensors)
+        decision.slots[_VELOCITY] = found
         return found
 
     def extrapolate(self, call: CallInfo, decision: Decision, noise: Tensor, view: TokenView) -> None:
@@ -213,16 +215,16 @@ class TransformerState:
         config = decision.run.config
         line = decision.slots.get("line")
         if line is None:
-            run = self._selection.extrapolation(config)
+            run = partial(self._selection, continued, config)
             line = decision.slots["line"] = Extrapolation(config.noise_reuse == "forecast", run)
-        velocity = decision.slots.get(_VELOCITY)
-        ahead = line(view(noise) if velocity is None else velocity, decision.rows, decision.time)
+        own = decision.slots.get(_VELOCITY)
+        ahead = line(view(noise) if own is None else own, decision.rows, decision.time)
         if decision.rows is not None:
-            if velocity is not None:
+            if own is not None:
                 assert call.view is not None and decision.place.said is not None and decision.run.terms is not None
                 sample, terms = call.view(call.latent).detach(), decision.run.terms[decision.place.said.entry]
                 tensors = [view(noise), sample, ahead, _computed(decision.rows, call), terms]
-                ahead = self._selection.predicted(config, tensors)
+                (ahead,) = self._selection(predicted, config, tensors)
             view.write(noise, ahead)
             seen = None if decision.run.line is None else sketch(noise, view)
             if decision.run.line is not None and seen is not None:

@@ -115,7 +115,7 @@ def test_a_function_that_cannot_be_fused_runs_as_it_is(monkeypatch):
 def test_rows_are_those_of_the_plain_selection(known: bool, options: dict, monkeypatch):
     """Fused by Inductor and replayed, the choice is that of the functions as they are written: ties included."""
     compiled, inner = [], replay.compile_inner
-    selection = Selection(tuple(map(Replayed, (choose, settle, continued, velocity, predicted))))
+    selection = Selection({each: Replayed(each) for each in (choose, settle, continued, velocity, predicted)})
     monkeypatch.setattr(replay, "compile_inner", lambda *given: compiled.append(given) or inner(*given))
     chosen, view = [], TokenView((), frozenset({1}), (2, 24, 4), (0, 1, 2), (2, 24, 1), None)
     mask = torch.zeros(2, 24, dtype=torch.bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tiny import EAGER, LATENT, TEXT, TinyDiT
 import ras_compile
 from ras_compile import RASConfig
 from ras_compile.execute import replay
-from ras_compile.sampling.reuse import DECAY, Extrapolation, active_tokens
+from ras_compile.sampling.reuse import DECAY, Extrapolation, active_tokens, continued
 from ras_compile.sampling.rows import Selection
 
 BATCH, TOKENS, PIXELS, CHANNELS = 2, 6, 1, 3
@@ -61,7 +63,7 @@ def run(request, monkeypatch):
     monkeypatch.setattr(replay, "DEVICE", "cpu")
     monkeypatch.setattr(replay, "Graph", Recorded)
     inner = "inductor" if "fused" in request.param else "eager"
-    return Selection().extrapolation(RASConfig(inner_backend=inner))
+    return partial(Selection(), continued, RASConfig(inner_backend=inner))
 
 
 @pytest.mark.parametrize("apart", [False, True])
