@@ -7,7 +7,7 @@ guess too many costs a little time, and one too few a fusion.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from typing import Any
@@ -103,23 +103,42 @@ def ropes(leaves: Sequence[fx.Node], tables: list[int], first: int) -> Iterator[
                 yield Epilogue(rope=rope, cos=cos, sin=sin, first=start)
 
 
-def arguments(epilogue: Epilogue, leaves: list[Tensor], samples: int, length: int, total: int) -> dict[str, Any] | None:
-    """The epilogue's arguments, as :func:`epilogue_reference` takes them; None where a table has another shape."""
-    given: dict[str, Any] = dict(head_dim=epilogue.head_dim, norm=epilogue.norm, eps=epilogue.eps, rope=epilogue.rope)
-    for name, number in (("norm_weight", epilogue.norm_weight), ("norm_bias", epilogue.norm_bias)):
-        given[name] = None if number is None else leaves[number].reshape(-1)
-    for part, (name, number) in enumerate((("cos", epilogue.cos), ("sin", epilogue.sin))):
+def arguments(
+    epilogue: Epilogue, leaves: Sequence[Any], samples: int, length: int, total: int, do: Callable[..., Any]
+) -> tuple | None:
+    """What the scatter-GEMM takes for an epilogue, from ``head_dim`` on; None where a table has another shape.
+
+    Args:
+        leaves: the site's leaves: nodes, or tensors.
+        samples, length, total: B, the product's rows, and those of all products.
+        do: ``do(op, leaf, ..)`` is a leaf: makes a node, or calls the op.
+    """
+
+    def value(leaf: Any) -> Tensor:
+        return leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf
+
+    if epilogue.norm == epilogue.rope == "none":
+        return ()
+    given: list[Any] = []
+    for leaf in (None if number is None else leaves[number] for number in (epilogue.norm_weight, epilogue.norm_bias)):
+        given.append(leaf if leaf is None or value(leaf).ndim == 1 else do(aten.reshape.default, leaf, [-1]))
+    for part, number in enumerate((epilogue.cos, epilogue.sin)):
         if number is None:
+            given.append(None)
             continue
         table = leaves[number]
-        if table.is_complex():
-            table = torch.view_as_real(table).select(-1, part)
-        shape = table_shape(table.shape, epilogue, samples, length, total)
+        if value(table).is_complex():
+            table = do(aten.select.int, do(aten.view_as_real.default, table), -1, part)
+        shape = table_shape(value(table).shape, epilogue, samples, length, total)
         if shape is None:
             return None
-        table = table.reshape(shape)
-        given[name] = table if epilogue.first < 0 else table[:, epilogue.first : epilogue.first + length]
-    return given
+        if tuple(value(table).shape) != shape:
+            table = do(aten.reshape.default, table, list(shape))
+        if shape[1] != length:
+            table = do(aten.slice.Tensor, table, 1, epilogue.first, epilogue.first + length)
+        given.append(table)
+    weight, bias, cos, sin = given
+    return epilogue.head_dim, epilogue.norm, weight, bias, epilogue.eps, epilogue.rope, cos, sin
 
 
 def table_shape(

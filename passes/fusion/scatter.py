@@ -27,7 +27,7 @@ from ras_compile.kernels.arguments import MOST_RUNS, ScatterArguments
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.fusion.choices import Asked
-from ras_compile.passes.fusion.epilogues import Epilogue, table_shape
+from ras_compile.passes.fusion.epilogues import arguments
 from ras_compile.passes.fusion.group import GroupChoice, Op, join
 from ras_compile.passes.fusion.sites import Site, Target, sites
 
@@ -133,7 +133,8 @@ class Writer:
                 if tuple(x.meta["val"].shape) != shape:
                     x = self.emit(aten.reshape.default, x, list(shape))
                 where = self.row_numbers(target, length)
-                tail = more(self.emit, epilogue, site.leaves, samples, length, sum(lengths))
+                tail = arguments(epilogue, site.leaves, samples, length, sum(lengths), self.emit)
+                assert tail is not None  # as in the experiment
                 result.append(
                     Op(ScatterArguments(cache[0], x, weight, bias, where, cache[1], *tail), put, result, node)
                 )
@@ -154,37 +155,6 @@ class Writer:
                     numbers = (none, length, 0, 0)
                 self.numbers[key] = emit(torch.ops.ras_compile.row_numbers.default, *numbers)
         return self.numbers[key]
-
-
-def more(emit: Emitter, epilogue: Epilogue, leaves: list[fx.Node], samples: int, length: int, total: int) -> tuple:
-    """The op's arguments for an epilogue, in the order of its schema."""
-
-    def vector(number: int | None) -> fx.Node | None:
-        if number is None:
-            return None
-        leaf = leaves[number]
-        return leaf if leaf.meta["val"].ndim == 1 else emit(aten.reshape.default, leaf, [-1])
-
-    def table(number: int | None, part: int) -> fx.Node | None:
-        if number is None:
-            return None
-        leaf = leaves[number]
-        if leaf.meta["val"].is_complex():
-            leaf = emit(aten.select.int, emit(aten.view_as_real.default, leaf), -1, part)
-        shape = table_shape(leaf.meta["val"].shape, epilogue, samples, length, total)
-        assert shape is not None
-        if tuple(leaf.meta["val"].shape) != shape:
-            leaf = emit(aten.reshape.default, leaf, list(shape))
-        if shape[1] == length:
-            return leaf
-        return emit(aten.slice.Tensor, leaf, 1, epilogue.first, epilogue.first + length)
-
-    if epilogue.norm == epilogue.rope == "none":
-        return ()
-    return (
-        epilogue.head_dim, epilogue.norm, vector(epilogue.norm_weight), vector(epilogue.norm_bias), epilogue.eps,
-        epilogue.rope, table(epilogue.cos, 0), table(epilogue.sin, 1),
-    )  # fmt: skip
 
 
 def writable(target: Target) -> bool:

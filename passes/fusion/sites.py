@@ -294,10 +294,10 @@ class Experiment:
     def _match(self, index: int, y: Tensor, leaves: list[Tensor], first: int, total: int):
         """The epilogue whose results are written, with them, and the positions of one column and of one row."""
         for epilogue in hypotheses(self.site.live_behind(index), self.site.leaves, y.shape[-1], first):
-            given = arguments(epilogue, leaves, self.samples, y.shape[1], total)
+            given = arguments(epilogue, leaves, self.samples, y.shape[1], total, lambda op, *args: op(*args))
             if given is None:
                 continue
-            result = epilogue_reference(y, **given)
+            result = epilogue_reference(y, *given) if given else y
             rows_at, channels_at = self._find(result[..., 0]), self._find(result[0, 0])
             if rows_at is not None and channels_at is not None:
                 return epilogue, result, rows_at, channels_at
