@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ras_compile._torch import at_reset, original
 from ras_compile.canaries import check as check_pytorch
@@ -78,34 +76,13 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
     start_workers(example_inputs, config)
 
     def make(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
-        return shared(graph, inputs, config) or CompiledGraph(graph, inputs, config)
+        return CompiledGraph(graph, inputs, config)
 
     places = attribute_positions(graph.graph)
     return PerAttributes(graph, places, example_inputs, make) if places else make(graph, example_inputs)
 
 
 at_reset(ras, forget)
-
-# By thread, what was compiled last: first calls in several threads at the same time are captured by each of them, and only the
-# last capture is called from then on. Were they apart, a thread's second call would be of another graph than its first.
-_captures: weakref.WeakValueDictionary[int, CompiledGraph] = weakref.WeakValueDictionary()
-
-
-def shared(graph: fx.GraphModule, examples: Sequence[Any], config: RASConfig) -> CompiledGraph | None:
-    """What another thread has made of an equal graph; None where there is none, or it holds tensors of its own."""
-    if any(node.op in ("get_attr", "call_module") for node in graph.graph.nodes):
-        return None
-    here = threading.get_ident()
-    for thread, made in list(_captures.items()):
-        if thread != here and made.config == config and made.of == description(graph, examples):
-            return made
-    return None
-
-
-def description(graph: fx.GraphModule, examples: Sequence[Any]) -> tuple:
-    """What a graph computes, and on what: equal for two captures of one call. As text, since sizes may be symbols."""
-    given = [(str(v.shape), str(v.stride()), v.dtype, v.device) if isinstance(v, Tensor) else str(v) for v in examples]
-    return graph.code, describe_inputs(graph.graph), given
 
 
 def _raising(error: RASError) -> Callable[..., Any]:
@@ -130,8 +107,6 @@ class CompiledGraph(Dispatcher[Entry]):
 
     def __init__(self, graph: fx.GraphModule, examples: Sequence[Any], config: RASConfig) -> None:
         super().__init__(config)
-        self.of = description(graph, examples)
-        _captures[threading.get_ident()] = self
         described = describe_inputs(graph.graph)
         self.broken: GraphBreak | None = graph_break(graph) or part_of(described, examples, config)
         self.weights_of = entries_at([index for index, given in enumerate(described) if given.weight])
