@@ -14,4 +14,5 @@ from ras_compile.passes.rules import (
     resampling,
     token_wise,
     views,
+    writing,
 )
