@@ -6,15 +6,11 @@ that have no `step_index` (DDIM, DDPM, PNDM, CogVideoX's).
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from types import CodeType, FrameType, MethodType
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
@@ -23,165 +19,22 @@ from torch import Tensor, nn
 from ras_compile._torch import compiled_call, original
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.traced import Exchangeable
-from ras_compile.notices import user_frame, warn_once
+from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
-from ras_compile.pipelines.clean import CleanHold, Draws
+from ras_compile.pipelines.call_sites import CallSites
+from ras_compile.pipelines.clean import CleanHold
 from ras_compile.pipelines.clock import Clock
 from ras_compile.pipelines.sample import picture_window, sample_map
 from ras_compile.pipelines.samplers import check_clean, noise_levels, velocity_terms
+from ras_compile.pipelines.watched import steps_of, unwatch, watch
 from ras_compile.sampling.branches import intact, same_tensor, tensor_mark
 from ras_compile.sampling.locate import Evaluation, Said, owner
 
 _branch: ContextVar[str | None] = ContextVar("ras_compile_cache_context", default=None)
-_STEPS = "_ras_compile_steps"
-_PLAIN = "_ras_compile_plain_class"
 # Model calls of one step that are remembered until the scheduler steps.
 _CALLS = 16
 _HOST = torch.device("cpu")
 _DEFAULTS = RASConfig()
-# So many of the functions that have called each other tell where a call comes from.
-_FRAMES = 3
-_RESUMED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-@dataclass
-class _Steps:
-    """What a watched scheduler has done, and who watches it."""
-
-    taken: int = 0
-    followers: list[SchedulerFollower] = field(default_factory=list)
-
-
-@functools.cache
-def _watched(base: Any) -> type:
-    """`base` with a `step` that counts, under the same name and signature; copies and pickles are plain `base` again.
-
-    A class, because a function put on the instance would go into a deep copy and step the original from there.
-    """
-    order = list(inspect.signature(base.step).parameters)[1:]
-
-    @functools.wraps(base.step)
-    def step(self, *args, **kwargs):
-        steps = _steps_of(self)
-        if steps is None:  # made by this class, as in `type(pipe.scheduler).from_config(...)`
-            return base.step(self, *args, **kwargs)
-        given = {**dict(zip(order, args, strict=False)), **kwargs}
-        loop = user_frame(sys._getframe(1))
-        for follower in steps.followers:
-            follower.sites.stepping(loop)
-            given[order[0]] = follower.stepping(self, given)
-        if args:
-            args = (given[order[0]], *args[1:])
-        else:
-            kwargs[order[0]] = given[order[0]]
-        with Draws() if any(follower.asks for follower in steps.followers) else nullcontext() as draws:
-            result = base.step(self, *args, **kwargs)
-        steps.taken += 1
-        for follower in steps.followers:
-            follower.stepped(result, draws is not None and draws.seen)
-        return result
-
-    def reduce(self, protocol):
-        reduced = base.__reduce_ex__(self, max(protocol, 2))
-        _, (_, *arguments), state, *rest = reduced  # copyreg.__newobj__, (class, ...), attributes
-        state = {name: value for name, value in (state or {}).items() if name != _STEPS}
-        return (_new, (base, *arguments), state, *rest)
-
-    members = {
-        _PLAIN: base,
-        "step": step,
-        "__reduce_ex__": reduce,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-    }
-    found = type(base.__name__, (base,), members)
-    found.__qualname__ = base.__qualname__
-    return found
-
-
-def _new(cls: type, *arguments: Any) -> Any:
-    return cls.__new__(cls, *arguments)
-
-
-def _plain_class(scheduler: Any) -> type:
-    """The scheduler's own class, also where it is watched."""
-    return getattr(type(scheduler), _PLAIN, type(scheduler))
-
-
-def _steps_of(scheduler: Any) -> _Steps | None:
-    return getattr(scheduler, "__dict__", {}).get(_STEPS)
-
-
-class CallSites:
-    """From where the pipeline's loop calls its transformers, within one generation: a call from elsewhere is no part of it.
-
-    A callback that looks at the model between two steps calls it from code of its own, and so does another loop that takes
-    turns with the pipeline's. A place is of the loop if the generation's first call came from there; or if a call came from
-    there behind one of the loop's in the same step; or if the scheduler stepped with no other call since its last step.
-    A run of the same lines from within the loop, as of a callback that draws a preview with a pipeline of the same class,
-    is another loop: the code that steps the scheduler stands once more among the functions that have called each other.
-    """
-
-    def __init__(self) -> None:
-        self._stepper: CodeType | None = None  # the code that calls the scheduler's step
-        # how many times it was running when the scheduler stepped last, or at the generation's first call
-        self._depth = 0
-        self.begin()
-
-    def begin(self) -> None:
-        """A generation begins."""
-        self._known: dict[str, set[Hashable]] = {}
-        self._strange: dict[str, set[Hashable]] = {}  # unknown places of calls since the scheduler's last step
-        self._called: set[str] = set()  # transformers that the loop has called since then
-
-    def is_loop(self, transformer: str, frame: FrameType | None) -> bool:
-        """Whether the loop makes a call of `transformer`, which `frame` makes."""
-        depth = self._times_running(frame)
-        if not self._called and not any(self._known.values()):
-            self._depth = depth
-        elif depth > self._depth:
-            return False
-        site, known = self._site(frame), self._known.setdefault(transformer, set())
-        if site not in known and known and transformer not in self._called:
-            self._strange.setdefault(transformer, set()).add(site)
-            return False
-        known.add(site)
-        self._called.add(transformer)
-        return True
-
-    def stepping(self, loop: FrameType | None) -> None:
-        """The scheduler is about to step, called by `loop`."""
-        stepper = None if loop is None else loop.f_code
-        for transformer, sites in self._strange.items():
-            if transformer not in self._called:
-                self._known[transformer] |= sites
-        self._strange, self._called = {}, set()
-        if stepper is not self._stepper:
-            self._stepper = stepper
-            self._known = {name: set(map(self._cut, sites)) for name, sites in self._known.items()}
-        self._depth = self._times_running(loop)
-
-    def _times_running(self, frame: FrameType | None) -> int:
-        """How many times the stepping code stands among `frame` and the functions that have called it."""
-        count = 0
-        while frame is not None:
-            count += frame.f_code is self._stepper
-            frame = frame.f_back
-        return count
-
-    def _site(self, frame: FrameType | None) -> Hashable:
-        """The places in the code from which a call comes: as far out as the loop, but not beyond what is resumed."""
-        places: list[tuple[CodeType, int]] = []
-        while (frame := user_frame(frame)) is not None and len(places) < _FRAMES:
-            places.append((frame.f_code, frame.f_lasti))
-            if frame.f_code is self._stepper or frame.f_code.co_flags & _RESUMED:
-                break
-            frame = frame.f_back
-        return tuple(places)
-
-    def _cut(self, site: Any) -> Hashable:
-        codes = [code for code, _ in site]
-        return site[: codes.index(self._stepper) + 1] if self._stepper in codes else site
 
 
 class SchedulerFollower:
@@ -228,7 +81,7 @@ class SchedulerFollower:
         scheduler = self._scheduler if pipe is None else getattr(pipe, "scheduler", None)
         if scheduler is not self._scheduler:
             self._watch(scheduler)
-        timesteps, steps = getattr(scheduler, "timesteps", None), _steps_of(scheduler)
+        timesteps, steps = getattr(scheduler, "timesteps", None), steps_of(scheduler)
         if timesteps is None or steps is None or (not steps.taken and timesteps is self._unset):
             return None
         if timesteps is not self._timesteps:
@@ -310,8 +163,9 @@ class SchedulerFollower:
             return False
         return self._missed or (self._handed_on and not intact(self._returned))
 
-    def stepping(self, scheduler: Any, given: dict[str, Any]) -> Any:
-        """The scheduler is about to step with the arguments `given`; returns the `model_output` that it is to take."""
+    def stepping(self, scheduler: Any, given: dict[str, Any], loop: FrameType | None) -> Any:
+        """`loop` steps the scheduler with the arguments `given`; returns the `model_output` that it is to take."""
+        self.sites.stepping(loop)
         self._runner, self._left = weakref.ref(owner()), False
         self._look_for_other_transformers()
         evaluations, self._evaluations = self._evaluations, []
@@ -402,24 +256,12 @@ class SchedulerFollower:
         self._watch(None)
 
     def _watch(self, scheduler: Any) -> None:
-        before = _steps_of(self._scheduler)
-        if before is not None:
-            before.followers.remove(self)
-            if not before.followers:
-                self._scheduler.__class__ = _plain_class(self._scheduler)
-                delattr(self._scheduler, _STEPS)
+        unwatch(self._scheduler, self)
         self._scheduler, self._timesteps = scheduler, None
         # a scheduler has timesteps from the beginning, of its training, and this once they are those of a run
         is_set = getattr(scheduler, "num_inference_steps", None) is not None
         self._unset = None if is_set else getattr(scheduler, "timesteps", None)
-        if not callable(getattr(type(scheduler), "step", None)):
-            return
-        steps = _steps_of(scheduler)
-        if steps is None:
-            scheduler.__class__ = _watched(_plain_class(scheduler))
-            steps = _Steps()
-            setattr(scheduler, _STEPS, steps)
-        steps.followers.append(self)
+        watch(scheduler, self)
 
 
 def present_branch() -> str | None:
