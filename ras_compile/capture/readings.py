@@ -27,43 +27,26 @@ from ras_compile._torch import (
 )
 from ras_compile.capture.export import filled
 from ras_compile.capture.facts import Fact
+from ras_compile.capture.readers import (
+    ANSWERED,
+    FACTORIES,
+    INDEXING,
+    MASKING,
+    REPEATING,
+    SIZED,
+    VALUES,
+    index_of,
+    parts,
+    pick_run,
+    readers,
+    run_of,
+)
 from ras_compile.errors import UnsupportedGraph
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
 _DATA: Any = Tensor.data
-
-# Functions that give Python values of their first operand.
-_VALUES = {
-    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
-    Tensor.__index__, Tensor.__complex__, Tensor.__contains__, Tensor.is_nonzero, torch.is_nonzero, Tensor.equal,
-    torch.equal, Tensor.allclose, torch.allclose, Tensor.__repr__, Tensor.__format__,
-}  # fmt: skip
-# The names of those that a subclass of tensors can answer by methods of its own.
-_ANSWERED = {function.__name__ for function in _VALUES if hasattr(Tensor, function.__name__)}
-# Functions whose result has a size that depends on the values of their first operand.
-_SIZES = {
-    torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, Tensor.unique, torch.unique,
-    Tensor.unique_consecutive, torch.unique_consecutive, torch.bincount, Tensor.bincount,
-}  # fmt: skip
-
-
-# Functions whose arguments are sizes; the first argument of those that are no factories is what they work on.
-_FACTORIES = {torch.zeros, torch.ones, torch.empty, torch.arange, torch.linspace}
-_SIZED = _FACTORIES | {
-    Tensor.reshape, torch.reshape, Tensor.view, Tensor.expand, Tensor.repeat, Tensor.tile, torch.tile, Tensor.unflatten,
-    torch.unflatten, Tensor.narrow, torch.narrow, Tensor.split, torch.split, Tensor.chunk, torch.chunk,
-    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, torch.nn.functional.pad,
-}  # fmt: skip
-
-
-# Functions that pick or write the places of an index tensor: where those are a run, they become slices (if asked to).
-_PICKING = {
-    Tensor.__getitem__, Tensor.__setitem__, Tensor.index_select, torch.index_select, Tensor.index_copy,
-    torch.index_copy, Tensor.index_copy_, Tensor.index_add, torch.index_add, Tensor.index_add_, Tensor.scatter_add,
-    torch.scatter_add, Tensor.scatter_add_,
-}  # fmt: skip
 
 
 @dataclass
@@ -135,15 +118,15 @@ class Readings(TorchFunctionMode):
                 return self.read(Tensor.__index__, (value,), {}, [value])
             return value
 
-        if function in (Tensor.__getitem__, Tensor.__setitem__):
+        if function in INDEXING:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(bound, Tensor) for place in index if isinstance(place, slice) for bound in parts(place)):
                 index = tuple(
                     slice(*map(number, parts(place))) if isinstance(place, slice) else place for place in index
                 )
                 args = (args[0], index, *args[2:])
-        elif function in _SIZED:
-            first = () if function in _FACTORIES else args[:1]
+        elif function in SIZED:
+            first = () if function in FACTORIES else args[:1]
             rest, kwargs = pytree.tree_map(number, (args[len(first) :], kwargs))
             args = (*first, *rest)
         return args, kwargs
@@ -161,73 +144,6 @@ class Readings(TorchFunctionMode):
     def pick(self, function: Callable, args: tuple, kwargs: dict, index: Tensor) -> Any:
         """Does what ``function`` does with the places in ``index``."""
         raise NotImplementedError
-
-
-def readers(function: Callable, args: tuple, kwargs: dict) -> list[Tensor] | None:
-    """The tensors whose values decide the result, or its size, of a call; None where there are none."""
-    if function in _VALUES:
-        return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if function in _SIZES or (function is torch.where and len(args) + len(kwargs) == 1):
-        return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1]
-    if function in (Tensor.__getitem__, Tensor.__setitem__):
-        return [place for place in places(args[1]) if place.dtype in (torch.bool, torch.uint8)] or None
-    if function in (torch.masked_select, Tensor.masked_select):
-        return [args[1] if len(args) > 1 else kwargs["mask"]]
-    if function in (torch.repeat_interleave, Tensor.repeat_interleave):
-        repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0])
-        return [repeats] if isinstance(repeats, Tensor) else None
-    return None
-
-
-def index_of(function: Callable, args: tuple, kwargs: dict) -> Tensor | None:
-    """The index tensor of a call whose places may be a run; None where there is none."""
-    if function not in _PICKING:
-        return None
-    if function in (Tensor.__getitem__, Tensor.__setitem__):
-        found = places(args[1])
-        index = found[0] if len(found) == 1 else None
-    else:
-        index = args[2] if len(args) > 2 else kwargs.get("index")
-    rank = 2 if function.__name__.startswith("scatter_add") else 1
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype is torch.bool:
-        return None
-    return index if index.ndim == rank and len(index) > 1 else None
-
-
-def run_of(index: Tensor) -> slice | None:
-    """The places of an index tensor as a slice, where they follow one another (in each column, for a matrix)."""
-    first = int(index.flatten()[0])
-    wanted = torch.arange(first, first + len(index), device=index.device).reshape(-1, *[1] * (index.ndim - 1))
-    return slice(first, first + len(index)) if first >= 0 and bool((index == wanted).all()) else None
-
-
-def pick_run(function: Callable, args: tuple, kwargs: dict, run: slice) -> Any:
-    """``function`` with a slice in place of its index tensor."""
-    if function in (Tensor.__getitem__, Tensor.__setitem__):
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return function(args[0], tuple(run if isinstance(place, Tensor) else place for place in index), *args[2:])
-    name = function.__name__
-    words = ("dim", "index", "src") if name.startswith("scatter") else ("dim", "index", "source")
-    given = {**dict(zip(words, args[1:], strict=False)), **kwargs}
-    value, dim, count = args[0], given["dim"], run.stop - run.start
-    if name == "index_select":
-        return value.narrow(dim, run.start, count)
-    result = value if name.endswith("_") else value.clone()
-    part = result.narrow(dim, run.start, count)
-    if "copy" in name:
-        part.copy_(given["source"])
-    else:
-        part.add_(given[words[2]], alpha=given.get("alpha", 1))
-    return result
-
-
-def parts(place: slice) -> tuple[Any, Any, Any]:
-    return place.start, place.stop, place.step
-
-
-def places(index: Any) -> list[Tensor]:
-    """The tensors in an index."""
-    return [place for place in (index if isinstance(index, tuple) else (index,)) if isinstance(place, Tensor)]
 
 
 class Noted(Readings):
@@ -253,16 +169,16 @@ class Noted(Readings):
 
     def read(self, function: Callable, args: tuple, kwargs: dict, read: list[Tensor]) -> Any:
         values = [value.detach().clone() for value in read]
-        if function in _VALUES:
+        if function in VALUES:
             found = noted = function(*args, **kwargs)
-        elif function in (Tensor.__getitem__, Tensor.__setitem__):
+        elif function in INDEXING:
             noted = {id(value): whereabouts(value) for value in read}
             found = function(*args, **kwargs)
             noted = [noted[id(value)] for value in read]
-        elif function in (torch.masked_select, Tensor.masked_select):
+        elif function in MASKING:
             noted = whereabouts(read[0].broadcast_to(broadcast_shape(args[0], read[0])))
             found = function(*args, **kwargs)
-        elif function in (torch.repeat_interleave, Tensor.repeat_interleave):
+        elif function in REPEATING:
             noted, found = torch.repeat_interleave(read[0]), function(*args, **kwargs)
         else:
             found = noted = function(*args, **kwargs)
@@ -324,9 +240,9 @@ class Replayed(Readings):
     def read(self, function: Callable, args: tuple, kwargs: dict, read: list[Tensor]) -> Any:
         noted = self.noted(function, read)
         self.specialise(read, noted)
-        if function in _VALUES:
+        if function in VALUES:
             return copy.deepcopy(noted.result)
-        if function in (Tensor.__getitem__, Tensor.__setitem__):
+        if function in INDEXING:
             results = iter(noted.result)
             index: list[Any] = []
             for place in args[1] if isinstance(args[1], tuple) else (args[1],):
@@ -334,10 +250,10 @@ class Replayed(Readings):
                 told = self.constant(next(results)) if boolean else place
                 index += told if boolean and isinstance(told, tuple) else [told]
             return function(args[0], tuple(index), *args[2:], **kwargs)
-        if function in (torch.masked_select, Tensor.masked_select):
+        if function in MASKING:
             found = self.constant(noted.result)
             return args[0].broadcast_to(broadcast_shape(args[0], read[0]))[found]
-        if function in (torch.repeat_interleave, Tensor.repeat_interleave):
+        if function in REPEATING:
             found = self.constant(noted.result)
             if len(args) + len(kwargs) == 1:
                 return found
@@ -378,7 +294,7 @@ _plain_lock = threading.RLock()
 def plain_readings() -> Iterator[None]:
     """Tensors under functionalisation answer some readings (`tolist`, `repr`) themselves, past function modes; not in here."""
     with _plain_lock:
-        own = {name: vars(FunctionalTensor)[name] for name in _ANSWERED if name in vars(FunctionalTensor)}
+        own = {name: vars(FunctionalTensor)[name] for name in ANSWERED if name in vars(FunctionalTensor)}
         for name in own:
             delattr(FunctionalTensor, name)
         try:

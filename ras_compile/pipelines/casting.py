@@ -55,7 +55,7 @@ def _product(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 class _Casting:
     """A layer's forward on weights that are cast as values."""
 
-    # what `dispatch.traced.has_hooks` asks: it computes what the layer's class does, and changes nothing
+    # what `dispatch.hooks.has_hooks` asks: it computes what the layer's class does, and changes nothing
     traceable = True
 
     def __init__(self, layer: nn.Module, product: Callable[..., Tensor], dtype: torch.dtype) -> None:

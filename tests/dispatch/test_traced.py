@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import ras_compile
 from ras_compile.backend import ras
 from ras_compile.capture.python_state import PythonState
-from ras_compile.dispatch.traced import TracedModel, has_hooks
+from ras_compile.dispatch.hooks import has_hooks
+from ras_compile.dispatch.traced import TracedModel
 from ras_compile.errors import RASWarning, UnsupportedGraph
 from ras_compile.plans.plan import Plan
 

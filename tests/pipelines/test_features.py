@@ -9,7 +9,7 @@ from pipelines import draw_flux, flux
 from torch import nn
 
 import ras_compile
-from ras_compile.dispatch.traced import has_hooks
+from ras_compile.dispatch.hooks import has_hooks
 from ras_compile.pipelines.casting import cast_by_hooks, cast_in_graph
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
