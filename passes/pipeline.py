@@ -50,20 +50,15 @@ def fused(
     fusion: Fusion | None, few_rows: FewRowsChoice | None, cuda: bool, hosted: Collection[int] = ()
 ) -> list[Pass]:
     """What makes one kernel of several ops; then where the caches are."""
+    kernels = {"scatter": fuse_scatter_linear, "gather": fuse_gather_linear, "attention": fuse_attention}
     return [
         # What feeds a GELU is no plain linear any more, and joins no launch of several.
         Pass("activation", lambda program: fuse_linear_gelu(program.graph), cuda),
-        *_with(fusion, ("scatter", fuse_scatter_linear), ("gather", fuse_gather_linear), ("attention", fuse_attention)),
+        *(Pass(name, partial(_fuse, run, fusion)) for name, run in kernels.items() if fusion is not None),
         Pass("few rows", lambda program: join_linears(program.graph, few_rows), few_rows is not None),
         Pass("in place", lambda program: write_in_place(program.graph)),
         Pass("hosted", lambda program: bring_from_host(program.graph, hosted), bool(hosted)),
     ]
-
-
-def _with(fusion: Fusion | None, *passes: tuple[str, Callable[[fx.Graph, Fusion], int]]) -> list[Pass]:
-    if fusion is None:
-        return []
-    return [Pass(name, partial(_fuse, run, fusion)) for name, run in passes]
 
 
 def _fuse(run: Callable[[fx.Graph, Fusion], int], fusion: Fusion, program: fx.GraphModule) -> int:

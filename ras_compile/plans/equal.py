@@ -10,9 +10,7 @@ first picture; and programs that are there would be compiled again. So the plan 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Sequence
-from itertools import compress
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -44,7 +42,7 @@ def first_of_its_kind(plan: Plan, inputs: Sequence[GraphInput], values: Sequence
     key = config, *told, str(rests)
     first = made.get(key)
     if first is not None and _equal(first.captured, plan.static_graph()):
-        return _serving(first, inputs, values)
+        return first.serving(inputs, values)
     if not isinstance(plan, Member):  # a family has one plan for each of its lengths as it is
         made[key] = plan
     return plan
@@ -53,17 +51,6 @@ def first_of_its_kind(plan: Plan, inputs: Sequence[GraphInput], values: Sequence
 def forget() -> None:
     """From now on, plans are made anew."""
     made.clear()
-
-
-def _serving(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any]) -> Plan:
-    """A plan for calls whose tensors are the same ones in the same order, with other sizes as numbers between them."""
-    other: Any = copy.copy(plan)  # programs, CUDA graphs, caches and identity are those of `plan`
-    other.original, other.inputs = plan, inputs
-    other._is_tensor = [isinstance(value, Tensor) for value in values]
-    other._only_tensors = all(other._is_tensor)
-    before = list(compress(range(len(plan._is_tensor)), plan._is_tensor)).index(plan.latent)
-    other.latent = list(compress(range(len(values)), other._is_tensor))[before]
-    return other
 
 
 def _equal(first: fx.GraphModule, second: fx.GraphModule) -> bool:

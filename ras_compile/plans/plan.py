@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -61,6 +62,8 @@ class Plan:
         UnsupportedGraph: the graph cannot be proved right.
     """
 
+    _original: Plan | None = None  # of what :meth:`serving` gave
+
     def __init__(
         self,
         graph: fx.GraphModule,
@@ -71,7 +74,7 @@ class Plan:
         proved: bool = False,
         like: Plan | None = None,
     ) -> None:
-        self.config, self.inputs = config, inputs
+        self.config = config
         self.chosen: Callable[..., bool] | None = None  # answers in place of kernels' measurements, which it is given
         self.captured = graph if "constants" in graph.meta else capture_numbers(graph, values)
         self.constants: list[Tensor] = self.captured.meta["constants"]
@@ -84,11 +87,7 @@ class Plan:
                 self._prove_or_thaw()
         else:
             self.analysis, self.sparse = like.analysis, like.sparse
-        placeholders = self.captured.graph.find_nodes(op="placeholder")
-        self._is_tensor = [isinstance(value, Tensor) for value in values]
-        self._only_tensors = all(self._is_tensor)
-        tensors = list(compress(range(len(values)), self._is_tensor))
-        self.latent = tensors[placeholders.index(self.analysis.latent)]
+        self._take(inputs, values)
         # what belongs to this set of shapes alone: programs, CUDA graphs, and what branches keep
         self._device = values[self.latent].device
         if config.cache_dtype == "float8" and self._device.type == "cuda":
@@ -105,6 +104,20 @@ class Plan:
         if budget is None and not self.hosted:
             budget = default_budget(self._device)
         self.kept = Keeper(self, self._cache_bytes(), budget)
+
+    def _take(self, inputs: Sequence[GraphInput], values: Sequence[Any]) -> None:
+        """From now on calls have such inputs."""
+        self.inputs, self._is_tensor = inputs, [isinstance(value, Tensor) for value in values]
+        self._only_tensors = all(self._is_tensor)
+        tensors = list(compress(range(len(values)), self._is_tensor))
+        self.latent = tensors[self.captured.graph.find_nodes(op="placeholder").index(self.analysis.latent)]
+
+    def serving(self, inputs: Sequence[GraphInput], values: Sequence[Any]) -> Plan:
+        """The plan of calls whose tensors are the same ones in the same order, with other sizes as numbers between them."""
+        other = copy.copy(self)  # programs, CUDA graphs, caches and identity are those of this one
+        other._original = self  # and so it has to live
+        other._take(inputs, values)
+        return other
 
     def _cache_bytes(self) -> int:
         """Bytes of the caches of one guidance branch."""
