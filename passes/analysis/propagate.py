@@ -230,16 +230,14 @@ def applied(call: Call) -> Step:
         Restart: the rule says so. Tokens that stand in an order leave the region all at once; where only some would, the op
             runs whole.
     """
-    value = call.node.meta["val"]
-    nothing = (None,) * len(value) if isinstance(value, (tuple, list)) else None
     try:
         step = find_rule(call.node)(call)
     except Exclude as fact:
         plain = call.frame.plain(fact.atoms)
         if plain is not None:
             raise Exclude(plain) from None
-        return call.whole(nothing)
-    return step if step.whole or same_rows(call, step) else call.whole(nothing)
+        return call.whole(call.each(None))
+    return step if step.whole or same_rows(call, step) else call.whole(call.each(None))
 
 
 def same_rows(call: Call, step: Step) -> bool:

@@ -274,7 +274,7 @@ def split(call: Call) -> Step:
     for length in lengths:
         possible, out = piece(call, layout, dim, start, start + length)
         if not possible:
-            return call.whole((None,) * len(lengths))
+            return call.whole(call.each(None))
         outs.append(out)
         start += length
         borders.append(start)
@@ -313,12 +313,10 @@ def own_shard(call: Call, layout: Layout, dim: int, lengths: Sequence[int]) -> N
 def unbind(call: Call) -> Step:
     """`a 3 b -> a b, a b, a b`"""
     layout, dim = along(call)
-    count = len(call.node.meta["val"])
     if grid_atoms(call, [layout.dims[dim]]):
         exclude_minor(call, [layout.dims[dim]])
-        return call.whole((None,) * count)
-    out = Layout(layout.dims[:dim] + layout.dims[dim + 1 :], layout.raw)
-    return Step((out,) * count, call.uses())
+        return call.whole(call.each(None))
+    return Step(call.each(Layout(layout.dims[:dim] + layout.dims[dim + 1 :], layout.raw)), call.uses())
 
 
 @rule_for(aten.select.int)

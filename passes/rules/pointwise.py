@@ -50,11 +50,8 @@ def broadcast(call: Call, nodes: Sequence[fx.Node], shape: Sequence[int]) -> Lay
 def pointwise(call: Call) -> Step:
     """`f(... , ...) -> ...`"""
     value = call.node.meta["val"]
-    count = len(value) if isinstance(value, (tuple, list)) else None
-    out = broadcast(call, call.operands, call.shape if count is None else value[0].shape)
-    if out is None:
-        return call.whole() if count is None else call.whole((None,) * count)
-    return Step(out if count is None else (out,) * count, rows_or_gather(call, out))
+    out = broadcast(call, call.operands, (value[0] if isinstance(value, (tuple, list)) else value).shape)
+    return call.whole(call.each(None)) if out is None else Step(call.each(out), rows_or_gather(call, out))
 
 
 def rows_or_gather(call: Call, out: Layout | Mapping[fx.Node, Layout]) -> tuple[Use | Gather, ...]:

@@ -40,14 +40,11 @@ def reduction(call: Call) -> Step:
     """`a b -> a`"""
     layout = only_layout(call, "self" if "self" in call.args else "input")
     gone = reduced_dims(call, len(layout.dims))
-    value = call.node.meta["val"]
-    count = len(value) if isinstance(value, (tuple, list)) else None
     if carries(call, layout, gone):
-        return call.whole(None if count is None else (None,) * count)
+        return call.whole(call.each(None))
     keep = call.args.get("keepdim", False)
     dims = [() if index in gone else dim for index, dim in enumerate(layout.dims) if keep or index not in gone]
-    out = Layout(tuple(dims), layout.raw)
-    return Step(out if count is None else (out,) * count, call.uses())
+    return Step(call.each(Layout(tuple(dims), layout.raw)), call.uses())
 
 
 @rule_for(
@@ -57,8 +54,7 @@ def reduction(call: Call) -> Step:
 def along_dim(call: Call) -> Step:
     """`a b -> a b`: every entry depends on all entries along ``dim``."""
     layout, dim = along(call)
-    own = Layout(layout.dims, layout.raw)
-    out = (own, own) if isinstance(call.node.meta["val"], tuple) else own
+    out = call.each(Layout(layout.dims, layout.raw))
     return call.whole(out) if carries(call, layout, [dim]) else Step(out, call.uses())
 
 
@@ -114,7 +110,7 @@ def order_statistics(call: Call) -> Step:
     """`a b -> a k, a k`"""
     layout, dim = along(call)
     if carries(call, layout, [dim]):
-        return call.whole((None, None))
+        return call.whole(call.each(None))
     shape = call.node.meta["val"][0].shape
     gone = len(shape) < len(layout.dims)  # kthvalue without keepdim
     out = Layout(layout.dims[:dim] + layout.dims[dim + 1 :]) if gone else layout.replace(dim, opaque(shape[dim]))

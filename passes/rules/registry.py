@@ -157,6 +157,11 @@ class Call:
         choose = choose or (lambda operand: Use.ROWS if self.layouts.get(operand) is not None else Use.SAME)
         return tuple(choose(operand) for operand in self.operands)
 
+    def each(self, out: Layout | None) -> Result:
+        """The same layout for each of the op's results."""
+        value = self.node.meta["val"]
+        return (out,) * len(value) if isinstance(value, (tuple, list)) else out
+
     def as_view(self, out: Layout) -> Step:
         """The node only regroups its first operand: a reshape to the sizes of ``out``."""
         operand = self.operands[0]
