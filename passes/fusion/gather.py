@@ -27,10 +27,10 @@ from torch import Tensor, fx
 from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.roles import rows_of
+from ras_compile.passes.fusion.addresses import Target, draws_of, target_of
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.gathered import Gathered
 from ras_compile.passes.fusion.scatter import Fusion, addressed, writable
-from ras_compile.passes.fusion.sites import Target, draws_of, target_of
 from ras_compile.passes.fusion.walks import Walk, chained, contiguous, moves_entries
 from ras_compile.passes.rules.convolution import per_dim
 from ras_compile.passes.rules.registry import named_arguments

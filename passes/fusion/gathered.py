@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.passes.analysis.roles import Role, role_of
-from ras_compile.passes.fusion.sites import ancestors, evaluate
+from ras_compile.passes.fusion.addresses import ancestors, evaluate
 from ras_compile.passes.fusion.walks import VIEWS, Digits, Walk, chained, contiguous, moves_entries, numbers
 from ras_compile.passes.programs.aliases import overlaps_itself
 

@@ -26,10 +26,11 @@ from torch import Tensor, fx
 from ras_compile.kernels.arguments import MOST_RUNS, ScatterArguments
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.roles import rows_of
+from ras_compile.passes.fusion.addresses import Target
 from ras_compile.passes.fusion.choices import Asked
 from ras_compile.passes.fusion.epilogues import arguments
 from ras_compile.passes.fusion.group import GroupChoice, Op, join
-from ras_compile.passes.fusion.sites import Site, Target, sites
+from ras_compile.passes.fusion.sites import Site, sites
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
