@@ -1,6 +1,7 @@
 """What the scatter-GEMM takes: one record of named arguments, and the checks that it must pass."""
 
 import math
+from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -121,8 +122,13 @@ def writes(given: ScatterArguments[Tensor]) -> bool:
 
 def runs(tensor: Tensor, first: int, last: int | None = None) -> list[tuple[int, int]]:
     """Dims [first, last) as (size, stride), outermost first; neighbours that are one run in memory are merged."""
+    return joined(zip(tensor.shape[first:last], tensor.stride()[first:last], strict=True))
+
+
+def joined(dims: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same (size, stride) with as few of them as possible."""
     found: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape[first:last], tensor.stride()[first:last], strict=True):
+    for size, stride in dims:
         if found and found[-1][1] == size * stride:
             found[-1] = (found[-1][0] * size, stride)
         elif size != 1:

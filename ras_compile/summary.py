@@ -200,20 +200,16 @@ def summarise(
         config: its options.
         seconds, compiled, changes: of each step, as far as they are known.
     """
-    steps: list[Step] = []
-    plans = [plan for _, plan in past.calls if plan is not None]
-    for number, group in groupby(past.calls, key=lambda call: call[0].step):
-        steps.append(_step(number, list(group)))
     steps = [
         replace(
-            step,
-            seconds=_at(seconds, step.number),
-            compiled=_at(compiled, step.number) or 0.0,
-            change=_at(changes, step.number),
+            _step(number, list(calls)),
+            seconds=_at(seconds, number),
+            compiled=_at(compiled, number) or 0.0,
+            change=_at(changes, number),
         )
-        for step in steps
+        for number, calls in groupby(past.calls, key=lambda call: call[0].step)
     ]
-    plan = plans[0] if plans else None
+    plan = next((plan for _, plan in past.calls if plan is not None), None)
     return Summary(
         tuple(steps),
         plan.analysis.frame.grid if plan else (),

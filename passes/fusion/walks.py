@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import memory_key
+from ras_compile.kernels.arguments import joined
 from ras_compile.passes.rules.registry import called
 
 aten = torch.ops.aten
@@ -89,13 +90,7 @@ class Walk:
 
     def joined(self) -> Walk:
         """The same with as few digits as possible."""
-        runs: list[tuple[int, int]] = []
-        for size, stride in self.runs:
-            if runs and runs[-1][1] == size * stride:
-                runs[-1] = (runs[-1][0] * size, stride)
-            elif size != 1:
-                runs.append((size, stride))
-        return Walk(tuple(runs), self.offset)
+        return Walk(tuple(joined(self.runs)), self.offset)
 
 
 def contiguous(node: fx.Node) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import ras_compile
-from ras_compile.config import PRESETS
 from ras_compile.errors import ConfigError
 from ras_compile.pipelines.attach import Handle
 from ras_compile.report.pictures import frames_of
@@ -162,11 +161,9 @@ class Artist:
             warnings.simplefilter("ignore", ras_compile.RASWarning)
             return self._drawn(steps, more, warmup_steps=steps)
 
-    def adaptive(self, steps: int, preset: str | None, **more: Any) -> Drawn:
-        """With a preset, or the options as they were given."""
-        if preset is not None and preset not in PRESETS:
-            raise ConfigError(f"there is no preset {preset!r}{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}.")
-        return self._drawn(steps, more, **({"preset": preset} if preset else {}))
+    def adaptive(self, steps: int, preset: str, **more: Any) -> Drawn:
+        """With a preset."""
+        return self._drawn(steps, more, preset=preset)
 
     @contextmanager
     def solver(self, scheduler: Any) -> Iterator[None]:
@@ -183,8 +180,7 @@ class Artist:
 
     def _drawn(self, steps: int, more: Mapping[str, Any], **options: Any) -> Drawn:
         given = self.handle.config
-        if options:
-            self.handle.configure(**options)
+        self.handle.configure(**options)
         try:
             for _ in range(_RUNS):
                 generator = torch.Generator().manual_seed(more.get("seed", self._seed))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def _facts(summary: Summary) -> list[list[str]]:
     facts = [["steps", f"{len(steps)}"], ["dense steps", f"{sum(step.kind == 'dense' for step in steps)}"]]
     if every:
         facts.append(["tokens computed", f"{tokens:,} of {every:,} ({percent(tokens / every)} %)"])
-    spent = list(accumulate(step.flops or 0.0 for step in steps))[-1]
+    spent = sum(step.flops or 0.0 for step in steps)
     if spent:
         facts.append(["computed by the transformer", f"{spent / 1e12:,.3g} TFLOP"])
     for name, ratio in (
