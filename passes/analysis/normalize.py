@@ -99,7 +99,7 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
         for part in calls:
             new = env[part] = graph.node_copy(part, lambda operand: env[operand])
             new.meta.update(origin_of(node))
-    emit, (result,) = Emitter.of(graph), next(iter(reversed(parts.nodes))).args
+    emit, result = Emitter.of(graph), parts.output_node().args[0]
     if isinstance(result, (tuple, list)):
         for user in list(node.users):
             if user.target is not operator.getitem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -57,7 +58,7 @@ class Analysis:
 
     @property
     def output_nodes(self) -> list[fx.Node]:
-        return list(next(iter(reversed(self.graph.nodes))).args[0])
+        return list(self.graph.output_node().args[0])
 
 
 def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool = True) -> Analysis:
@@ -137,7 +138,7 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool, apart
                 raise UnsupportedGraph(
                     f"tokens of the picture stand in several places of one tensor, {layout}", source=source_line(node)
                 )
-    outputs = next(iter(reversed(graph.nodes))).args[0]
+    outputs: Any = graph.output_node().args[0]
     layouts = {node: known for node, known in layouts.items() if node in outputs or holds_region(known, frame)}
     found = tuple(index for index, node in enumerate(outputs) if isinstance(layouts.get(node), Layout))
     if not found:

@@ -27,7 +27,7 @@ own = torch.ops.ras_compile
 def leave_on_host(program: fx.GraphModule, places: Collection[int]) -> fx.GraphModule:
     """Sends some results of a dense program to the host's memory, in place."""
     emit = Emitter.of(program.graph)
-    (last,) = program.graph.find_nodes(op="output")
+    last = program.graph.output_node()
     results = list(last.args[0])
     for place in places:
         with program.graph.inserting_after(results[place]):

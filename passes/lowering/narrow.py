@@ -65,7 +65,7 @@ def cache_bytes(sparse: SparsePlan, rows: Rows) -> int:
 def round_dense(program: fx.GraphModule, sparse: SparsePlan, rows: Rows, dtype: torch.dtype) -> fx.GraphModule:
     """Lets a dense program leave caches rounded, in place; their scales come behind all that it returned, in order."""
     emit = Emitter.of(program.graph)
-    (last,) = program.graph.find_nodes(op="output")
+    last = program.graph.output_node()
     results = list(last.args[0])
     kept = [index for index, splice in enumerate(sparse.splices) if not splice.is_output]
     place = len(results) - len(kept) - len(sparse.frozen)

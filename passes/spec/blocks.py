@@ -21,7 +21,7 @@ def check_blocks(program: fx.GraphModule) -> None:
         block = call.args[0]
         demand(isinstance(block, fx.Node) and block.op == "get_attr", call, "calls what is no block of the program")
         calls.setdefault(str(block.target), []).append(call)
-    last = next(iter(reversed(program.graph.nodes)))
+    last = program.graph.output_node()
     for name, block in program.named_children():
         if not isinstance(block, fx.GraphModule):
             continue
@@ -45,8 +45,7 @@ def check_call(call: fx.Node, block: fx.GraphModule) -> None:
         roles = [role_of(wanted), role_of(operand)]
         fits = roles[0] is roles[1] or not set(roles).intersection(FIXED)
         demand(fits, call, f"operand {place} is of role {roles[1]}, its block takes {roles[0]}")
-    returned = next(iter(reversed(block.graph.nodes))).args[0]
-    wanted_results = [kind(node.meta["val"]) for node in returned]
+    wanted_results = [kind(node.meta["val"]) for node in block.graph.output_node().args[0]]
     results = [kind(value) for value in call.meta["val"]]
     demand(results == wanted_results, call, f"says {results}, its block returns {wanted_results}")
     for user in call.users:

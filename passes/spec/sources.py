@@ -44,7 +44,7 @@ def check_sources(program: fx.GraphModule, before: Sources) -> None:
     Raises:
         SpecViolation: it does not.
     """
-    last = next(iter(reversed(program.graph.nodes)))
+    last = program.graph.output_node()
     for name, found in sources_of(program).items():
         new = sorted(found - before.get(name, frozenset()))
         demand(not new, last, f"`{name}` now comes from {', '.join(new)}")
@@ -66,7 +66,7 @@ class _Step:
         for node in graph.nodes:
             if node.op == "call_function":
                 self.values[node] = self._call(node)
-        return [self._of(result) for result in next(iter(reversed(graph.nodes))).args[0]]
+        return [self._of(result) for result in graph.output_node().args[0]]
 
     def _of(self, *given: Any) -> int:
         found = 0

@@ -165,7 +165,7 @@ def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan)
     for node in program.graph.nodes:
         if node.op == "call_function":
             check_functional(node)
-    last = next(iter(reversed(program.graph.nodes)))
+    last = program.graph.output_node()
     results, wanted = list(last.args[0]), analysis.output_nodes
     kept = [*(splice.node for splice in sparse.splices if not splice.is_output), *sparse.frozen]
     demand(
@@ -214,7 +214,7 @@ def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan
     if analysis.frame.stretch is None:
         check_reads_of_latent(inputs[given.index(analysis.latent)])
     check_sparse_sizes(graph, analysis, sparse.sizes(analysis.frame, value.shape[1]))
-    last = next(iter(reversed(graph.nodes)))
+    last = graph.output_node()
     for result in last.args[0]:
         if isinstance(result, fx.Node):
             demand(roots(result).isdisjoint(caches), last, f"returns `{result.name}`, which may be a cache itself")

@@ -258,8 +258,8 @@ def drop_tokens(graph: fx.Graph, tokens: Sequence[str]) -> None:
     """
     if not tokens:
         return
-    output = next(iter(reversed(graph.nodes)))
-    output.args = (output.args[0][len(tokens) :],)
+    results: Any = graph.output_node().args[0]
+    graph.output_node().args = (results[len(tokens) :],)
     for node in graph.find_nodes(op="placeholder"):
         if node.name in tokens:
             if node.users:

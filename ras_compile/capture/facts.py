@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import fx_graph_cse
+from ras_compile.passes.rules.registry import nodes_in
 
 
 @dataclass
@@ -36,10 +37,9 @@ class Guard:
 
     def __init__(self, module: fx.GraphModule, facts: Sequence[Fact], constants: Sequence[Tensor]) -> None:
         graph = fx_graph_cse(module.graph)
-        (results,) = next(iter(reversed(graph.nodes))).args
         self.module, self.constants = fx.GraphModule(module, graph), list(constants)
         self.facts: dict[str, Fact] = {}
-        for node, fact in zip(results, facts, strict=True):
+        for node, fact in zip(nodes_in(graph.output_node().args), facts, strict=True):
             self.facts.setdefault(node.name, fact)
         self.inputs = self.module.graph.find_nodes(op="placeholder")
         self.reads = [

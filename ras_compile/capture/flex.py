@@ -168,7 +168,7 @@ def replace(module: fx.GraphModule, node: fx.Node, constants: Constants, name: s
     query, key, value, score, block_mask, scale, options, score_buffers, mask_buffers = given
     body = getattr(module, str(score.target)).graph
     first = next(iter(body.nodes))
-    last = next(iter(reversed(body.nodes)))
+    last = body.output_node()
     if score_buffers or last.args[0] not in (first, (first,)):
         raise refused(node, "with a function of the scores; a mask is supported")
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):

@@ -66,8 +66,9 @@ def read_floats(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphMod
 
 def _dtypes(graph: fx.GraphModule, key: str) -> list[torch.dtype]:
     """The types of the tensors that a graph returns, as its nodes hold them under ``key``."""
-    returned = next(iter(reversed(graph.graph.nodes))).args
-    values = [node.meta.get(key) for node in pytree.tree_leaves(returned) if isinstance(node, fx.Node)]
+    values = [
+        node.meta.get(key) for node in pytree.tree_leaves(graph.graph.output_node().args) if isinstance(node, fx.Node)
+    ]
     return [value.dtype for value in values if isinstance(value, torch.Tensor)]
 
 

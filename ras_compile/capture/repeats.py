@@ -143,7 +143,10 @@ def written_out(captured: fx.GraphModule, blocks: Sequence[Block], capture: Call
         if not same:
             continue
         inner = capture(found.module(), given[0])
-        returned, operands = _values(_returned(inner.graph)), _values(inner.graph.find_nodes(op="placeholder"))
+        returned, operands = (
+            _values(inner.graph.output_node().args[0]),
+            _values(inner.graph.find_nodes(op="placeholder")),
+        )
         if not apart(returned, operands):
             raise NotRepeated("a block returns tensors that share memory")
         if described(returned) != described(_results[found.number]):
@@ -162,15 +165,11 @@ def _write_out(graph: fx.Graph, call: fx.Node, inner: fx.Graph) -> None:
         for node in inner.nodes:
             if node.op == "call_function":
                 env[node] = graph.node_copy(node, env.__getitem__)
-    returned = _returned(inner)
+    returned: Any = inner.output_node().args[0]
     for item in list(call.users):
         item.replace_all_uses_with(env[returned[item.args[1]]])
         graph.erase_node(item)
     graph.erase_node(call)
-
-
-def _returned(graph: fx.Graph) -> Any:
-    return next(iter(reversed(graph.nodes))).args[0]
 
 
 def _values(nodes: Any) -> list[Any]:

@@ -216,11 +216,7 @@ def traced_plan(traced: Trace, inputs: Sequence[GraphInput], values: Sequence[An
 
 def output_nodes(graph: fx.GraphModule) -> list[fx.Node]:
     """The nodes of a graph's outputs that are tensors."""
-    return [
-        node
-        for node in next(iter(reversed(graph.graph.nodes))).all_input_nodes
-        if isinstance(node.meta.get("val"), Tensor)
-    ]
+    return [node for node in graph.graph.output_node().all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
 
 
 def refuse_readings(traced: Trace, values: Sequence[Any], changing: int, what: str) -> None:

@@ -32,6 +32,7 @@ from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.cost import Cost
 from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolate, sample_points
 from ras_compile.passes.pipeline import for_all_lengths
+from ras_compile.passes.rules.registry import nodes_in
 from ras_compile.plans.latent import is_fixed
 from ras_compile.plans.lengths import Lengths
 from ras_compile.plans.plan import Plan
@@ -79,7 +80,7 @@ class Family:
         dense = [plan.dense_graph() for plan in self.samples]
         interpolate(dense, self.points)
         self._caches = [
-            plan.caches_among([node.meta["val"] for node in next(iter(reversed(program.graph.nodes))).args[0]])
+            plan.caches_among([node.meta["val"] for node in nodes_in(program.graph.output_node().args)])
             for program, plan in zip(dense, self.samples, strict=True)
         ]
         self._programs: dict[int | str, Shared | None] = {}

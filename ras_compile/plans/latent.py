@@ -16,6 +16,7 @@ from ras_compile.passes.algebra.layout import Frame
 from ras_compile.passes.analysis.propagate import Analysis, propagate
 from ras_compile.passes.rules.constants import FIXED
 from ras_compile.passes.rules.ordering import KNOWN
+from ras_compile.passes.rules.registry import nodes_in
 
 LARGEST_FIXED = 2**20  # entries
 
@@ -96,7 +97,7 @@ def of_their_own(found: Sequence[Analysis]) -> bool:
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in next(iter(reversed(graph.nodes))).args[0] if isinstance(node, fx.Node)]
+    return nodes_in(graph.output_node().args)
 
 
 def likeness(value: Tensor, outputs: Sequence[Any]) -> int:

@@ -64,7 +64,7 @@ class Lengths:
             sizes[index] = expressions(example)
             now = value.shape if isinstance(value, Tensor) else [value]
             known.update({e: int(v) for e, v in zip(sizes[index], now, strict=True) if e.is_Symbol})
-        returned = [node.meta.get("example_value") for node in next(iter(reversed(graph.graph.nodes))).all_input_nodes]
+        returned = [node.meta.get("example_value") for node in graph.graph.output_node().all_input_nodes]
         fixed = {symbol for example in returned for e in expressions(example) for symbol in e.free_symbols}
         tensors = [index for index in sizes if isinstance(values[index], Tensor)]
         symbols = [e for index in tensors for e in sizes[index] if e.is_Symbol and e not in fixed]

@@ -130,7 +130,7 @@ def caches(program: fx.GraphModule) -> list[fx.Node]:
 
 
 def output(program: fx.GraphModule) -> fx.Node:
-    return next(iter(reversed(program.graph.nodes)))
+    return program.graph.output_node()
 
 
 def returns(program: fx.GraphModule, node: fx.Node) -> None:
@@ -269,7 +269,7 @@ def hand_on_an_operand(program):
     block, call = blocks(program)[0], calls(program)[0]
     inner = block.graph.find_nodes(op="placeholder")
     same = next(node for node in inner if node.meta["val"].shape == call.meta["val"][0].shape)
-    last = next(iter(reversed(block.graph.nodes)))
+    last = block.graph.output_node()
     last.args = ((same, *last.args[0][1:]),)
     block.graph.eliminate_dead_code()
     block.recompile()
