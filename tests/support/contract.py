@@ -17,9 +17,9 @@ from ras_compile.config import RASConfig
 from ras_compile.dispatch.dispatcher import worth_tracing
 from ras_compile.dispatch.traced import inputs_of, specialise
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.explanation import record_call
 from ras_compile.passes.algebra.layout import Clipped, Concat, Frame, Layout
 from ras_compile.plans.plan import Plan
+from ras_compile.preview import record_call
 from ras_compile.sampling.branches import Slots
 
 

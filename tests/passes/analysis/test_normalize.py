@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ras_compile.capture.export import capture, export
-from ras_compile.explanation import record_call
 from ras_compile.passes.rules import constants
 from ras_compile.passes.rules.pointwise import find_rule
+from ras_compile.preview import record_call
 
 aten = torch.ops.aten
 WEIGHT = (torch.arange(48.0) - 20).reshape(16, 3) / 10
