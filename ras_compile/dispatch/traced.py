@@ -176,9 +176,9 @@ def same_noise(root: nn.Module, one: tuple[tuple, dict], other: tuple[tuple, dic
 def lifted(leaves: Sequence[Any], described: Sequence[GraphInput], config: RASConfig) -> list[Any]:
     """The leaves of a call's arguments, with a tensor for each number that says the time: so one trace serves all its values."""
     return [
-        torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else torch.int64)
-        if varies(given, leaf, config.timestep)
-        else leaf
+        leaf
+        if isinstance(leaf, Tensor) or not varies(given, leaf, config.timestep)
+        else torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else torch.int64)
         for leaf, given in zip(leaves, described, strict=True)
     ]
 
