@@ -9,7 +9,7 @@ import torch
 from tiny import EAGER, LATENT, TEXT, model, run
 
 import ras_compile
-from ras_compile import explanation
+from ras_compile import preview
 
 
 def test_a_model_that_is_explained_stays_compiled(monkeypatch):
@@ -17,13 +17,13 @@ def test_a_model_that_is_explained_stays_compiled(monkeypatch):
     plain = model()
     plain.compile(backend="ras", options={**EAGER, "unsupported": "error"})
     seen = []
-    real = explanation.describe_inputs
+    real = preview.describe_inputs
 
     def watching(graph):
         seen.append(plain._compiled_call_impl)
         return real(graph)
 
-    monkeypatch.setattr(explanation, "describe_inputs", watching)
+    monkeypatch.setattr(preview, "describe_inputs", watching)
     told = ras_compile.explain(plain, hidden_states=LATENT, timestep=torch.ones(2), text=TEXT)
     assert told.supported and seen and all(found is plain._compiled_call_impl for found in seen)
 

@@ -196,8 +196,9 @@ def subject(module: nn.Module, inputs: dict, *, exact: bool = True, **options: A
     except UnsupportedGraph as error:
         if not worth_tracing(error, tree_leaves(inputs)):
             raise
-    made = specialise(module, (), inputs, config)
-    graph, leaves = made.trace.graph, inputs_of(made.trace, tree_leaves(((), inputs)))
+    leaves = tree_leaves(((), inputs))
+    made = specialise(module, (), inputs, leaves, config)
+    graph, leaves = made.trace.graph, inputs_of(made.trace, leaves)
     given = [pair for pair in zip(made.inputs, leaves, strict=True) if isinstance(pair[1], Tensor)]
     given += [(GraphInput(None, "constant", weight=True), constant) for constant in graph.meta.pop("constants")]
     return planned(graph, [pair[0] for pair in given], [pair[1] for pair in given], config, exact)
