@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ras_compile import notices
+from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.plans import family
@@ -51,6 +52,7 @@ POINTS = {  # the present lengths, those that are allowed, those at which the gr
     "not below": ((8,), lambda p: p[0] >= 8, lambda p: True, [(8,), (9,), (19,)]),
     "each third, not below": ((9,), lambda p: p[0] >= 9, lambda p: p[0] % 3 == 0, [(9,), (12,), (21,)]),
     "each third": ((6,), lambda p: p[0] % 3 == 0, lambda p: True, [(6,), (3,), (15,)]),
+    "two, each third": ((6, 6), lambda p: p[0] % 3 == 0, lambda p: p[1] % 3 == 0, [(6, 6), (3, 6), (6, 3), (15, 15)]),
     "two": ((8, 5), lambda p: True, lambda p: p[1] > 4, [(8, 5), (7, 5), (8, 6), (4, 13)]),
 }
 
@@ -69,6 +71,85 @@ def test_a_graph_that_is_right_for_too_few_lengths_has_no_family(lengths):
     made = bare(graph=SimpleNamespace(base=(5,), lengths=allowed, holds=lambda point: True))
     with pytest.raises(UnsupportedGraph, match="too few lengths"):
         made._points()
+
+
+@pytest.mark.parametrize(("base", "far"), [(8, 4), (8, 5), (8, 19), (8, 15), (8, 13), (8, 11), (20, 17)])
+def test_the_far_point_may_be_any_of_seven(base, far):
+    allowed = SimpleNamespace(allows=lambda point: point[0] in (base, base + 1, far))
+    made = bare(graph=SimpleNamespace(base=(base,), lengths=allowed, holds=lambda point: True))
+    assert made._points() == [(base,), (base + 1,), (far,)]
+
+
+def test_each_length_has_to_have_a_near_one():
+    """The far point alone says nothing of how sizes grow with the second length."""
+    allowed = SimpleNamespace(allows=lambda point: point[1] in (5, 13))
+    made = bare(graph=SimpleNamespace(base=(8, 5), lengths=allowed, holds=lambda point: True))
+    with pytest.raises(UnsupportedGraph, match="too few lengths"):
+        made._points()
+
+
+class Sample:
+    """Stands for a plan; ``spliced`` tells how many values it splices at some lengths."""
+
+    spliced = staticmethod(lambda lengths: 3)
+    made: list[tuple] = []
+
+    def __init__(self, graph, inputs, values, config, *, proved):
+        self.latent, self.noise = 1, 0
+        self.sparse = SimpleNamespace(splices=[0] * self.spliced(graph), frozen=[], live=self.is_live)
+        Sample.made.append((graph, config, proved, [getattr(value, "shape", value) for value in values]))
+
+    is_live = True
+
+    def dense_graph(self):
+        return "the dense program"
+
+
+@pytest.fixture
+def family_of(monkeypatch):
+    """Makes a family of one length, 8 now, of the second input's rows, which the third input is the number of."""
+    monkeypatch.setattr(family, "Plan", Sample)
+    monkeypatch.setattr(family, "interpolate", lambda programs, points: None)
+    monkeypatch.setattr(family, "_left_behind", lambda program, plan: [torch.empty(2, 3)])
+    monkeypatch.setattr(Sample, "made", [])
+
+    def make(sizes=(0, 2), **options):
+        lengths = SimpleNamespace(
+            sizes=dict.fromkeys(sizes),
+            allows=lambda point: True,
+            described=lambda index, point: ((*point, 4), (4, 1)),
+            number=lambda index, point: 10 * point[0],
+        )
+        graph = SimpleNamespace(base=(8,), lengths=lengths, holds=lambda point: True, at=lambda point: point)
+        inputs = [GraphInput(name, name) for name in ("text", "latent", "count")]
+        return Family(graph, inputs, [torch.ones(8, 4), torch.ones(2, 6), 8], RASConfig.from_options(options))
+
+    return make
+
+
+@pytest.mark.parametrize(("live", "context"), [(True, "frozen"), (False, "fresh")])
+def test_a_family_is_proved_at_each_of_its_points(family_of, monkeypatch, live, context):
+    """All look for the same latent, and none runs; where the first context cannot be frozen, the others are fresh, too."""
+    monkeypatch.setattr(Sample, "is_live", live)
+    made = family_of(context="frozen", cuda_graphs=True, latent=None)
+    points, configs, proved, values = zip(*Sample.made, strict=True)
+    assert list(points) == made.points == [(8,), (7,), (4,)]
+    assert not any(proved) and not any(config.cuda_graphs for config in configs)
+    assert [(config.latent, config.context) for config in configs] == [(None, "frozen"), *[("latent", context)] * 2]
+    assert [list(each) for each in values] == [[(n, 4), (2, 6), 10 * n] for n in (8, 7, 4)]
+    assert made.exact((7,)) and Sample.made[-1][2] is True, "what is made later was proved here"
+    assert made.cache_bytes((7,)) == 2 * 3 * 4
+
+
+def test_a_latent_whose_size_is_a_length_has_no_family(family_of):
+    with pytest.raises(UnsupportedGraph, match="the latent's size"):
+        family_of(sizes=(0, 1))
+
+
+def test_other_values_spliced_at_another_length_are_no_family(family_of, monkeypatch):
+    monkeypatch.setattr(Sample, "spliced", staticmethod(lambda lengths: 3 if lengths == (8,) else 2))
+    with pytest.raises(UnsupportedGraph, match="other values are spliced"):
+        family_of()
 
 
 def test_members_that_ran_long_ago_give_up_what_they_keep():
@@ -120,16 +201,38 @@ def test_all_lengths_choose_as_the_first_does():
     """What is fused is measured once: programs of other lengths are the same but for sizes."""
     told = []
 
-    class Sample:
+    class Asking:
         def __init__(self, asks: int) -> None:
             self.asks = asks
 
         def build(self, active, *, outline_blocks):
+            assert not outline_blocks, "they are outlined when the lengths are symbols"
             told.append([self.chosen(lambda *ops: ops == (active, 0), active, k) for k in range(self.asks)])
             return active
 
-    assert bare(samples=[Sample(2), Sample(2), Sample(3)])._builds(6) == [6, 6, 6]
+    assert bare(samples=[Asking(2), Asking(2), Asking(3)])._builds(6) == [6, 6, 6]
     assert told == [[True, False], [True, False], [True, False, False]], "a choice that the first did not have is no"
+
+
+def test_a_graph_is_captured_once_for_its_lengths(monkeypatch):
+    """Also where it cannot be: that is found out once, told, and each length has a plan of its own."""
+    captured = []
+
+    def capture(graph, lengths, values):
+        captured.append(values)
+        if values != ["right"]:
+            raise (SpecViolation if values == ["broken"] else RuntimeError)("no symbols")
+        return "the graph"
+
+    monkeypatch.setattr(family, "SymbolicGraph", capture)
+    monkeypatch.setattr(family, "Family", lambda graph, inputs, values, config: (graph, config))
+    families = Families(None, [], [])
+    assert [families.make("a", None, ["right"], config) for config in (1, 2)] == [("the graph", 1), ("the graph", 2)]
+    notices.reset()
+    assert families.make("b", None, ["wrong"], 1) is families.make("b", None, ["wrong"], 2) is None
+    assert captured == [["right"], ["wrong"]] and [found.count for found in notices.fallbacks()] == [1]
+    with pytest.raises(SpecViolation):
+        families.make("c", None, ["broken"], 1)
 
 
 def test_inputs_are_described_without_what_is_in_them():
