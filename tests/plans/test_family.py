@@ -11,8 +11,9 @@ from ras_compile import notices
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
 from ras_compile.errors import SpecViolation, UnsupportedGraph
+from ras_compile.passes.lowering.interpolate import NotAffine
 from ras_compile.plans import family
-from ras_compile.plans.family import FAMILIES, KEPT, Families, Family, described
+from ras_compile.plans.family import FAMILIES, KEPT, Families, Family, Member, described
 
 
 def bare(**parts) -> Family:
@@ -73,7 +74,7 @@ def test_a_graph_that_is_right_for_too_few_lengths_has_no_family(lengths):
         made._points()
 
 
-@pytest.mark.parametrize(("base", "far"), [(8, 4), (8, 5), (8, 19), (8, 15), (8, 13), (8, 11), (20, 17)])
+@pytest.mark.parametrize(("base", "far"), [(12, far) for far in (6, 7, 27, 19, 17, 15, 9)])
 def test_the_far_point_may_be_any_of_seven(base, far):
     allowed = SimpleNamespace(allows=lambda point: point[0] in (base, base + 1, far))
     made = bare(graph=SimpleNamespace(base=(base,), lengths=allowed, holds=lambda point: True))
@@ -139,6 +140,17 @@ def test_a_family_is_proved_at_each_of_its_points(family_of, monkeypatch, live, 
     assert [list(each) for each in values] == [[(n, 4), (2, 6), 10 * n] for n in (8, 7, 4)]
     assert made.exact((7,)) and Sample.made[-1][2] is True, "what is made later was proved here"
     assert made.cache_bytes((7,)) == 2 * 3 * 4
+    made.entering(SimpleNamespace())
+    assert len(made._members) == 1
+
+
+def test_programs_that_are_of_no_one_form_are_no_family(family_of, monkeypatch):
+    def interpolate(programs, points):
+        raise NotAffine(f"{len(programs)} programs at {len(points)} points")
+
+    monkeypatch.setattr(family, "interpolate", interpolate)
+    with pytest.raises(NotAffine, match="3 programs at 3 points"):
+        family_of()
 
 
 def test_a_latent_whose_size_is_a_length_has_no_family(family_of):
@@ -195,6 +207,44 @@ def test_a_program_is_shared_where_it_fits_and_each_has_its_own_where_none_can_b
     assert shared == [4, "refused"] and [found.count for found in notices.fallbacks()] == [1]
     with pytest.raises(SpecViolation):
         made.program("broken", (5,), [])
+
+
+@pytest.mark.parametrize(
+    ("backend", "holds", "wanted"),
+    [
+        ("inductor", [(8,), (7,)], "outlined"),
+        ("inductor", [(8,)], "block by block"),
+        ("inductor", None, "block by block"),
+        ("eager", [(8,), (7,)], "block by block"),
+    ],
+)
+def test_blocks_are_outlined_where_that_fixes_no_length(monkeypatch, backend, holds, wanted):
+    def compiled(program, sized, inputs):
+        if program == "outlined" and holds is None:
+            raise RuntimeError("no outlined blocks")
+        symbols = SimpleNamespace(holds=lambda point: program != "outlined" or point in holds)
+        return SimpleNamespace(program=program, symbols=symbols)
+
+    def programs(builds, points, *, outline_blocks):
+        return "outlined" if outline_blocks else "block by block"
+
+    monkeypatch.setattr(family, "for_all_lengths", programs)
+    sized = SimpleNamespace(fits=lambda tensor, point: point != (3,))
+    made = bare(
+        config=RASConfig.from_options({"inner_backend": backend}), points=[(8,), (7,)], _builds=lambda active: [active],
+        _sized=lambda active, inputs: [sized], _compile=compiled,
+    )  # fmt: skip
+    notices.reset()
+    assert made._share(4, (5,), [torch.ones(2)]).program == wanted
+    assert len(notices.fallbacks()) == (holds is None)
+    with pytest.raises(NotAffine, match="other strides"):
+        made._share(4, (3,), [torch.ones(2)])
+
+
+def test_a_member_builds_what_a_plan_of_its_own_would():
+    member = Member.__new__(Member)
+    vars(member)["exact"] = SimpleNamespace(build=lambda active, *, outline_blocks: (active, outline_blocks))
+    assert member.build(4) == (4, True) and member.build("dense", outline_blocks=False) == ("dense", False)
 
 
 def test_all_lengths_choose_as_the_first_does():
