@@ -62,6 +62,14 @@ def test_an_argument_that_is_written_is_told_with_its_line():
     assert "test_explanation.py" in told.reason and "text[:, -1:] = text[:, -1:] * 0" in told.reason
 
 
+def test_arguments_may_be_given_by_their_places():
+    by_name = ras_compile.explain(model(), hidden_states=LATENT, timestep=torch.ones(2), text=TEXT)
+    by_place = ras_compile.explain(model(), LATENT, torch.ones(2), text=TEXT)
+    assert by_place.supported and by_place.words == by_name.words
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        ras_compile.explain(model(), LATENT, torch.ones(2), TEXT, TEXT, TEXT, TEXT, TEXT)
+
+
 def test_the_budget_of_a_run_is_told():
     def explained(**options):
         given = dict(hidden_states=LATENT, timestep=torch.ones(2), text=TEXT)

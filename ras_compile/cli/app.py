@@ -315,7 +315,8 @@ def evaluate(
     judges = {name: judge(where) for name, (judge, where) in asked.items() if where is not None}
     given = {"prompt": lines[0], "height": height, "width": width}
     with _drawing(folder, device, 0, backend, given, more) as artist, _progress.status("drawing") as status:
-        drawn = frontier(artist, lines, presets, steps, exact_steps, judges, lambda said: status.update(f"drew {said}"))
+        tell = status.update if _progress.is_terminal else _progress.print  # a file gets a line for each picture
+        drawn = frontier(artist, lines, presets, steps, exact_steps, judges, lambda said: tell(f"drew {said}"))
     output.mkdir(parents=True, exist_ok=True)
     found = output / "evaluation.html"
     found.write_text(page(drawn), encoding="utf-8")

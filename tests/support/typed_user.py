@@ -25,6 +25,7 @@ def right(pipe: Any) -> ras_compile.Handle:
 def misspelt(pipe: Any) -> None:
     handle = ras_compile.attach(pipe, sampel_ratio=0.25)  # type: ignore[call-arg]  # no such option
     handle.configure(kv_cache=False)  # type: ignore[call-arg]  # changes what is compiled
+    handle.sumary()  # type: ignore[attr-defined]  # no such method
     ras_compile.attach(pipe, context="cold")  # type: ignore[arg-type]  # no such value
     records: list[ras_compile.Record] = ras_compile.trace(handle)
     print(records[0].kind, ras_compile.__version__)
