@@ -10,11 +10,11 @@ demo: .venv/.installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 --durations=25 -p no:randomly $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder --timeout 600 --durations=25 -p no:randomly $(ARGS)
 
 # The same in a random order, which must not matter; the seed that is printed repeats it (ARGS="-p randomly --randomly-seed=1").
 shuffled: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder --timeout 600 $(ARGS)
 
 # Random models beyond the seeds that `make test` runs: make fuzz GRAPHS=5000 SEED=1000
 GRAPHS ?= 1000
@@ -34,7 +34,7 @@ audit: .venv/.installed
 
 # What changes most, in about three minutes of two cores: no zoo of models, no pipelines, no compilation, no other processes.
 quick: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --timeout 120 -p no:randomly -m "not (zoo or pipelines or compiles or slow or gpu)" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder --timeout 120 -p no:randomly -m "not (zoo or pipelines or compiles or slow or gpu)" $(ARGS)
 
 # The canaries and the core of the tests on each version of PyTorch, into docs/versions.md: make versions VERSIONS="2.13 2.15"
 versions: .venv/.installed

@@ -23,7 +23,9 @@ LIBRARIES = (
     os.path.join(os.path.dirname(torch.__file__), ""),
     os.path.join(os.path.dirname(__file__), ""),
 )
-_INSTALLED = os.path.join(sysconfig.get_path("purelib"), "")  # a pipeline's code, which calls a model for the user
+# A pipeline's code, which calls a model for the user: what is installed, and what may be installed elsewhere.
+_INSTALLED = os.path.join(sysconfig.get_path("purelib"), "")
+_PIPELINES = {"accelerate", "diffusers", "peft", "transformers"}
 
 _said: set[Hashable] = set()
 _lock = threading.Lock()
@@ -40,13 +42,16 @@ def warn_once(message: str) -> None:
     """Warn with `message` unless this process has already done so; the warning points to the user's line."""
     if not first_time(message):
         return
-    files: list[str] = []
+    outside, own, level = [], [], 0
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        files.append(frame.f_code.co_filename)
+        level += 1
+        file, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__")).partition(".")[0]
+        if not file.startswith(LIBRARIES):
+            outside.append(level)
+            if not file.startswith(_INSTALLED) and package not in _PIPELINES:
+                own.append(level)
         frame = frame.f_back
-    outside = [level for level, file in enumerate(files, 1) if not file.startswith(LIBRARIES)]
-    own = [level for level in outside if not files[level - 1].startswith(_INSTALLED)]
     warnings.warn(message, RASWarning, stacklevel=next(iter((*own, *outside)), 1))
 
 

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ pytest.register_assert_rewrite("properties")
 
 # What `make quick` leaves out, by files and folders; a test that runs Triton's interpreter is `compiles`, too.
 LANES = {
+    "capture/test_flex.py": "slow",
+    "capture/test_repeats.py": "slow",
     "capture/test_subclasses.py": "compiles",
     "cli": "pipelines",
     "contract/test_across.py": "slow",
@@ -54,17 +57,35 @@ def pytest_configure():
     gc.set_threshold(100_000, 10, 10)
 
 
+def pytest_collection_finish():
+    # What was imported stays: to look through it again at each collection took 5 % of the time.
+    gc.collect()
+    gc.freeze()
+
+
+def lanes_of(path: Path) -> list[str]:
+    """The lanes of a file of tests, or of a folder."""
+    path = path.relative_to(Path(__file__).parent)
+    return [] if path.as_posix() in QUICK else [lane for at, lane in LANES.items() if path.is_relative_to(at)]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m "not (a or b)"` the files of the lanes a and b are not even imported, which takes seconds."""
+    left_out = re.fullmatch(r"not \((\w+(?: or \w+)*)\)", config.option.markexpr)
+    if left_out and collection_path.is_file() and {*left_out[1].split(" or ")}.intersection(lanes_of(collection_path)):
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(items):
-    root = Path(__file__).parent
     for item in items:
-        path = item.path.relative_to(root)
-        if path.as_posix() not in QUICK:
-            lanes = [lane for place, lane in LANES.items() if path.is_relative_to(place)]
-            lanes += ["compiles"] if "run_interpreted" in item.fixturenames else []
-            for lane in lanes:
-                item.add_marker(lane)
+        for lane in lanes_of(item.path) + ["compiles"] * ("run_interpreted" in item.fixturenames):
+            item.add_marker(lane)
     for item in items:  # one process runs all tests of a file, or of a group that the test names
-        if not item.get_closest_marker("xdist_group"):
+        if "run_interpreted" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("interpreted"))
+            item.add_marker(pytest.mark.timeout(1800))  # the first of them waits for all
+        elif not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
     if torch.cuda.is_available():
         return
@@ -104,19 +125,32 @@ def no_violation_is_passed_over(request, monkeypatch):
     assert not found or request.node.get_closest_marker("violates"), found[0]
 
 
+@pytest.fixture(scope="session")
+def interpreted(request) -> str:
+    """What pytest says of the files that ask for `run_interpreted`, run in one process in which Triton's kernels run on the
+    CPU: Triton looks for the interpreter at its import, and that takes longer than the tests of most of these files."""
+    files = sorted({str(item.path) for item in request.session.items if "run_interpreted" in item.fixturenames})
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}  # the package that is installed, not the folder
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "not gpu", "-p", "no:cacheprovider", *files]
+    found = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
+    assert found.returncode in (0, 1), found.stdout[-8000:] + found.stderr[-2000:]  # 1: tests failed; each says so
+    return found.stdout
+
+
 @pytest.fixture
 def run_interpreted(request):
-    """Runs a file of tests in a process of its own, in which Triton's kernels run on the CPU (it looks at its import)."""
+    """Runs a file of tests in a process of its own, in which Triton's kernels run on the CPU."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this is that run")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
 
     def run(file):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-        environment |= {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}  # the package that is installed, not the folder
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", file]
-        found = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
-        assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-2000:]
+        said = request.getfixturevalue("interpreted")
+        name = Path(file).relative_to(request.config.rootpath).as_posix() + "::"
+        told = [line for line in said.splitlines() if name in line]
+        assert any("PASSED" in line for line in told)
+        assert not any("FAILED" in line or "ERROR" in line for line in told), said[-8000:]
 
     return run

@@ -108,3 +108,11 @@ def test_explain_shows_them():
     explained = ras_compile.explain(model(), **inputs)
     assert [fallback.what for fallback in explained.fallbacks] == ["a program run op by op"]
     assert "fell back 1 x a program run op by op (RuntimeError: no compiler)" in str(explained)
+
+
+def test_a_warning_points_past_a_pipeline_that_is_installed_elsewhere():
+    calling = {"__name__": "diffusers.hooks", "call": notices.warn_once}
+    exec(compile("def forward():\n    call('said in a pipeline')", "/elsewhere/diffusers/hooks.py", "exec"), calling)
+    with pytest.warns(ras_compile.RASWarning) as told:
+        calling["forward"]()
+    assert [warning.filename for warning in told] == [__file__]

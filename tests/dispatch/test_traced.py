@@ -116,8 +116,14 @@ def in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", READERS)
-@pytest.mark.parametrize("compiled_by", [lambda model: torch.compile(model, backend="ras", options=EXACT), in_place])
+def by_function(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="ras", options=EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "compiled_by"), [*((kind, by_function) for kind in READERS), (Length, in_place), (Written, in_place)]
+)
 def test_a_model_that_reads_values_samples_adaptively(kind, compiled_by):
     """All rows active: each step is the model's own, for texts of two lengths."""
     model, compiled = kind(), compiled_by(kind())

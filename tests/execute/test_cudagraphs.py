@@ -185,6 +185,7 @@ def other_memory(module, state):
     module.load_state_dict(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3, 4])
 @pytest.mark.parametrize("change", [in_place, other_data, one_weight, other_objects, other_memory])
 def test_weights_change_on_the_way(device, at, change):

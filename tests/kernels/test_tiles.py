@@ -119,6 +119,7 @@ for index in range(60):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_lose_nothing(empty):
     start = [sys.executable, "-c", WRITER]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": empty.parent}

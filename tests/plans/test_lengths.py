@@ -81,7 +81,7 @@ def sampled(compiled, inputs: dict, steps: int = 4, region: str = "hidden_states
 OPTIONS = {**EAGER, "warmup_steps": 1, "unsupported": "error"}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["Flux", "Lumina-Next"])  # a joint sequence and cross attention, each with rotary ids
 def test_twenty_lengths_cost_two_compilations_of_each_program(name, compiled_programs):
     module, given = redraw(ZOO[name].build()).eval(), ZOO[name].inputs()
     compiled = torch.compile(module, backend="ras", options=OPTIONS)
@@ -363,7 +363,8 @@ class TwoTexts(TinyDiT):
 
 @pytest.mark.parametrize("kind", [PaddedText, AtLeast, LongText, MeanText, NearText, NearByBlocks])
 def test_a_model_that_reads_the_length_comes_out_right(kind):
-    for found, wanted in both(kind().eval(), [(text(length),) for length in (5, 7, 9, 6, 12, 30, 8)]):
+    """Lengths on both sides of each model's limit, with every remainder of four, and after the second one."""
+    for found, wanted in both(kind().eval(), [(text(length),) for length in (5, 7, 12, 6, 30)]):
         assert torch.equal(found, wanted)
 
 

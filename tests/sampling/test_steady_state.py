@@ -61,6 +61,7 @@ def instructions(layers: int, monkeypatch) -> int:
             return note
 
         counts.append(0)
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for this of any frame when tracing begins
         sys.settrace(note)
         try:
             return real(graph, *values)
@@ -77,7 +78,7 @@ def instructions(layers: int, monkeypatch) -> int:
 
 def test_no_python_runs_for_each_weight(monkeypatch):
     few, many = instructions(1, monkeypatch), instructions(9, monkeypatch)
-    assert many - few < 32, "8 layers are 32 weights"
+    assert few > 0 and many - few < 32, "8 layers are 32 weights"
 
 
 @pytest.mark.parametrize(

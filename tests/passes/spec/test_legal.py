@@ -38,6 +38,7 @@ def yes(*given) -> bool:
     return True
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", by_model(MODELS))
 @pytest.mark.parametrize("context", ["fresh", "frozen"])
 def test_after_every_pass(name: str, context: str, monkeypatch):
