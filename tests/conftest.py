@@ -47,7 +47,11 @@ LANES = {
     "plans/test_equal.py": "slow",
     "plans/test_lengths.py": "compiles",
     "report/test_page.py": "slow",
+    "sampling/test_changed_model.py": "slow",
+    "sampling/test_threads.py": "slow",
+    "sampling/test_unrelated.py": "slow",
     "test_faults.py": "slow",
+    "test_imports.py": "slow",
 }
 QUICK = {"pipelines/test_follow.py", "kernels/test_tiles.py"}  # the quick ones among those
 

@@ -89,6 +89,7 @@ def test_what_is_needed_and_has_changed_is_one_error(pytorch, monkeypatch, name,
     assert told in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_gone_is_one_error():
     code = """
 import torch, torch._functorch.aot_autograd as home

@@ -65,6 +65,7 @@ def test_what_is_kept_is_copied_where_it_is_another_object():
             assert torch.equal(found, 2 * value + kept)
 
 
+@pytest.mark.compiles
 def test_a_function_is_fused_once_for_all_threads_and_any_strides(monkeypatch):
     compiled, inner = [], replay.compile_inner
     monkeypatch.setattr(replay, "compile_inner", lambda *given: compiled.append(given) or inner(*given))
@@ -87,6 +88,7 @@ def test_a_function_is_fused_once_for_all_threads_and_any_strides(monkeypatch):
     assert len(compiled) == 1
 
 
+@pytest.mark.compiles
 def test_one_tensor_in_two_places_is_two_inputs():
     """What is compiled at a call that happens to be given the same tensor twice is right for those that follow."""
     function = Replayed(lambda a, b: (a - b,))
@@ -108,6 +110,7 @@ def test_a_function_that_cannot_be_fused_runs_as_it_is(monkeypatch):
     ]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "options", [{}, {"metric": "drift"}, {"focus": 0.4}, {"focus": "high", "metric": "l2norm"}], ids=str
 )

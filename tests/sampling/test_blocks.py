@@ -166,6 +166,7 @@ def test_a_hook_of_a_model_is_no_model(kind):
     assert [record.kind[0] for record in ras_compile.trace(model)] == list("dssss")
 
 
+@pytest.mark.slow
 def test_fragments_of_a_refused_model_run_dense():
     """In a model of four blocks one that a cache has taken over holds a good part of the weights."""
     case = ZOO["Flux"]

@@ -114,7 +114,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(replay, "Graph", Recorded)
 
 
-@pytest.mark.parametrize("inner_backend", ["eager", "inductor"])
+@pytest.mark.parametrize("inner_backend", ["eager", pytest.param("inductor", marks=pytest.mark.compiles)])
 def test_replayed_it_is_the_same(recorded, inner_backend):
     kinds = "ddd" + "sssd" * 5 + "sss"
     found = run(kinds, (0, 1), inner_backend=inner_backend)

@@ -56,7 +56,7 @@ TIMES = {
 }
 
 
-@pytest.fixture(params=["as it is", "replayed", "fused and replayed"])
+@pytest.fixture(params=["as it is", "replayed", pytest.param("fused and replayed", marks=pytest.mark.compiles)])
 def run(request, monkeypatch):
     if request.param == "as it is":
         return None

@@ -268,6 +268,7 @@ def test_what_a_block_hands_on_owns_its_memory(model, told, monkeypatch):
     assert blocks or model is Twin or not told
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("where", ["outside", "in the next block", "inside"])
 def test_a_cache_that_a_block_writes_is_not_read_outside_of_it(where):
     """Inductor would give what reads the cache behind the call what it held before."""
