@@ -80,26 +80,26 @@ def is_view(node: fx.Node) -> bool:
     return bool(shows(node)) and not writes(node)
 
 
-def root(node: fx.Node, *, may: bool = False) -> fx.Node:
+def root(node: fx.Node) -> fx.Node:
     """The value that owns the memory which a node shows; of one that shows several, that of the first."""
-    while shown := shows(node, may=may):
+    while shown := shows(node):
         node = shown[0]
     return node
 
 
-def roots(node: fx.Node, *, may: bool = True) -> set[fx.Node]:
+def roots(node: fx.Node) -> set[fx.Node]:
     """All values whose memory a node may show, itself if it has memory of its own."""
-    shown = shows(node, may=may)
-    return set().union(*(roots(operand, may=may) for operand in shown)) if shown else {node}
+    shown = shows(node, may=True)
+    return set().union(*map(roots, shown)) if shown else {node}
 
 
-def viewers(node: fx.Node, *, may: bool = False) -> Iterator[fx.Node]:
+def viewers(node: fx.Node) -> Iterator[fx.Node]:
     """A value and all that shows its memory."""
     stack, seen = [node], {node}
     while stack:
         shown = stack.pop()
         yield shown
-        found = [user for user in shown.users if user not in seen and shown in shows(user, may=may)]
+        found = [user for user in shown.users if user not in seen and shown in shows(user)]
         seen.update(found)
         stack += found
 

@@ -55,8 +55,7 @@ def test_it_says_what_memory_says(target, args, says):
     item = emit(operator.getitem, node, 0) if isinstance(node.meta["val"], (tuple, list)) else node
     shared = not aliases.apart([item.meta["val"]], [x.meta["val"]])
     assert shared == (says != "never")
-    assert (aliases.root(item, may=True) is x) == shared, "what shares memory is known to"
-    assert (aliases.roots(item) == {x}) == shared
+    assert (aliases.roots(item) == {x}) == shared, "what shares memory is known to"
     if says == "surely":
         assert aliases.root(item) is x
     if aliases.root(item) is x and says != "surely":
