@@ -7,7 +7,7 @@ import torch
 
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Axis, Concat, Frame, Group, Layout
-from ras_compile.passes.algebra.order import RANKS, Atom
+from ras_compile.passes.algebra.order import OWN, RANKS, Atom
 from ras_compile.passes.algebra.tokens import channel_count, token_view
 
 
@@ -70,11 +70,12 @@ def test_patches_that_are_not_full_repeat_the_last_entry():
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_of_the_tokens_of_all_processes_a_process_views_its_own(rank):
-    frame = packed(shards=Group("all", 3, rank))
-    layout = Layout((frame.atoms(0), (Axis(3, RANKS), *frame.atoms(1)), (Axis(3),)))
-    value = torch.randn(2, 15, 3)
-    assert torch.equal(token_view(layout, frame)(value), value[:, 5 * rank : 5 * rank + 5, None])
-    other = Layout((frame.atoms(0), (*frame.atoms(1), Axis(3, RANKS)), (Axis(3),)))
+    whole = Frame((2, 15, 3), ((2,), (15,), (3,)), excluded=frozenset([Atom(2, 1)]), shards=Group("all", 3, rank))
+    frame, value = whole.sharded(5 * rank, 5 * rank + 5), torch.randn(2, 15, 3)
+    layout = Layout((frame.atoms(0), (Axis(3, RANKS), Axis(5, OWN)), (Axis(3),)))
+    for shown in (layout, frame.layout()):
+        assert torch.equal(token_view(shown, frame)(value), value[:, 5 * rank : 5 * rank + 5, None])
+    other = Layout((frame.atoms(0), (Axis(5, OWN), Axis(3, RANKS)), (Axis(3),)))
     with pytest.raises(UnsupportedGraph, match="stand between each other"):
         token_view(other, frame)
     alone = packed(shards=frame.shards)
