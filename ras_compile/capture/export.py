@@ -25,6 +25,7 @@ from ras_compile._torch import (
 from ras_compile.capture.flex import is_transform, spell_flex_attention
 from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
+from ras_compile.capture.shards import of_parts
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.normalize import normalize
@@ -135,8 +136,7 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = Fa
     Raises:
         UnsupportedGraph: the graph writes into its inputs, uses function transforms, or cannot be traced.
     """
-    refuse_sharded_weights(graph.graph)
-    graph = spell_flex_attention(graph, inputs)
+    graph = spell_flex_attention(of_parts(graph), inputs)
     for part in graph.modules():
         if isinstance(part, fx.GraphModule):
             refuse_function_transforms(part.graph)
@@ -290,18 +290,6 @@ def same_autocast() -> Iterator[None]:
                 torch.set_autocast_dtype(kind, dtype)
                 if torch.autocast_decrement_nesting() == 0:
                     torch.clear_autocast_cache()
-
-
-def refuse_sharded_weights(graph: fx.Graph) -> None:
-    """Refuses PyTorch's own sharded tensors: what they exchange is decided where they are run, and not in a captured graph."""
-    for node in graph.nodes:
-        kind = getattr(node.target, "kind", None)
-        if isinstance(kind, type) and kind.__name__ == "DTensor":
-            raise UnsupportedGraph(
-                "weights that are DTensors, as parallelize_module makes them; plain tensors that each process holds its part "
-                "of, and functional collectives, are supported",
-                source=source_line(node),
-            )
 
 
 def refuse_function_transforms(graph: fx.Graph) -> None:

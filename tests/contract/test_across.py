@@ -14,6 +14,7 @@ from across import Columns, Gathered, Own, Split, Transformer, Ulysses, on_ranks
 from contract import Subject, error, subject
 from torch import Tensor, nn
 
+import ras_compile
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.cost import ACTIVE
 from ras_compile.passes.fusion.sites import sites
@@ -146,8 +147,8 @@ def test_features_that_processes_add_up():
     assert max(on_ranks(2, work)) < TIGHT
 
 
-def test_context_parallel_of_diffusers():
-    """`enable_parallelism` with Ulysses on a joint sequence; its look for an accelerator is answered with the CPU."""
+def test_parallelism_of_diffusers(monkeypatch):
+    """Ulysses and tensor parallel on a joint sequence; diffusers' look for an accelerator is answered with the CPU."""
     diffusers = pytest.importorskip("diffusers", minversion="0.38")
     flux = diffusers.FluxTransformer2DModel  # imported here once, and not in each process
     config = dict(
@@ -169,10 +170,17 @@ def test_context_parallel_of_diffusers():
             pooled_projections=torch.randn(SAMPLES, 32), timestep=torch.ones(SAMPLES),
             img_ids=torch.randn(TOKENS, 3), txt_ids=torch.zeros(8, 3), return_dict=False,
         )  # fmt: skip
-        model = build()
-        model.set_attention_backend("native")
-        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
-        return against_one(subject(model, given), subject(build(), given), whole=True)
+        alone, worst = subject(build(), given), []
+        ways = [(diffusers.ContextParallelConfig(ulysses_degree=2), True)]
+        if hasattr(diffusers, "TensorParallelConfig"):  # since 0.42
+            monkeypatch.setattr("diffusers.hooks.tensor_parallel._SUPPORTED_TP_DEVICES", ("cpu",))
+            ways.append((diffusers.TensorParallelConfig(tp_degree=2), False))
+        for way, whole in ways:
+            model = build()
+            model.set_attention_backend("native")
+            model.enable_parallelism(config=way)
+            worst.append(against_one(subject(model, given), alone, whole))
+        return max(worst)
 
     assert max(on_ranks(2, work)) < TIGHT
 
@@ -241,19 +249,47 @@ def test_context_parallel_of_a_video():
         assert max(found.values()) < TIGHT, found
 
 
-def test_sharded_tensors_of_pytorch_are_refused():
+def test_sharded_tensors_of_pytorch():
+    """`parallelize_module`: features split by columns and added up by rows, and a modulation whose columns are put together."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    def work(rank: int) -> Any:
-        model = Transformer(lambda: Own(16)).eval()
-        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-        for block in model.blocks:
-            parallelize_module(block.feed, init_device_mesh("cpu", (2,)), plan)
-        with pytest.raises(UnsupportedGraph, match="weights that are DTensors"):
-            subject(model, inputs(0), exact=False)
+    def build() -> Any:
+        torch.manual_seed(7)
+        return Transformer(lambda: Own(16)).eval()
 
-    assert on_ranks(2, work) == [None, None]
+    def work(rank: int) -> Any:
+        torch.set_default_dtype(torch.float64)
+        mesh = init_device_mesh("cpu", (2,))
+
+        def split() -> Any:
+            model = build()
+            for block in model.blocks:
+                plan = {"feed.0": ColwiseParallel(), "feed.2": RowwiseParallel()}
+                parallelize_module(block, mesh, {**plan, "modulation": ColwiseParallel(output_layouts=Replicate())})
+            return model
+
+        worst = against_one(subject(split(), inputs(0)), subject(build(), inputs(0)), whole=False)
+        torch.set_default_dtype(torch.float32)
+        model = split()
+        model.compile(backend="ras", options={"inner_backend": "eager", "unsupported": "error", "warmup_steps": 1})
+        latent = inputs(0)["latent"]
+        with torch.no_grad():
+            for step in range(4):
+                noise = model(**{**inputs(0), "latent": latent, "time": torch.full((SAMPLES,), 1 - step / 4)})
+                latent = latent - 0.1 * noise
+        assert {record.kind for record in ras_compile.trace(model)} == {"dense", "sparse"}
+
+        class Tokens(nn.Module):
+            def forward(self, latent: Tensor, time: Tensor) -> Tensor:
+                return (DTensor.from_local(latent, mesh, [Shard(1)]) * 2).to_local() * time[:, None, None]
+
+        with pytest.raises(UnsupportedGraph, match=r"a DTensor as S\(1\); linear layers whose features"):
+            subject(Tokens(), {name: inputs(0)[name] for name in ("latent", "time")}, exact=False)
+        return worst
+
+    assert max(on_ranks(2, work)) < TIGHT
 
 
 class Collective(nn.Module):
