@@ -109,7 +109,9 @@ class CompiledGraph(Dispatcher[Entry]):
         super().__init__(config)
         described = describe_inputs(graph.graph)
         self.broken: GraphBreak | None = graph_break(graph) or part_of(described, examples, config)
-        held = [given.weight and isinstance(value, Tensor) for given, value in zip(described, examples, strict=True)]
+        held = [
+            given.weight and isinstance(value, torch.Tensor) for given, value in zip(described, examples, strict=True)
+        ]
         self.weights_of = entries_at(
             [index for index, weight in enumerate(held) if weight]
         )  # a mesh of processes is none
