@@ -51,15 +51,14 @@ class TokenView:
     stretch: tuple[int, int] | None = None
 
     def __call__(self, value: Tensor) -> Tensor:
-        return self._own(self._every(self._exploded(self._filled(self.cut(value)))))[..., : self.channels]
+        tokens = self._every(self._exploded(self._filled(self.cut(value))))
+        own = tokens if self.stretch is None else tokens.narrow(1, self.stretch[0], self.shape[1])
+        return own[..., : self.channels]
 
     def _every(self, exploded: Tensor) -> Tensor:
         """[B, N, P, C] of all tokens, those beside the stretch included."""
         samples, tokens, pixels = self.shape
         return exploded.reshape(samples, tokens if self.stretch is None else self.stretch[1], pixels, -1)
-
-    def _own(self, tokens: Tensor) -> Tensor:
-        return tokens if self.stretch is None else tokens.narrow(1, self.stretch[0], self.shape[1])
 
     @cached_property
     def everyone(self) -> TokenView:
