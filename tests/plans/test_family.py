@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import fx
 
 from ras_compile import notices
 from ras_compile.capture.inputs import GraphInput
@@ -103,7 +104,12 @@ class Sample:
     is_live = True
 
     def dense_graph(self):
-        return "the dense program"
+        program = fx.Graph()
+        program.output(())
+        return SimpleNamespace(graph=program)
+
+    def caches_among(self, results):
+        return [torch.empty(2, 3)]
 
 
 @pytest.fixture
@@ -111,7 +117,6 @@ def family_of(monkeypatch):
     """Makes a family of one length, 8 now, of the second input's rows, which the third input is the number of."""
     monkeypatch.setattr(family, "Plan", Sample)
     monkeypatch.setattr(family, "interpolate", lambda programs, points: None)
-    monkeypatch.setattr(family, "_left_behind", lambda program, plan: [torch.empty(2, 3)])
     monkeypatch.setattr(Sample, "made", [])
 
     def make(sizes=(0, 2), **options):
