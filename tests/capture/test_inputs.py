@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ras_compile.capture.inputs import argument_names
+from ras_compile.capture.inputs import GraphInput, argument_names, varies
 from ras_compile.dispatch.dispatcher import key_of
 
 
@@ -67,3 +67,25 @@ def test_calls_that_are_alike_have_one_key():
     again = [torch.zeros(2, 4), *values()[1:]]
     assert key_of(again) == key_of(values()) and hash(key_of(again)) == hash(key_of(values()))
     assert key_of([float("nan")]) == key_of([float("nan")])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "option", "wanted"),
+    [
+        ("timestep", 0.5, None, True),
+        ("timesteps", 500, None, True),
+        ("times", 0.5, None, True),
+        ("t", 0.5, None, True),
+        ("sigma", 0.5, None, True),
+        ("t", 16, None, False),  # a number of frames
+        ("timestep", True, None, False),
+        ("timestep", torch.tensor(0.5), None, False),
+        ("guidance", 3.5, None, False),
+        (None, 0.5, None, False),  # a module's
+        ("guidance", 3.5, "guidance", True),
+        ("timestep", 0.5, "guidance", False),
+        ("t", 16, "t", True),
+    ],
+)
+def test_numbers_that_vary_from_call_to_call_are_those_that_say_the_time(argument, value, option, wanted):
+    assert varies(GraphInput(argument, f"{argument}['0']"), value, option) is wanted

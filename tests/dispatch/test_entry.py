@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from ras_compile.capture.inputs import GraphInput
+from ras_compile.config import RASConfig
 from ras_compile.dispatch import dispatcher
 from ras_compile.dispatch.dispatcher import Entry
 
@@ -96,3 +98,17 @@ def test_among_several_processes_no_step_is_run_again_by_one_alone(monkeypatch):
     with pytest.raises(ConnectionError, match="all") as raised:
         made.run([], [], [], None)
     assert names(told) == ["dense", "fail"] and raised.value.__cause__ is error
+
+
+def test_an_entry_agrees_with_the_other_processes_and_tells_branches_by_what_the_user_gave(monkeypatch):
+    """Neither the latent nor the time tells branches apart, nor do sizes, which Dynamo hands over beside their tensors."""
+    agreed = []
+    monkeypatch.setattr(dispatcher, "agree", lambda *given: agreed.append(given))
+    names = [("latent", False), ("timestep", False), ("text", False), (None, True), ("count", True)]
+    inputs = [GraphInput(name, name or "s0", size=size) for name, size in names]
+    frame = SimpleNamespace(samples=2, tokens=6, grid=(2, 3))
+    plan: Any = SimpleNamespace(analysis=SimpleNamespace(frame=frame), latent=0)
+    values, config = ["the latent", torch.tensor(0.5), "the text", 7, 3], RASConfig()
+    made = Entry(plan, inputs, values, range(5), config)
+    assert agreed == [(plan, inputs, values, config)]
+    assert made.timestep == 1 and made._context(values) == ("the text", 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
 from ras_compile.passes.spec import legal
+from ras_compile.plans import plan as plans
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.branches import Slots
 
@@ -78,3 +80,19 @@ def test_where_the_spec_is_asked_of_every_pass_programs_of_one_and_of_all_rows_a
     made()
     rows = [node.meta["val"].shape[1] for program in checked for node in program.graph.nodes if node.name == "rows"]
     assert len(checked) == 3 and sorted(rows) == [1, 6], "dense, of one row (a quarter of six, too), and of all"
+
+
+@pytest.mark.parametrize("noted", [[], ["a kernel that has yet to be timed"]], ids=["all timed", "one is not"])
+@pytest.mark.parametrize("told", [False, True])
+def test_kernels_are_compiled_before_the_first_is_timed(monkeypatch, noted, told):
+    """A program that was prepared while times were postponed is not the one that is chosen by them; who is told times nothing."""
+    calls, made = [], Plan.__new__(Plan)
+    made.chosen = (lambda choice, *ops: True) if told else None
+    monkeypatch.setattr(
+        Plan, "_prepared", lambda self, active, outlined: calls.append((active, outlined)) or len(calls)
+    )
+    monkeypatch.setattr(plans, "postponed", lambda: nullcontext(noted))
+    monkeypatch.setattr(plans, "build", calls.append)
+    assert made.build(4, outline_blocks=False) == len(calls)
+    once = [(4, False)]
+    assert calls == ([*once, noted, *once] if noted and not told else once)

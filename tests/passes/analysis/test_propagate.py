@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -10,7 +12,7 @@ from ras_compile.capture.export import capture
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Axis, Frame, Group, Layout
 from ras_compile.passes.algebra.order import RANKS, Atom, Order
-from ras_compile.passes.analysis.propagate import propagate, same_rows, torn
+from ras_compile.passes.analysis.propagate import of_region, propagate, same_rows, torn
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use
 
 aten = torch.ops.aten
@@ -72,3 +74,18 @@ def test_where_tokens_are_lost_is_told():
     with pytest.raises(UnsupportedGraph, match=r"tokens are lost in aten\.sort") as raised:
         propagate(graph, latent, Frame.of((1, 6, 4)))
     assert "patches" not in str(raised.value), "the latent was not moved"
+
+
+def test_beside_its_own_tokens_a_process_takes_those_of_all_for_any_values():
+    """Where a node has none of its own, its rule goes by those of all."""
+    graph = fx.Graph()
+    mine, everyones, other = (graph.placeholder(name) for name in ("mine", "everyones", "other"))
+    layouts = {mine: OWN, everyones: ALL, other: None}
+    own = SimpleNamespace(stretch=(0, 5), carries=lambda layout: layout is OWN)
+
+    def known(frame, *operands):
+        return of_region(graph.call_function(aten.cat.default, (list(operands),)), layouts, frame)
+
+    assert known(own, mine, everyones, other) == {mine: OWN}
+    assert known(own, everyones, other) == {everyones: ALL}
+    assert known(SimpleNamespace(stretch=None), mine, everyones, other) is layouts

@@ -123,3 +123,12 @@ def test_memory_that_was_run():
     assert not aliases.apart([x, x.view(-1)], [])
     assert aliases.fills(x) and not aliases.fills(x[0])
     assert aliases.overlaps_itself(x[:1].expand(4, 3, 4)) and not aliases.overlaps_itself(x)
+
+
+def test_a_graph_is_run_on_fakes_beside_tensors_that_it_holds():
+    graph = fx.Graph()
+    held = graph.get_attr("held")
+    graph.output(graph.call_function(aten.add.Tensor, (graph.placeholder("x"), held)))
+    module = fx.GraphModule({"held": torch.ones(4)}, graph)
+    given, found = aliases.run_on_fakes(module, [torch.ones(3, 4).t().contiguous().t()])
+    assert (found.shape, given[0].stride()) == ((3, 4), (1, 3)) and type(found) is not torch.Tensor
