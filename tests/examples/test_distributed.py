@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from scripts import EXAMPLES, load
 
-(BATCH,) = load(["distributed"], ["batch"])
+BATCH, SERVE = load(["distributed"], ["batch", "serve"])
 PROMPTS = ["a red apple", "", "a rocket"]
 LESS = ["--side", "32", "--steps", "5", "--inner-backend", "eager"]
 
@@ -62,6 +63,27 @@ def test_two_actors_of_ray_draw_the_pictures_of_one(tmp_path, alone):
     pytest.importorskip("ray")
     run([sys.executable, SCRIPT, *given(tmp_path), "--ray", "2"])
     assert drawn(tmp_path) == alone
+
+
+@pytest.mark.pipelines
+@pytest.mark.slow
+def test_a_server_draws_the_pictures_of_a_batch(alone):
+    painter = SERVE.Painter(SERVE.arguments(LESS))
+    assert painter.picture(PROMPTS[0], seed=0) == alone["00000.png"]
+    starlette = pytest.importorskip("starlette.requests")
+    for query, status in ((b"prompt=a red apple&seed=0", 200), (b"seed=3", 400), (b"prompt=a&seed=x", 400)):
+        answer = asyncio.run(painter(starlette.Request({"type": "http", "query_string": query})))
+        assert answer.status_code == status
+
+
+@pytest.mark.slow
+def test_ray_serves_pictures(alone):
+    serve = pytest.importorskip("ray.serve")
+    handle = serve.run(serve.deployment(SERVE.Painter).bind(SERVE.arguments(LESS)))
+    try:
+        assert handle.picture.remote(PROMPTS[0], 0).result() == alone["00000.png"]
+    finally:
+        serve.shutdown()
 
 
 @pytest.mark.pipelines
