@@ -9,11 +9,13 @@ import diffusers
 import pytest
 import torch
 from across import on_ranks
-from pipelines import draw_flux, flux, normal
+from pipelines import draw_flux, draw_wan, flux, normal, wan
+from scripts import load
 
 import ras_compile
 
 pytestmark = pytest.mark.pipelines
+(GUIDANCE,) = load(["distributed"], ["guidance"])
 OPTIONS = {"inner_backend": "eager", "unsupported": "error"}
 PROMPT = {"prompt_embeds": normal(1, 4, 16, seed=1)}  # as many tokens of text for each process
 
@@ -83,3 +85,19 @@ def test_what_cannot_be_shared_is_told_to_everyone():
             heads == "ulysses_degree=2 does not divide the 3 heads of FluxTransformer2DModel; take a degree that does."
         )
         assert "only where their number divides the tokens of the picture and of the text" in tokens
+
+
+def test_branches_of_guidance_on_two_processes():
+    pipe = wan(transformer_2=None, boundary_ratio=None)
+    wanted = draw_wan(pipe, 8)
+
+    def work(rank: int) -> Any:
+        with ras_compile.attach(pipe, sample_ratio=1.0, **OPTIONS) as handle:
+            pipe.transformer = GUIDANCE.OneBranch(pipe.transformer)
+            video = draw_wan(pipe, 8)
+            return video.numpy(), [record.kind for record in ras_compile.trace(handle)]
+
+    (video, kinds), (other, others) = on_ranks(2, work)
+    assert kinds == others and set(kinds) == {"dense", "sparse"}
+    assert (video == other).all()
+    torch.testing.assert_close(torch.from_numpy(video), wanted, rtol=1e-4, atol=1e-4)
