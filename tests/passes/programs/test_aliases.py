@@ -68,6 +68,9 @@ def test_ops_of_several_operands_may_show_each_of_them():
     y = emit.placeholder("y", x.meta["val"].new_empty(3, 4))
     both = emit(aten.broadcast_tensors.default, [x, y])
     assert aliases.roots(emit(operator.getitem, both, 1)) == {x, y}
+    made = emit(aten.neg.default, y)
+    item = emit(operator.getitem, emit(aten.broadcast_tensors.default, [x, made]), 1)
+    assert aliases.is_input(item) and not aliases.is_input(made), "which one it shows is not told: it may be an input"
     product = emit(aten.einsum.default, "abc,bc->abc", [x, y])
     assert aliases.roots(product) == {product}
     assert aliases.roots(emit(aten.einsum.default, "abc->bac", [x])) == {x}

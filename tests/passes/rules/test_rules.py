@@ -844,6 +844,7 @@ def indexing() -> list[Row]:
         Row(aten.flip.default, lambda s: s(s.pairs, [2, -1])),
         Row(aten.flip.default, lambda s: s(s.x, [2])),
         Row(aten.flip.default, lambda s: s(s.tokens, [0]), "whole", single="rows"),
+        Row(aten.flip.default, lambda s: s(s.also(aten.view.default, s.tokens, [s.batch, n * c]), [1]), "whole"),
         Row(aten.roll.default, lambda s: s(s.tokens, [2], [-1])),
         Row(aten.roll.default, lambda s: s(s.tokens, [2]), "whole"),
         Row(aten.roll.default, lambda s: s(s.x, [1, 1], [1, 2])),
