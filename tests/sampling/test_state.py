@@ -2,6 +2,7 @@
 
 import contextvars
 import threading
+import warnings
 
 import pytest
 import torch
@@ -493,3 +494,13 @@ def test_a_run_too_short_for_a_sparse_step_is_told_where_nobody_says_the_steps()
         for _ in range(2):
             denoise(model, falling(4), prompts("cond"))
     assert model.kinds() == "dddd"
+
+
+def test_lone_calls_are_no_run_that_is_too_short():
+    """Of each prompt one call, without a time: nobody says that these are steps."""
+    model = FakeTransformer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            denoise(model, [None], prompts("cond"))
+    assert model.kinds() == "d"
