@@ -1,7 +1,8 @@
-"""Numbers that a module holds (`eps`, `p`): with `torch.compile(..., dynamic=True)` they arrive as inputs, and are constants here.
+"""Numbers that a module or its code holds (`eps`, a default of a function): with `torch.compile(..., dynamic=True)` they arrive as
+inputs, and are constants here.
 
-Dynamo hands a float attribute over as a 0-d tensor that the graph reads with ``.item()``, as it does with a float that the user
-passes. The user's change from step to step; those of a module do not, and ops take some of them as numbers alone.
+Dynamo hands such a float over as a 0-d tensor that the graph reads with ``.item()``, as it does with a float that the user
+passes. The user's change from step to step; these do not, and ops take some of them as numbers alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ras_compile.passes.analysis.emit import copied
 
 
 def attribute_positions(graph: fx.Graph) -> list[int]:
-    """Places of the inputs that are float attributes of a module, and that the graph only reads as numbers."""
+    """Places of the inputs that are floats of a module or of global code, and that the graph only reads as numbers."""
     return [place for place, node in enumerate(graph.find_nodes(op="placeholder")) if _is_attribute(node)]
 
 
@@ -25,7 +26,7 @@ def _is_attribute(node: fx.Node) -> bool:
     value, source = node.meta.get("example_value"), source_of(node) or ""
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.ndim or value.dtype != torch.float64:
         return False
-    if not source.startswith("L['self']") or "_buffers" in source or "_parameters" in source:
+    if not source.startswith(("L['self']", "G[")) or "_buffers" in source or "_parameters" in source:
         return False
     return all(user.op == "call_method" and user.target == "item" for user in node.users)
 

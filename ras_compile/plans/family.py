@@ -1,9 +1,12 @@
-"""Plans that differ in the lengths of the context alone: they share one capture, one proof, and their programs.
+"""Plans that differ in lengths alone, of the context or of a packed latent: they share one capture, one proof, and programs.
 
     length 5    static programs (Dynamo's first graph)
     length 9    a family: the graph is captured once with symbolic lengths, planned at this length and at two or three made
                 up ones, and each program is compiled once, with the length as an argument (`passes/interpolate.py`)
     length 7    a member: nothing is captured, proved or compiled; only CUDA graphs are, which bake sizes in
+
+Where the latent's tokens are a length, all sizes of pictures share programs, and so do all numbers of active rows: the
+sparse program takes that number as one more length.
 
 What the inner compiler assumes of a length is checked for each member. Where it does not hold, that program is compiled
 for that member alone.
@@ -11,11 +14,12 @@ for that member alone.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any
@@ -45,8 +49,25 @@ FAMILIES = 8  # of one graph: calls that differ in more than lengths, such as re
 KEPT = 4  # members whose caches and CUDA graphs stay when their generations end; prompts have many lengths
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A program at one point, from many of which the one for all lengths is made.
+
+    Attributes:
+        point: the lengths.
+        plan: the plan at these lengths.
+        caches: what its dense program leaves behind.
+        active: ``"dense"``, ``"bare"``, or the active rows.
+    """
+
+    point: Point
+    plan: Plan
+    caches: list[Tensor]
+    active: int | str
+
+
 class Family:
-    """The plans of one graph for calls that differ in the lengths of the context alone.
+    """The plans of one graph for calls that differ in lengths alone.
 
     Args:
         graph: the graph, captured for all lengths.
@@ -55,7 +76,8 @@ class Family:
         config: the options.
 
     Raises:
-        UnsupportedGraph: there is no such family: the latent's size depends on a length, or a plan cannot be proved right.
+        UnsupportedGraph: there is no such family: the latent's size depends on a length that is not the number of its tokens,
+            or a plan cannot be proved right.
         NotAffine: what the plans keep or compute is not of one form at all lengths.
     """
 
@@ -68,8 +90,9 @@ class Family:
         pairs = zip(inputs, values, strict=True)
         self._described = [described(v) if isinstance(v, Tensor) and not is_fixed(i, v) else v for i, v in pairs]
         first = self.exact(self.points[0], proved=False)
-        if first.latent in graph.lengths.sizes:
-            raise UnsupportedGraph("the latent's size depends on the context's length")
+        self.grows = first.latent in graph.lengths.sizes  # the latent's tokens are a length
+        if self.grows and not first.packed:
+            raise UnsupportedGraph("the latent's size depends on a length that is not the number of its tokens")
         # later plans are of the same kind, whatever else may look like a latent at another length
         context = config.context if first.sparse.live else "fresh"
         self._as_static = replace(self._as_static, latent=inputs[first.latent].path, context=context)
@@ -158,21 +181,26 @@ class Family:
             point: the member's lengths.
             inputs: example inputs.
         """
+        key = active
+        if self.grows and isinstance(active, int):
+            if active < 2:  # a size of one is another program
+                return None
+            key, point = "sparse", (*point, active)
         with compiling():
-            if active not in self._programs:
+            if key not in self._programs:
                 try:
-                    self._programs[active] = self._share(active, point, inputs)
+                    self._programs[key] = self._share(active, point, inputs)
                 except SpecViolation:
                     raise
                 except Exception as error:  # whatever the inner compiler does not do with symbols, it does without
                     fell_back("programs compiled for each length of the context", error)
                     log.info("a program is compiled for each length of the context apart", exc_info=True)
-                    self._programs[active] = None
-            shared = self._programs[active]
+                    self._programs[key] = None
+            shared = self._programs[key]
         if shared is None:
             return None
         if not shared.fits(point, inputs):
-            log.info("a program is compiled apart for a context of %s tokens", point)
+            log.info("a program is compiled apart for lengths %s", point)
             return None
         return partial(shared.compiled, *point)
 
@@ -182,14 +210,16 @@ class Family:
         Raises:
             NotAffine: there is no such program.
         """
-        builds, sized = self._builds(active), self._sized(active, inputs)
+        samples = self._samples(active)
+        points = [sample.point for sample in samples]
+        builds, sized = self._builds(samples), self._sized(samples, inputs)
         if not all_fit(sized, point, inputs):
             raise NotAffine("an input has other strides than the dense program was to leave")
         if self.config.inner_backend == "inductor":
             try:
-                program = for_all_lengths(builds, self.points, outline_blocks=True)
-                shared = self._compile(program, sized, inputs)
-                if all(shared.symbols.holds(sample) for sample in self.points):
+                program = for_all_lengths(builds, points, outline_blocks=True)
+                shared = self._compile(program, points[0], sized, inputs)
+                if all(map(shared.symbols.holds, points)):
                     return shared
                 log.info("compiling outlined blocks has fixed a length, compiling them one by one")
             except SpecViolation:
@@ -197,39 +227,67 @@ class Family:
             except Exception as error:
                 fell_back("blocks compiled one by one", error)
                 log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
-        return self._compile(for_all_lengths(builds, self.points, outline_blocks=False), sized, inputs)
+        return self._compile(for_all_lengths(builds, points, outline_blocks=False), points[0], sized, inputs)
 
-    def _compile(self, program: fx.GraphModule, sized: Sequence[Sized], inputs: Sequence[Tensor]) -> Shared:
-        symbols = Symbols(self.points[0])
+    def _samples(self, active: int | str) -> list[Sample]:
+        """What a program is made from. Where the active rows are a length, their number is moved as well.
+
+        Raises:
+            NotAffine: there are too few tokens for that.
+        """
+        found = [Sample(*one, active) for one in zip(self.points, self.samples, self._caches, strict=True)]
+        if not self.grows or isinstance(active, str):
+            return found
+        least = min(plan.analysis.frame.tokens for plan in self.samples)
+        count = min(active, least - 1)
+        other = count - 1 if count > 2 else count + 2
+        if count < 2 or other > least:
+            raise NotAffine(f"{least} tokens are too few to tell how a program depends on the active ones")
+        base, *moved, check = [
+            replace(one, point=(*one.point, now), active=now)
+            for one, now in zip(found, [*[count] * (len(found) - 1), other], strict=True)
+        ]
+        again = copy.copy(base.plan)  # it finds the sites of its fusions again, so that it asks what the first one asked
+        vars(again).pop("fusion", None)
+        more = replace(base, point=(*self.points[0], count + 1), plan=again, active=count + 1)
+        return [base, *moved, more, check]
+
+    def _compile(
+        self, program: fx.GraphModule, base: Point, sized: Sequence[Sized], inputs: Sequence[Tensor]
+    ) -> Shared:
+        symbols = Symbols(base)
         given = [
             symbols.tensor(*one.at(symbols.lengths), like=tensor) if one.varies else symbols.fake(tensor)
             for one, tensor in zip(sized, inputs, strict=True)
         ]
         return Shared(compile_inner(program, [*symbols.lengths, *given], self.config), symbols, list(sized))
 
-    def _builds(self, active: int | str) -> list[fx.GraphModule]:
+    def _builds(self, samples: Sequence[Sample]) -> list[fx.GraphModule]:
         """The program at each point. What is fused is decided at the first one."""
-        first, *others = self.samples
+        first, *others = samples
         answers: list[bool] = []
 
         def choose(choice: Callable[..., bool], *ops: Any) -> bool:
             answers.append(choice(*ops))
             return answers[-1]
 
-        first.chosen = choose
-        programs = [first.build(active, outline_blocks=False)]
-        for plan in others:
-            plan.chosen = partial(_told, iter(answers))
-            programs.append(plan.build(active, outline_blocks=False))
+        first.plan.chosen = choose
+        programs = [first.plan.build(first.active, outline_blocks=False)]
+        for sample in others:
+            sample.plan.chosen = partial(_told, iter(answers))
+            programs.append(sample.plan.build(sample.active, outline_blocks=False))
         return programs
 
-    def _sized(self, active: int | str, inputs: Sequence[Tensor]) -> list[Sized]:
+    def _sized(self, samples: Sequence[Sample], inputs: Sequence[Tensor]) -> list[Sized]:
         """The inputs of a program: the graph's, then for a sparse one its rows and the caches."""
-        given = [plan.captured.graph.find_nodes(op="placeholder") for plan in self.samples]
+        points = [sample.point for sample in samples]
+        given = [sample.plan.captured.graph.find_nodes(op="placeholder") for sample in samples]
         taken = [[node.meta["val"] for node in nodes] for nodes in zip(*given, strict=True)]
-        if not isinstance(active, str):
-            taken += [[inputs[len(taken)]] * len(self.points), *map(list, zip(*self._caches, strict=True))]
-        return [Sized.of(self.points, tensors) for tensors in taken]
+        if not isinstance(samples[0].active, str):
+            rows = inputs[len(taken)]
+            taken.append([described(rows, shape := (len(rows), one.active), (shape[1], 1)) for one in samples])
+            taken += map(list, zip(*(sample.caches for sample in samples), strict=True))
+        return [Sized.of(points, tensors) for tensors in taken]
 
 
 class Families:
@@ -257,9 +315,15 @@ class Families:
             numbers: positions of integers that are tensors among the values.
             fixed: which values the whole numbers among the weights have.
         """
-        lengths = Lengths.of(self._graph, self._inputs, values, numbers)
-        if lengths is None:
-            return None
+        for packed in (True, False):
+            lengths = Lengths.of(self._graph, self._inputs, values, numbers, packed)
+            if lengths is not None and not (packed and config.region):
+                plan = self._member(lengths, values, config, fixed)
+                if plan is not None:
+                    return plan
+        return None
+
+    def _member(self, lengths: Lengths, values: Sequence[Any], config: RASConfig, fixed: int | None) -> Plan | None:
         key: Hashable = (lengths.key_without_lengths(values, self._users), fixed)
         region = config.region and (config.region.start, config.region.stop, config.region.step)
         if (key, region) not in self._found and len(self._found) < FAMILIES:
@@ -278,7 +342,7 @@ class Families:
             raise
         except Exception as error:  # a plan of its own will say what is wrong with the call, if anything is
             fell_back("a plan for each length of the context", error)
-            log.info("each length of the context has a plan of its own: %s", error, exc_info=True)
+            log.info("each length has a plan of its own: %s", error, exc_info=True)
             return None
 
 
@@ -293,8 +357,9 @@ class Member(Plan):
 
     def __init__(self, family: Family, point: Point, values: Sequence[Any]) -> None:
         self.family, self.point = family, point
-        first = family.samples[0]
-        super().__init__(first.captured, family.inputs, values, family.config, like=first)
+        # where tokens and their layouts are others, the analysis is, too
+        like = self.exact if family.grows else family.samples[0]
+        super().__init__(like.captured, family.inputs, values, family.config, like=like)
 
     def _cache_bytes(self) -> int:
         return self.family.cache_bytes(self.point)
@@ -309,7 +374,7 @@ class Member(Plan):
         return self.family.exact(self.point)
 
     def static_graph(self) -> fx.GraphModule:
-        return self.family.graph.at(self.point)
+        return self.captured if self.family.grows else self.family.graph.at(self.point)
 
     @cached_property
     def cost(self) -> Cost:

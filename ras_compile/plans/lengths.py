@@ -2,7 +2,8 @@
 
 From the second length on, Dynamo hands over a graph in which the size that has changed is a symbol. A symbol that is a
 size of the user's tensors and of nothing that the graph returns is a *length*; the others (batch, height and width, from
-the second resolution on) are taken as they are in the present call. A *point* has a value for each length.
+the second resolution on) are taken as they are in the present call. Where latents are packed, `[B, N, C]`, the number of
+their tokens may be a length, too: all resolutions then share programs. A *point* has a value for each length.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ class Lengths:
 
     @classmethod
     def of(
-        cls, graph: fx.GraphModule, inputs: Sequence[GraphInput], values: Sequence[Any], numbers: Sequence[int]
+        cls,
+        graph: fx.GraphModule,
+        inputs: Sequence[GraphInput],
+        values: Sequence[Any],
+        numbers: Sequence[int],
+        packed: bool = False,
     ) -> Lengths | None:
         """The lengths of a Dynamo graph; None where there are none, or more than can be followed.
 
@@ -54,6 +60,8 @@ class Lengths:
             inputs: description of its placeholders.
             values: the present inputs.
             numbers: positions of integers that are no sizes: they are tensors among ``values``.
+            packed: the second size of tensors of three dimensions, one that is given and one that is returned, counts as a
+                length, and there has to be such a one.
         """
         examples = [node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")]
         known: dict[sympy.Symbol, int] = {}
@@ -67,6 +75,12 @@ class Lengths:
         returned = [node.meta.get("example_value") for node in graph.graph.output_node().all_input_nodes]
         fixed = {symbol for example in returned for e in expressions(example) for symbol in e.free_symbols}
         tensors = [index for index in sizes if isinstance(values[index], Tensor)]
+        if packed:
+            given = {sizes[index][1] for index in tensors if len(sizes[index]) == 3}
+            tokens = given & {found[1] for found in map(expressions, returned) if len(found) == 3} & fixed
+            if not tokens:
+                return None
+            fixed -= tokens
         symbols = [e for index in tensors for e in sizes[index] if e.is_Symbol and e not in fixed]
         symbols = list(dict.fromkeys(symbols))
         if not 0 < len(symbols) <= MOST:

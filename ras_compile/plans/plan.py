@@ -198,6 +198,12 @@ class Plan:
         """The captured graph at this plan's sizes."""
         return self.captured
 
+    @property
+    def packed(self) -> bool:
+        """Whether the latent is `[B, N, C]`, and its tokens are its second dimension as it is."""
+        shape, frame = self.analysis.latent.meta["val"].shape, self.analysis.frame
+        return len(shape) == 3 and [size for _, size in frame.region] == [shape[1]] and frame.samples == shape[0]
+
     @cached_property
     def cost(self) -> Cost:
         """FLOPs and bytes of both programs."""

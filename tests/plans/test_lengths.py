@@ -1,4 +1,5 @@
-"""Prompts of other lengths: from the second one on they share one capture and one compilation of each program."""
+"""Prompts of other lengths, and packed pictures of other sizes: from the second one on they share one capture and one compilation
+of each program."""
 
 from __future__ import annotations
 
@@ -485,3 +486,127 @@ def test_inductor_compiles_once_for_all_lengths(compiled_programs, monkeypatch):
     alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
     for length, picture in found.items():
         assert error([picture], [tiny(alone, text(length))]) < 1e-4
+
+
+SIZES = [26, 20, 35, 12, 48, 15, 9, 63, 7, 30, 8, 28, 40, 18, 77, 10, 21, 54, 33, 25]  # tokens of packed latents
+
+
+def waves(ids: torch.Tensor, theta: float = 100.0) -> torch.Tensor:
+    return torch.cat([ids, ids / theta], -1).sin()
+
+
+class Packed(nn.Module):
+    """Tokens and a text in one sequence, with rotary-like positions; it has a float that only code holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.text, self.time = nn.Linear(6, 16), nn.Linear(3, 16), nn.Linear(1, 16)
+        self.qkv, self.out, self.leave = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 6)
+        self.where = nn.Linear(4, 16)
+
+    def forward(self, hidden_states, timestep, text, ids):
+        x = self.enter(hidden_states) + self.time(timestep.reshape(-1, 1, 1)) + self.where(waves(ids))
+        both = torch.cat([self.text(text), x], 1)
+        q, k, v = self.qkv(both).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.leave(torch.nn.functional.gelu(both + self.out(mixed))[:, text.shape[1] :])
+
+
+def packed() -> Packed:
+    torch.manual_seed(0)
+    return Packed().eval()
+
+
+def of_size(tokens: int) -> dict:
+    latent = torch.randn(1, tokens, 6, generator=torch.Generator().manual_seed(tokens))
+    ids = torch.stack([torch.arange(tokens) // 3, torch.arange(tokens) % 3], -1).float()
+    return {"hidden_states": latent, "timestep": torch.ones(1), "text": torch.ones(1, 5, 3), "ids": ids}
+
+
+def as_they_are(module: nn.Module, inputs: dict, options: dict) -> torch.Tensor:
+    """What is sampled where each size has programs of its own."""
+    torch._dynamo.reset()
+    return sampled(torch.compile(module, backend="ras", dynamic=False, options=options), inputs)
+
+
+def test_twenty_sizes_cost_two_compilations_of_each_program(compiled_programs):
+    """Two programs for the first size, two for all others, whatever their tokens; and the caches of a few sizes."""
+    module, options = packed(), {**OPTIONS, "sample_ratio": 0.5}
+    compiled, found, before = torch.compile(module, backend="ras", options=options), [], {id(one) for one in keepers}
+    for tokens in SIZES:
+        found.append(sampled(compiled, of_size(tokens)))
+        assert kinds(compiled) == "dsss"
+    assert compiled_programs.pop("captured") == compiled_programs.pop("dense") == 2
+    assert sum(compiled_programs.values()) == 2, "all numbers of active tokens share one"
+    kept = [one for one in list(keepers) if id(one) not in before and one.bytes]
+    assert 0 < len(kept) <= KEPT + 1, "the first size has a plan of its own"
+    for at in (4, 19):
+        assert torch.equal(as_they_are(module, of_size(SIZES[at]), options), found[at])
+
+
+def test_with_dynamic_sizes_the_first_one_is_shared_already(compiled_programs):
+    """And a float that code holds, such as a default of a function, is a constant, not an argument."""
+    module, options = packed(), {**OPTIONS, "sample_ratio": 0.5}
+    compiled = torch.compile(module, backend="ras", dynamic=True, options=options)
+    for tokens in SIZES[:4]:
+        found = sampled(compiled, of_size(tokens))
+    assert sorted(compiled_programs.values()) == [1, 1, 1]
+    assert torch.equal(as_they_are(module, of_size(SIZES[3]), options), found)
+
+
+def test_sizes_of_few_tokens_are_right():
+    """A single active row is another program than several, and so few tokens say little about either."""
+    module, options = packed(), {**OPTIONS, "sample_ratio": 0.5}
+    compiled, sizes = torch.compile(module, backend="ras", options=options), (20, 2, 3)
+    found = [sampled(compiled, of_size(tokens)) for tokens in sizes]
+    for tokens, one in zip(sizes[1:], found[1:], strict=True):
+        assert torch.equal(as_they_are(module, of_size(tokens), options), one)
+
+
+def test_the_contract_holds_at_a_third_size():
+    """Identity, consistency and semantics of the shared programs for any number of rows, beside an oracle of that size."""
+    calls = [pytree.tree_map(widest, of_size(tokens)) for tokens in (26, 20, 35)]
+    (graph, second), (_, third) = dynamo_graphs(packed().double(), calls)[1:]
+    inputs, config = describe_inputs(graph.graph), RASConfig.from_options({"inner_backend": "eager"})
+    assert Lengths.of(graph, inputs, second, []) is None, "no length of the context"
+    lengths = Lengths.of(graph, inputs, second, [], packed=True)
+    family = Family(SymbolicGraph(graph, lengths, second), inputs, second, config)
+    alone, plan = Subject(Plan(graph, inputs, third, config), third), family.member(third)
+    shared = Subject(plan, alone.values)
+    dense, caches = shared.dense(alone.values)
+    assert error(dense, alone.reference(alone.values)) < 1e-9
+    assert sum(cache.numel() * cache.element_size() for cache in caches) == plan.kept.branch_bytes
+    values = alone.with_latent(alone.other_latent())
+    for active in (1, 2, 8, 35):
+        rows = alone.rows(active)
+        same, after = shared.sparse(alone.values, rows, caches)
+        assert error(same, dense) < 1e-9 and error(after, caches) < 1e-9
+        assert error(shared.sparse(values, rows, caches)[0], alone.oracle(values, rows, caches)) < 1e-9
+    assert str(plan.cost.sparse_flops) == str(alone.plan.cost.sparse_flops)
+
+
+class Windows(nn.Module):
+    """Attention within windows of four tokens: a number of tokens that is cut is no length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave, self.time = nn.Linear(4, 16), nn.Linear(16, 4), nn.Linear(1, 16)
+
+    def forward(self, hidden_states, timestep):
+        x = self.enter(hidden_states) + self.time(timestep.reshape(-1, 1, 1))
+        windows = x.unflatten(1, (-1, 4))
+        x = x + nn.functional.scaled_dot_product_attention(windows, windows, windows).flatten(1, 2)
+        y = x[:, None]
+        return self.leave(x + nn.functional.scaled_dot_product_attention(y, y, y)[:, 0])
+
+
+def test_tokens_that_are_cut_into_windows_are_right_too():
+    torch.manual_seed(0)
+    module, options, found = Windows().eval(), {**OPTIONS, "sample_ratio": 0.5}, []
+    compiled = torch.compile(module, backend="ras", options=options)
+    calls = [{"hidden_states": torch.randn(1, tokens, 4), "timestep": torch.ones(1)} for tokens in (24, 16, 40)]
+    for call in calls:
+        found.append(sampled(compiled, call))
+        assert kinds(compiled) == "dsss"
+    for call, one in zip(calls, found, strict=True):
+        assert torch.equal(as_they_are(module, call, options), one)
