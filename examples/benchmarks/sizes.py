@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 __all__ = ["MODELS", "SIZES", "Workload", "build", "sample"]
 
-SIZES = ("real", "tiny")
+SIZES = ("real", "thin", "tiny")
 WARMUP = 4  # dense steps before the first sparse one
 
 
@@ -95,10 +95,11 @@ def _model(name: str, kind: str, real: dict, tiny: dict):
 
     def register(parts: Callable[..., dict]):
         def make(size: str, device: torch.device, dtype: torch.dtype) -> Workload:
-            config = real if size == "real" else real | tiny
+            narrow = {key: value for key, value in tiny.items() if size == "tiny" or not key.endswith("_layers")}
+            config = real if size == "real" else real | narrow
             transformer = _transformer(getattr(diffusers, kind), config, device, dtype)
             draw = _Draw(device, dtype)
-            return Workload(name, transformer, **parts(transformer, size == "tiny", draw))
+            return Workload(name, transformer, **parts(transformer, size != "real", draw))
 
         MODELS[name] = make
         return parts
@@ -111,7 +112,7 @@ def build(name: str, size: str, device: torch.device, dtype: torch.dtype) -> Wor
 
     Args:
         name: one of `MODELS`.
-        size: "real", or "tiny" for a CPU in seconds.
+        size: "real", "tiny" for a CPU in seconds, or "thin" for as many blocks as real ones have, of a tiny width.
         device: where the weights are drawn.
         dtype: their type; modules that the class keeps in fp32 stay so.
 

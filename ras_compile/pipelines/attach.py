@@ -57,16 +57,25 @@ class Handle:
         pipe: the pipeline.
         config: the options.
         transformers: the pipeline's transformers, by the names they have there.
+        options: the options as `torch.compile` takes them.
+        dynamic: as `torch.compile` takes it.
     """
 
-    def __init__(self, pipe: Any, config: RASConfig, transformers: dict[str, nn.Module], options: dict) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        config: RASConfig,
+        transformers: dict[str, nn.Module],
+        options: dict,
+        dynamic: bool | None = None,
+    ) -> None:
         self.follower = SchedulerFollower(pipe, config, transformers)
         self._attached, self._ended = transformers, Summary()
         self._cast = [layer for module in transformers.values() for layer in cast_in_graph(module)]
         for name, module in transformers.items():
             _say_replaced(module)
             settle_sharding_hooks(module)
-            module.compile(backend=ras, options=options, **_limits())
+            module.compile(backend=ras, options=options, dynamic=dynamic, **_limits())
             compiled = compiled_call(module)
             assert compiled is not None
             set_compiled_call(module, _Followed(compiled, self.follower, name, type(module).__name__))
@@ -213,7 +222,9 @@ class Handle:
         self.detach()
 
 
-def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options]) -> Handle:
+def attach(
+    pipe: Any, config: RASConfig | None = None, *, dynamic: bool | None = None, **options: Unpack[Options]
+) -> Handle:
     """Make a diffusers pipeline sample region-adaptively.
 
     Compiles `pipe.transformer` (and `transformer_2`, ...) in place with `module.compile()`, so that the pipeline's
@@ -226,6 +237,8 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
     Args:
         pipe: the pipeline.
         config: options all at once; those given by name rule over it.
+        dynamic: that of `torch.compile`. None: the first size is compiled for itself, and the second one for all others, where
+            latents are packed (FLUX, Qwen-Image); True: already the first one is for all; False: each for itself.
         **options: see :class:`RASConfig`; `mode` is handed to the inner backend.
 
     Returns:
@@ -277,7 +290,7 @@ def attach(pipe: Any, config: RASConfig | None = None, **options: Unpack[Options
             )
         check_timestep(config.timestep, type(module))
     _advise(getattr(pipe, "scheduler", None))
-    return Handle(pipe, config, found, chosen)
+    return Handle(pipe, config, found, chosen, dynamic)
 
 
 def _advise(scheduler: Any) -> None:

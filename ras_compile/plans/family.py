@@ -247,7 +247,9 @@ class Family:
             replace(one, point=(*one.point, now), active=now)
             for one, now in zip(found, [*[count] * (len(found) - 1), other], strict=True)
         ]
-        again = copy.copy(base.plan)  # it finds the sites of its fusions again, so that it asks what the first one asked
+        again = copy.copy(
+            base.plan
+        )  # it finds the sites of its fusions again, so that it asks what the first one asked
         vars(again).pop("fusion", None)
         more = replace(base, point=(*self.points[0], count + 1), plan=again, active=count + 1)
         return [base, *moved, more, check]
@@ -285,7 +287,7 @@ class Family:
         taken = [[node.meta["val"] for node in nodes] for nodes in zip(*given, strict=True)]
         if not isinstance(samples[0].active, str):
             rows = inputs[len(taken)]
-            taken.append([described(rows, shape := (len(rows), one.active), (shape[1], 1)) for one in samples])
+            taken.append([described(rows, (len(rows), int(one.active)), (int(one.active), 1)) for one in samples])
             taken += map(list, zip(*(sample.caches for sample in samples), strict=True))
         return [Sized.of(points, tensors) for tensors in taken]
 

@@ -32,7 +32,9 @@ def test_a_family_is_made_once_for_what_calls_have_in_common(monkeypatch):
         return None if values[0] == "refused" else SimpleNamespace(member=lambda values: (key, values[1]))
 
     lengths = SimpleNamespace(key_without_lengths=lambda values, users: values[0])
-    monkeypatch.setattr(family.Lengths, "of", lambda graph, inputs, values, numbers, packed: lengths if values else None)
+    monkeypatch.setattr(
+        family.Lengths, "of", lambda graph, inputs, values, numbers, packed: lengths if values else None
+    )
     monkeypatch.setattr(Families, "make", make)
     families, config = Families(None, [], []), RASConfig()
     assert families.plan([], config, []) is None and not made, "there are no lengths"
