@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
+import diffusers
 import pytest
 import sympy
 import torch
@@ -610,3 +611,24 @@ def test_tokens_that_are_cut_into_windows_are_right_too():
         assert kinds(compiled) == "dsss"
     for call, one in zip(calls, found, strict=True):
         assert torch.equal(as_they_are(module, call, options), one)
+
+
+class Pipe:
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer, self.scheduler = transformer, diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def test_a_pipeline_is_attached_for_all_sizes_at_once(compiled_programs):
+    """The first picture compiles what the second one of another size runs."""
+    module = packed()
+    pipe = Pipe(module)
+    with ras_compile.attach(pipe, dynamic=True, **{**OPTIONS, "sample_ratio": 0.5}) as handle:
+        for tokens in SIZES[:2]:
+            given = of_size(tokens)
+            pipe.scheduler.set_timesteps(4)
+            with torch.no_grad():
+                for t in pipe.scheduler.timesteps:
+                    noise = module(**{**given, "timestep": t.expand(1)})
+                    given["hidden_states"] = pipe.scheduler.step(noise, t, given["hidden_states"])[0]
+            assert [record.kind[0] for record in ras_compile.trace(handle)] == [*"dsss"]
+            assert sorted(compiled_programs.values()) == [1, 1, 1]
