@@ -77,7 +77,7 @@ class Entry:
         told = [
             index for index in self._users if not self.inputs[index].size or self.inputs[index].argument is not None
         ]
-        self._context = entries_at([index for index in told if index not in (plan.latent, self.timestep)])
+        self.context = entries_at([index for index in told if index not in (plan.latent, self.timestep)])
 
     def with_plan(self, plan: Plan) -> Entry:
         """The same calls with another plan."""
@@ -151,7 +151,7 @@ class Entry:
         """The call as the state of its transformer sees it, with the user's own objects."""
         plan, time = self.plan, self.timestep
         return CallInfo(
-            plan.identity, own[plan.latent], self._context(own), None if time is None else own[time], *self._sizes,
+            plan.identity, own[plan.latent], self.context(own), None if time is None else own[time], *self._sizes,
             plan.latent_view, self.cost, weights, plan.spread,
         )  # fmt: skip
 

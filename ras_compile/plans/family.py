@@ -85,7 +85,7 @@ class Family:
         self, graph: SymbolicGraph, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig
     ) -> None:
         self.graph, self.inputs, self.config = graph, inputs, config
-        self.points = self._points()
+        self.points = self.find_points()
         self._as_static = replace(config, cuda_graphs=False)  # of plans that are looked at and not run
         pairs = zip(inputs, values, strict=True)
         self._described = [described(v) if isinstance(v, Tensor) and not is_fixed(i, v) else v for i, v in pairs]
@@ -106,9 +106,9 @@ class Family:
             plan.caches_among([node.meta["val"] for node in nodes_in(program.graph.output_node().args)])
             for program, plan in zip(dense, self.samples, strict=True)
         ]
-        self._programs: dict[int | str, Shared | None] = {}
-        self._members: list[Member] = []
-        self._lock = threading.RLock()
+        self.programs: dict[int | str, Shared | None] = {}
+        self.members: list[Member] = []
+        self.lock = threading.RLock()
 
     def exact(self, point: Point, *, proved: bool = True) -> Plan:
         """The plan for these lengths alone."""
@@ -124,7 +124,7 @@ class Family:
                 made[index] = lengths.number(index, point)
         return made
 
-    def _points(self) -> list[Point]:
+    def find_points(self) -> list[Point]:
         """The present lengths, and others that the graph is right for.
 
         Raises:
@@ -157,13 +157,13 @@ class Family:
 
     def entering(self, member: Member) -> None:
         """A member runs a dense step: of those that ran before, the ones used longest ago give up what they keep."""
-        if self._members[-1:] == [member]:
+        if self.members[-1:] == [member]:
             return
-        with self._lock:
-            self._members = [*(other for other in self._members if other is not member), member]
-            for other in self._members[:-KEPT]:
+        with self.lock:
+            self.members = [*(other for other in self.members if other is not member), member]
+            for other in self.members[:-KEPT]:
                 other.kept.give_up()
-            del self._members[:-KEPT]
+            del self.members[:-KEPT]
 
     def cache_bytes(self, point: Point) -> int:
         """Bytes of the caches of one guidance branch."""
@@ -187,16 +187,16 @@ class Family:
                 return None
             key, point = "sparse", (*point, active)
         with compiling():
-            if key not in self._programs:
+            if key not in self.programs:
                 try:
-                    self._programs[key] = self._share(active, point, inputs)
+                    self.programs[key] = self.share(active, point, inputs)
                 except SpecViolation:
                     raise
                 except Exception as error:  # whatever the inner compiler does not do with symbols, it does without
                     fell_back("programs compiled for each length of the context", error)
                     log.info("a program is compiled for each length of the context apart", exc_info=True)
-                    self._programs[key] = None
-            shared = self._programs[key]
+                    self.programs[key] = None
+            shared = self.programs[key]
         if shared is None:
             return None
         if not shared.fits(point, inputs):
@@ -204,21 +204,21 @@ class Family:
             return None
         return partial(shared.compiled, *point)
 
-    def _share(self, active: int | str, point: Point, inputs: Sequence[Tensor]) -> Shared:
+    def share(self, active: int | str, point: Point, inputs: Sequence[Tensor]) -> Shared:
         """Compiles a program for all lengths.
 
         Raises:
             NotAffine: there is no such program.
         """
-        samples = self._samples(active)
+        samples = self.samples_for(active)
         points = [sample.point for sample in samples]
-        builds, sized = self._builds(samples), self._sized(samples, inputs)
+        builds, sized = self.builds(samples), self.sized(samples, inputs)
         if not all_fit(sized, point, inputs):
             raise NotAffine("an input has other strides than the dense program was to leave")
         if self.config.inner_backend == "inductor":
             try:
                 program = for_all_lengths(builds, points, outline_blocks=True)
-                shared = self._compile(program, points[0], sized, inputs)
+                shared = self.compile(program, points[0], sized, inputs)
                 if all(map(shared.symbols.holds, points)):
                     return shared
                 log.info("compiling outlined blocks has fixed a length, compiling them one by one")
@@ -227,9 +227,9 @@ class Family:
             except Exception as error:
                 fell_back("blocks compiled one by one", error)
                 log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
-        return self._compile(for_all_lengths(builds, points, outline_blocks=False), points[0], sized, inputs)
+        return self.compile(for_all_lengths(builds, points, outline_blocks=False), points[0], sized, inputs)
 
-    def _samples(self, active: int | str) -> list[Sample]:
+    def samples_for(self, active: int | str) -> list[Sample]:
         """What a program is made from. Where the active rows are a length, their number is moved as well.
 
         Raises:
@@ -254,7 +254,7 @@ class Family:
         more = replace(base, point=(*self.points[0], count + 1), plan=again, active=count + 1)
         return [base, *moved, more, check]
 
-    def _compile(
+    def compile(
         self, program: fx.GraphModule, base: Point, sized: Sequence[Sized], inputs: Sequence[Tensor]
     ) -> Shared:
         symbols = Symbols(base)
@@ -264,7 +264,7 @@ class Family:
         ]
         return Shared(compile_inner(program, [*symbols.lengths, *given], self.config), symbols, list(sized))
 
-    def _builds(self, samples: Sequence[Sample]) -> list[fx.GraphModule]:
+    def builds(self, samples: Sequence[Sample]) -> list[fx.GraphModule]:
         """The program at each point. What is fused is decided at the first one."""
         first, *others = samples
         answers: list[bool] = []
@@ -280,7 +280,7 @@ class Family:
             programs.append(sample.plan.build(sample.active, outline_blocks=False))
         return programs
 
-    def _sized(self, samples: Sequence[Sample], inputs: Sequence[Tensor]) -> list[Sized]:
+    def sized(self, samples: Sequence[Sample], inputs: Sequence[Tensor]) -> list[Sized]:
         """The inputs of a program: the graph's, then for a sparse one its rows and the caches."""
         points = [sample.point for sample in samples]
         given = [sample.plan.captured.graph.find_nodes(op="placeholder") for sample in samples]

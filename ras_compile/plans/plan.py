@@ -366,13 +366,13 @@ class Plan:
         with torch.no_grad():
             if self.chosen is None:
                 with postponed() as noted:
-                    program = self._prepared(active, outline_blocks)
+                    program = self.prepared(active, outline_blocks)
                 if not noted:
                     return program
                 build(noted)
-            return self._prepared(active, outline_blocks)
+            return self.prepared(active, outline_blocks)
 
-    def _prepared(self, active: int | str, outline_blocks: bool) -> fx.GraphModule:
+    def prepared(self, active: int | str, outline_blocks: bool) -> fx.GraphModule:
         few_rows, hosted = partial(self._choose, kernels.many_pays), self.hosted
         if active in ("dense", "bare"):
             program = self.dense_graph() if active == "dense" else dense_program(self.analysis, SparsePlan())

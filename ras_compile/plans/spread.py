@@ -31,15 +31,15 @@ class Spread:
 
     def share(self, noise: Tensor) -> None:
         """Writes what each process has made of its own tokens' noise into that of all."""
-        every = self._gathered(self._noise(noise)).movedim(0, 1).flatten(1, 2)
+        every = self.gathered(self._noise(noise)).movedim(0, 1).flatten(1, 2)
         self._noise.everyone.write(noise, every)
 
     def rows(self, rows: Tensor) -> Tensor:
         """The active rows of all processes among the tokens of the whole latent, [B, n A], from this one's [B, A]."""
-        every = self._gathered(rows)
+        every = self.gathered(rows)
         first = torch.arange(self._group.size, device=rows.device).reshape(-1, 1, 1) * self._tokens
         return (every + first).movedim(0, 1).flatten(1)
 
-    def _gathered(self, value: Tensor) -> Tensor:
+    def gathered(self, value: Tensor) -> Tensor:
         sent = c10d.all_gather_into_tensor(value.contiguous(), self._group.size, self._group.name)
         return c10d.wait_tensor(sent).reshape(self._group.size, *value.shape)

@@ -111,4 +111,4 @@ def test_an_entry_agrees_with_the_other_processes_and_tells_branches_by_what_the
     values, config = ["the latent", torch.tensor(0.5), "the text", 7, 3], RASConfig()
     made = Entry(plan, inputs, values, range(5), config)
     assert agreed == [(plan, inputs, values, config)]
-    assert made.timestep == 1 and made._context(values) == ("the text", 3)
+    assert made.timestep == 1 and made.context(values) == ("the text", 3)

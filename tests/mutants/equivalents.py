@@ -15,7 +15,7 @@ EQUIVALENT: dict[str, str] = {
     f"{_ENTRY}:Entry.state_of:self._recent = tuple(map(weakref.ref, probes_of(weights))), weakref.ref(state) "
     "-> pass": "nothing is kept, and the state is looked up anew",
     "ras_compile/sampling/branches.py:Branch:False -> True": "read only behind a branch's first call, which has written it",
-    "ras_compile/plans/family.py:Family._points:5 -> 6": "any lengths at which the graph is right serve as those that are made up",
+    "ras_compile/plans/family.py:Family.find_points:5 -> 6": "any lengths at which the graph is right serve as made up ones",
     f"{_JOINED}:sparse_offset:offset < size -> offset <= size": "a border between segments ends one and begins the next: one place",
     "passes/analysis/propagate.py::200 -> 201": "an end for what would never end; no model needs more than a few dozen rounds",
 }

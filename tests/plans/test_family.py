@@ -66,7 +66,7 @@ def test_points_are_near_ones_and_one_far_away(name):
     """A step along each length alone, as small as it can be, and a check that lies beyond the step of every length."""
     base, allows, holds, points = POINTS[name]
     made = bare(graph=SimpleNamespace(base=base, lengths=SimpleNamespace(allows=allows), holds=holds))
-    assert made._points() == points
+    assert made.find_points() == points
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 6], [4, 5, 6], [5, 13]])
@@ -74,14 +74,14 @@ def test_a_graph_that_is_right_for_too_few_lengths_has_no_family(lengths):
     allowed = SimpleNamespace(allows=lambda point: point[0] in lengths)
     made = bare(graph=SimpleNamespace(base=(5,), lengths=allowed, holds=lambda point: True))
     with pytest.raises(UnsupportedGraph, match="too few lengths"):
-        made._points()
+        made.find_points()
 
 
 @pytest.mark.parametrize(("base", "far"), [(12, far) for far in (6, 7, 27, 19, 17, 15, 9)])
 def test_the_far_point_may_be_any_of_seven(base, far):
     allowed = SimpleNamespace(allows=lambda point: point[0] in (base, base + 1, far))
     made = bare(graph=SimpleNamespace(base=(base,), lengths=allowed, holds=lambda point: True))
-    assert made._points() == [(base,), (base + 1,), (far,)]
+    assert made.find_points() == [(base,), (base + 1,), (far,)]
 
 
 def test_each_length_has_to_have_a_near_one():
@@ -89,7 +89,7 @@ def test_each_length_has_to_have_a_near_one():
     allowed = SimpleNamespace(allows=lambda point: point[1] in (5, 13))
     made = bare(graph=SimpleNamespace(base=(8, 5), lengths=allowed, holds=lambda point: True))
     with pytest.raises(UnsupportedGraph, match="too few lengths"):
-        made._points()
+        made.find_points()
 
 
 class Sample:
@@ -148,7 +148,7 @@ def test_a_family_is_proved_at_each_of_its_points(family_of, monkeypatch, live, 
     assert made.exact((7,)) and Sample.made[-1][2] is True, "what is made later was proved here"
     assert made.cache_bytes((7,)) == 2 * 3 * 4
     made.entering(SimpleNamespace())
-    assert len(made._members) == 1
+    assert len(made.members) == 1
 
 
 def test_programs_that_are_of_no_one_form_are_no_family(family_of, monkeypatch):
@@ -172,7 +172,7 @@ def test_other_values_spliced_at_another_length_are_no_family(family_of, monkeyp
 
 
 def test_members_that_ran_long_ago_give_up_what_they_keep():
-    made, gone = bare(_members=[], _lock=family.threading.RLock()), []
+    made, gone = bare(members=[], lock=family.threading.RLock()), []
     members = [
         SimpleNamespace(kept=SimpleNamespace(give_up=lambda number=number: gone.append(number)))
         for number in range(KEPT + 2)
@@ -183,7 +183,7 @@ def test_members_that_ran_long_ago_give_up_what_they_keep():
     made.entering(members[KEPT])
     assert gone == [1], "the first one has run since"
     made.entering(members[KEPT + 1])
-    assert gone == [1, 2] and made._members == [members[number] for number in (3, 0, KEPT, KEPT + 1)]
+    assert gone == [1, 2] and made.members == [members[number] for number in (3, 0, KEPT, KEPT + 1)]
 
 
 def test_a_member_is_of_the_lengths_that_the_graph_is_right_for(monkeypatch):
@@ -204,7 +204,7 @@ def test_a_program_is_shared_where_it_fits_and_each_has_its_own_where_none_can_b
             raise SpecViolation("never passed over")
         return SimpleNamespace(fits=lambda point, inputs: point != (3,), compiled=lambda *given: given)
 
-    made = bare(_programs={}, _share=share)
+    made = bare(programs={}, share=share)
     for point in ((5,), (7,)):
         program = made.program(4, point, [])
         assert program is not None and program("x") == (*point, "x")
@@ -238,14 +238,14 @@ def test_blocks_are_outlined_where_that_fixes_no_length(monkeypatch, backend, ho
     monkeypatch.setattr(family, "for_all_lengths", programs)
     sized = SimpleNamespace(fits=lambda tensor, point: point != (3,))
     made = bare(
-        config=RASConfig.from_options({"inner_backend": backend}), points=[(8,), (7,)], _builds=lambda active: [active],
-        _sized=lambda active, inputs: [sized], _compile=compiled,
+        config=RASConfig.from_options({"inner_backend": backend}), points=[(8,), (7,)], builds=lambda active: [active],
+        sized=lambda active, inputs: [sized], compile=compiled,
     )  # fmt: skip
     notices.reset()
-    assert made._share(4, (5,), [torch.ones(2)]).program == wanted
+    assert made.share(4, (5,), [torch.ones(2)]).program == wanted
     assert len(notices.fallbacks()) == (holds is None)
     with pytest.raises(NotAffine, match="other strides"):
-        made._share(4, (3,), [torch.ones(2)])
+        made.share(4, (3,), [torch.ones(2)])
 
 
 def test_a_member_builds_what_a_plan_of_its_own_would():
@@ -267,7 +267,7 @@ def test_all_lengths_choose_as_the_first_does():
             told.append([self.chosen(lambda *ops: ops == (active, 0), active, k) for k in range(self.asks)])
             return active
 
-    assert bare(samples=[Asking(2), Asking(2), Asking(3)])._builds(6) == [6, 6, 6]
+    assert bare(samples=[Asking(2), Asking(2), Asking(3)]).builds(6) == [6, 6, 6]
     assert told == [[True, False], [True, False], [True, False, False]], "a choice that the first did not have is no"
 
 

@@ -88,9 +88,7 @@ def test_kernels_are_compiled_before_the_first_is_timed(monkeypatch, noted, told
     """A program that was prepared while times were postponed is not the one that is chosen by them; who is told times nothing."""
     calls, made = [], Plan.__new__(Plan)
     made.chosen = (lambda choice, *ops: True) if told else None
-    monkeypatch.setattr(
-        Plan, "_prepared", lambda self, active, outlined: calls.append((active, outlined)) or len(calls)
-    )
+    monkeypatch.setattr(Plan, "prepared", lambda self, active, outlined: calls.append((active, outlined)) or len(calls))
     monkeypatch.setattr(plans, "postponed", lambda: nullcontext(noted))
     monkeypatch.setattr(plans, "build", calls.append)
     assert made.build(4, outline_blocks=False) == len(calls)

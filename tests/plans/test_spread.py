@@ -16,7 +16,7 @@ def spread(rank: int, monkeypatch, everyones: torch.Tensor) -> Spread:
     """That of one process, to which the others have sent theirs: ``everyones`` is of each process, in their order."""
     frame = FRAME.across(Group("all", SIZE, rank), None).sharded(rank * TOKENS, (rank + 1) * TOKENS)
     view = token_view(frame.layout(), frame)
-    monkeypatch.setattr(Spread, "_gathered", lambda self, mine: everyones)
+    monkeypatch.setattr(Spread, "gathered", lambda self, mine: everyones)
     return Spread(frame, view, view)
 
 
