@@ -254,9 +254,7 @@ class Family:
         more = replace(base, point=(*self.points[0], count + 1), plan=again, active=count + 1)
         return [base, *moved, more, check]
 
-    def compile(
-        self, program: fx.GraphModule, base: Point, sized: Sequence[Sized], inputs: Sequence[Tensor]
-    ) -> Shared:
+    def compile(self, program: fx.GraphModule, base: Point, sized: Sequence[Sized], inputs: Sequence[Tensor]) -> Shared:
         symbols = Symbols(base)
         given = [
             symbols.tensor(*one.at(symbols.lengths), like=tensor) if one.varies else symbols.fake(tensor)

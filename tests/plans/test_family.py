@@ -103,7 +103,7 @@ class Sample:
         self.sparse = SimpleNamespace(splices=[0] * self.spliced(graph), frozen=[], live=self.is_live)
         Sample.made.append((graph, config, proved, [getattr(value, "shape", value) for value in values]))
 
-    is_live = True
+    is_live, packed = True, False
 
     def dense_graph(self):
         program = fx.Graph()
@@ -160,9 +160,12 @@ def test_programs_that_are_of_no_one_form_are_no_family(family_of, monkeypatch):
         family_of()
 
 
-def test_a_latent_whose_size_is_a_length_has_no_family(family_of):
+def test_a_latent_whose_size_is_a_length_has_no_family(family_of, monkeypatch):
+    """Unless that is the number of its tokens."""
     with pytest.raises(UnsupportedGraph, match="the latent's size"):
         family_of(sizes=(0, 1))
+    monkeypatch.setattr(Sample, "packed", True)
+    assert family_of(sizes=(0, 1)).grows and not family_of().grows
 
 
 def test_other_values_spliced_at_another_length_are_no_family(family_of, monkeypatch):
@@ -204,7 +207,7 @@ def test_a_program_is_shared_where_it_fits_and_each_has_its_own_where_none_can_b
             raise SpecViolation("never passed over")
         return SimpleNamespace(fits=lambda point, inputs: point != (3,), compiled=lambda *given: given)
 
-    made = bare(programs={}, share=share)
+    made = bare(programs={}, share=share, grows=False)
     for point in ((5,), (7,)):
         program = made.program(4, point, [])
         assert program is not None and program("x") == (*point, "x")
@@ -214,6 +217,21 @@ def test_a_program_is_shared_where_it_fits_and_each_has_its_own_where_none_can_b
     assert shared == [4, "refused"] and [found.count for found in notices.fallbacks()] == [1]
     with pytest.raises(SpecViolation):
         made.program("broken", (5,), [])
+
+
+def test_where_tokens_are_a_length_the_active_rows_are_one_too():
+    """One program for all numbers of rows; a size of one is another program."""
+
+    def share(active, point, inputs):
+        return SimpleNamespace(fits=lambda point, inputs: True, compiled=lambda *given: (active, *given))
+
+    made = bare(programs={}, grows=True, share=share)
+    assert made.program(1, (5,), []) is None and not made.programs
+    for active in (3, 4):
+        program = made.program(active, (5,), [])
+        assert program is not None and program("x") == (3, 5, active, "x")
+    dense = made.program("dense", (5,), [])
+    assert dense is not None and dense("x") == ("dense", 5, "x") and list(made.programs) == ["sparse", "dense"]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +244,8 @@ def test_a_program_is_shared_where_it_fits_and_each_has_its_own_where_none_can_b
     ],
 )
 def test_blocks_are_outlined_where_that_fixes_no_length(monkeypatch, backend, holds, wanted):
-    def compiled(program, sized, inputs):
+    def compiled(program, base, sized, inputs):
+        assert base == (8,)
         if program == "outlined" and holds is None:
             raise RuntimeError("no outlined blocks")
         symbols = SimpleNamespace(holds=lambda point: program != "outlined" or point in holds)
@@ -238,8 +257,9 @@ def test_blocks_are_outlined_where_that_fixes_no_length(monkeypatch, backend, ho
     monkeypatch.setattr(family, "for_all_lengths", programs)
     sized = SimpleNamespace(fits=lambda tensor, point: point != (3,))
     made = bare(
-        config=RASConfig.from_options({"inner_backend": backend}), points=[(8,), (7,)], builds=lambda active: [active],
-        sized=lambda active, inputs: [sized], compile=compiled,
+        config=RASConfig.from_options({"inner_backend": backend}), builds=lambda samples: samples, compile=compiled,
+        sized=lambda samples, inputs: [sized],
+        samples_for=lambda active: [SimpleNamespace(point=point) for point in ((8,), (7,))],
     )  # fmt: skip
     notices.reset()
     assert made.share(4, (5,), [torch.ones(2)]).program == wanted
@@ -267,7 +287,7 @@ def test_all_lengths_choose_as_the_first_does():
             told.append([self.chosen(lambda *ops: ops == (active, 0), active, k) for k in range(self.asks)])
             return active
 
-    assert bare(samples=[Asking(2), Asking(2), Asking(3)]).builds(6) == [6, 6, 6]
+    assert bare().builds([SimpleNamespace(plan=Asking(asks), active=6) for asks in (2, 2, 3)]) == [6, 6, 6]
     assert told == [[True, False], [True, False], [True, False, False]], "a choice that the first did not have is no"
 
 
