@@ -18,6 +18,7 @@ RUNTIME_OPTIONS = (
     "speedup",
     "warmup_steps",
     "reset_interval",
+    "reset_from",
     "reset_steps",
     "ratio_schedule",
     "tolerance",
@@ -35,6 +36,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 # What these options may be called. The types in options.py are the same lists.
 METRICS = ("drift", "std", "l2norm", "random")
 RATIO_SCHEDULES = ("constant", "ends", "linear", "sigmas")
+RESET_FROMS = ("start", "end")
 CACHE_DTYPES = ("float8", "int8")
 NOISE_REUSES = ("hold", "linear", "forecast", "x0")
 
@@ -42,10 +44,10 @@ NOISE_REUSES = ("hold", "linear", "forecast", "x0")
 # steps, between which a forecast holds. Other metrics measured best (examples/quality) with more tokens and fewer dense
 # steps, and a forecast makes their pictures worse: the tokens that they leave out change as much as any.
 _WITH_DRIFT: Mapping[str, Any] = dict(
-    sample_ratio=0.22, ratio_schedule="ends", reset_interval=3, noise_reuse="forecast"
+    sample_ratio=0.22, ratio_schedule="ends", reset_interval=3, reset_from="end", noise_reuse="forecast"
 )
 _WITH_OTHERS: Mapping[str, Any] = dict(
-    sample_ratio=0.5, ratio_schedule="constant", reset_interval=8, noise_reuse="hold"
+    sample_ratio=0.5, ratio_schedule="constant", reset_interval=8, reset_from="start", noise_reuse="hold"
 )
 
 # What `preset=` stands for. Each sets all runtime options: those that it does not name have their defaults.
@@ -56,7 +58,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         max_absence=1_000_000,
     ),
     "fast": dict(
-        sample_ratio=0.125, ratio_schedule="constant", reset_interval=4, metric="drift", noise_reuse="hold"
+        sample_ratio=0.125, ratio_schedule="constant", reset_interval=4, reset_from="start", metric="drift", noise_reuse="hold"
     ),
     "balanced": dict(metric="drift", **_WITH_DRIFT),  # what nobody's options are, too
     "quality": dict(metric="drift", **{**_WITH_DRIFT, "reset_interval": 2}),
@@ -86,6 +88,9 @@ class RASConfig:
         warmup_steps: dense steps at the start of a generation, at least 1.
         reset_interval: a dense step every so many steps after the warm-up (section 3.3), or None for no such step. 3,
             or 8 with another metric than "drift".
+        reset_from: where these steps are counted from: the "start", behind the warm-up (section 3.3), or the "end", so that the
+            last step is dense; from the start, too, where nobody says the number of steps. "end", or "start" with another
+            metric than "drift".
         reset_steps: exactly these steps are dense error resets; rules over `reset_interval` when given.
         ratio_schedule: how the ratio runs over the steps, with the same average: "constant", "ends" (more tokens at the
             beginning and at the end of a run, few between; constant where nobody says the number of steps), "linear"
@@ -95,12 +100,12 @@ class RASConfig:
         tolerance: None, or for research, in place of a ratio: how far a step's noise may be expected to be off, as a share
             of its own spread, above 0. Each step behind the warm-up then computes the fewest of 1/16, 1/4, 1/2 or all of
             the tokens with which the drift of the others, summed, stays below that share. This reads one number from the
-            device in each step. Needs "drift"; `sample_ratio`, `ratio_schedule` and `reset_interval` are not used.
+            device in each step. Needs "drift"; `sample_ratio`, `ratio_schedule`, `reset_interval` and `reset_from` are not used.
         metric: what tells which tokens need computing: "drift" (how far the noise that a token holds should be off by
             now, from how much it last changed: see `ras_compile.sampling.drift`), "std" (the paper's: how its noise
             spreads over channels), "l2norm", "random", or a callable ``(noise [B, N, P * C], info) -> [B, N]``,
-            non-negative. The defaults of `sample_ratio`, `reset_interval`, `ratio_schedule`, `noise_reuse` and
-            `starvation_scale` are those that measured best with "drift" or with the others.
+            non-negative. The defaults of `sample_ratio`, `reset_interval`, `reset_from`, `ratio_schedule`,
+            `noise_reuse` and `starvation_scale` are those that measured best with "drift" or with the others.
             With guidance, a metric sees the noise of each branch before guidance joins them (the authors' code ranks
             the guided noise), and the mean over the branches counts (where the branches are samples of one batch, the
             callable sees them in that batch). A callable is called once for each model call whose next step is sparse,
@@ -143,6 +148,7 @@ class RASConfig:
     sample_ratio: float | None = None
     warmup_steps: int = 4
     reset_interval: int | None = 3
+    reset_from: str = "end"
     reset_steps: tuple[int, ...] | None = None
     ratio_schedule: str = "ends"
     metric: str | Callable[..., Any] = "drift"
@@ -201,6 +207,7 @@ class RASConfig:
             if getattr(self, name) is not None or name in ("warmup_steps", "max_absence"):
                 put(self, name, _integer(self, name, low))
         put(self, "reset_steps", _steps(self.reset_steps))
+        _one_of(self, "reset_from", RESET_FROMS)
         _one_of(self, "ratio_schedule", RATIO_SCHEDULES)
         _one_of(self, "context", ("fresh", "frozen"))
         _one_of(self, "noise_reuse", NOISE_REUSES)

@@ -154,7 +154,7 @@ class Explanation:
         _check_steps(num_steps)
         schedule = Schedule(self._solved(self.config, num_steps))
         return tuple(
-            self.tokens if schedule.kind(step) == "dense" else schedule.active(step, self.tokens, num_steps)
+            self.tokens if schedule.kind(step, num_steps) == "dense" else schedule.active(step, self.tokens, num_steps)
             for step in range(num_steps)
         )
 

@@ -22,6 +22,7 @@ class RuntimeOptions(TypedDict, total=False):
     speedup: float | None
     warmup_steps: int
     reset_interval: int | None
+    reset_from: Literal["start", "end"]
     reset_steps: Sequence[int] | None
     ratio_schedule: Literal["constant", "ends", "linear", "sigmas"]
     tolerance: float | None

@@ -18,6 +18,7 @@ def test_defaults_are_the_documented_ones():
         "sample_ratio": 0.22,
         "warmup_steps": 4,
         "reset_interval": 3,
+        "reset_from": "end",
         "reset_steps": None,
         "ratio_schedule": "ends",
         "metric": "drift",
@@ -46,6 +47,7 @@ def test_defaults_are_the_documented_ones():
 BAD = {
     "sample_ratio": [0, 0.0, -0.5, 1.01, float("nan"), "0.5", True],
     "warmup_steps": [0, -1, 1.5, True, "4", None],
+    "reset_from": ["middle", None, 3, True],
     "reset_interval": [0, -1, 2.0, "8", False],
     "reset_steps": [3, "34", [1.5], [-1], [True]],
     "ratio_schedule": ["cosine", None, 1],

@@ -80,7 +80,7 @@ class Sampler:
         self.plain: nn.Module = copy.deepcopy(pipe.transformer)
         if inner_backend != "eager":
             self.plain.compile(backend=inner_backend, dynamic=False)
-        self._handle: ras_compile.Handle | None = None
+        self.handle: ras_compile.Handle | None = None
         self._fixed: dict[str, Any] | None = None
 
     @torch.no_grad()
@@ -96,18 +96,18 @@ class Sampler:
         """The pipeline, attached with `options`; compiled programs stay as long as only runtime options change."""
         wanted = ras_compile.RASConfig.from_options(options)
         fixed = {name: value for name, value in options.items() if name not in (*RUNTIME_OPTIONS, "preset")}
-        if self._handle is None or fixed != self._fixed:
+        if self.handle is None or fixed != self._fixed:
             self.detach()
-            self._handle = ras_compile.attach(self.pipe, inner_backend=self.inner_backend, unsupported="error", **fixed)
+            self.handle = ras_compile.attach(self.pipe, inner_backend=self.inner_backend, unsupported="error", **fixed)
             self._fixed = fixed
-        self._handle.configure(**{name: getattr(wanted, name) for name in RUNTIME_OPTIONS})
-        return self._handle
+        self.handle.configure(**{name: getattr(wanted, name) for name in RUNTIME_OPTIONS})
+        return self.handle
 
     def detach(self) -> None:
         """Give the pipeline's transformer back as it was."""
-        if self._handle is not None:
-            self._handle.detach()
-            self._handle = self._fixed = None
+        if self.handle is not None:
+            self.handle.detach()
+            self.handle = self._fixed = None
 
     def adaptive(
         self, count: int, steps: int, options: dict[str, Any], sampler: str = "euler", bar: Callable[[int], Any] = int
@@ -129,8 +129,8 @@ class Sampler:
 
     def kinds(self) -> list[tuple[str, int]]:
         """Per step (kind, active tokens) of the last batch that was drawn region-adaptively."""
-        assert self._handle is not None
-        return [(record.kind, record.active) for record in ras_compile.trace(self._handle)]
+        assert self.handle is not None
+        return [(record.kind, record.active) for record in ras_compile.trace(self.handle)]
 
     def dense(
         self, count: int, steps: int, sampler: str = "euler", on_step: OnStep | None = None,

@@ -287,7 +287,7 @@ FRONTIER: dict[str, Callable[[], list[Setting]]] = {
 def at_ends(steps: int, every: int) -> float:
     """The ratio with which `ratio_schedule="ends"` computes half of the tokens at the ends of such a run."""
     half = Schedule(RASConfig(sample_ratio=0.01, ratio_schedule="ends", reset_interval=every))
-    sparse = [half.ratio(step, steps) for step in range(steps) if half.kind(step) == "sparse"]
+    sparse = [half.ratio(step, steps) for step in range(steps) if half.kind(step, steps) == "sparse"]
     return sum(sparse) / len(sparse) * 0.5 / max(sparse)
 
 

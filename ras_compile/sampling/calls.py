@@ -105,3 +105,8 @@ class Run:
     terms: Tensor | None = None  # [entries, 2]: what makes predictions velocities, see `velocity.py`; None: they are
     # by graph: what its weights are read by, of which step, and the mark
     contents: dict[Hashable, tuple[Contents, int, Any]] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int | None:
+        """Steps of the run, where known."""
+        return None if self.num_steps is None else self.num_steps - self.base

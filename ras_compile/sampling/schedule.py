@@ -33,7 +33,7 @@ class Schedule:
     """The plan of one generation, counted from its first step (0).
 
     Args:
-        config: `warmup_steps`, `reset_interval`, `reset_steps`, `sample_ratio` and `ratio_schedule` are read.
+        config: `warmup_steps`, `reset_interval`, `reset_from`, `reset_steps`, `sample_ratio` and `ratio_schedule` are read.
         levels: of each step, and of the end of the run, how much of the latent is noise, in [0, 1]; where known.
     """
 
@@ -46,7 +46,7 @@ class Schedule:
         self.active = lru_cache(maxsize=_STEPS)(self._active)
         self.observes = lru_cache(maxsize=_STEPS)(self._observes)
 
-    def _kind(self, step: int) -> Kind:
+    def _kind(self, step: int, num_steps: int | None = None) -> Kind:
         """ "dense" in the warm-up and at an error reset, else "sparse"."""
         config = self.config
         if step < config.warmup_steps:
@@ -55,17 +55,20 @@ class Schedule:
             return "dense" if step in config.reset_steps else "sparse"
         if config.tolerance is not None:
             return "sparse"  # or dense, if the error asks for it
+        if config.reset_interval is None:
+            return "sparse"
         since = step - config.warmup_steps
-        if config.reset_interval is not None and since > 0 and since % config.reset_interval == 0:
-            return "dense"
-        return "sparse"
+        # the last step settles what the others left; of two steps behind the warm-up, one has to be sparse
+        if config.reset_from == "end" and num_steps is not None and num_steps > config.warmup_steps + 1:
+            return "sparse" if (num_steps - 1 - step) % config.reset_interval else "dense"
+        return "dense" if since > 0 and since % config.reset_interval == 0 else "sparse"
 
-    def _observes(self, step: int) -> bool:
+    def _observes(self, step: int, num_steps: int | None = None) -> bool:
         """Whether a later step chooses its tokens by the noise of `step`."""
         # drift is measured between calls: that of the step before the one that is needed has to be known, too;
         # a callable may remember as well
         ahead = (1, 2) if self.config.metric == "drift" or callable(self.config.metric) else (1,)
-        return self._ratio < 1 and any(self.kind(step + steps) == "sparse" for steps in ahead)
+        return self._ratio < 1 and any(self.kind(step + steps, num_steps) == "sparse" for steps in ahead)
 
     def ratio(self, step: int, num_steps: int | None = None) -> float:
         """Share of tokens that sparse step `step` of `num_steps` should compute, in (0, 1].
@@ -119,7 +122,7 @@ class Schedule:
 
     def dense_steps(self, num_steps: int) -> int:
         """How many of `num_steps` steps are dense."""
-        return sum(self.kind(step) == "dense" for step in range(num_steps))
+        return sum(self.kind(step, num_steps) == "dense" for step in range(num_steps))
 
     def check(self, num_steps: int | None, late: bool = False) -> None:
         """Say once what this run's number of steps makes impossible.
@@ -149,7 +152,7 @@ class Schedule:
 
     def warn_if_dense(self, num_steps: int) -> None:
         """Say once that a run of so many steps has no sparse one."""
-        if not any(self.kind(step) == "sparse" for step in range(num_steps)):
+        if not any(self.kind(step, num_steps) == "sparse" for step in range(num_steps)):
             why, advice = self.none_sparse(num_steps)
             warn_once(f"ras_compile: {why}; every step runs dense. {advice.capitalize()}.")
 
@@ -168,7 +171,7 @@ class Schedule:
                 "option ratio_schedule='linear' needs the number of steps: use ras_compile.attach(pipe, ...) or "
                 "ras_compile.generation(num_steps=...)."
             )
-        sparse = [step for step in range(num_steps) if self.kind(step) == "sparse"] or [num_steps]
+        sparse = [step for step in range(num_steps) if self.kind(step, num_steps) == "sparse"] or [num_steps]
         if self.config.ratio_schedule == "linear":
             return self._line(sparse)
         if self.config.ratio_schedule == "sigmas" and len(self._noise_levels) > num_steps:

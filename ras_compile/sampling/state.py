@@ -128,7 +128,7 @@ class TransformerState:
         moving = None if noise is None else self._velocity(call, decision, noise, view)
         if moving is not None and run.config.metric == "drift":
             seen, seen_view = moving, None
-        if seen is not None and run.schedule.observes(run.step - run.base):
+        if seen is not None and run.schedule.observes(run.step - run.base, run.count):
             run.chooser.observe(seen, SelectionInfo(run.step, run.num_steps, call.grid), seen_view, decision.slots)
         self.records, self.graphs = run.records, run.graphs
         self.graphs[decision.branch] = call.graph
@@ -278,7 +278,7 @@ class TransformerState:
         return run
 
     def _advance(self, run: Run, step: int) -> None:
-        run.kind = run.schedule.kind(step - run.base)
+        run.kind = run.schedule.kind(step - run.base, run.count)
         run.chooser.advance(dense=run.kind == "dense")
         run.step = step
         run.used = []
@@ -343,7 +343,6 @@ class TransformerState:
         if branch not in run.used:
             run.used.append(branch)
 
-        count = None if run.num_steps is None else run.num_steps - run.base
         before, branch.contents = branch.contents, _contents_of(run, call)
         reason = self._why_dense(run, branch, match, call, place)
         if not reason and before != branch.contents:
@@ -353,7 +352,7 @@ class TransformerState:
             info = SelectionInfo(run.step, run.num_steps, call.grid)
             known = None if place.said is None or call.view is None else partial(_overwritten, place, call)
             if run.config.tolerance is None:
-                active = run.schedule.active(run.step - run.base, call.tokens, count)
+                active = run.schedule.active(run.step - run.base, call.tokens, run.count)
             else:
                 counts = run.schedule.tolerable(call.tokens)
                 active = run.chooser.wanted(call.latent, call.batch, call.tokens, counts, known)

@@ -115,7 +115,7 @@ def check(handle, bound: float = 1.0) -> None:
         assert {record.active for record in records} <= {*schedule.tolerable(TOKENS), TOKENS}
         assert kinds(records).startswith("d" * handle.config.warmup_steps) and "s" in kinds(records)
     else:
-        assert kinds(records) == "".join(schedule.kind(step)[0] for step in range(STEPS))
+        assert kinds(records) == "".join(schedule.kind(step, STEPS)[0] for step in range(STEPS))
     if handle.config.speedup is None and handle.config.tolerance is None:
         wanted = [schedule.active(record.step, TOKENS, STEPS) for record in records if record.kind == "sparse"]
         assert [record.active for record in records if record.kind == "sparse"] == wanted
@@ -292,7 +292,7 @@ def test_a_speedup_is_reached():
             draw_sd3(pipe, steps=steps)
             records = ras_compile.trace(handle)
             assert kinds(records) == "".join(
-                Schedule(RASConfig(reset_interval=8)).kind(step)[0] for step in range(steps)
+                Schedule(RASConfig(reset_interval=8)).kind(step, steps)[0] for step in range(steps)
             )
             assert run(records, 0.51) <= target <= run(records, -0.51), (steps, target)
         handle.configure(speedup=2 * most)

@@ -348,7 +348,7 @@ def test_settings_of_the_frontier():
             config = ras_compile.RASConfig.from_options(row.options)
             if config.ratio_schedule == "ends" and "preset" not in row.options:
                 schedule = Schedule(config)
-                sparse = [step for step in range(row.steps) if schedule.kind(step) == "sparse"]
+                sparse = [step for step in range(row.steps) if schedule.kind(step, row.steps) == "sparse"]
                 assert max(schedule.ratio(step, row.steps) for step in sparse) == pytest.approx(0.5)
         else:
             assert row.method in others.METHODS or (row.method == "dense" and not row.options)

@@ -36,7 +36,7 @@ def test_each_preset_under_each_solver(solver):
             records, levels = ras_compile.trace(handle), handle.follower.noise_levels()
             calls, schedule = len(pipe.scheduler.timesteps), Schedule(handle.config, levels)
             assert len(levels) == calls + 1 and all(0 <= level <= 1 for level in levels)
-            assert kinds(records) == "".join(schedule.kind(step)[0] for step in range(calls))
+            assert kinds(records) == "".join(schedule.kind(step, calls)[0] for step in range(calls))
             wanted = [schedule.active(r.step, 16, calls) for r in records if r.kind == "sparse"]
             assert [r.active for r in records if r.kind == "sparse"] == wanted and wanted
             assert torch.equal(draw_sd3(pipe, steps=STEPS), found)

@@ -14,7 +14,7 @@ from ras_compile.sampling.schedule import Schedule, at_speedup
 
 def kinds(steps, **options):
     schedule = Schedule(RASConfig(**options))
-    return [schedule.kind(step) for step in range(steps)]
+    return [schedule.kind(step, steps) for step in range(steps)]
 
 
 def dense_steps(steps, **options):
@@ -22,12 +22,23 @@ def dense_steps(steps, **options):
 
 
 def test_default_on_28_steps():
-    assert dense_steps(28) == [0, 1, 2, 3, 7, 10, 13, 16, 19, 22, 25]
-    assert dense_steps(28, metric="std") == dense_steps(28, reset_interval=8) == [0, 1, 2, 3, 12, 20]
+    assert dense_steps(28) == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27]
+    assert dense_steps(28, metric="std") == [0, 1, 2, 3, 12, 20]
     schedule = Schedule(RASConfig())
-    counts = [schedule.active(step, 1024, 28) for step in range(28) if schedule.kind(step) == "sparse"]
+    counts = [schedule.active(step, 1024, 28) for step in range(28) if schedule.kind(step, 28) == "sparse"]
     # four steps in the first 30 % of the run and two in the last 10 % have half of the tokens
-    assert counts == [512] * 4 + [64] * 11 + [512] * 2
+    assert counts == [480] * 4 + [64] * 10 + [480] * 2
+
+
+def test_dense_steps_are_counted_from_the_end_where_it_is_known():
+    assert dense_steps(28, preset="quality") == [0, 1, 2, 3, *range(5, 28, 2)]
+    assert dense_steps(29, preset="quality") == [0, 1, 2, 3, *range(4, 29, 2)], "behind the warm-up, too"
+    assert dense_steps(28, reset_from="start") == [0, 1, 2, 3, 7, 10, 13, 16, 19, 22, 25]
+    assert dense_steps(28, metric="std", reset_from="end") == [0, 1, 2, 3, 11, 19, 27]
+    unknown = Schedule(RASConfig())
+    assert [step for step in range(28) if unknown.kind(step) == "dense"] == dense_steps(28, reset_from="start")
+    assert kinds(5) == ["dense"] * 4 + ["sparse"] and kinds(6) == ["dense"] * 4 + ["sparse", "dense"]
+    assert kinds(4) == ["dense"] * 4
 
 
 def test_the_defaults_of_old_given_as_options_make_the_schedule_of_old():
@@ -50,7 +61,8 @@ def test_no_resets():
 
 
 def test_interval_one_leaves_one_sparse_step():
-    assert kinds(8, reset_interval=1).count("sparse") == 1
+    assert kinds(8, reset_interval=1, reset_from="start").count("sparse") == 1
+    assert kinds(8, reset_interval=1) == ["dense"] * 8, "the last of them is dense, and each one before it"
 
 
 @given(ratio=st.floats(0.001, 1), tokens=st.integers(1, 100_000))

@@ -1,0 +1,162 @@
+"""Where the error of sparse steps comes from: tokens that are computed beside stale keys, or tokens that are not computed.
+
+    python examples/quality/parts.py --model pixart --n 48 --out OUT
+
+Runs of one model with DPM-Solver++, in float32 and without a compiler. Beside each sparse call the whole model is asked as well,
+on the same latents:
+
+    as is             what region-adaptive sampling gives
+    computed exact    the tokens that were computed return what the whole model says of them
+    held exact        the tokens that were not computed return it
+    only STEP exact   all tokens return it, in one of the sparse steps
+
+Each line has the steps, the dense ones among them, the work in dense steps (tokens that were computed), the PSNR to the solution of
+`--exact-steps` steps of the same noise, and by how much that is above plain steps of as much work, which are drawn first and read
+off between two of their numbers. Of "as is" it also has each sparse step: how far the guided prediction is off, relative to
+its size, and the share of the squared error that is of the computed tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import likeness
+from models import MODELS
+from run import machine
+from sampler import Sampler
+from settings import GUIDANCE
+from torch import Tensor, nn
+
+import ras_compile
+
+PLAIN = (10, 12, 14, 16, 18, 20, 22, 25, 28)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "quality": dict(preset="quality"),
+    "quality, counted from the start": dict(preset="quality", reset_from="start"),
+    "balanced": dict(preset="balanced"),
+    "balanced, counted from the start": dict(preset="balanced", reset_from="start"),
+}
+
+
+class Beside(nn.Module):
+    """The attached model, beside which the whole one is asked in sparse steps.
+
+    Args:
+        sampler: has both.
+        mode: what is returned then, see above.
+        handle: of the attached model.
+    """
+
+    def __init__(self, sampler: Sampler, mode: str, handle: ras_compile.Handle) -> None:
+        super().__init__()
+        self._models, self._mode, self._handle = [sampler.pipe.transformer, sampler.plain], mode, handle
+        patch = sampler.pipe.transformer.config.patch_size
+        self._patch = patch if isinstance(patch, int) else patch[-1]
+        self.errors: list[tuple[int, float, float]] = []
+        self.sparse: list[int] = []
+
+    def forward(self, **given: Any) -> tuple[Tensor]:
+        """The prediction [b, c, ..., h, w] of a call."""
+        sparse = self._models[0](**given)[0]
+        record = ras_compile.trace(self._handle)[-1]
+        if record.rows is None:
+            return (sparse,)
+        self.sparse.append(record.step)
+        whole = self._models[1](**given)[0]
+        if self._mode.startswith("only"):
+            return (whole if record.step == int(self._mode.split()[1]) else sparse,)
+        computed = self._computed(record.rows, sparse)
+        if self._mode == "as is":
+            uncond, cond = (sparse - whole).float().chunk(2)
+            squares = (uncond + GUIDANCE * (cond - uncond)) ** 2
+            uncond, cond = whole.float().chunk(2)
+            size = ((uncond + GUIDANCE * (cond - uncond)) ** 2).mean()
+            share = (squares * computed[: len(squares)]).sum() / squares.sum()
+            self.errors.append((record.step, math.sqrt(squares.mean() / size), share.item()))
+            return (sparse,)
+        return (torch.where(computed if self._mode == "computed exact" else ~computed, whole, sparse),)
+
+    def _computed(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Which entries of a prediction belong to the active tokens: bool, broadcasts to it."""
+        height, width = (size // self._patch for size in like.shape[-2:])
+        frames = like.shape[2] if like.dim() == 5 else 1
+        found = torch.zeros(len(rows), frames * height * width, dtype=torch.bool, device=rows.device)
+        found = found.scatter_(1, rows, True).repeat(len(like) // len(rows), 1)
+        grid = found.reshape(len(like), 1, frames, height, width)
+        grid = grid.repeat_interleave(self._patch, -1).repeat_interleave(self._patch, -2)
+        return grid if like.dim() == 5 else grid[:, :, 0]
+
+
+def above_plain(plain: dict[int, float], work: float, psnr: float) -> float:
+    """dB above plain steps of as much work, between two of which PSNR is a line over the logarithm of the steps."""
+    counts = sorted(plain)
+    high = next((count for count in counts[1:] if count >= work), counts[-1])
+    low = counts[counts.index(high) - 1]
+    share = math.log(work / low) / math.log(high / low)
+    return psnr - plain[low] - share * (plain[high] - plain[low])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draws and prints, one JSON a line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(MODELS), default="emoji", help="its folder in examples/")
+    parser.add_argument("--n", type=int, default=4, help="pictures")
+    parser.add_argument("--steps", type=int, nargs="*", default=[28, 20], help="of region-adaptive runs")
+    parser.add_argument("--plain", type=int, nargs="*", default=PLAIN, help="steps of plain runs")
+    parser.add_argument("--exact-steps", type=int, default=150)
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--each", action="store_true", help="also each sparse step exact alone")
+    parser.add_argument("--out", type=Path, help="folder of parts_MODEL.json")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    torch.set_float32_matmul_precision("high")
+    kind = MODELS[args.model]()
+    captions, _ = kind.asked(args.n, 2024, args.device)
+    sampler = Sampler(captions, args.n, args.device, torch.float32, "eager", GUIDANCE, kind)
+    exact, *_ = sampler.one_batch(sampler.plain, sampler.scheduler(kind.exact), 0, args.exact_steps)
+    rows: list[dict[str, Any]] = [
+        machine(args.device) | {"model": args.model, "n": args.n, "exact_steps": args.exact_steps}
+    ]
+
+    def tell(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / f"parts_{args.model}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+    def near(pictures: Tensor) -> float:
+        return likeness(pictures, exact)["psnr"].mean().item()
+
+    plain = {}
+    for steps in args.plain:
+        pictures, *_ = sampler.one_batch(sampler.plain, sampler.scheduler("dpm++"), 0, steps)
+        plain[steps] = near(pictures)
+        tell({"plain": steps, "psnr": plain[steps]})
+    for steps in args.steps:
+        for name in args.settings:
+            modes = ["as is", "computed exact", "held exact"]
+            while modes:
+                mode = modes.pop(0)
+                _, scheduler = sampler.ready({**SETTINGS[name], "cuda_graphs": False}, "dpm++")
+                assert sampler.handle is not None
+                model = Beside(sampler, mode, sampler.handle)
+                pictures, *_ = sampler.one_batch(model, scheduler, 0, steps)
+                if mode == "as is" and args.each:
+                    modes += [f"only {step} exact" for step in model.sparse]
+                kinds = sampler.kinds()
+                work = sum(active for _, active in kinds) / kinds[0][1]
+                dense = [step for step, (what, _) in enumerate(kinds) if what == "dense"]
+                row = {"steps": steps, "setting": name, "mode": mode, "dense": dense}
+                row |= {"work": work, "psnr": near(pictures), "above_plain": above_plain(plain, work, near(pictures))}
+                tell(row | ({"errors": model.errors} if model.errors else {}))
+    sampler.detach()
+
+
+if __name__ == "__main__":
+    main()
