@@ -89,8 +89,8 @@ class RASConfig:
         reset_interval: a dense step every so many steps after the warm-up (section 3.3), or None for no such step. 3,
             or 8 with another metric than "drift".
         reset_from: where these steps are counted from: the "start", behind the warm-up (section 3.3), or the "end", so that the
-            last step is dense; from the start, too, where nobody says the number of steps. "end", or "start" with another
-            metric than "drift".
+            last step is dense; from the start, too, where nobody says the number of steps. A run of no more than
+            `warmup_steps + reset_interval` has no such step. "end", or "start" with another metric than "drift".
         reset_steps: exactly these steps are dense error resets; rules over `reset_interval` when given.
         ratio_schedule: how the ratio runs over the steps, with the same average: "constant", "ends" (more tokens at the
             beginning and at the end of a run, few between; constant where nobody says the number of steps), "linear"

@@ -58,8 +58,12 @@ class Schedule:
         if config.reset_interval is None:
             return "sparse"
         since = step - config.warmup_steps
-        # the last step settles what the others left; of two steps behind the warm-up, one has to be sparse
-        if config.reset_from == "end" and num_steps is not None and num_steps > config.warmup_steps + 1:
+        # the last step settles what the others left; a run that ends within one interval of the warm-up has no such step
+        if (
+            config.reset_from == "end"
+            and num_steps is not None
+            and num_steps > config.warmup_steps + config.reset_interval
+        ):
             return "sparse" if (num_steps - 1 - step) % config.reset_interval else "dense"
         return "dense" if since > 0 and since % config.reset_interval == 0 else "sparse"
 

@@ -17,7 +17,7 @@ from ras_compile.errors import RASWarning
 from ras_compile.sampling.state import TransformerState
 
 # most tests tell what the warm-up does from what an error reset does
-EIGHT = {"reset_interval": 8, "sample_ratio": 0.5, "ratio_schedule": "constant"}
+EIGHT = {"reset_interval": 8, "reset_from": "start", "sample_ratio": 0.5, "ratio_schedule": "constant"}
 DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps
 
 

@@ -27,7 +27,7 @@ def test_default_on_28_steps():
     schedule = Schedule(RASConfig())
     counts = [schedule.active(step, 1024, 28) for step in range(28) if schedule.kind(step, 28) == "sparse"]
     # four steps in the first 30 % of the run and two in the last 10 % have half of the tokens
-    assert counts == [480] * 4 + [64] * 10 + [480] * 2
+    assert counts == [496] * 4 + [64] * 10 + [496] * 2
 
 
 def test_dense_steps_are_counted_from_the_end_where_it_is_known():
@@ -37,7 +37,8 @@ def test_dense_steps_are_counted_from_the_end_where_it_is_known():
     assert dense_steps(28, metric="std", reset_from="end") == [0, 1, 2, 3, 11, 19, 27]
     unknown = Schedule(RASConfig())
     assert [step for step in range(28) if unknown.kind(step) == "dense"] == dense_steps(28, reset_from="start")
-    assert kinds(5) == ["dense"] * 4 + ["sparse"] and kinds(6) == ["dense"] * 4 + ["sparse", "dense"]
+    assert kinds(5) == ["dense"] * 4 + ["sparse"] and kinds(7) == ["dense"] * 4 + ["sparse"] * 3
+    assert kinds(8) == ["dense"] * 5 + ["sparse"] * 2 + ["dense"]
     assert kinds(4) == ["dense"] * 4
 
 
@@ -98,7 +99,7 @@ def test_ratio_one_takes_every_token(tokens, steps, kind):
 )
 def test_linear_falls_in_four_levels_with_the_right_sum(ratio, steps, tokens, interval):
     schedule = Schedule(RASConfig(sample_ratio=ratio, ratio_schedule="linear", reset_interval=interval))
-    sparse = [step for step in range(steps) if schedule.kind(step) == "sparse"]
+    sparse = [step for step in range(steps) if schedule.kind(step, steps) == "sparse"]
     ratios = [schedule.ratio(step, steps) for step in sparse]
     assert all(0 < value <= 1 for value in ratios)
     assert ratios == sorted(ratios, reverse=True)
@@ -113,7 +114,7 @@ def test_linear_falls_in_four_levels_with_the_right_sum(ratio, steps, tokens, in
 
 
 def test_linear_really_falls():
-    schedule = Schedule(RASConfig(ratio_schedule="linear", sample_ratio=0.5, reset_interval=8))
+    schedule = Schedule(RASConfig(ratio_schedule="linear", sample_ratio=0.5, reset_interval=8, reset_from="start"))
     assert schedule.ratio(4, 28) == pytest.approx(0.6931818) and schedule.ratio(27, 28) == pytest.approx(0.3181818)
 
 
@@ -175,7 +176,7 @@ def test_no_sparse_step_is_said_once():
 def test_ends_compute_more_at_the_ends_with_the_right_sum(ratio, steps, tokens, interval, warmup):
     options = dict(sample_ratio=ratio, ratio_schedule="ends", reset_interval=interval, warmup_steps=warmup)
     schedule = Schedule(RASConfig(**options))
-    sparse = [step for step in range(steps) if schedule.kind(step) == "sparse"]
+    sparse = [step for step in range(steps) if schedule.kind(step, steps) == "sparse"]
     if not sparse:
         return
     ratios = {step: schedule.ratio(step, steps) for step in sparse}
@@ -229,7 +230,7 @@ def test_sigmas_have_the_right_sum_in_three_levels(ratio, steps, tokens, twice, 
     levels = [level for level in levels[:-1] for _ in range(1 + twice)] + levels[-1:]
     steps = len(levels) - 1
     schedule = Schedule(RASConfig(sample_ratio=ratio, ratio_schedule="sigmas"), levels)
-    sparse = [step for step in range(steps) if schedule.kind(step) == "sparse"]
+    sparse = [step for step in range(steps) if schedule.kind(step, steps) == "sparse"]
     if not sparse:
         return
     ratios = [schedule.ratio(step, steps) for step in sparse]
@@ -259,7 +260,7 @@ def test_sigmas_of_nobody_are_ends():
 PRICE = Cost(1000, 10 * ACTIVE, 0, 0 * ACTIVE, 0, 100)
 
 
-@pytest.mark.parametrize(("speedup", "interval"), [(1.5, 3), (2.4, 3), (2.8, 4), (3.5, 6), (4, 8), (6.5, None)])
+@pytest.mark.parametrize(("speedup", "interval"), [(1.5, 3), (2.4, 4), (2.8, 6), (3.5, 8), (4, None), (6.5, None)])
 def test_a_speedup_spaces_the_dense_steps_of_the_defaults_as_far_as_it_must(speedup, interval):
     solved = at_speedup(RASConfig(speedup=speedup), lambda: PRICE, 28)
     assert solved.reset_interval == interval and solved.speedup is None

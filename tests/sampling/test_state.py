@@ -22,7 +22,7 @@ DEFAULT = "dddd" + "ssssssss" + "d" + "sssssss" + "d" + "sssssss"  # 28 steps of
 def test_default_plan():
     for model, wanted in (
         (FakeTransformer(), DEFAULT),
-        (FakeTransformer(preset="balanced"), "dddd" + "sss" + "dss" * 7),
+        (FakeTransformer(preset="balanced"), "dddd" + "ss" + "dss" * 7 + "d"),
     ):
         with ras_compile.generation(num_steps=28) as gen:
             denoise(model, falling(28), prompts("cond"), gen=gen)

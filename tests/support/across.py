@@ -19,7 +19,9 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATIENCE = 180.0  # seconds until a process that has not answered is ended; a busy machine takes a minute to capture a model
+PATIENCE = (
+    180.0  # seconds until a process that has not answered is ended; a busy machine takes a minute to capture a model
+)
 
 
 def on_ranks(count: int, work: Callable[[int], Any], *, timeout: float = PATIENCE) -> list[Any]:

@@ -22,7 +22,9 @@ class FakeTransformer:
     """Has a dense step every eight, unless told otherwise: what the short runs of tests count on is the warm-up alone."""
 
     def __init__(self, **options):
-        self.config = RASConfig.from_options(options if "preset" in options else {"reset_interval": 8, **options})
+        self.config = RASConfig.from_options(
+            options if "preset" in options else {"reset_interval": 8, "reset_from": "start", **options}
+        )
         self.state = TransformerState(self.config)
         self.calls = []  # (generation, branch, step, kind, reason)
         self.kept = {}  # what each branch keeps
