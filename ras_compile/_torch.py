@@ -111,6 +111,9 @@ current_raw_stream: Callable[[int], int] = getattr(
 )
 # Copies a list of tensors in one launch; one by one without.
 copy_tensors: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = getattr(torch, "_foreach_copy_", _copy_each)
+# Add a list of tensors, `alpha` times, to another one, and multiply a list by a number, each in one launch.
+add_tensors: Callable[..., Any] = torch._foreach_add_
+scale_tensors: Callable[..., Any] = torch._foreach_mul_
 # Says that PyTorch compiles, since 2.13: while FX traces, other threads could call no compiled function without.
 compile_session: Callable[[], AbstractContextManager] = getattr(torch.compiler, "_compile_session_context", nullcontext)
 

@@ -18,7 +18,7 @@ from ras_compile.execute.compiling import compiling
 from ras_compile.kernels.fallbacks import Fallback
 from ras_compile.notices import fallbacks
 from ras_compile.passes.algebra.layout import Concat, Layout
-from ras_compile.passes.analysis.cost import Cost, cost
+from ras_compile.passes.analysis.cost import Cost
 from ras_compile.passes.analysis.splices import Splice
 from ras_compile.passes.fusion.group import launches
 from ras_compile.passes.rules.registry import operands, source_line
@@ -304,7 +304,7 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **inp
         splices=points_of(plan),
         gathers=tuple((names.get(node, node.name), source_line(node)) for node in plan.sparse.gathers),
         context=_context(plan),
-        cost=cost(analysis, plan.sparse),
+        cost=plan.cost,
         fused=launches(program.graph),
         config=config,
         num_steps=steps,

@@ -32,6 +32,7 @@ class RuntimeOptions(TypedDict, total=False):
     max_absence: int
     selector: Selector | None
     noise_reuse: Literal["hold", "linear", "forecast", "x0"]
+    cache_reuse: Literal["hold", "forecast"]
 
 
 class Options(RuntimeOptions, total=False):

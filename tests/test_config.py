@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from ras_compile import RASConfig, RASError
-from ras_compile.config import CACHE_DTYPES, METRICS, NOISE_REUSES, PRESETS, RATIO_SCHEDULES, RUNTIME_OPTIONS
+from ras_compile.config import (
+    CACHE_DTYPES,
+    CACHE_REUSES,
+    METRICS,
+    NOISE_REUSES,
+    PRESETS,
+    RATIO_SCHEDULES,
+    RUNTIME_OPTIONS,
+)
 from ras_compile.options import Options, RuntimeOptions
 from ras_compile.sampling.locate import Generation
 
@@ -29,6 +37,7 @@ def test_defaults_are_the_documented_ones():
         "region": None,
         "context": "fresh",
         "noise_reuse": "forecast",
+        "cache_reuse": "hold",
         "kv_cache": True,
         "inner_backend": "inductor",
         "inner_options": {},
@@ -59,6 +68,7 @@ BAD = {
     "region": [5, "0:3", slice(0, 10, 2), (1, 2, 3), slice(0.0, 1.0)],
     "context": ["cold", None],
     "noise_reuse": ["drop", None],
+    "cache_reuse": ["linear", None, True],
     "kv_cache": [1, None],
     "inner_backend": ["", None, "ras"],
     "inner_options": [None, [1], {"mode": "fastest"}],
@@ -137,6 +147,18 @@ def test_a_tolerance_needs_drift_and_excludes_a_speedup():
         RASConfig(tolerance=0.1, metric="std")
     with pytest.raises(ValueError, match="option tolerance=0.1 excludes speedup"):
         RASConfig(tolerance=0.1, speedup=2)
+
+
+@pytest.mark.parametrize(
+    "other", [{"cache_dtype": "int8"}, {"cache_device": "cpu"}, {"context": "frozen"}, {"kv_cache": False}], ids=str
+)
+def test_caches_go_on_only_where_they_may_be_written(other):
+    (name,) = other
+    with pytest.raises(ValueError, match=f"options cache_reuse='forecast' and {name}=.* exclude each other"):
+        RASConfig(cache_reuse="forecast", **other)
+    with pytest.raises(ValueError, match=name):
+        RASConfig(**other).with_runtime(cache_reuse="forecast")
+    assert RASConfig(cache_reuse="hold", **other).cache_reuse == "hold"
 
 
 def test_a_speedup_outlives_a_copy():
@@ -226,4 +248,5 @@ def test_options_by_name_are_those_of_the_config():
     assert get_args(get_args(hints["metric"])[0]) == METRICS
     assert get_args(hints["ratio_schedule"]) == RATIO_SCHEDULES
     assert get_args(hints["noise_reuse"]) == NOISE_REUSES
+    assert get_args(hints["cache_reuse"]) == CACHE_REUSES
     assert get_args(get_args(hints["cache_dtype"])[0]) == CACHE_DTYPES

@@ -542,6 +542,14 @@ def test_lists_of_tensors_are_copied(name):
     assert all(bool(target.all()) for target in targets)
 
 
+@canary("add_tensors", "scale_tensors")
+def test_lists_of_tensors_are_added_and_scaled(name):
+    targets = [torch.ones(2), torch.ones(3, dtype=torch.bfloat16)]
+    _torch.scale_tensors(targets, 0.5)
+    _torch.add_tensors(targets, [torch.ones(2), torch.ones(3, dtype=torch.bfloat16)], alpha=2.0)
+    assert all(target.tolist() == [2.5] * len(target) for target in targets)
+
+
 @canary("MISSING")
 def test_nothing_that_could_be_there_is_missing(name):
     known = {"_compile_session_context"} if _torch.compile_session is nullcontext else set()

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from ras_compile.execute.homes import homes, listed
+from ras_compile.execute.slopes import SLOPES
 
 _clock = itertools.count()
 keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
@@ -71,10 +72,12 @@ class Keeper:
 
     @property
     def bytes(self) -> int:
-        """Bytes of caches that are kept, in use or not."""
+        """Bytes of caches, and of their slopes, that are kept, in use or not."""
         plan = self._plan()
         graphs = plan.graph_slots if plan is not None else 0
-        return self.branch_bytes * max(graphs, sum(bool(slots) for slots in self.held))
+        held = self.held
+        slopes = sum(slots[SLOPES].bytes for slots in held if SLOPES in slots)
+        return self.branch_bytes * max(graphs, sum(map(bool, held))) + slopes
 
     @property
     def held(self) -> list[Any]:

@@ -23,6 +23,7 @@ from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import DEVICE, ProgramGraphs, warn_without
 from ras_compile.execute.inner import Compiled, compile_inner, compile_or_run
 from ras_compile.execute.memory import Keeper, default_budget
+from ras_compile.execute.slopes import SLOPES, Slopes
 from ras_compile.kernels.tiles import build, postponed
 from ras_compile.notices import fell_back, warn_once
 from ras_compile.passes.algebra.layout import Layout
@@ -207,7 +208,10 @@ class Plan:
     @cached_property
     def cost(self) -> Cost:
         """FLOPs and bytes of both programs."""
-        return replace(cost(self.analysis, self.sparse), cache_bytes=self._cache_bytes())
+        kept = self._cache_bytes()
+        if self.config.cache_reuse == "forecast":
+            kept += sum(splice.node.meta["val"].nbytes for splice in self.sparse.splices if not splice.is_output)
+        return replace(cost(self.analysis, self.sparse), cache_bytes=kept)
 
     @cached_property
     def latent_view(self) -> TokenView:
@@ -244,9 +248,14 @@ class Plan:
             spare: what a finished generation kept; its memory may be taken over.
         """
         self.kept.use(slots)
+        slopes: Slopes | None = slots.get(SLOPES)
+        if slopes is not None:
+            slopes.remember(slots.get("caches"), self._returned)
         results = list(self.run("dense", values, [], slots, spare))
         count = len(self.analysis.output_nodes)
         slots["caches"], outputs = self.caches_among(results), results[:count]
+        if slopes is not None:
+            slopes.compare(slots["caches"])
         for index in range(count) if self._graphs else self.analysis.outputs:
             outputs[index] = outputs[index].clone()
         return outputs
@@ -264,7 +273,9 @@ class Plan:
 
     def run_sparse(self, values: Sequence[Any], rows: Tensor, slots: dict) -> list[Any]:
         """Runs the sparse program on ``rows`` (int64 [B, A]); the caches in ``slots`` are updated in place."""
-        caches = slots["caches"]
+        caches, slopes = slots["caches"], slots.get(SLOPES)
+        if slopes is not None:
+            slopes.go_on(caches)
         others = iter(self.run(rows.shape[1], values, [rows, *caches], slots))
         outputs: list[Any] = []
         for cache in self._cached_outputs:
@@ -291,6 +302,11 @@ class Plan:
         """For each output the cache that holds it, or None."""
         nodes = enumerate(self.analysis.output_nodes)
         return [self.sparse.splice(node) if index in self.analysis.outputs else None for index, node in nodes]
+
+    @cached_property
+    def _returned(self) -> list[int]:
+        """The caches of what the model returns."""
+        return [index for index, splice in enumerate(self.sparse.splices) if splice.is_output]
 
     def run(
         self, active: int | str, values: Sequence[Any], state: list[Tensor], slots: dict, spare: dict | None = None

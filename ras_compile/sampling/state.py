@@ -21,6 +21,7 @@ from torch import Tensor
 from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError
 from ras_compile.execute.homes import Home
+from ras_compile.execute.slopes import SLOPES, Slopes
 from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.blocks import is_block, known_blocks, leave_output
@@ -344,6 +345,11 @@ class TransformerState:
             run.used.append(branch)
 
         before, branch.contents = branch.contents, _contents_of(run, call)
+        if run.config.cache_reuse == "forecast":
+            replaced = place.said is not None and place.said.replaced
+            if replaced or match.changed or not match.sure or before != branch.contents:
+                branch.slots.pop(SLOPES, None)  # no line leads from the values of another picture, prompt or model
+            branch.slots.setdefault(SLOPES, Slopes()).step = run.step
         reason = self._why_dense(run, branch, match, call, place)
         if not reason and before != branch.contents:
             reason = "its weights have changed"

@@ -77,6 +77,7 @@ RUNTIME = [
     LINE,
     {"noise_reuse": "forecast"},
     {"noise_reuse": "x0"},
+    {"cache_reuse": "forecast"},
 ]
 PROGRAM = [
     {"context": "frozen"},
