@@ -56,9 +56,10 @@ def best(metric, drops, k, info):
 LINE = {"noise_reuse": "linear", "ratio_schedule": "constant", "sample_ratio": 0.5}
 RUNTIME = [
     {"sample_ratio": 0.25},
-    {"speedup": 1.2},
+    {"speedup": 1.1},
     {"warmup_steps": 1},
     {"reset_interval": 2},
+    {"reset_from": "start"},
     {"reset_steps": [3, 6]},
     {"ratio_schedule": "linear"},
     {"ratio_schedule": "ends"},
