@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ras_compile
 from ras_compile.errors import UnsupportedGraph
+from ras_compile.notices import fallbacks
 from ras_compile.passes.analysis.cost import ACTIVE
 from ras_compile.passes.fusion.sites import sites
 
@@ -73,8 +74,9 @@ def contract(attention: type, **options: Any) -> Callable[[int], dict[str, Any]]
             outputs, caches = shared.sparse(shared.with_latent(latent[:, own]), rows, caches)
             wanted, before = alone.sparse(alone.with_latent(latent), everyone(rows), before)
             found["oracle"] = max(found["oracle"], error(outputs, [wanted[0][:, own]]))
-        if rank == 0:  # what is found by running parts of a program waits for no other process
+        if rank == 0:  # what is found by running parts of a program waits for no other process, in vain
             sites(shared.plan.sparse_graph(tokens // 4).graph, tokens)
+            assert not [told for told in fallbacks() if told.what == "a splice not fused"]
         price = shared.plan.cost
         found["sent"] = float(price.sparse_sent.subs(ACTIVE, tokens // 4)), price.dense_sent
         return found

@@ -19,9 +19,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATIENCE = (
-    180.0  # seconds until a process that has not answered is ended; a busy machine takes a minute to capture a model
-)
+PATIENCE = 180.0  # seconds until a process that has not answered is ended; a busy machine captures slowly
 
 
 def on_ranks(count: int, work: Callable[[int], Any], *, timeout: float = PATIENCE) -> list[Any]:
@@ -90,7 +88,11 @@ class Ulysses(nn.Module):
     def __init__(self, width: int, heads: int, group: Any = None, fused: bool = False) -> None:
         super().__init__()
         self.heads, self.group, self.fused = heads, group, fused
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values, `b s h d`."""
+        return [layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k, self.v)]
 
     def scatter(self, x: Tensor) -> Tensor:
         """`b s h d -> b (r s) h/r d`"""
@@ -111,9 +113,7 @@ class Ulysses(nn.Module):
         return exchange(x, self.group).flatten(0, 1).permute(2, 1, 0, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, s, c = x.shape
-        qkv = self.qkv(x).view(b, s, 3, self.heads, c // self.heads)
-        q, k, v = (self.scatter(part).transpose(1, 2) for part in qkv.unbind(2))
+        q, k, v = (self.scatter(part).transpose(1, 2) for part in self.parts(x))
         return self.out(self.collect(F.scaled_dot_product_attention(q, k, v).transpose(1, 2)).flatten(2))
 
 
@@ -127,8 +127,7 @@ class Gathered(Ulysses):
         return funcol.wait_tensor(x).transpose(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, s, c = x.shape
-        q, k, v = self.qkv(x).view(b, s, 3, self.heads, c // self.heads).unbind(2)
+        q, k, v = self.parts(x)
         q, k, v = (part.transpose(1, 2) for part in (q, self.everyone(k), self.everyone(v)))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
