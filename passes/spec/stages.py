@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,7 +110,8 @@ def holds_grid(dims: Sequence[Dim], frame: Frame, raw: bool = False) -> bool:
 
     Of a value that is ``raw``, several segments may be copies of the latent (they become channels).
     """
-    dims = [opened(dim) for dim in dims]
+    # a side that its patches do not fill may share a dimension with others: rows and columns in one
+    dims = [tuple(chain.from_iterable(opened((factor,)) for factor in dim)) for dim in dims]
     wanted = sorted([atom for atom, _ in frame.region] + ([frame.batch] if frame.batch is not None else []))
     outside = [[factor for factor in dim if isinstance(factor, Axis)] for dim in dims]
 

@@ -25,6 +25,7 @@ CORPUS = {
     "an odd latent with a skip, padded by a reflection": plain("mlp", frame=(0, 6, 1, 0, 3, 0, 0, 1, 0, 2)),
     "feed-forward in chunks": plain("pieces", 0),
     "noise in other strides than the latent": plain("windows", 2, frame=(0, 4, 2, 0, 1)),
+    "an odd side that shares a dimension with another": plain("convolved", 47, frame=(0, 54)),
 }
 
 # What the region cannot have as the model's tokens, and so its share of them: attention along columns needs as many active
