@@ -192,6 +192,8 @@ def crosses(node: fx.Node, stretch: Sequence[fx.Node]) -> bool:
 def matched(body: Sequence[fx.Node], repeat: Repeat):
     """``(repeat, operands per stretch, output places)`` if all stretches use their operands in the same pattern."""
     patterns, operand_lists, outputs = [], [], set()
+    # a block is given every length, used or not: Inductor knows a symbol in a size, as in s + 4, from an operand that is it
+    lengths = [node for node in body[0].graph.nodes if node.op == "placeholder" and role_of(node) is Role.LENGTH]
     for stretch in stretches(body, repeat):
         place = {node: index for index, node in enumerate(stretch)}
         slots: dict[fx.Node, int] = {}
@@ -206,6 +208,8 @@ def matched(body: Sequence[fx.Node], repeat: Repeat):
 
         for node in stretch:
             fx.node.map_arg((node.args, node.kwargs), note)
+        for length in lengths:
+            slots.setdefault(length, len(slots))
         metas = [description(operand) for operand in slots]
         if None in metas:
             return None

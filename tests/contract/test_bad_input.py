@@ -226,7 +226,7 @@ def test_a_side_on_which_the_model_itself_fails(kind):
 def public_misuse():
     """What somebody who has not read the manual may try, and a part of the answer."""
     explanation = ras_compile.explain(Patches(), **call())
-    yield "a pipeline's class", lambda: ras_compile.attach(Pipe), "Pipe has no transformer to attach to"
+    yield "a pipeline's class", lambda: ras_compile.attach(Pipe), "Pipe is a class: give Pipe.from_pretrained"
     yield "nothing", lambda: ras_compile.attach(None), "attach takes a loaded diffusers pipeline, not None"
     yield (
         "a transformer",

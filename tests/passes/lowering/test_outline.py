@@ -17,6 +17,7 @@ from ras_compile.capture.export import capture
 from ras_compile.passes.algebra.layout import Frame
 from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.propagate import propagate
+from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.analysis.splices import plan
 from ras_compile.passes.lowering.outline import outline
 from ras_compile.passes.programs.program import dense_program, sparse_program
@@ -123,6 +124,20 @@ def test_four_blocks_become_four_calls_of_one_subgraph():
         assert len(calls(short)) == 4
         assert len(subgraphs(short)) == 1
         assert size(short) < 0.6 * size(program)
+
+
+def test_every_block_is_given_every_length():
+    """Without them Inductor does not know the symbol in a size such as s + 4, and refuses the whole program."""
+    dense, *_ = programs(Model())
+    with dense.graph.inserting_before(next(iter(dense.graph.nodes))):
+        length = dense.graph.placeholder("length_0")
+    length.meta.update(val=6, role=Role.LENGTH)
+    short = outlined(dense)
+    assert len(calls(short)) == 4
+    for call in calls(short):
+        assert [operand.name for operand in call.args[2:]].count("length_0") == 1
+    block = getattr(short, subgraphs(short).pop())
+    assert [role_of(node) for node in block.graph.find_nodes(op="placeholder")].count(Role.LENGTH) == 1
 
 
 @pytest.mark.compiles
