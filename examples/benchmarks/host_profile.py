@@ -35,7 +35,7 @@ PLACES: dict[str, tuple[type, str]] = {
     "backend": (CompiledGraph, "__call__"),
     "decide": (TransformerState, "decide"),
     "choose rows": (RowChooser, "rows"),
-    "selection": (Selection, "choose"),
+    "selection": (Selection, "__call__"),
     "program": (Plan, "run_sparse"),
     "addresses of weights": (ProgramGraphs, "_addresses"),
     "copies in": (Slot, "fill"),

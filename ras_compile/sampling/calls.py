@@ -90,6 +90,7 @@ class Run:
     key: Hashable
     base: int
     num_steps: int | None
+    count: int | None  # of steps from `base` on, where known
     config: RASConfig
     schedule: Schedule
     chooser: RowChooser
@@ -105,8 +106,3 @@ class Run:
     terms: Tensor | None = None  # [entries, 2]: what makes predictions velocities, see `velocity.py`; None: they are
     # by graph: what its weights are read by, of which step, and the mark
     contents: dict[Hashable, tuple[Contents, int, Any]] = field(default_factory=dict)
-
-    @property
-    def count(self) -> int | None:
-        """Steps of the run, where known."""
-        return None if self.num_steps is None else self.num_steps - self.base

@@ -270,7 +270,7 @@ class TransformerState:
         schedule.check(count, late=base > 0 or (said is not None and said.late))
         check_named = place.step is None or config.context == "frozen"
         branches, chooser = Branches(check_named), RowChooser(config, self._selection)
-        run = Run(place.key, base, place.num_steps, config, schedule, chooser, branches, epoch=self._epoch)
+        run = Run(place.key, base, place.num_steps, count, config, schedule, chooser, branches, epoch=self._epoch)
         follows = config.metric == "drift" or config.noise_reuse in _LINES
         if follows and follower is not None and call.spread is None and (terms := follower.velocity_terms()):
             run.terms = torch.tensor(terms, device=call.latent.device)

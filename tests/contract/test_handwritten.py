@@ -83,7 +83,7 @@ def test_the_example_runs(capsys, monkeypatch):
     handwritten_dit.main()
     printed = capsys.readouterr().out
     assert "192 tokens, grid 12 x 16" in printed
-    for step, kind in enumerate("dddsssssdsss"):
+    for step, kind in enumerate("dddsssdssssd"):
         calls = [line.split() for line in printed.splitlines() if line.startswith(f"step {step:2d} ")]
         assert [call[2] for call in calls] == ["cond", "uncond"]
         assert all(call[3].startswith(kind) for call in calls)
