@@ -76,7 +76,7 @@ def test_a_pipeline_is_explained_by_one_call():
     end = str(told).splitlines()[-1]
     assert end == told.words
     assert end.startswith(
-        "In a run of 10 steps, 4 compute the whole picture, and 6 compute 25 % of its 16 tokens on average"
+        "In a run of 10 steps, 5 compute the whole picture, and 5 compute 25 % of its 16 tokens on average"
     )
     assert f"{told.speedup(num_steps=10):.2f} times less" in end and "MiB of memory" in end
 
