@@ -256,11 +256,13 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     here = tiles.Timings("cpu")
     here.add("before", [1.0])
 
-    def full(*given, **options):
+    def full(handle, *given):
+        os.close(handle)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tiles.json, "dump", full)
-    here.add("more", [2.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles.os, "fdopen", full)
+        here.add("more", [2.0])
     assert here.known == {"before": [1.0], "more": [2.0]} and tiles.Timings("cpu").known == {"before": [1.0]}
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".lock"]
     assert counted() == {"timings of kernels kept by this process alone": 1}

@@ -162,7 +162,6 @@ print(picture.sum().item(), counters["inductor"]["fxgraph_cache_miss"] + counter
 @pytest.mark.slow
 def test_another_process_compiles_nothing(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setenv()  # dearer than these few kernels, in a new folder
     for what in ("save", "load"):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / what))
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"), prepend=":")
