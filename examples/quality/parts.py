@@ -40,6 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "quality, counted from the start": dict(preset="quality", reset_from="start"),
     "balanced": dict(preset="balanced"),
     "balanced, counted from the start": dict(preset="balanced", reset_from="start"),
+    "quality, caches go on": dict(preset="quality", cache_reuse="forecast"),
+    "balanced, caches go on": dict(preset="balanced", cache_reuse="forecast"),
 }
 
 
