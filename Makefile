@@ -32,7 +32,7 @@ audit: .venv/.installed
 	$(BIN)/pytest -q tests/test_dependencies.py
 	$(BIN)/python tests/audit.py
 
-# What changes most: no zoo of models, no pipelines, no compilation by Inductor, no other processes. Their files are not imported.
+# What changes most, in about two minutes of two cores: no zoo of models, no pipelines, no compilation by Inductor, no other processes. Their files are not imported.
 quick: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder --timeout 120 -p no:randomly -m "not (zoo or pipelines or compiles or slow or gpu)" $(ARGS)
 
