@@ -9,8 +9,6 @@ from torch import nn
 from ras_compile._torch import ignore_warning_once
 from ras_compile.errors import ConfigError
 
-__all__ = ["settle_sharding_hooks"]
-
 
 def settle_sharding_hooks(model: nn.Module) -> None:
     """Lets Dynamo trace a model's hooks that take a process's part of a tensor; nothing where it has none.
@@ -22,10 +20,8 @@ def settle_sharding_hooks(model: nn.Module) -> None:
         ConfigError: the processes cannot have equally many heads; Dynamo's error of that names no heads.
     """
     shared = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
-    degree, heads = (
-        getattr(shared, "ulysses_degree", 1),
-        getattr(getattr(model, "config", None), "num_attention_heads", 0),
-    )
+    degree = getattr(shared, "ulysses_degree", 1)
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", 0)
     if isinstance(heads, int) and heads % degree:
         raise ConfigError(
             f"ulysses_degree={degree} does not divide the {heads} heads of {type(model).__name__}; take a degree that does."

@@ -21,8 +21,6 @@ from torch import Tensor, fx
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.rules.registry import source_line
 
-__all__ = ["of_parts"]
-
 
 def of_parts(graph: fx.GraphModule) -> fx.GraphModule:
     """A graph on the parts that this process holds; the graph itself where no tensor is sharded.
@@ -33,14 +31,14 @@ def of_parts(graph: fx.GraphModule) -> fx.GraphModule:
     Raises:
         UnsupportedGraph: what a sharded tensor is used for is none of the layers above.
     """
-    if not any(_spec(node) is not None for node in graph.graph.nodes):
+    if not any(_sharded(node) is not None for node in graph.graph.nodes):
         return graph
     new, env = fx.Graph(), dict[Any, fx.Node]()
     part = env.__getitem__
 
     for node in graph.graph.nodes:
-        given = [operand for operand in node.all_input_nodes if _spec(operand) is not None]
-        if _spec(node) is None and not given:
+        given = [operand for operand in node.all_input_nodes if _sharded(operand) is not None]
+        if _sharded(node) is None and not given:
             env[node] = new.node_copy(node, part)
             continue
         line = source_line(node)
@@ -55,17 +53,17 @@ def of_parts(graph: fx.GraphModule) -> fx.GraphModule:
             env[node] = _redistributed(new, env[node.args[0]], node, line)
         elif all(_kind(operand, line) == "all" for operand in (node, *given)):
             env[node] = new.node_copy(node, part)
-        elif node.target is F.linear or node.target is torch._C._nn.linear:
+        elif node.target is F.linear:
             env[node] = _linear(new, env, node, line)
         else:
             raise _unsupported(f"in {_named(node)}", line)
     return fx.GraphModule(graph, new)
 
 
-def _spec(node: fx.Node) -> Any:
-    """How a value is laid out over the processes; None for a plain tensor."""
+def _sharded(node: fx.Node) -> Any:
+    """A value that is laid out over the processes, a DTensor; None for a plain tensor."""
     value: Any = node.meta.get("example_value")
-    return value._spec if type(value).__name__ == "DTensor" else None
+    return value if type(value).__name__ == "DTensor" else None
 
 
 def _named(node: fx.Node) -> str:
@@ -75,11 +73,11 @@ def _named(node: fx.Node) -> str:
 def _kind(node: fx.Node, line: str | None) -> str:
     """Where a value's entries are: "all" in each process, "columns" or "rows" split by its last or first dimension, or "sum":
     each process holds a term."""
-    spec = _spec(node)
-    if len(spec.placements) != 1:
+    value = _sharded(node)
+    if len(value.placements) != 1:
         raise _unsupported("over a mesh of several dimensions", line)
-    (placement,) = spec.placements
-    rank = len(spec.tensor_meta.shape)
+    (placement,) = value.placements
+    rank = value.ndim
     if placement.is_replicate():
         return "all"
     if placement.is_partial() and placement.reduce_op == "sum":
@@ -98,7 +96,7 @@ def _linear(new: fx.Graph, env: dict[Any, fx.Node], node: fx.Node, line: str | N
     kinds = _kind(x, line), _kind(weight, line), _kind(node, line)
     own = None if bias is None else env[bias]
     if kinds == ("columns", "columns", "sum"):  # each process adds its share of the bias
-        count = _spec(node).mesh.size()
+        count = _sharded(node).device_mesh.size()
         own = None if own is None or _kind(bias, line) != "all" else new.call_function(torch.div, (own, count))
         if bias is not None and own is None:
             raise _unsupported("with a bias that is split beside a sum", line)
@@ -111,19 +109,20 @@ def _linear(new: fx.Graph, env: dict[Any, fx.Node], node: fx.Node, line: str | N
 
 def _redistributed(new: fx.Graph, value: fx.Node, node: fx.Node, line: str | None) -> fx.Node:
     """A value whose parts are laid out anew; where they are put together, each process adds its own to zeros elsewhere."""
-    spec = _spec(node)
+    wanted = _sharded(node)
+    mesh = wanted.device_mesh
     before, after = _kind(node.all_input_nodes[0], line), _kind(node, line)
     if before == after:
         return value
-    size, rank = spec.mesh.size(), spec.mesh.get_local_rank()
-    width, rest = divmod(spec.tensor_meta.shape[-1], size)
+    size, rank = mesh.size(), mesh.get_local_rank()
+    width, rest = divmod(wanted.shape[-1], size)
     if rest or "rows" in (before, after) or after == "sum":
-        raise _unsupported(f"laid out anew as {spec.placements[0]}", line)
+        raise _unsupported(f"laid out anew as {wanted.placements[0]}", line)
     if before == "columns":
         value = new.call_function(F.pad, (value, (rank * width, (size - 1 - rank) * width)))
     if before != "all":
         c10d = torch.ops._c10d_functional
-        sent = new.call_function(c10d.all_reduce.default, (value, "sum", spec.mesh.get_group().group_name))
+        sent = new.call_function(c10d.all_reduce.default, (value, "sum", mesh.get_group().group_name))
         value = new.call_function(c10d.wait_tensor.default, (sent,))
     return value if after == "all" else new.call_function(torch.narrow, (value, -1, rank * width, width))
 

@@ -95,6 +95,14 @@ def test_contract(attention, count):
         assert math.isclose(sparse - rows, dense * (TOKENS // count // 4) / (TOKENS // count))
 
 
+def on_a_cpu() -> None:
+    """This process computes in float64, and diffusers takes its CPU for the accelerator that it asks for."""
+    torch.set_default_dtype(torch.float64)
+    torch.accelerator.device_count = lambda: 1
+    torch._C._get_accelerator = lambda: torch.device("cpu")
+    torch.manual_seed(0)
+
+
 def against_one(shared: Subject, alone: Subject, whole: bool) -> float:
     """The largest error of what all processes return for the whole latent, over a dense and two sparse steps.
 
@@ -163,10 +171,7 @@ def test_parallelism_of_diffusers(monkeypatch):
         return flux(**config).eval()
 
     def work(rank: int) -> Any:
-        torch.set_default_dtype(torch.float64)
-        torch.accelerator.device_count = lambda: 1
-        torch._C._get_accelerator = lambda: torch.device("cpu")
-        torch.manual_seed(0)
+        on_a_cpu()
         given = dict(
             hidden_states=inputs(0)["latent"], encoder_hidden_states=torch.randn(SAMPLES, 8, 32),
             pooled_projections=torch.randn(SAMPLES, 32), timestep=torch.ones(SAMPLES),
@@ -201,10 +206,7 @@ def test_context_parallel_of_a_video():
         return wan(**config).eval()
 
     def work(rank: int) -> Any:
-        torch.set_default_dtype(torch.float64)
-        torch.accelerator.device_count = lambda: 1
-        torch._C._get_accelerator = lambda: torch.device("cpu")
-        torch.manual_seed(0)
+        on_a_cpu()
         given = dict(
             hidden_states=torch.randn(SAMPLES, 4, 3, 4, 8), timestep=torch.ones(SAMPLES),
             encoder_hidden_states=torch.randn(SAMPLES, 7, 16), return_dict=False,

@@ -34,3 +34,17 @@ def test_alpha_and_sigma_mix_the_clean_sample_and_the_noise(name):
     alpha, sigma = _diffusers.alpha_and_sigma(scheduler, given)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
     torch.testing.assert_close(sigma / alpha, given)
+
+
+def test_a_hook_that_shares_tokens_remembers_places_of_arguments():
+    """`capture/sharding.py` fills them in before the hook's first call, which looks them up in a way that cannot be traced."""
+    hooks = pytest.importorskip("diffusers.hooks.context_parallel")
+
+    class Model(torch.nn.Module):
+        def forward(self, latent, text=None):
+            return latent
+
+    known = hooks.ModuleForwardMetadata(_cls=Model)
+    assert known.cached_parameter_indices is None
+    assert known._get_parameter_from_args_kwargs("text", (1, 2))[0] == 2
+    assert known.cached_parameter_indices == {"latent": 0, "text": 1}
