@@ -25,9 +25,11 @@ CORPUS = {
     "an odd latent with a skip, padded by a reflection": plain("mlp", frame=(0, 6, 1, 0, 3, 0, 0, 1, 0, 2)),
     "feed-forward in chunks": plain("pieces", 0),
     "noise in other strides than the latent": plain("windows", 2, frame=(0, 4, 2, 0, 1)),
-    "an odd side that shares a dimension with another": plain("convolved", 47, frame=(0, 54)),
+    "an odd side that shares a dimension with another": Recipe(
+        padded((0, 54), 2 * CHOICES), (("windows", padded((21,), CHOICES)), ("convolved", padded((47,), CHOICES)))
+    ),
 }
 
 # What the region cannot have as the model's tokens, and so its share of them: attention along columns needs as many active
-# tokens in each, which are rows of the grid of 4 by 3.
-SHARES = {"noise in other strides than the latent": 1 / 3}
+# tokens in each, which are rows of the grid of 4 by 3; a convolution with strides takes tokens together.
+SHARES = {"noise in other strides than the latent": 1 / 3, "an odd side that shares a dimension with another": 1 / 3}
