@@ -197,6 +197,20 @@ def points() -> list[Setting]:
     return adaptive + [Setting("dense", steps, sampler) for sampler, counts in plain for steps in counts]
 
 
+def slopes() -> list[Setting]:
+    """Region-adaptive rows whose cached keys and values go on between dense steps."""
+
+    def going_on(name: str, steps: int, variant: str = "", **options: Any) -> Setting:
+        given = dict(preset=name, cache_reuse="forecast", **options)
+        return Setting("RAS", steps, "dpm++", given, f"preset {name}{variant}, caches go on")
+
+    return [
+        *(going_on("quality", steps) for steps in (12, 14, 17, 20, 22, 25, 29, 36)),
+        *(going_on("balanced", steps) for steps in (14, 20, 24, 28)),
+        *(going_on("quality", steps, ", half the tokens", sample_ratio=0.11) for steps in (20, 28)),
+    ]
+
+
 def caches() -> list[Setting]:
     """Whole layers reused or forecast, with the solver that serves region-adaptive rows best; and another rule for tokens."""
 
@@ -280,7 +294,7 @@ def sweep() -> list[Setting]:
 
 
 FRONTIER: dict[str, Callable[[], list[Setting]]] = {
-    "points": points, "caches": caches, "solvers": solvers, "presets": presets, "sweep": sweep,
+    "points": points, "slopes": slopes, "caches": caches, "solvers": solvers, "presets": presets, "sweep": sweep,
 }  # fmt: skip
 
 
