@@ -3,13 +3,13 @@
     python tests/mutants 200 --seed 1                # all that call it: the nearest, then up to --further seconds of the others
     python tests/mutants 100 --seed 1 --near         # the nearest alone: minutes, not hours
 
-    # On a machine of 64 cores that has no installed package (here below `build/laid`), 9 minutes:
+    # On a machine of 32 cores that has no installed package (here below `build/laid`), 15 minutes:
     mkdir -p build/laid && cp -r ras_compile build/laid/ && cp -r passes kernels build/laid/ras_compile/
-    PYTHONPATH=build/laid python tests/mutants 2000 --seed 31 --jobs 60 --further 120 --minutes 9
+    PYTHONPATH=build/laid python tests/mutants 2000 --seed 31 --jobs 32 --further 60 --look 180 --minutes 15
 
-Each mutant is told in one line, as soon as it is judged: the verdict, the file with its line, the function, the change, and why.
-Many runs may go on at the same time. What tests call is looked at once (some minutes) and kept in `build/mutants`; tests that
-fail without a mutant are named there as "failed", counted at the start, and left out.
+Each mutant is told in one line, as soon as it is judged: the verdict, the file with its line, the function, the change, and why;
+and the score so far from time to time. Many runs may go on at the same time. What tests call is looked at once (for `--look`
+seconds at most) and kept in `build/mutants`; tests that fail without a mutant are counted at the start, and left out.
 """
 
 from __future__ import annotations
@@ -28,18 +28,30 @@ os.environ.setdefault("RAS_SPEC", "1")  # the spec holds after every pass of eve
 from equivalents import EQUIVALENT
 from forked import Picked, preload, run_tests
 from mutations import Mutant, all_mutants, sample
-from nearest import Chosen, Nearest
+from nearest import FURTHER, TESTS, Chosen, Nearest
 
 
 class Verdict(NamedTuple):
-    """What became of a mutant: "killed", "survived", "equivalent", "no test" (none runs it) or "unfinished"; and why."""
+    """What became of a mutant, and why.
+
+    "killed", "survived", "equivalent", "no test" (none runs it), "unfinished" or "not begun" (the time was over).
+    """
 
     what: str
     why: str
 
 
+def score(counts: Counter[str]) -> str:
+    """The share that is killed: of those that are judged, and where all that was begun and not finished had survived."""
+    killed, judged = counts["killed"], counts["killed"] + counts["survived"] + counts["no test"]
+    begun = judged + counts["unfinished"]
+    return f"killed: {killed} of {judged}, {killed / max(judged, 1):.1%} (at least {killed / max(begun, 1):.1%})"
+
+
 def tried(mutant: Mutant, stages: tuple[Chosen, ...], end: float) -> Verdict:
     """Runs the tests of each stage until one fails; ``end`` is when to stop, as `time.monotonic` counts."""
+    if time.monotonic() >= end:
+        return Verdict("not begun", "")
     if mutant.name in EQUIVALENT:
         return Verdict("equivalent", EQUIVALENT[mutant.name])
     passed, seconds = 0, 0.0
@@ -53,7 +65,7 @@ def tried(mutant: Mutant, stages: tuple[Chosen, ...], end: float) -> Verdict:
                 [Picked(list(stage.seconds))],
                 change=(mutant.path, mutant.source),
                 limit=min(stage.limit, left),
-                each=60 + 3 * max(stage.seconds.values()),
+                each=30 + 3 * max(stage.seconds.values()),
             )
             if found.ended == "slow" and time.monotonic() >= end:
                 return Verdict("unfinished", f"{passed} tests passed")
@@ -72,6 +84,7 @@ def main() -> int:
     parser.add_argument("--near", action="store_true", help="the nearest tests alone")
     parser.add_argument("--further", type=float, default=300, help="seconds of further tests for one mutant")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time")
+    parser.add_argument("--look", type=float, default=1e6, help="seconds for looking at which tests call what")
     parser.add_argument("--minutes", type=float, default=1e6, help="after which all stops, and what is known is told")
     given = parser.parse_args()
     start, end = time.perf_counter(), time.monotonic() + 60 * given.minutes
@@ -81,7 +94,7 @@ def main() -> int:
     counts: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {}
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("fork")) as pool:
-        nearest = Nearest(pool, parts=min(8, 1 + given.jobs // 8))
+        nearest = Nearest(pool, given.jobs, TESTS if given.near else TESTS + FURTHER, given.look)
         print(f"{len(nearest.seconds)} tests; {len(nearest.left_out)} fail or are skipped without a mutant", flush=True)
         running = {}
         for mutant in drawn:
@@ -92,13 +105,15 @@ def main() -> int:
             counts[what] += 1
             kinds.setdefault(mutant.kind, Counter())[what] += 1
             place = f"{mutant.path}:{mutant.line} {mutant.function}: {mutant.text}"
-            print(f"{number:4d} {what:10s} {place}  [{' '.join(why.split())[-300:]}]", flush=True)
-    judged = counts["killed"] + counts["survived"] + counts["no test"]
+            if what != "not begun":
+                print(f"{number:4d} {what:10s} {place}  [{' '.join(why.split())[-300:]}]", flush=True)
+            if number % 25 == 0 and what != "not begun":
+                print(f"     {score(counts)}", flush=True)
     took = time.perf_counter() - start
     print(f"{sum(counts.values())} of {len(mutants)} mutants, seed {given.seed}, in {took:.0f} s: {dict(counts)}")
     for kind, found in kinds.items():
         print(f"    {kind:10s} {dict(found)}")
-    print(f"killed: {counts['killed'] / max(judged, 1):.1%} of those that are judged and not equivalent")
+    print(score(counts))
     return 0
 
 

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import CodeType
@@ -37,11 +37,13 @@ class Outcome:
     Attributes:
         said: the failed test, or the end of what was printed.
         seconds: how long they took.
+        code: the exit status.
     """
 
     ended: str
     said: str
     seconds: float
+    code: int = 0
 
 
 @dataclass(eq=False)
@@ -82,12 +84,12 @@ def _first(item: pytest.Item) -> int:
     return item.callspec.params.get("first", 0) if hasattr(item, "callspec") else 0
 
 
-@dataclass(eq=False)
 class Watched:
     """A plugin of pytest: which functions of the repository's library each test calls, and how long it takes."""
 
-    reached: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    def ended(self, name: str, seconds: float, reached: set[tuple[str, str]]) -> None:
+        """Called behind each test."""
+        raise NotImplementedError
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
@@ -107,10 +109,8 @@ class Watched:
         finally:
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]  # it takes None, too
-            self.seconds[item.nodeid] = time.perf_counter() - begun
-            self.reached[item.nodeid] = {
-                (path, _plain(code.co_qualname)) for code in codes if (path := repository_path(code.co_filename))
-            }
+            places = ((repository_path(code.co_filename), _plain(code.co_qualname)) for code in codes)
+            self.ended(item.nodeid, time.perf_counter() - begun, {(path, name) for path, name in places if path})
 
 
 def _plain(name: str) -> str:
@@ -163,7 +163,7 @@ def replace(path: str, source: str) -> None:
 
 def preload() -> None:
     """What takes long to import and is not ours. No test uses a GPU: a process that was forked could not."""
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1", CUDA_VISIBLE_DEVICES="")
     import hypothesis  # noqa: F401
     import scipy  # noqa: F401
     import torch._dynamo
@@ -207,7 +207,7 @@ def run_tests(
                     replace(*change)
                 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = scratch
                 options = [*OPTIONS, f"--timeout={each:.0f}", f"--basetemp={scratch}/tests"]
-                options += ["-x", "--no-header", "--tb=line"] if change else []
+                options += ["-x", "--no-header", "--tb=line"] if change else ["--continue-on-collection-errors"]
                 code = int(pytest.main([*options, *files], plugins=plugins))
                 code = 5 if change and not code and not replaced else code  # another copy of the library was tested
                 sys.stdout.flush()
@@ -222,7 +222,7 @@ def run_tests(
     failed = [line.removeprefix(FAILED).split(" - ")[0] for line in text.splitlines() if line.startswith(FAILED)]
     code = os.waitstatus_to_exitcode(status)
     ended = {0: "passed", 5: "nothing"}.get(code, "failed")
-    return Outcome(ended, failed[0] if failed else f"exit {code}: {text[-1500:]}" if code else "", seconds)
+    return Outcome(ended, failed[0] if failed else f"exit {code}: {text[-1500:]}" if code else "", seconds, code)
 
 
 def _wait(child: int, end: float) -> int | None:

@@ -1,21 +1,24 @@
 """Which tests are nearest to a function: those of the file that mirrors its own, then all that call it, the quick ones first.
 
-Which call it is found by running each file of tests once, and kept in `build/mutants` until the file or PyTorch changes. (What
-the library calls changes little; without the folder all is looked at anew.) Tests that fail as they are are left out.
+Which call it is found by running each test once, and kept in `build/mutants`, a line for each test, until its file or PyTorch
+changes: what was interrupted goes on there. (What the library calls changes little; without the folder all is looked at anew.)
+Tests that fail as they are are left out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
-import os
 import platform
-import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from forked import ROOT, Part, Short, Watched, run_tests
 
 # Unit tests of what is mutated: which of them call a function is looked at once.
@@ -53,33 +56,37 @@ class Nearest:
     """Which tests call which function.
 
     Args:
-        pool: processes that look at parts of files, where this has not been done.
-        parts: of each file.
+        pool: processes that run the tests that have not been looked at.
+        jobs: how many of them.
+        names: files and folders of tests.
+        seconds: after which what has been seen must do.
     """
 
-    def __init__(self, pool: Executor, parts: int) -> None:
+    def __init__(self, pool: Executor, jobs: int, names: Sequence[str] = TESTS + FURTHER, seconds: float = 1e6) -> None:
         self.seconds: dict[str, float] = {}
         self.reached: dict[str, set[tuple[str, str]]] = {}
         self.left_out: list[str] = []
-        missing: dict[Future[dict], Path] = {}
-        found: dict[Path, list[dict]] = {}
-        for path in _files():
-            if not (kept := _kept(path)).exists():
-                missing |= {pool.submit(look, path, part, parts): kept for part in range(parts)}
-            found[kept] = []
-        for number, done in enumerate(as_completed(missing), 1):
-            kept = missing[done]
-            found[kept].append(done.result())
-            print(f"which functions tests call: {number} of {len(missing)}", flush=True)
-            if len(found[kept]) == parts:
-                _write(
-                    kept, {key: _joined(part[key] for part in found[kept]) for key in ("seconds", "reached", "failed")}
-                )
-        for kept in found:
-            of_file = json.loads(kept.read_text())
-            self.seconds |= of_file["seconds"]
-            self.reached |= {name: set(map(tuple, reached)) for name, reached in of_file["reached"].items()}
-            self.left_out += of_file["failed"]
+        PLACE.mkdir(parents=True, exist_ok=True)
+        kept = {path: _kept(path) for path in _files(names)}
+        missing = [path for path, place in kept.items() if not any("whole" in line for line in _lines(place))]
+        begun = time.monotonic()
+        running = {pool.submit(look, missing, part, jobs, seconds) for part in range(jobs if missing else 0)}
+        waiting = running
+        while waiting:
+            _, waiting = wait(waiting, timeout=10)
+            number = sum(len(list(_lines(kept[path]))) for path in missing)
+            print(f"which functions tests call: {number} tests in {time.monotonic() - begun:.0f} s", flush=True)
+        for said in filter(None, (part.result() for part in running)):
+            print(f"not every test was looked at: {said}", flush=True)
+        if not any(part.result() for part in running):
+            for path in missing:
+                _write(kept[path], {"whole": True})
+        for line in (line for place in kept.values() for line in _lines(place) if "test" in line):
+            if "reached" in line:
+                self.seconds[line["test"]] = line["seconds"]
+                self.reached[line["test"]] = set(map(tuple, line["reached"]))
+            else:
+                self.left_out.append(line["test"])
 
     def to(self, path: str, function: str, further: float) -> tuple[Chosen, Chosen]:
         """The nearest tests, and the others that call the function; in the whole file where nothing calls the function.
@@ -111,63 +118,73 @@ class Nearest:
         return Chosen(chosen)
 
 
-def look(path: Path, part: int, parts: int) -> dict:
-    """What one part of a file of tests calls, how long its tests take, and which fail as they are."""
-    name = path.relative_to(ROOT).as_posix()
-    with tempfile.TemporaryDirectory() as folder:
-        seen = Path(folder) / "seen.json"
-        found = run_tests([name], [Short(SEEDS), Part(part, parts), _Kept(seen)], limit=1200, each=120)
-        if not seen.exists():
-            raise RuntimeError(f"the tests of {name} could not be run: {found.said}")
-        return json.loads(seen.read_text())
+def look(paths: Sequence[Path], part: int, parts: int, seconds: float) -> str:
+    """Looks at every so many-th test of the files, in their order: what it calls, how long it takes, whether it fails as it is.
+
+    Returns: what stopped it before the end; empty where nothing did.
+    """
+    names = [path.relative_to(ROOT).as_posix() for path in paths]
+    done = {line["test"] for path in paths for line in _lines(_kept(path)) if "test" in line}
+    found = run_tests(names, [Short(SEEDS), Unseen(done), Part(part, parts), Noting()], limit=seconds, each=120)
+    return "" if found.ended in ("passed", "nothing") or found.code == pytest.ExitCode.TESTS_FAILED else found.said
 
 
-class _Kept(Watched):
-    """Writes down what it has seen, in the child's process."""
+@dataclass(eq=False)
+class Unseen:
+    """A plugin of pytest: leaves out the named tests."""
 
-    def __init__(self, path: Path) -> None:
+    seen: set[str]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid not in self.seen]
+
+
+class Noting(Watched):
+    """Writes down what it has seen of a test as soon as that has ended, in the child's process."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.path, self.failed = path, set[str]()
+        self.failed: set[str] = set()
 
-    def pytest_runtest_logreport(self, report) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.outcome != "passed":
             self.failed.add(report.nodeid)
 
-    def pytest_collectreport(self, report) -> None:
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.failed.add(report.nodeid)
+            _write(_kept(ROOT / report.nodeid), {"test": report.nodeid})
 
-    def pytest_sessionfinish(self) -> None:
-        good = [name for name in self.reached if name not in self.failed]
-        found = {
-            "seconds": {name: self.seconds[name] for name in good},
-            "reached": {name: sorted(self.reached[name]) for name in good},
-            "failed": dict.fromkeys(sorted(self.failed), True),
-        }
-        self.path.write_text(json.dumps(found))
+    def ended(self, name: str, seconds: float, reached: set[tuple[str, str]]) -> None:
+        line: dict[str, object] = {"test": name}
+        if name not in self.failed:
+            line |= {"seconds": round(seconds, 4), "reached": sorted(reached)}
+        _write(_kept(ROOT / name.split("::")[0]), line)
 
 
+@functools.cache
 def _kept(path: Path) -> Path:
     """Where what was seen of a file of tests is kept."""
     import torch  # not before the process is made ready for it
 
     key = f"{path.relative_to(ROOT)} {torch.__version__} {platform.python_version()}".encode() + path.read_bytes()
-    return PLACE / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}.json"
+    return PLACE / f"{path.stem}-{hashlib.sha256(key).hexdigest()[:16]}.jsonl"
 
 
-def _joined(parts: Iterator[dict]) -> dict:
-    return {name: value for part in parts for name, value in part.items()}
+def _lines(path: Path) -> Iterator[dict]:
+    """What was written there; a line that was cut off when a process ended is none."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
-def _write(path: Path, found: dict) -> None:
-    """At once, so that another run sees all of it or nothing."""
-    PLACE.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=PLACE, delete=False) as file:
-        json.dump(found, file)
-    os.replace(file.name, path)
+def _write(path: Path, line: dict) -> None:
+    """At once, as other processes write there, too."""
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{json.dumps(line)}\n".encode())
 
 
-def _files() -> Iterator[Path]:
-    for name in TESTS + FURTHER:
+def _files(names: Sequence[str]) -> Iterator[Path]:
+    for name in names:
         place = ROOT / name
         yield from sorted(place.rglob("test_*.py")) if place.is_dir() else [place]
