@@ -81,6 +81,7 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own hook, which reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         for lane in lanes_of(item.path) + ["compiles"] * ("run_interpreted" in item.fixturenames):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import tomllib
@@ -197,3 +198,9 @@ def test_a_missing_file_is_seen():
         "examples/nothing.py",
     ]
     assert linked(text) == ["docs/nowhere.md"]
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs all tests of all files")
+def test_one_process_runs_all_tests_of_a_file(request):
+    """What they share is made once; xdist knows a group by the end of the test's name."""
+    assert request.node.nodeid.endswith(f"@{request.path}")
