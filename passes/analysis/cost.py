@@ -19,6 +19,7 @@ from ras_compile._torch import OpOverload, schema_of
 from ras_compile.passes.algebra.layout import Layout, Sizes
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.splices import SparsePlan
+from ras_compile.passes.rules.attention import ATTENTION
 from ras_compile.passes.rules.collectives import COLLECTIVES, sent_by
 from ras_compile.passes.rules.registry import Gather, Step, Use, operands
 
@@ -73,6 +74,8 @@ def flops_of(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> Any:
         shapes: shapes of its tensor operands, in order; entries may be sympy expressions.
         out: shape of its result.
     """
+    if node.target in ATTENTION:
+        return _attention(*shapes)
     name = schema_of(node.target).name if isinstance(node.target, OpOverload) else ""
     match name:
         case "aten::linear":
@@ -85,8 +88,6 @@ def flops_of(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> Any:
             return _matmul(*shapes[1:])
         case "ras_compile::token_wise":  # all its experts: how many a token goes through, nothing here says
             return sum(_linear(shapes[0], weight) for weight in shapes[1:] if len(weight) == 2)
-        case "aten::scaled_dot_product_attention":
-            return _attention(*shapes)
         case "aten::einsum":
             return _einsum(str(node.args[0]))(*shapes)
         case "aten::conv1d" | "aten::conv2d" | "aten::conv3d":
@@ -171,7 +172,7 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
     dense_flops, sparse_flops, dense_bytes, sparse_bytes = 0, sympy.Integer(0), 0, sympy.Integer(0)
     dense_sent, sparse_sent, attended = sympy.Integer(0), sympy.Integer(0), 0
     for node in analysis.graph.nodes:
-        value = node.meta.get("val")
+        value = first(node.meta.get("val"))
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
         given = operands(node)
@@ -188,7 +189,7 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
         widths = [operand.meta["val"].element_size() for operand in given] + [value.element_size()]
         traffic = sum(w * math.prod(s) for w, s in zip(widths, [*whole, tuple(value.shape)], strict=True))
         dense_flops, dense_bytes = dense_flops + flops, dense_bytes + traffic
-        if node.target is aten.scaled_dot_product_attention.default and step is not None and Use.WHOLE in step.uses:
+        if node.target in ATTENTION and step is not None and Use.WHOLE in step.uses:
             attended += sum(
                 w * math.prod(s) for w, s in zip((*widths[:3], widths[-1]), (*whole[:3], value.shape), strict=True)
             )
@@ -197,7 +198,8 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
         if step is not None and not step.whole:
             layouts = [analysis.layouts.get(operand) for operand in given]
             shapes = [_shape(s, u, k, sizes) for s, u, k in zip(whole, step.uses, layouts, strict=True)]
-            out = sizes.shape(step.out) if isinstance(step.out, Layout) else tuple(value.shape)
+            layout = first(step.out)
+            out = tuple(value.shape) if layout is None else sizes.shape(layout)
             flops = flops_of(node, shapes, out)
             traffic = sum(w * math.prod(s) for w, s in zip(widths, [*shapes, out], strict=True))
         sparse_flops, sparse_bytes = sparse_flops + flops, sparse_bytes + traffic
@@ -216,6 +218,11 @@ def cost(analysis: Analysis, sparse: SparsePlan) -> Cost:
         sympy.expand(sparse_sent),
         attended,
     )
+
+
+def first(results: Any) -> Any:
+    """The first result of an op with several; else the result."""
+    return results[0] if isinstance(results, (tuple, list)) else results
 
 
 def sent(node: fx.Node, step: Step | None, analysis: Analysis, sizes: Sizes) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import torch
@@ -11,6 +12,7 @@ from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.rules.collectives import COLLECTIVES, GATHERED, WAIT
 from ras_compile.passes.rules.concatenation import CONCATENATIONS, SPLITS
 from ras_compile.passes.rules.registry import named_arguments
+from ras_compile.passes.rules.views import VIEWS
 
 aten = torch.ops.aten
 
@@ -21,6 +23,9 @@ def spell_collectives(graph: fx.Graph) -> None:
     In a sparse step an operand may have other strides than in the dense one, and a backend takes no strides.
     """
     emit = Emitter.of(graph)
+    for node in list(graph.nodes):
+        if node.target in GATHERED:
+            spell_joint_gather(emit, node)
     for node in list(graph.nodes):
         if node.target in WAIT and node.args[0].target in WAIT:
             emit.replace(node, node.args[0])
@@ -61,3 +66,43 @@ def spell_gather(emit: Emitter, node: fx.Node) -> None:
         made = emit(aten.permute.default, made, order)
         made = emit(aten.reshape.default, made, shape)
     emit.replace(node, made)
+
+
+def spell_joint_gather(emit: Emitter, node: fx.Node) -> None:
+    """`all_gather(cat([k.flatten(), v.flatten()]))  ->  all_gather(k), all_gather(v)`: what is sent together, part by part.
+
+    Only where each value that is taken out of the gathered ones is one process's part: ring attention takes them like so.
+    """
+    joint = node.args[0].args[0] if is_copy(node.args[0]) else node.args[0]
+    if joint.target not in CONCATENATIONS or joint.meta["val"].ndim != 1:
+        return
+    parts = [part.args[0] for part in joint.args[0] if part.target in VIEWS]
+    stops = list(itertools.accumulate(part.meta["val"].numel() for part in parts))
+    levels = [[node]]
+    for wanted in (WAIT, SPLITS, (operator.getitem,), (aten.slice.Tensor,), VIEWS):
+        levels.append([user for one in levels[-1] for user in one.users])
+        if any(user.target not in wanted for user in levels[-1]):
+            return
+    taken = {}
+    for view in levels[-1]:
+        part, given = view.args[0], named_arguments(view.args[0])
+        stop = min(given["end"], stops[-1])
+        found = stops.index(stop) if stop in stops else 0
+        shape, first = parts[found].meta["val"].shape, stop - parts[found].meta["val"].numel()
+        if view.meta["val"].shape != shape or (given["start"] or 0, given["step"]) != (first, 1):
+            return
+        taken[view] = found, part.args[0].args[1]
+    count = named_arguments(node)["group_size"]
+    if len(parts) != len(joint.args[0]) or any(len(cut.meta["val"]) != count for cut in levels[2]):
+        return
+    gathered = []
+    with emit.graph.inserting_before(node):
+        for source in parts:
+            copy = emit(aten.clone.default, source, memory_format=torch.contiguous_format)
+            sent = emit(WAIT[0], emit(node.target, copy, *node.args[1:]))
+            gathered.append(emit(aten.reshape.default, sent, [count, *source.meta["val"].shape]))
+    for view, (found, process) in taken.items():
+        with emit.graph.inserting_before(view):
+            emit.replace(view, emit(aten.select.int, gathered[found], 0, process))
+    for one in [one for level in levels[-2::-1] for one in level]:
+        emit.graph.erase_node(one)

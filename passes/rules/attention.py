@@ -1,4 +1,8 @@
-"""Scaled dot-product attention: the queries stay sparse, keys and values are spliced."""
+"""Scaled dot-product attention: the queries stay sparse, keys and values are spliced.
+
+A kernel that is called by its own name also returns the log-sum-exp of each query's scores, by which attention to several sets of
+keys is put together (ring attention, arXiv 2310.01889).
+"""
 
 from __future__ import annotations
 
@@ -20,20 +24,27 @@ from ras_compile.passes.algebra.layout import (
 )
 from ras_compile.passes.rules.contraction import apart, counts_samples, region_atoms, smaller
 from ras_compile.passes.rules.pointwise import dense_use
-from ras_compile.passes.rules.registry import Call, Gather, Step, Use, rule_for
+from ras_compile.passes.rules.registry import Call, Gather, Result, Step, Use, rule_for
 
 aten = torch.ops.aten
 
+KERNELS = (
+    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+)  # fmt: skip
+ATTENTION = (aten.scaled_dot_product_attention.default, *KERNELS)
 
-@rule_for(aten.scaled_dot_product_attention.default)
+
+@rule_for(*ATTENTION)
 def attention(call: Call) -> Step:
     """`b h l e, b h s e, b h s f -> b h l f`; the mask, `b h l s`, is gathered on the query side."""
-    query, key, value, mask = (call.args[name] for name in ("query", "key", "value", "attn_mask"))
+    query, key, value = (call.args[name] for name in ("query", "key", "value"))
+    mask = call.args.get("attn_mask", call.args.get("attn_bias"))
     if call.args["dropout_p"]:
         raise call.unsupported("dropout in training mode: region-adaptive sampling runs a model in eval mode")
     split = split_region(call, [query, key, value])
     if split is None:
-        return call.whole(of_rows(call, query))
+        return call.whole(results(call, of_rows(call, query)))
     in_batch, layout = split
     if call.args["is_causal"] and not in_batch:
         raise call.unsupported("causal attention among tokens: spell it as a mask")
@@ -51,12 +62,21 @@ def attention(call: Call) -> Step:
         elif in_batch:
             lead = ungrouped(out.dims[-3], grouped(call, node))
             if lead is None:
-                return call.whole()
+                return call.whole(results(call, None))
             rest = [opaque(size) for size in call.shape_of(node)[-2:]]
             uses.append(dense_use(call, Layout((*out.dims[:-3], lead, *rest)), call.shape_of(node)))
         else:
             uses.append(Use.SAME)
-    return Step(out, tuple(uses))
+    return Step(results(call, out), tuple(uses))
+
+
+def results(call: Call, out: Layout | None) -> Result:
+    """The layouts of all results: a kernel's second one is the log-sum-exp, `b h l` or `b h l 1`; others have no tokens."""
+    if call.node.target not in KERNELS or out is None:
+        return call.each(out)
+    value = call.node.meta["val"]
+    of_scores = Layout((*out.dims[:-1], ()) if value[1].ndim == value[0].ndim else out.dims[:-1])
+    return (out, of_scores, *[None] * (len(value) - 2))
 
 
 def mask_use(call: Call, out: Layout, mask: fx.Node) -> Use | Gather:
@@ -135,7 +155,7 @@ def paired_batch(call: Call, nodes: Sequence[fx.Node]) -> list[Dim] | None:
 def grouped(call: Call, node: fx.Node) -> int:
     """How many heads of the queries share one head of an operand (`enable_gqa`)."""
     shape = call.shape_of(node)
-    return call.shape[-3] // shape[-3] if call.args["enable_gqa"] and len(shape) > 2 else 1
+    return call.shape[-3] // shape[-3] if call.args.get("enable_gqa") and len(shape) > 2 else 1
 
 
 def ungrouped(dim: Dim, count: int) -> Dim | None:

@@ -56,7 +56,8 @@ def joined_by(graph: fx.Graph, frame: Frame) -> Frame:
         groups.setdefault(members, Group(name, len(members), rank))
     if len(groups) > 1:
         raise UnsupportedGraph(
-            f"collectives of {len(groups)} groups of processes in one model; those of one group are supported",
+            f"collectives of {len(groups)} groups of processes in one model; those of one group are supported, "
+            "as of a Ulysses degree or of a ring degree, not of both",
             source=source_line(list(names.values())[-1]),
         )
     group = next(iter(groups.values()), None)

@@ -145,8 +145,9 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the result."""
-        return self.shape_of(self.node)
+        """Shape of the result; of several, that of the first."""
+        value = self.node.meta["val"]
+        return tuple((value[0] if isinstance(value, (tuple, list)) else value).shape)
 
     @property
     def operands(self) -> list[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,6 +13,8 @@ from ras_compile.passes.rules.contraction import grid_atoms
 from ras_compile.passes.rules.registry import Call, Step, Use, rule_for
 
 aten = torch.ops.aten
+
+VIEWS: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 
 
 def only_layout(call: Call, name: str = "self") -> Layout:
@@ -28,7 +31,7 @@ def along(call: Call) -> tuple[Layout, int]:
     return layout, call.args["dim"] % len(layout.dims)
 
 
-@rule_for(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+@rule_for(*VIEWS)
 @rule_for(aten.unflatten.int, aten.view_as.default, aten.reshape_as.default)
 def reshape(call: Call) -> Step:
     """`b (h w) c -> b h w c`: factors are regrouped; in the sparse world the same grouping has other sizes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -17,15 +18,11 @@ def settle_sharding_hooks(model: nn.Module) -> None:
     tensors it leaves alone. Neither can be traced.
 
     Raises:
-        ConfigError: the processes cannot have equally many heads; Dynamo's error of that names no heads.
+        ConfigError: the model cannot be compiled with these degrees.
     """
     shared = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
-    degree = getattr(shared, "ulysses_degree", 1)
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", 0)
-    if isinstance(heads, int) and heads % degree:
-        raise ConfigError(
-            f"ulysses_degree={degree} does not divide the {heads} heads of {type(model).__name__}; take a degree that does."
-        )
+    if shared is not None:
+        _check_degrees(model, shared)
     found = False
     for part in model.modules():
         for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values():
@@ -36,3 +33,29 @@ def settle_sharding_hooks(model: nn.Module) -> None:
                 known.cached_parameter_indices = {name: index for index, name in enumerate(names)}
     if found:
         ignore_warning_once()
+
+
+def _check_degrees(model: nn.Module, shared: Any) -> None:
+    """Says before the first step what Dynamo or diffusers would say in it, of something else.
+
+    Args:
+        shared: the model's `ContextParallelConfig`.
+    """
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", 0)
+    if isinstance(heads, int) and heads % shared.ulysses_degree:
+        raise ConfigError(
+            f"ulysses_degree={shared.ulysses_degree} does not divide the {heads} heads of {type(model).__name__}; take a degree "
+            "that does."
+        )
+    for name in ("ulysses_anything", "ring_anything"):
+        if getattr(shared, name, False):
+            raise ConfigError(
+                f"{name} asks all processes for their sizes in every call, which torch.compile cannot trace; leave it out, and "
+                "take a degree that divides the tokens of the picture and of the text."
+            )
+    layers = [part.processor for part in model.modules() if hasattr(part, "processor")]
+    if shared.ring_degree > 1 and any(getattr(layer, "_attention_backend", "") in (None, "native") for layer in layers):
+        raise ConfigError(
+            f"ring_degree={shared.ring_degree} needs a kernel that returns the log-sum-exp of attention, which diffusers' default "
+            'does not: call set_attention_backend("_native_cudnn") or ("_native_flash") of the model, or take ulysses_degree.'
+        )

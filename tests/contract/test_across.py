@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from across import Columns, Gathered, Own, Split, Transformer, Ulysses, on_ranks
+from across import Columns, Gathered, Own, Ring, Split, Transformer, Ulysses, on_a_cpu, on_ranks
 from contract import Subject, error, subject
 from torch import Tensor, nn
 
@@ -30,11 +30,23 @@ def inputs(seed: int, tokens: slice = slice(None)) -> dict[str, Tensor]:
     return {"latent": latent[:, tokens], "places": places[tokens], "time": torch.full((SAMPLES,), 0.5)}
 
 
-def made(attention: type, group: Any = None, **options: Any) -> Subject:
-    """A model over the processes of a group, each with its shard of the tokens; without a group, the same model alone."""
+@pytest.fixture(autouse=True, scope="module")
+def double() -> Iterator[None]:
+    """All processes compute in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def transformer(**layers: Any) -> nn.Module:
     torch.manual_seed(7)
-    model = Transformer(lambda: attention(16, 4, group)).eval()
-    return subject(model, inputs(0, shard() if group else slice(None)), **options)
+    return Transformer(**layers).eval()
+
+
+@pytest.fixture(scope="module")
+def alone() -> Subject:
+    """The model of one process, whatever the processes of the others send each other. It is captured once."""
+    return subject(transformer(attention=lambda: Ulysses(16, 4)), inputs(0))
 
 
 def shard() -> slice:
@@ -49,12 +61,11 @@ def everyone(rows: Tensor, tokens: int = TOKENS) -> Tensor:
     return torch.cat([rank * tokens // len(found) + own for rank, own in enumerate(found)], dim=1)
 
 
-def contract(attention: type, **options: Any) -> Callable[[int], dict[str, Any]]:
-    """What each process finds of the contract: the largest errors, and what it sends."""
+def contract(attention: type, alone: Subject) -> Callable[[int], dict[str, Any]]:
+    """What each process, with its shard of the tokens, finds of the contract: the largest errors, and what it sends."""
 
     def work(rank: int) -> dict[str, Any]:
-        torch.set_default_dtype(torch.float64)
-        shared, alone = made(attention, dist.group.WORLD, **options), made(attention, **options)
+        shared = subject(transformer(attention=lambda: attention(16, 4, dist.group.WORLD)), inputs(0, shard()))
         tokens, own = shared.frame.tokens, shard()
         dense, caches = shared.dense(shared.values)
         wanted, before = alone.dense(alone.values)
@@ -84,23 +95,14 @@ def contract(attention: type, **options: Any) -> Callable[[int], dict[str, Any]]
     return work
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("attention", [Ulysses, Gathered])
-def test_contract(attention, count):
-    for found in on_ranks(count, contract(attention)):
+@pytest.mark.parametrize(("attention", "count"), [(Ulysses, 2), (Ulysses, 4), (Gathered, 2), (Gathered, 4), (Ring, 4)])
+def test_contract(attention, count, alone):
+    for found in on_ranks(count, contract(attention, alone)):
         sparse, dense = found.pop("sent")
         assert set(found) == {"dense", "identity", "consistency", "locality", "oracle"}
         assert max(found.values()) < TIGHT, found
         rows = (count - 1) * SAMPLES * (TOKENS // count // 4) * 8
         assert math.isclose(sparse - rows, dense * (TOKENS // count // 4) / (TOKENS // count))
-
-
-def on_a_cpu() -> None:
-    """This process computes in float64, and diffusers takes its CPU for the accelerator that it asks for."""
-    torch.set_default_dtype(torch.float64)
-    torch.accelerator.device_count = lambda: 1
-    torch._C._get_accelerator = lambda: torch.device("cpu")
-    torch.manual_seed(0)
 
 
 def against_one(shared: Subject, alone: Subject, whole: bool) -> float:
@@ -126,15 +128,16 @@ def against_one(shared: Subject, alone: Subject, whole: bool) -> float:
 
 @pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind a layer"])
 def test_a_model_that_takes_its_shard_itself(behind):
-    def build(group: Any = None) -> nn.Module:
+    def build(group: Any = None) -> Subject:
         torch.manual_seed(7)
         first = nn.Linear(4, 4) if behind else None
-        return Split(Transformer(lambda: Ulysses(16, 4, group)), group, first).eval()
+        return subject(Split(Transformer(lambda: Ulysses(16, 4, group)), group, first).eval(), inputs(0))
+
+    alone = build()
 
     def work(rank: int) -> Any:
-        torch.set_default_dtype(torch.float64)
-        shared = subject(build(dist.group.WORLD), inputs(0))
-        worst = against_one(shared, subject(build(), inputs(0)), whole=True)
+        shared = build(dist.group.WORLD)
+        worst = against_one(shared, alone, whole=True)
         noise, latent = shared.dense(shared.values)[0][0], shared.values[shared.plan.latent]
         assert torch.equal(shared.plan.noise_view(noise).flatten(2), noise[:, shard()])
         assert torch.equal(shared.plan.latent_view(latent).flatten(2), latent[:, shard()])
@@ -146,19 +149,19 @@ def test_a_model_that_takes_its_shard_itself(behind):
 def test_features_that_processes_add_up():
     """Tensor parallel: every process computes the rows of the first one, whatever it was told."""
 
+    def build(group: Any = None) -> Subject:
+        return subject(transformer(attention=lambda: Own(16), feed=lambda: Columns(16, group)), inputs(0))
+
+    alone = build()
+
     def work(rank: int) -> Any:
-        torch.set_default_dtype(torch.float64)
-        torch.manual_seed(7)
-        shared = Transformer(lambda: Own(16), feed=lambda: Columns(16, dist.group.WORLD)).eval()
-        torch.manual_seed(7)
-        alone = Transformer(lambda: Own(16), feed=lambda: Columns(16)).eval()
-        return against_one(subject(shared, inputs(0)), subject(alone, inputs(0)), whole=False)
+        return against_one(build(dist.group.WORLD), alone, whole=False)
 
     assert max(on_ranks(2, work)) < TIGHT
 
 
 def test_parallelism_of_diffusers(monkeypatch):
-    """Ulysses and tensor parallel on a joint sequence; diffusers' look for an accelerator is answered with the CPU."""
+    """Ulysses, ring attention and tensor parallel on a joint sequence."""
     diffusers = pytest.importorskip("diffusers", minversion="0.38")
     flux = diffusers.FluxTransformer2DModel  # imported here once, and not in each process
     config = dict(
@@ -166,25 +169,28 @@ def test_parallelism_of_diffusers(monkeypatch):
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
     )  # fmt: skip
 
+    given = dict(
+        hidden_states=inputs(0)["latent"], encoder_hidden_states=torch.randn(SAMPLES, 8, 32),
+        pooled_projections=torch.randn(SAMPLES, 32), timestep=torch.ones(SAMPLES),
+        img_ids=torch.randn(TOKENS, 3), txt_ids=torch.zeros(8, 3), return_dict=False,
+    )  # fmt: skip
+
     def build() -> Any:
         torch.manual_seed(7)
         return flux(**config).eval()
 
+    alone = subject(build(), given)
+
     def work(rank: int) -> Any:
         on_a_cpu()
-        given = dict(
-            hidden_states=inputs(0)["latent"], encoder_hidden_states=torch.randn(SAMPLES, 8, 32),
-            pooled_projections=torch.randn(SAMPLES, 32), timestep=torch.ones(SAMPLES),
-            img_ids=torch.randn(TOKENS, 3), txt_ids=torch.zeros(8, 3), return_dict=False,
-        )  # fmt: skip
-        alone, worst = subject(build(), given), []
-        ways = [(diffusers.ContextParallelConfig(ulysses_degree=2), True)]
+        worst, of_tokens = [], diffusers.ContextParallelConfig
+        ways = [("native", of_tokens(ulysses_degree=2), True), ("_native_flash", of_tokens(ring_degree=2), True)]
         if hasattr(diffusers, "TensorParallelConfig"):  # since 0.42
             monkeypatch.setattr("diffusers.hooks.tensor_parallel._SUPPORTED_TP_DEVICES", ("cpu",))
-            ways.append((diffusers.TensorParallelConfig(tp_degree=2), False))
-        for way, whole in ways:
+            ways.append(("native", diffusers.TensorParallelConfig(tp_degree=2), False))
+        for kernel, way, whole in ways:
             model = build()
-            model.set_attention_backend("native")
+            model.set_attention_backend(kernel)
             model.enable_parallelism(config=way)
             worst.append(against_one(subject(model, given), alone, whole))
         return max(worst)
@@ -197,26 +203,28 @@ def test_context_parallel_of_a_video():
     diffusers = pytest.importorskip("diffusers", minversion="0.38")
     wan = diffusers.WanTransformer3DModel
     config = dict(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32,
+        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32,
         num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    given = dict(
+        hidden_states=torch.randn(SAMPLES, 4, 3, 4, 8), timestep=torch.ones(SAMPLES),
+        encoder_hidden_states=torch.randn(SAMPLES, 7, 16), return_dict=False,
     )  # fmt: skip
 
     def build() -> Any:
         torch.manual_seed(7)
         return wan(**config).eval()
 
+    alone = subject(build(), given)
+
     def work(rank: int) -> Any:
         on_a_cpu()
-        given = dict(
-            hidden_states=torch.randn(SAMPLES, 4, 3, 4, 8), timestep=torch.ones(SAMPLES),
-            encoder_hidden_states=torch.randn(SAMPLES, 7, 16), return_dict=False,
-        )  # fmt: skip
         model = build()
         model.set_attention_backend("native")
-        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
-        shared, alone = subject(model, given), subject(build(), given)
+        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=4))
+        shared = subject(model, given)
         tokens, all_of_them = shared.frame.tokens, alone.frame.tokens
-        assert all_of_them == 2 * tokens == 24
+        assert all_of_them == 4 * tokens == 24
         own = slice(rank * tokens, (rank + 1) * tokens)
         dense, caches = shared.dense(shared.values)
         wanted, before = alone.dense(alone.values)
@@ -249,7 +257,7 @@ def test_context_parallel_of_a_video():
         assert torch.equal(made, noise + 1)
         return found
 
-    for found in on_ranks(2, work):
+    for found in on_ranks(4, work):
         assert max(found.values()) < TIGHT, found
 
 
@@ -259,22 +267,19 @@ def test_sharded_tensors_of_pytorch():
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    def build() -> Any:
-        torch.manual_seed(7)
-        return Transformer(lambda: Own(16)).eval()
+    alone = subject(transformer(attention=lambda: Own(16)), inputs(0))
 
     def work(rank: int) -> Any:
-        torch.set_default_dtype(torch.float64)
-        mesh = init_device_mesh("cpu", (2,))
+        mesh = init_device_mesh("cpu", (4,))
 
         def split() -> Any:
-            model = build()
+            model = transformer(attention=lambda: Own(16))
             for block in model.blocks:
                 plan = {"feed.0": ColwiseParallel(), "feed.2": RowwiseParallel()}
                 parallelize_module(block, mesh, {**plan, "modulation": ColwiseParallel(output_layouts=Replicate())})
             return model
 
-        worst = against_one(subject(split(), inputs(0)), subject(build(), inputs(0)), whole=False)
+        worst = against_one(subject(split(), inputs(0)), alone, whole=False)
         torch.set_default_dtype(torch.float32)
         model = split()
         model.compile(backend="ras", options={"inner_backend": "eager", "unsupported": "error", "warmup_steps": 1})
@@ -293,7 +298,7 @@ def test_sharded_tensors_of_pytorch():
             subject(Tokens(), {name: inputs(0)[name] for name in ("latent", "time")}, exact=False)
         return worst
 
-    assert max(on_ranks(2, work)) < TIGHT
+    assert max(on_ranks(4, work)) < TIGHT
 
 
 class Collective(nn.Module):
@@ -334,7 +339,6 @@ def test_a_collective_by_itself(name):
     collective, refused = ALONE[name]
 
     def work(rank: int) -> Any:
-        torch.set_default_dtype(torch.float64)
         torch.manual_seed(0)
         given = {"latent": inputs(0)["latent"], "time": inputs(0)["time"]}
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from across import on_ranks
+from across import on_a_cpu, on_ranks
 from pipelines import draw_flux, draw_wan, flux, normal, wan
 from scripts import load
 
@@ -25,8 +25,7 @@ def over_two(steps: int, scheduler: Any = None, **options: Any) -> list[Any]:
     pipe = flux() if scheduler is None else flux(scheduler=scheduler)
 
     def work(rank: int) -> Any:
-        torch.accelerator.device_count = lambda: 1  # diffusers looks for an accelerator
-        torch._C._get_accelerator = lambda: torch.device("cpu")
+        on_a_cpu()
         pipe.transformer.set_attention_backend("native")
         pipe.transformer.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
         with ras_compile.attach(pipe, **OPTIONS, **options) as handle:
@@ -67,23 +66,30 @@ def test_what_cannot_be_shared_is_told_to_everyone():
             do()
         return str(told.value)
 
+    kinds = dict(sizes={"ulysses_degree": 2, "ulysses_anything": True}, ring={"ring_degree": 2})
+    others = {kind: flux() for kind in kinds}
+
     def work(rank: int) -> Any:
-        torch.accelerator.device_count = lambda: 1
-        torch._C._get_accelerator = lambda: torch.device("cpu")
+        on_a_cpu()
         for each in (pipe, other):
             each.transformer.set_attention_backend("native")
             each.transformer.enable_parallelism(config=shared)
         said = [refused(lambda: pipe.transformer.enable_parallelism(config=shared))]
         said.append(refused(lambda: ras_compile.attach(other, **OPTIONS)))
+        for kind, given in kinds.items():
+            others[kind].transformer.enable_parallelism(config=diffusers.ContextParallelConfig(**given))
+            said.append(refused(lambda kind=kind: ras_compile.attach(others[kind], **OPTIONS)))
         with ras_compile.attach(pipe, **OPTIONS):
             said.append(refused(lambda: draw_flux(pipe, 2, prompt_embeds=normal(1, 3, 16, seed=1))))
         return said
 
-    for twice, heads, tokens in on_ranks(2, work):
+    for twice, heads, sizes, ring, tokens in on_ranks(2, work):
         assert "cannot be called twice" in twice
         assert (
             heads == "ulysses_degree=2 does not divide the 3 heads of FluxTransformer2DModel; take a degree that does."
         )
+        assert sizes.startswith("ulysses_anything asks all processes for their sizes in every call")
+        assert ring.startswith("ring_degree=2 needs a kernel that returns the log-sum-exp of attention")
         assert "only where their number divides the tokens of the picture and of the text" in tokens
 
 

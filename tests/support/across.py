@@ -74,6 +74,24 @@ def _serve(rank: int, count: int, store: Path, timeout: float, send: Connection,
     os._exit(0)  # no more of the parent's exit handlers
 
 
+def on_a_cpu() -> None:
+    """diffusers takes this process's CPU for the accelerator that it asks for, and finds its attention kernels on it."""
+    torch.accelerator.device_count = lambda: 1
+    torch._C._get_accelerator = lambda: torch.device("cpu")
+    _KERNELS.impl("_scaled_dot_product_flash_attention", _flash, "CPU")
+
+
+_KERNELS = torch.library.Library("aten", "IMPL")
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, debug: bool = False, **scale
+):
+    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout, causal, **scale)
+    none = torch.empty(0)
+    return out, total, none, none, query.shape[2], key.shape[2], none, none, none
+
+
 def exchange(x: Tensor, group: Any) -> Tensor:
     return funcol.wait_tensor(funcol.all_to_all_single(x, None, None, group))
 
@@ -130,6 +148,35 @@ class Gathered(Ulysses):
         q, k, v = self.parts(x)
         q, k, v = (part.transpose(1, 2) for part in (q, self.everyone(k), self.everyone(v)))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Ring(Gathered):
+    """Attention to one process's keys after another's, put together by the log-sum-exp of the scores (arXiv 2310.01889).
+
+    Keys and values are sent together, as one stretch of numbers.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.parts(x)
+        if self.group is None:
+            return super().forward(x)
+        n, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        sent = torch.cat([k.flatten(), v.flatten()])
+        every = funcol.wait_tensor(funcol.all_gather_tensor(sent, 0, self.group)).chunk(n)
+        out, total = self.attended(q, k, v)
+        for step in range(1, n):
+            other = every[(rank + step) % n]
+            k, v = other[: k.numel()].reshape_as(k), other[k.numel() :].reshape_as(v)
+            more, added = self.attended(q, k, v)
+            out = out - torch.sigmoid(added - total) * (out - more)
+            total = total - F.logsigmoid(total - added)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+    def attended(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """`b h s d`, and the log-sum-exp of the scores, `b h s 1`."""
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out, total[..., None]
 
 
 class Block(nn.Module):

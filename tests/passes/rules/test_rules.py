@@ -30,6 +30,7 @@ from ras_compile.passes.analysis.emit import Emitter
 from ras_compile.passes.analysis.propagate import Analysis, propagate
 from ras_compile.passes.analysis.splices import plan
 from ras_compile.passes.programs.program import dense_program, sparse_program
+from ras_compile.passes.rules.attention import KERNELS
 from ras_compile.passes.rules.collectives import COLLECTIVES, WAIT
 from ras_compile.passes.rules.pointwise import is_pointwise
 from ras_compile.passes.rules.registry import RULES, Gather, Use
@@ -693,6 +694,7 @@ def convolution() -> list[Row]:
 def attention() -> list[Row]:
     n, both = TOKENS, TOKENS + TEXT
     sdpa = aten.scaled_dot_product_attention.default
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu.default
 
     def joint(s: Stage) -> fx.Node:
         split = s.also(aten.reshape.default, s.joint, [s.batch, both, 2, 3])
@@ -732,6 +734,10 @@ def attention() -> list[Row]:
     masks = [(n, n), (n, 1), (1, n), (1, n, n), (2, 1, n), (1, 1, n, n), (0, 1, n, n), (0, 1, 1, n), (0, 2, n, n)]
     return [
         Row(sdpa, lambda s: s(s.heads, s.heads, s.heads)),
+        *[Row(kernel, lambda s, k=k: s.pieces(s.heads, s.heads, s.heads)[k]) for k in (0, 1)],
+        Row(kernel, lambda s: s.pieces(joint(s), joint(s), joint(s))[1]),
+        Row(kernel, lambda s: s.pieces(s.given(s.batch, 2, 5, 3), s.heads, s.heads)[1], "whole"),
+        Row(kernel, lambda s: s.pieces(s.heads, s.heads, s.heads, 0.0, True)[0], "causal"),
         Row(sdpa, lambda s: s(s.heads, s.also(aten.neg.default, s.heads), s.also(aten.exp.default, s.heads), scale=0.3)),
         Row(sdpa, lambda s: s(joint(s), joint(s), joint(s))),
         Row(sdpa, lambda s: s(s.heads, joint(s), joint(s))),
@@ -1294,9 +1300,10 @@ def test_rule(row: Row, batch: int):
 
 
 # Ops whose rule has no row here, and why not.
-NO_ROW: dict[Callable, str] = dict.fromkeys(
-    (*COLLECTIVES, *WAIT), "needs several processes: tests/contract/test_across.py"
-)
+NO_ROW: dict[Callable, str] = {
+    **dict.fromkeys((*COLLECTIVES, *WAIT), "needs several processes: tests/contract/test_across.py"),
+    **dict.fromkeys(KERNELS[:2], "runs on a GPU; the last of these kernels has rows"),
+}
 
 
 def test_every_rule_has_a_row():
