@@ -33,6 +33,7 @@ FURTHER = (
 )  # fmt: skip
 SEEDS = 60
 MOST_SECONDS = 30.0  # of the nearest tests of one mutant
+LANES = ("slow", "compiles", "pipelines", "zoo")
 PLACE = ROOT / "build" / "mutants"
 
 
@@ -119,13 +120,14 @@ class Nearest:
 
 
 def look(paths: Sequence[Path], part: int, parts: int, seconds: float) -> str:
-    """Looks at every so many-th test of the files, in their order: what it calls, how long it takes, whether it fails as it is.
+    """Looks at one part of the tests, the quick ones first: what each calls, how long it takes, whether it fails as it is.
 
     Returns: what stopped it before the end; empty where nothing did.
     """
     names = [path.relative_to(ROOT).as_posix() for path in paths]
     done = {line["test"] for path in paths for line in _lines(_kept(path)) if "test" in line}
-    found = run_tests(names, [Short(SEEDS), Unseen(done), Part(part, parts), Noting()], limit=seconds, each=120)
+    plugins = [Short(SEEDS), Unseen(done), QuickFirst(), Part(part, parts), Noting()]
+    found = run_tests(names, plugins, limit=seconds, each=120)
     return "" if found.ended in ("passed", "nothing") or found.code == pytest.ExitCode.TESTS_FAILED else found.said
 
 
@@ -138,6 +140,14 @@ class Unseen:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item.nodeid not in self.seen]
+
+
+class QuickFirst:
+    """A plugin of pytest: tests of the fast lane, which take some milliseconds, come before all others."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: any(mark.name in LANES for mark in item.iter_markers()))
 
 
 class Noting(Watched):
