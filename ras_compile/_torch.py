@@ -279,6 +279,17 @@ def raise_recompile_limit(count: int) -> None:
     config.recompile_limit = max(config.recompile_limit, count)
 
 
+def trace_gathered_parts() -> None:
+    """Dynamo of PyTorch 2.11 passes over a function that a gathering collective calls to join its parts, and so breaks the graph.
+
+    Later ones have this rule of their own.
+    """
+    rules, name = torch._dynamo.trace_rules, "torch._utils._maybe_view_chunk_cat"
+    if name not in rules.manual_torch_name_rule_map and hasattr(torch._utils, name.rpartition(".")[2]):
+        rules.manual_torch_name_rule_map[name] = torch._dynamo.variables.UserFunctionVariable
+        rules.clear_lru_cache()
+
+
 def ignore_warning_once() -> None:
     """Dynamo passes over `logger.warning_once`, which is not Python's own; a hook that calls it breaks a model's graph without."""
     config, told = torch._dynamo.config, getattr(logging.Logger, "warning_once", None)

@@ -280,6 +280,17 @@ def test_a_log_that_warns_once_breaks_no_graph(name, monkeypatch):
     assert torch.compile(noted, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
 
 
+@canary("trace_gathered_parts")
+def test_joining_gathered_parts_breaks_no_graph(name):
+    _torch.trace_gathered_parts()
+    join = getattr(torch._utils, "_maybe_view_chunk_cat", None)
+    if join is None:
+        pytest.skip("collectives join their parts in another way")
+    parts = torch.arange(12.0).reshape(4, 3)
+    joined = torch.compile(lambda value: join(value, 2, 1) + 1, backend="eager", fullgraph=True)(parts)
+    assert torch.equal(joined, torch.cat(parts.chunk(2), 1) + 1)
+
+
 @canary("ConstantSource", "DimDynamic", "ShapeEnv")
 def test_symbols_of_our_own_and_what_is_assumed_of_them(name):
     env = _torch.ShapeEnv()

@@ -48,6 +48,8 @@ def normalize(graph: fx.Graph) -> None:
             drop_empty_segments(node)
         elif node.target in EXTREMES:
             channels_first(graph, node)
+        elif node.target is aten.slice_scatter.default:
+            join_writes(graph, node)
     spell_collectives(graph)
     graph.eliminate_dead_code()
 
@@ -132,6 +134,48 @@ def channels_first(graph: fx.Graph, node: fx.Node) -> None:
         with graph.inserting_before(node):
             rows = Emitter.of(graph)(EXTREMES[node.target], operand, [-1], True)
         node.replace_input_with(operand, rows)
+
+
+def join_writes(graph: fx.Graph, node: fx.Node) -> None:
+    """`y[..., 0::2] = a; y[..., 1::2] = b  ->  y = stack([a, b], -1).flatten(-2)`, where that is all of a contiguous y.
+
+    Rotary positions are often written so. Inductor unfolds the writes into each reader, one condition inside of another; in
+    one model of width 192 that took 40 % of a dense step.
+    """
+    value, sources = node.meta["val"], {}
+    dim, step = (named_arguments(node)[name] for name in ("dim", "step"))
+    if step == 1 or dim % value.dim() != value.dim() - 1 or not value.is_contiguous():
+        return
+    write = node
+    while write.target is aten.slice_scatter.default and len(sources) < step:
+        given = named_arguments(write)
+        if (given["dim"], given["step"]) != (dim, step) or not _to_the_end(given, value):
+            return
+        sources.setdefault(given["start"] or 0, given["src"])
+        write = given["self"]
+    if set(sources) != set(range(step)) or value.shape[-1] % step:
+        return
+    emit = Emitter.of(graph)
+    emit.origin = node
+    with graph.inserting_before(node):
+        parts = [_written(emit, sources[start]) for start in range(step)]
+        emit.replace(node, emit(aten.view.default, emit(aten.stack.default, parts, -1), list(value.shape)))
+
+
+def _to_the_end(given: dict[str, Any], value: torch.Tensor) -> bool:
+    """Whether a write with a stride starts in the first period and leaves nothing out behind it."""
+    start, end = given["start"] or 0, given["end"]
+    return 0 <= start < given["step"] and (end is None or end >= value.shape[-1])
+
+
+def _written(emit: Emitter, source: fx.Node) -> fx.Node:
+    """What a write leaves: `copy(y[..., 0::2], a)` has the values of a in the shape and the dtype of y."""
+    if source.target is not aten.copy.default:
+        return source
+    value, (_, given) = source.meta["val"], source.args[:2]
+    if given.meta["val"].dtype != value.dtype:
+        given = emit(aten._to_copy.default, given, dtype=value.dtype)
+    return given if given.meta["val"].shape == value.shape else emit(aten.expand.default, given, list(value.shape))
 
 
 def spell_causal_mask(graph: fx.Graph, node: fx.Node) -> None:

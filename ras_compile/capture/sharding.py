@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ras_compile._torch import ignore_warning_once
+from ras_compile._torch import ignore_warning_once, trace_gathered_parts
 from ras_compile.errors import ConfigError
 
 
@@ -33,6 +33,7 @@ def settle_sharding_hooks(model: nn.Module) -> None:
                 known.cached_parameter_indices = {name: index for index, name in enumerate(names)}
     if found:
         ignore_warning_once()
+        trace_gathered_parts()
 
 
 def _check_degrees(model: nn.Module, shared: Any) -> None:

@@ -9,7 +9,7 @@ from ras_compile.sampling.calls import CallInfo
 from ras_compile.sampling.state import TransformerState
 
 pytestmark = pytest.mark.gpu
-HALF = {"sample_ratio": 0.5, "ratio_schedule": "constant", "reset_interval": 8}
+HALF = {"sample_ratio": 0.5, "ratio_schedule": "constant", "reset_interval": 8, "reset_from": "start"}
 
 
 @pytest.fixture

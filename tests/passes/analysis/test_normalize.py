@@ -197,3 +197,32 @@ def test_an_extreme_of_all_tokens_is_one_of_each_tokens_own(reduced):
     named = [node for node in captured.graph.nodes if reduced.__name__[-3:] in node.name]
     assert [tuple(node.meta["val"].shape) for node in named] == [(2, 5, 1), ()]
     assert torch.equal(captured(*given)[0], scaled(*given))
+
+
+def rotated(x, parts, out=None):
+    """Rotary positions whose results are written into every second place of a new tensor."""
+    out = torch.empty_like(x) if out is None else out
+    for start in parts:
+        out[..., start::2] = x[..., start::2] * 2 + start
+    return out
+
+
+@pytest.mark.parametrize(
+    ("function", "joined"),
+    [
+        (lambda x, w: rotated(x, (0, 1)), True),
+        (lambda x, w: rotated(x, (1, 0)), True),
+        (lambda x, w: rotated(x, (0, 1), torch.empty_like(x, dtype=torch.float64)), True),
+        (lambda x, w: rotated(x, (0,), x.clone()), False),  # every second place stays
+        (lambda x, w: rotated(x.mT.contiguous(), (0, 1), torch.zeros_like(x).mT), False),  # not contiguous
+    ],
+)
+def test_interleaved_writes_are_a_stack(function, joined):
+    given = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)), WEIGHT
+    module = Calls(function)
+    captured = export(module, given)
+    targets = [node.target for node in captured.graph.nodes]
+    assert (aten.stack.default in targets) == joined
+    assert (aten.slice_scatter.default in targets) != joined
+    for found, wanted in zip(captured(*given), module(*given), strict=True):
+        assert torch.equal(found, wanted) and found.dtype == wanted.dtype
