@@ -67,16 +67,16 @@ class Emitter:
 
     def replace(self, node: fx.Node, by: fx.Node) -> None:
         """Puts ``by`` in the place of a node, which goes. What is made of it has the strides that it has from then on."""
-        same = described(node.meta["val"]) == described(by.meta["val"])
+        changed = [] if described(node.meta["val"]) == described(by.meta["val"]) else [by]
         node.replace_all_uses_with(by, delete_user_cb=lambda user: user is not by)
         self.graph.erase_node(node)
-        changed = set() if same else {by}
-        for user in self.graph.nodes if changed else ():
-            if user.op == "call_function" and "val" in user.meta and changed.intersection(user.all_input_nodes):
-                value = self._value(user.target, user.args, user.kwargs)
-                if described(value) != described(user.meta["val"]):
-                    user.meta["val"] = value
-                    changed.add(user)
+        while changed:
+            for user in changed.pop().users:
+                if user.op == "call_function" and "val" in user.meta:
+                    value = self._value(user.target, user.args, user.kwargs)
+                    if described(value) != described(user.meta["val"]):
+                        user.meta["val"] = value
+                        changed.append(user)
 
     def _value(self, target: Callable, args: tuple, kwargs: dict) -> Any:
         """The op's fake result. Layers repeat: what an op that writes nowhere gave on such operands, it gives again."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ras_compile._torch import auto_functionalized_v2, memory_key, pytree, schema_of
+from ras_compile._torch import OpOverload, auto_functionalized_v2, memory_key, pytree, schema_of
 from ras_compile.passes.analysis.roles import Role, of_role, role_of
 from ras_compile.passes.programs.aliases import root, shows, subgraph, writes
 from ras_compile.passes.rules.collectives import COLLECTIVES, WAIT
@@ -84,7 +84,7 @@ class Step:
             SpecViolation: see above.
         """
         env: dict[fx.Node, Any] = dict(given or {})
-        made = {root(target) for node in graph.nodes for target in writes(node)}
+        made = {root(target) for node in graph.nodes if not _only_computes(node.target) for target in writes(node)}
         for node in graph.nodes:
             if node.op == "placeholder" and given is None:
                 env[node] = self._input(node)
@@ -117,6 +117,12 @@ class Step:
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         target = node.target
+        if (
+            _only_computes(target)
+            and node.all_input_nodes
+            and all(env.get(one) is None for one in node.all_input_nodes)
+        ):
+            return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.get)
         block = subgraph(node)
         if block is not None:
@@ -184,10 +190,12 @@ class Step:
 
     def _written(self, node: fx.Node, memory: Memory, places: Tensor) -> None:
         places, name = places.reshape(-1), memory.owner.name
-        demand(places.unique().numel() == places.numel(), node, f"writes an entry of `{name}` twice")
+        now = torch.zeros_like(memory.written)
+        now[places] = True
+        demand(int(now.sum()) == places.numel(), node, f"writes an entry of `{name}` twice")
         demand(not bool(memory.written[places].any()), node, f"writes entries of `{name}` that are written already")
         demand(not bool(memory.read[places].any()), node, f"writes entries of `{name}` that have been read before")
-        memory.written[places] = True
+        memory.written |= now
         memory.away |= memory.hosted and places.numel() > 0
 
     def _write(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -293,6 +301,12 @@ def _table(node: fx.Node) -> Tensor | None:
     value = operator.attrgetter(str(node.target))(node.graph.owning_module)
     few = isinstance(value, Tensor) and value.dtype in INTEGERS and value.numel() <= LARGEST
     return value.cpu() if few else None
+
+
+@functools.cache
+def _only_computes(target: Any) -> bool:
+    """Whether a function is an op that writes nowhere: most are, and what such an op makes of unknown values is unknown."""
+    return isinstance(target, OpOverload) and not schema_of(target).is_mutable
 
 
 def _known(node: fx.Node, env: dict[fx.Node, Any]) -> list[Any]:

@@ -8,7 +8,8 @@ schema is silent about a view, is seen before anything relies on it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _pattern(node: fx.Node) -> str:
 def _ran(node: fx.Node, mode: Any) -> tuple[str, tuple[int, ...]]:
     """What a node gives on fake tensors of memory of their own, and whose memory it shares."""
     with mode if mode is not None else torch.no_grad(), torch.no_grad():
-        given = {operand: _fresh(operand.meta["val"]) for operand in node.all_input_nodes}
+        given = _apart(node.all_input_nodes, mode)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         try:
             result = called(node, args, kwargs)
@@ -108,6 +109,22 @@ def kind(value: Any, *, view: bool = False) -> Any:
         dtype, shape, strides, offset, device = described(value)
         return (dtype, shape, strides, offset, device) if view else (dtype, shape, strides, device)
     return [kind(item, view=view) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _apart(nodes: Sequence[fx.Node], mode: Any) -> dict[fx.Node, Any]:
+    """A value for each node, of its kind and in memory of its own; one op after the other is given the same ones."""
+    kept = {} if mode is None else vars(mode).setdefault("_ras_apart", {})
+    used: Counter[str] = Counter()
+    given = {}
+    for node in nodes:
+        value = node.meta["val"]
+        like = repr(described(value))
+        known = kept.setdefault(like, [])
+        if used[like] == len(known):
+            known.append(_fresh(value))
+        given[node] = known[used[like]]
+        used[like] += 1
+    return given
 
 
 def _fresh(value: Any) -> Any:

@@ -81,6 +81,7 @@ class Plan:
         self.constants: list[Tensor] = self.captured.meta["constants"]
         self.analysis: Analysis
         self.sparse: SparsePlan
+        self._proved: dict[int, fx.GraphModule] = {}  # programs that the spec has checked already, until they are used
         if like is None:
             self.analysis = analyse(self.captured.graph, inputs, values, config)
             self.sparse = plan(self.analysis, frozen=config.context == "frozen")
@@ -151,7 +152,7 @@ class Plan:
 
     def sparse_graph(self, active: int) -> fx.GraphModule:
         """The sparse program for ``active`` rows before the passes."""
-        program = sparse_program(self.analysis, active, self.sparse)
+        program = self._proved.pop(active, None) or sparse_program(self.analysis, active, self.sparse)
         return round_sparse(program, self._rounded, self._narrow) if self._rounded else program
 
     def _prove_or_thaw(self) -> None:
@@ -188,6 +189,7 @@ class Plan:
                     check_sparse(programs[-1], self.analysis, self.sparse)
                 for program in programs:
                     legal.check_program(program)
+                self._proved = dict(zip([few, *({1, tokens} - {few})], programs[1:], strict=True))
         self.noise_view  # noqa: B018  (what it refuses is known before the first step)
         price = cost(self.analysis, self.sparse)
         if price.dense_flops and price.flop_ratio(few) >= 1:
