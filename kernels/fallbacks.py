@@ -5,8 +5,11 @@ It stands with the kernels because every package may import them, and they impor
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,13 @@ _lock = threading.Lock()
 
 
 def fell_back(what: str, error: BaseException) -> None:
-    """Counts an error after which something slower is done. The error itself is not kept: it holds the frames of its call.
+    """Counts and logs an error after which something slower is done. The error is not kept: it holds the frames of its call.
 
     Args:
         what: what is done instead; one of a few fixed phrases, so that the table stays small.
         error: what failed.
     """
+    log.info("%s", what, exc_info=error)
     line = next(iter(str(error).strip().splitlines()), "")
     with _lock:
         known = _counted.get(what)

@@ -313,7 +313,6 @@ def milliseconds(run: Callable[[], object]) -> float:
         if "CUDA error" in str(error):  # nothing on this device can be trusted after that
             raise
         fell_back("a variant of a kernel left out", error)
-        log.info("a kernel variant was left out", exc_info=True)
         return math.inf
 
 

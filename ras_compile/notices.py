@@ -84,7 +84,7 @@ def fallbacks() -> tuple[Fallback, ...]:
 
 
 def fell_back(what: str, error: BaseException) -> None:
-    """Counts ``error``, after which ``what`` is done instead: something slower. See :func:`fallbacks`."""
+    """Counts and logs ``error``, after which ``what`` is done instead: something slower. See :func:`fallbacks`."""
     from ras_compile.kernels import fallbacks
 
     fallbacks.fell_back(what, error)

@@ -88,8 +88,10 @@ def test_a_suppressed_error_is_seen():
     assert [*swallowed("with contextlib.suppress(ValueError, Exception):\n    f()")] == [("", 1)]
 
 
-def test_fallbacks_are_counted_by_what_is_done_instead():
-    notices.fell_back("eaten cold", RuntimeError("the oven is off\nand so is the light"))
+def test_fallbacks_are_counted_by_what_is_done_instead_and_logged(caplog):
+    with caplog.at_level("INFO", "ras_compile"):
+        notices.fell_back("eaten cold", RuntimeError("the oven is off\nand so is the light"))
+    assert caplog.messages == ["eaten cold"] and "and so is the light" in caplog.text
     notices.fell_back("eaten cold", ValueError("another reason"))
     notices.fell_back("not eaten", KeyError())
     assert [*map(str, notices.fallbacks())] == [

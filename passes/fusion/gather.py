@@ -16,7 +16,6 @@ themselves, so that a batch of a thousand costs what one picture does.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +35,6 @@ from ras_compile.passes.rules.convolution import per_dim
 from ras_compile.passes.rules.registry import named_arguments
 
 aten = torch.ops.aten
-log = logging.getLogger(__name__)
-
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
@@ -130,7 +127,6 @@ class Finder:
             return self.experiment(product, kernel)
         except Exception as error:  # an op that does not run on integers, or on a CPU: the site stays as it is
             fell_back("a gather not fused", error)
-            log.info("no experiment on the gather before %s", product.format_node(), exc_info=True)
             return None
 
     def experiment(self, product: fx.Node, kernel: list[int]) -> Site | None:

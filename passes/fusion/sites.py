@@ -77,7 +77,6 @@ def sites(graph: fx.Graph, tokens: int) -> list[Site]:
             except Exception as error:
                 # an op that has no double precision, or does not run on a CPU: the site stays as it is
                 fell_back("a splice not fused", error)
-                log.info("no experiment on the splice %s", put.format_node(), exc_info=True)
                 known[key] = None
         site.found = known[key] or []
         if site.found:

@@ -149,7 +149,6 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = Fa
             log.debug("the graph is captured whole: %s", error)
         except Exception as error:  # of whatever kind, the whole graph says it better
             fell_back("a graph captured whole and not by its blocks", error)
-            log.debug("the graph is captured whole", exc_info=True)
     return export(_Bound(graph, inputs), tensors, names, symbolic=symbolic)
 
 

@@ -248,7 +248,6 @@ class Dispatcher(Generic[_AnEntry]):
                     entry.windows[place] = entry.with_plan(narrow)
                 except (UnsupportedGraph, SpecViolation) as error:
                     fell_back("a window of tokens computed with the rest", error)
-                    log.info("the picture's tokens cannot be the region: %s", error)
                     entry.windows[place] = entry
             return entry.windows[place]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import DEVICE, Graph, Slot, plain_mode
 from ras_compile.execute.inner import compile_inner
 from ras_compile.notices import fell_back, warn_once
-
-log = logging.getLogger(__name__)
 
 # Graphs of one function in one thread: shapes and settings that are in use; the least recently used one goes first.
 LIMIT = 32
@@ -131,7 +128,6 @@ class Replayed:
                     self._compiled[key] = lambda *tensors: compiled(*[tensor.contiguous() for tensor in tensors])
                 except Exception as error:
                     fell_back("the selection run op by op", error)
-                    log.info("the selection runs unfused", exc_info=True)
                     self._compiled[key] = self._with(settings)
             return self._compiled[key]
 

@@ -2,7 +2,7 @@
 
     length 5    static programs (Dynamo's first graph)
     length 9    a family: the graph is captured once with symbolic lengths, planned at this length and at two or three made
-                up ones, and each program is compiled once, with the length as an argument (`passes/interpolate.py`)
+                up ones, and each program is compiled once, with the length as an argument (`passes/lowering/interpolate.py`)
     length 7    a member: nothing is captured, proved or compiled; only CUDA graphs are, which bake sizes in
 
 Where the latent's tokens are a length, all sizes of pictures share programs, and so do all numbers of active rows: the
@@ -194,7 +194,6 @@ class Family:
                     raise
                 except Exception as error:  # whatever the inner compiler does not do with symbols, it does without
                     fell_back("programs compiled for each length of the context", error)
-                    log.info("a program is compiled for each length of the context apart", exc_info=True)
                     self.programs[key] = None
             shared = self.programs[key]
         if shared is None:
@@ -226,7 +225,6 @@ class Family:
                 raise
             except Exception as error:
                 fell_back("blocks compiled one by one", error)
-                log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
         return self.compile(for_all_lengths(builds, points, outline_blocks=False), points[0], sized, inputs)
 
     def samples_for(self, active: int | str) -> list[Sample]:
@@ -342,7 +340,6 @@ class Families:
             raise
         except Exception as error:  # a plan of its own will say what is wrong with the call, if anything is
             fell_back("a plan for each length of the context", error)
-            log.info("each length has a plan of its own: %s", error, exc_info=True)
             return None
 
 

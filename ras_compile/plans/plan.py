@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,8 +39,6 @@ from ras_compile.passes.spec import legal
 from ras_compile.passes.spec.stages import check_analysis, check_captured, check_dense, check_sparse
 from ras_compile.plans.latent import analyse, likeness
 from ras_compile.plans.spread import Spread
-
-log = logging.getLogger(__name__)
 
 # Active rows of the program on which fusion sites are found, likely no other size of the model: fewer for many samples.
 PROBED_ROWS = (61, 31, 13, 7)
@@ -372,7 +369,6 @@ class Plan:
                 raise
             except Exception as error:
                 fell_back("blocks compiled one by one", error)
-                log.info("outlined blocks were refused, compiling them one by one", exc_info=True)
         return compile_or_run(lambda: self.build(active, outline_blocks=False), inputs, self.config)
 
     def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
