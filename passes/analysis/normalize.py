@@ -142,7 +142,8 @@ def join_writes(graph: fx.Graph, node: fx.Node) -> None:
     Rotary positions are often written so. Inductor unfolds the writes into each reader, one condition inside of another; in
     one model of width 192 that took 40 % of a dense step.
     """
-    value, sources = node.meta["val"], {}
+    value: torch.Tensor = node.meta["val"]
+    sources: dict[int, fx.Node] = {}
     dim, step = (named_arguments(node)[name] for name in ("dim", "step"))
     if step == 1 or dim % value.dim() != value.dim() - 1 or not value.is_contiguous():
         return
@@ -172,7 +173,8 @@ def _written(emit: Emitter, source: fx.Node) -> fx.Node:
     """What a write leaves: `copy(y[..., 0::2], a)` has the values of a in the shape and the dtype of y."""
     if source.target is not aten.copy.default:
         return source
-    value, (_, given) = source.meta["val"], source.args[:2]
+    value: torch.Tensor = source.meta["val"]
+    given: Any = source.args[1]
     if given.meta["val"].dtype != value.dtype:
         given = emit(aten._to_copy.default, given, dtype=value.dtype)
     return given if given.meta["val"].shape == value.shape else emit(aten.expand.default, given, list(value.shape))
