@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ras_compile.dispatch.dispatcher import key_of, places_given
+from ras_compile.dispatch.dispatcher import key_of, places_given, worth_tracing
+from ras_compile.dispatch.kinds import GraphBreak
+from ras_compile.errors import UnsupportedGraph
 
 X = torch.zeros(2, 3)
 
@@ -50,3 +52,10 @@ def test_a_vector_of_whole_numbers_may_be_places(places):
 )
 def test_other_arguments_are_no_places(other):
     assert not places_given([other]) and not places_given([])
+
+
+@pytest.mark.parametrize("broken", [True, False])
+@pytest.mark.parametrize("given", [[torch.arange(3)], [X]], ids=["places", "no places"])
+def test_a_refused_model_is_traced_where_dynamo_broke_it_or_an_argument_may_be_places(broken, given):
+    error = GraphBreak("a part of a model", "here", ("model.py", 3)) if broken else UnsupportedGraph("no tokens")
+    assert worth_tracing(error, given) is (broken or given[0] is not X)

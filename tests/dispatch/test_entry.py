@@ -112,3 +112,40 @@ def test_an_entry_agrees_with_the_other_processes_and_tells_branches_by_what_the
     made = Entry(plan, inputs, values, range(5), config)
     assert agreed == [(plan, inputs, values, config)]
     assert made.timestep == 1 and made.context(values) == ("the text", 3)
+    plan.identity, plan.latent_view, plan.spread, plan.cost = "plan", "view", "spread", "cost"
+    told = made.info(values, ["a weight"])
+    assert (told.graph, told.latent, told.context, told.timestep) == ("plan", values[0], ("the text", 3), values[1])
+    assert (told.batch, told.tokens, told.grid, told.view, told.spread) == (2, 6, (2, 3), "view", "spread")
+    assert told.weights == ["a weight"] and told.cost is not None and told.cost() == "cost"
+    another = SimpleNamespace(
+        **vars(plan) | {"analysis": SimpleNamespace(frame=SimpleNamespace(samples=1, tokens=4, grid=(4,)))}
+    )
+    other: Any = made.with_plan(another).info(values, [])
+    assert (other.batch, other.tokens, other.grid) == (1, 4, (4,)) and made.info(values, []).tokens == 6
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6])
+def test_a_transformer_s_state_is_looked_up_once_and_anew_for_other_weights(monkeypatch, count):
+    looked: list[list] = []
+    states: list[Told] = []  # the entry refers to them weakly
+
+    def state_for(weights, config):
+        looked.append(weights)
+        states.append(Told())
+        return states[-1]
+
+    monkeypatch.setattr(dispatcher, "state_for", state_for)
+    made, weights = Entry.__new__(Entry), [torch.zeros(1) for _ in range(count)]
+    made.config, made._recent = RASConfig(), None
+    first = made.state_of(weights)
+    assert (made.state_of(weights) is first) == (count > 0) and len(looked) == (1 if count else 2)
+    for place in {0, count // 2, count - 1} if count else ():
+        other = [torch.zeros(1) if index == place else weight for index, weight in enumerate(weights)]
+        assert made.state_of(weights) is states[-1]
+        assert made.state_of(other) is states[-1] and looked[-1] is other
+        made.state_of(weights)
+    del first
+    states.clear()
+    before = len(looked)
+    made.state_of(weights)
+    assert len(looked) == before + 1, "a state that is gone is no state"

@@ -94,3 +94,18 @@ def test_kernels_are_compiled_before_the_first_is_timed(monkeypatch, noted, told
     assert made.build(4, outline_blocks=False) == len(calls)
     once = [(4, False)]
     assert calls == ([*once, noted, *once] if noted and not told else once)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({}, "a quarter"), ({"cache_budget": 2**29}, 2**29), ({"cache_device": "cpu"}, None)],
+    ids=str,
+)
+def test_what_caches_may_take(monkeypatch, options, wanted):
+    """Caches on the host have no budget of the device's, unless somebody gives one."""
+    monkeypatch.setattr(plans, "default_budget", lambda device: f"a quarter of {device}".removesuffix(" of cpu"))
+    given: list = []
+    keeper = plans.Keeper
+    monkeypatch.setattr(plans, "Keeper", lambda *them: given.append(them) or keeper(them[0], them[1], None))
+    plan, _ = made(**options)
+    assert [them[2] for them in given] == [wanted] and given[0][0] is plan

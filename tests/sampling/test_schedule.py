@@ -135,6 +135,7 @@ def test_linear_without_a_number_of_steps_says_how_to_give_it():
     ("options", "steps", "advice"),
     [
         ({"warmup_steps": 4}, 3, "Lower warmup_steps or take more steps"),
+        ({"warmup_steps": 2}, 2, "Lower warmup_steps or take more steps"),
         ({"warmup_steps": 1}, 1, r"dense\. Take more steps"),
         ({"warmup_steps": 2, "reset_steps": [2, 3, 4]}, 5, "Give fewer reset_steps"),
     ],

@@ -504,3 +504,52 @@ def test_lone_calls_are_no_run_that_is_too_short():
         for _ in range(2):
             denoise(model, [None], prompts("cond"))
     assert model.kinds() == "d"
+
+
+@pytest.mark.parametrize(
+    ("times", "wanted"),
+    [
+        ([1.0, 0.5, 0.2], 3),
+        ([1.0, 0.5, 1.0, 0.5], 2),  # back where it began: the next picture
+        ([1.0, 1.0, 0.5], 3),  # two branches of one step
+        ([None, None], 2),
+        ([1.0, None, 1.0], 1),
+        ([torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([1.0])], 1),
+    ],
+    ids=str,
+)
+def test_calls_past_every_plan_are_told_by_generations_where_nobody_says_the_steps(times, wanted):
+    state = TransformerState(RASConfig())
+    state.graphs = {"old": "graph"}
+    for time in times:
+        state.passed("refused", time)
+    assert len(state.records) == wanted and not state.graphs
+    assert {(record.kind, record.reason, record.step, record.branch) for record in state.records} == {
+        ("dense", "refused", 0, "0")
+    }
+    told = [record.timestep for record in state.records]
+    assert told == [time if time is None else float(time) for time in times[-wanted:]]
+
+
+def test_calls_past_every_plan_are_told_by_the_steps_that_somebody_says():
+    state = TransformerState(RASConfig())
+    for steps in (3, 2):
+        with ras_compile.generation() as gen:
+            for _ in range(steps):
+                gen.step()
+                for name in ("cond", "uncond"):
+                    with gen.branch(name):
+                        state.passed("refused", 1.0)
+    told = [(record.step, record.branch) for record in state.records]
+    assert told == [(step, name) for step in range(2) for name in ("cond", "uncond")]
+
+
+def test_calls_past_every_plan_go_on_in_the_generation_of_those_before():
+    model = FakeTransformer()
+    with ras_compile.generation() as gen:
+        denoise(model, falling(6), prompts("cond"), gen=gen)
+        gen.step()
+        model.state.passed("gradients are recorded", 0.0)
+    assert [record.kind[0] for record in model.state.records] == [*"ddddss", "d"]
+    model.state.passed("another", 0.0)
+    assert [record.reason for record in model.state.records] == ["another"], "of no generation that was said"

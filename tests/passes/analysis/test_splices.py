@@ -74,3 +74,23 @@ def test_keys_and_values_of_a_frozen_text_are_taken_from_the_dense_step():
     assert sparse.frozen == list(attention.args[1:3])
     skipped = [str(node.target) for node in graph.nodes if node.op == "call_function" and sparse.skips(node)]
     assert skipped == ["aten.matmul.default", "aten.sin.default", "aten.matmul.default"], "the text's own"
+
+
+class Twice(nn.Module):
+    """Two convolutions that mix tokens, one on what the other gives; the result's rows change places."""
+
+    def forward(self, latent: Tensor, kernel: Tensor) -> Tensor:
+        once = nn.functional.conv2d(latent, kernel, padding=1)
+        first, second = nn.functional.conv2d(once, kernel, padding=1).split([1, 2], 2)
+        return torch.cat([second, first], 2) + latent
+
+
+def test_what_is_whole_already_is_neither_cached_nor_read_by_rows():
+    inputs = [torch.randn(1, 4, 3, 2), torch.randn(4, 4, 3, 3)]
+    graph = capture(torch.export.export(Twice(), tuple(inputs)).module(), inputs).graph
+    latent = graph.find_nodes(op="placeholder")[0]
+    analysis = propagate(graph, latent, Frame.of(latent.meta["val"].shape))
+    sparse = plan(analysis)
+    (joined,) = graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    assert names(sparse) == ([latent.name], ["add"])
+    assert list(sparse.gathers) == [latent, joined]
