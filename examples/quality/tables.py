@@ -165,6 +165,7 @@ def frontier(content: Row) -> str:
         f"{run['n']} pictures a row in batches of {run['batch']}, {run['device']}, torch {run['torch']}, diffusers "
         f"{run['diffusers']}; PSNR and SSIM to {run['exact_steps']} steps for the first {run['exact']} pictures."
     )
+    words += f" Note: {run['note']}." if "note" in run else ""
     failed = [f"- {row['key']}: {row['failed']}" for row in content["rows"] if "failed" in row]
     if failed:
         words += "\n\nNot measured:\n\n" + "\n".join(failed)
