@@ -135,8 +135,11 @@ def test_a_transformer_s_state_is_looked_up_once_and_anew_for_other_weights(monk
         return states[-1]
 
     monkeypatch.setattr(dispatcher, "state_for", state_for)
-    made, weights = Entry.__new__(Entry), [torch.zeros(1) for _ in range(count)]
-    made.config, made._recent = RASConfig(), None
+    monkeypatch.setattr(dispatcher, "agree", lambda *given: None)
+    frame = SimpleNamespace(samples=1, tokens=4, grid=(4,))
+    plan: Any = SimpleNamespace(analysis=SimpleNamespace(frame=frame), latent=0)
+    made = Entry(plan, [GraphInput("latent", "latent")], ["the latent"], [0], RASConfig())
+    weights = [torch.zeros(1) for _ in range(count)]
     first = made.state_of(weights)
     assert (made.state_of(weights) is first) == (count > 0) and len(looked) == (1 if count else 2)
     for place in {0, count // 2, count - 1} if count else ():
