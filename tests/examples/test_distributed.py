@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from accelerate import PartialState
+from across import free_port, launched, on_ranks
+from diffusers import SD3Transformer2DModel
 from scripts import EXAMPLES, load
 
 BATCH, SERVE = load(["distributed"], ["batch", "serve"])
+(ACROSS,) = load(["benchmarks"], ["across"])
 PROMPTS = ["a red apple", "", "a rocket"]
 LESS = ["--side", "32", "--steps", "5", "--inner-backend", "eager"]
 
 
-def given(folder: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """The shipped pipeline with a transformer of fewer layers, which is captured sooner."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for part in BATCH.SHIPPED.iterdir():
+        (folder / part.name).symlink_to(part)
+    (folder / "transformer").unlink()
+    torch.manual_seed(0)
+    config = {**SD3Transformer2DModel.load_config(BATCH.SHIPPED / "transformer"), "num_layers": 2}
+    SD3Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    return str(folder)
+
+
+def given(folder: Path, model: str) -> list[str]:
     """The arguments of a run whose prompts and pictures stand in a folder."""
     folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    return [str(folder / "prompts.txt"), "--output", str(folder / "pictures"), *LESS]
+    return [str(folder / "prompts.txt"), "--output", str(folder / "pictures"), "--model", model, *LESS]
 
 
 def drawn(folder: Path) -> dict[str, bytes]:
@@ -29,46 +47,46 @@ def drawn(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict[str, bytes]:
+def alone(tmp_path_factory, model) -> dict[str, bytes]:
     """What one process draws; of its two pictures one is drawn again after an interruption."""
     folder = tmp_path_factory.mktemp("alone")
-    BATCH.main(given(folder))
+    BATCH.main(given(folder, model))
     first, second = sorted((folder / "pictures").iterdir())
     once, kept = drawn(folder), first.stat().st_mtime_ns
     second.unlink()
-    BATCH.main(given(folder))
+    BATCH.main(given(folder, model))
     assert drawn(folder) == once and first.stat().st_mtime_ns == kept
     return once
 
 
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr
-
-
-SCRIPT = str(EXAMPLES / "distributed" / "batch.py")
-
-
 @pytest.mark.pipelines
 @pytest.mark.slow
-def test_two_processes_draw_the_pictures_of_one(tmp_path, alone):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run([sys.executable, *launcher, SCRIPT, *given(tmp_path)])
+def test_two_processes_draw_the_pictures_of_one(tmp_path, model, alone):
+    arguments, port = given(tmp_path, model), free_port()
+
+    def work(rank: int) -> None:
+        launched(rank, 2, port)
+        PartialState._reset_state()
+        BATCH.main(arguments)
+
+    assert on_ranks(2, work) == [None, None]
     assert list(alone) == ["00000.png", "00002.png"]
     assert drawn(tmp_path) == alone
 
 
 @pytest.mark.slow
-def test_two_actors_of_ray_draw_the_pictures_of_one(tmp_path, alone):
+def test_two_actors_of_ray_draw_the_pictures_of_one(tmp_path, model, alone):
     pytest.importorskip("ray")
-    run([sys.executable, SCRIPT, *given(tmp_path), "--ray", "2"])
+    command = [sys.executable, str(EXAMPLES / "distributed" / "batch.py"), *given(tmp_path, model), "--ray", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
     assert drawn(tmp_path) == alone
 
 
 @pytest.mark.pipelines
 @pytest.mark.slow
-def test_a_server_draws_the_pictures_of_a_batch(alone):
-    painter = SERVE.Painter(SERVE.arguments(LESS))
+def test_a_server_draws_the_pictures_of_a_batch(model, alone):
+    painter = SERVE.Painter(SERVE.arguments(["--model", model, *LESS]))
     assert painter.picture(PROMPTS[0], seed=0) == alone["00000.png"]
     starlette = pytest.importorskip("starlette.requests")
     for query, status in ((b"prompt=a red apple&seed=0", 200), (b"seed=3", 400), (b"prompt=a&seed=x", 400)):
@@ -77,9 +95,9 @@ def test_a_server_draws_the_pictures_of_a_batch(alone):
 
 
 @pytest.mark.slow
-def test_ray_serves_pictures(alone):
+def test_ray_serves_pictures(model, alone):
     serve = pytest.importorskip("ray.serve")
-    handle = serve.run(serve.deployment(SERVE.Painter).bind(SERVE.arguments(LESS)))
+    handle = serve.run(serve.deployment(SERVE.Painter).bind(SERVE.arguments(["--model", model, *LESS])))
     try:
         assert handle.picture.remote(PROMPTS[0], 0).result() == alone["00000.png"]
     finally:
@@ -88,16 +106,19 @@ def test_ray_serves_pictures(alone):
 
 @pytest.mark.pipelines
 @pytest.mark.slow
-def test_the_benchmark_of_two_processes(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(EXAMPLES / "benchmarks" / "across.py")
+def test_the_benchmark_of_two_processes():
     less = ["--model", "wan-1.3b", "--size", "tiny", "--device", "cpu", "--inner-backend", "eager", "--layers", "1"]
-    out = tmp_path / "across.json"
-    run([sys.executable, *launcher, script, *less, "--steps", "6", "--repeats", "1", "--out", str(out)])
-    dense, adaptive = json.loads(out.read_text())["rows"]
-    assert dense["kinds"] == "dddddd" and adaptive["kinds"] == "ddddss"
-    assert adaptive["same"] and dense["same"] and "warnings" not in adaptive
-    assert 0 < adaptive["sent_sparse"] < adaptive["sent_dense"]
-    run([sys.executable, *launcher, script, *less, "--steps", "6", "--cancel", "4", "--out", str(out)])
-    found = json.loads(out.read_text())["cancel"]
-    assert 0 < found["stopped"] < 4 and found["apart"] == 0 and found["same"]
+    less += ["--steps", "6", "--repeats", "1"]
+    ports = free_port(), free_port()
+
+    def work(rank: int) -> Any:
+        launched(rank, 2, ports[0])
+        rows = ACROSS.main(less)["rows"]
+        os.environ["MASTER_PORT"] = str(ports[1])
+        return rows, ACROSS.main([*less, "--cancel", "4"])["cancel"]
+
+    for (dense, adaptive), cancelled in on_ranks(2, work):
+        assert dense["kinds"] == "dddddd" and adaptive["kinds"] == "ddddss"
+        assert adaptive["same"] and dense["same"] and "warnings" not in adaptive
+        assert 0 < adaptive["sent_sparse"] < adaptive["sent_dense"]
+        assert 0 < cancelled["stopped"] < 4 and cancelled["apart"] == 0 and cancelled["same"]

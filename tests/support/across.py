@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -72,6 +73,22 @@ def _serve(rank: int, count: int, store: Path, timeout: float, send: Connection,
         send.send(RuntimeError(repr(answer)))
     send.close()
     os._exit(0)  # no more of the parent's exit handlers
+
+
+def launched(rank: int, count: int, port: int) -> None:
+    """Tells this process what `torchrun` tells one of its processes; it leaves the group that it is in.
+
+    Args:
+        port: a free one of this machine, for each group that is made another one.
+    """
+    dist.destroy_process_group()
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", **{name: str(value) for name, value in told.items()}}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def on_a_cpu() -> None:

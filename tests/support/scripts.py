@@ -18,7 +18,7 @@ def load(folders: Sequence[str], names: Sequence[str]) -> list[ModuleType]:
     """
     path, modules = list(sys.path), dict(sys.modules)
     for name, module in modules.items():
-        if str(getattr(module, "__file__", None) or "").startswith(str(EXAMPLES)):
+        if name in names or str(getattr(module, "__file__", None) or "").startswith(str(EXAMPLES)):
             del sys.modules[name]
     sys.path[:0] = [str(EXAMPLES / folder) for folder in folders]
     try:
