@@ -5,7 +5,8 @@
     curl 'localhost:8000/?prompt=a%20red%20apple&seed=3' --output apple.png
 
 Ray hands each request to a replica that is free, and starts one that has died again. A replica draws one picture at a time:
-another request's steps in between would have nothing to do with it, and its caches take the memory of a second one.
+another request's steps in between would have nothing to do with it, and its caches take the memory of a second one. The picture of
+a client that has gone is given up at its next step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import io
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ import ras_compile
 SHIPPED = Path(__file__).parents[1] / "emoji" / "pipeline"
 
 
+class Gone(Exception):
+    """Nobody waits for the picture any more."""
+
+
 class Painter:
     """One replica.
 
@@ -34,18 +40,30 @@ class Painter:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.turn = args, asyncio.Lock()
+        self.args, self.turn = args, threading.Lock()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         ras_compile.attach(self.pipe, preset=args.preset, inner_backend=args.inner_backend)
 
-    def picture(self, prompt: str, seed: int) -> bytes:
-        """A picture as PNG."""
+    def picture(self, prompt: str, seed: int, gone: threading.Event | None = None) -> bytes:
+        """A picture as PNG, once its turn has come.
+
+        Raises:
+            Gone: ``gone`` was set meanwhile.
+        """
+
+        def wanted(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if gone is not None and gone.is_set():
+                raise Gone
+            return values
+
         generator = torch.Generator().manual_seed(seed)
-        sides = {} if self.args.side is None else {"height": self.args.side, "width": self.args.side}
-        image = self.pipe(prompt, num_inference_steps=self.args.steps, generator=generator, **sides).images[0]
+        given: dict[str, Any] = {} if self.args.side is None else {"height": self.args.side, "width": self.args.side}
+        given |= {"num_inference_steps": self.args.steps, "generator": generator, "callback_on_step_end": wanted}
+        with self.turn:
+            image = self.pipe(prompt, **given).images[0]
         held = io.BytesIO()
         image.save(held, format="png")
         return held.getvalue()
@@ -58,8 +76,11 @@ class Painter:
             return Response(
                 "give a prompt, and a whole number as the seed: /?prompt=a red apple&seed=3", status_code=400
             )
-        async with self.turn:
-            made = await asyncio.to_thread(self.picture, given["prompt"], int(given.get("seed", "0")))
+        gone = threading.Event()
+        try:  # what is cancelled is this coroutine alone: its thread goes on
+            made = await asyncio.to_thread(self.picture, given["prompt"], int(given.get("seed", "0")), gone)
+        finally:
+            gone.set()
         return Response(made, media_type="image/png")
 
 

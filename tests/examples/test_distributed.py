@@ -6,7 +6,9 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,13 +87,36 @@ def test_two_actors_of_ray_draw_the_pictures_of_one(tmp_path, model, alone):
 
 @pytest.mark.pipelines
 @pytest.mark.slow
-def test_a_server_draws_the_pictures_of_a_batch(model, alone):
+def test_a_server_draws_the_pictures_of_a_batch(model, alone, monkeypatch):
+    """Also where a client goes in the middle of its picture, which is given up: the next one is not drawn beside it."""
+    answered = SimpleNamespace(Response=lambda content, status_code=200, media_type=None: (status_code, content))
+    monkeypatch.setitem(sys.modules, "starlette.responses", answered)
     painter = SERVE.Painter(SERVE.arguments(["--model", model, *LESS]))
-    assert painter.picture(PROMPTS[0], seed=0) == alone["00000.png"]
-    starlette = pytest.importorskip("starlette.requests")
-    for query, status in ((b"prompt=a red apple&seed=0", 200), (b"seed=3", 400), (b"prompt=a&seed=x", 400)):
-        answer = asyncio.run(painter(starlette.Request({"type": "http", "query_string": query})))
-        assert answer.status_code == status
+    step, gone, steps, tasks = painter.pipe.scheduler.step, threading.Event(), [], []
+
+    def counted(*args: Any, **given: Any) -> Any:
+        steps.append(args)
+        if len(steps) == 2:  # of the first picture
+            tasks[0].get_loop().call_soon_threadsafe(tasks[0].cancel)
+            assert gone.wait(60)
+        return step(*args, **given)
+
+    def asked(**given: str) -> Any:
+        return painter(SimpleNamespace(query_params=given))
+
+    async def requests() -> list[Any]:
+        tasks.append(asyncio.create_task(asked(prompt=PROMPTS[2], seed="2")))
+        tasks[0].add_done_callback(lambda task: gone.set())
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+        others = [{"prompt": PROMPTS[0], "seed": "0"}, {"seed": "3"}, {"prompt": "a", "seed": "x"}]
+        return [await asked(**given) for given in others]
+
+    monkeypatch.setattr(painter.pipe.scheduler, "step", counted)
+    (status, picture), *refused = asyncio.run(requests())
+    assert (status, picture) == (200, alone["00000.png"])
+    assert [status for status, _ in refused] == [400, 400]
+    assert len(steps) == 2 + 5
 
 
 @pytest.mark.slow
