@@ -120,8 +120,9 @@ def test_a_server_draws_the_pictures_of_a_batch(model, alone, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ray_serves_pictures(model, alone):
+def test_ray_serves_pictures(tmp_path, model, alone, monkeypatch):
     serve = pytest.importorskip("ray.serve")
+    monkeypatch.chdir(tmp_path)  # replicas look for modules where they start: in the repository they would find sources
     handle = serve.run(serve.deployment(SERVE.Painter).bind(SERVE.arguments(["--model", model, *LESS])))
     try:
         assert handle.picture.remote(PROMPTS[0], 0).result() == alone["00000.png"]
