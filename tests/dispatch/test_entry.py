@@ -20,11 +20,12 @@ class Told:
     def __init__(self, error: BaseException | None = None) -> None:
         self.calls: list[tuple] = []
         self.error = error
+        self.failing = ("dense", "run_sparse")
 
     def __getattr__(self, name: str) -> Any:
         def call(*given: Any) -> Any:
             self.calls.append((name, *given))
-            if name in ("dense", "run_sparse") and self.error is not None:
+            if name in self.failing and self.error is not None:
                 raise self.error
             return [name]
 
@@ -89,6 +90,14 @@ def test_a_step_that_raises_has_failed(monkeypatch, error):
     with pytest.raises(type(error)):
         made.run([], [], [], None)
     assert told.calls[1:] == [("fail", decision)]
+
+
+def test_a_step_that_lacks_memory_even_without_caches_has_failed(monkeypatch):
+    made, told, decision = entry(monkeypatch, error=torch.OutOfMemoryError("none"))
+    told.failing = ("dense", "bare")
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="no memory left"):
+        made.run([], [], [], None)
+    assert told.calls[2:] == [("fail", decision)] and names(told)[:2] == ["dense", "bare"]
 
 
 def test_among_several_processes_no_step_is_run_again_by_one_alone(monkeypatch):

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import fx
 
 from ras_compile._torch import FakeTensorMode
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
-from ras_compile.errors import ConfigError
+from ras_compile.errors import ConfigError, UnsupportedGraph
 from ras_compile.plans import latent
 from ras_compile.plans.latent import is_fixed, likeness
 
@@ -70,3 +71,19 @@ def test_a_region_is_of_packed_tokens_and_not_empty():
         latent.frame_of(packed, RASConfig.from_options({"region": slice(7, 7)}))
     with pytest.raises(ConfigError, match="packed tokens"):
         latent.frame_of(packed[0], RASConfig.from_options({"region": slice(0, 4)}))
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_model_without_a_latent_is_told_why(monkeypatch, refused):
+    """The reason is that of the input that looks most like a latent, where there is one."""
+
+    def propagate(graph, node, frame, **options):
+        raise UnsupportedGraph(f"{node.name} has no tokens at the end")
+
+    monkeypatch.setattr(latent, "propagate", propagate)
+    graph, value = fx.Graph(), torch.zeros(1, 4, 8, 8) if refused else torch.arange(3)
+    x = graph.placeholder("x")
+    x.meta["val"] = value
+    graph.output((x,))
+    with pytest.raises(UnsupportedGraph, match="x has no tokens at the end" if refused else "no floating-point tensor"):
+        latent.analyse(graph, [GraphInput("x", "x")], [value], RASConfig())

@@ -175,7 +175,8 @@ def test_calls_that_differ_in_their_lengths_alone_have_one_key():
     first = key(latent, text, 7, "mode")
     assert first == key(torch.ones(2, 4), torch.empty(2, 9), 9, "mode")
     others = [
-        (torch.empty(2, 5), text, 7, "mode"), (torch.empty(4, 2).t(), text, 7, "mode"), (latent.double(), text, 7, "mode"),
+        (torch.empty(2, 5), text, 7, "mode"), (torch.empty(3, 4), text, 7, "mode"), (torch.empty(4, 2).t(), text, 7, "mode"),
+        (latent.double(), text, 7, "mode"),
         (latent.to("meta"), text, 7, "mode"), (latent, torch.empty(3, 7), 7, "mode"), (latent, text.double(), 7, "mode"),
         (latent, text.to("meta"), 7, "mode"), (latent, text, 7, "other"),
     ]  # fmt: skip

@@ -109,3 +109,4 @@ def test_what_caches_may_take(monkeypatch, options, wanted):
     monkeypatch.setattr(plans, "Keeper", lambda *them: given.append(them) or keeper(them[0], them[1], None))
     plan, _ = made(**options)
     assert [them[2] for them in given] == [wanted] and given[0][0] is plan
+    assert plan.graph_slots == 0, "without CUDA graphs there is nothing beside them"

@@ -6,7 +6,15 @@ import weakref
 import pytest
 import torch
 
-from ras_compile.sampling.branches import Branches, Contents, equal_prints, fingerprint, same_tensor, tensor_mark
+from ras_compile.sampling.branches import (
+    Branches,
+    Contents,
+    equal_prints,
+    fingerprint,
+    intact,
+    same_tensor,
+    tensor_mark,
+)
 
 
 def step(branches, *calls, alone=False):
@@ -178,3 +186,26 @@ def test_weights_are_not_kept_alive():
     del weights
     gc.collect()
     assert ref() is None
+
+
+def test_a_named_branch_tells_when_nothing_of_a_context_that_stayed_is_there_any_more():
+    branches, kept, found = Branches(check_named=False), torch.zeros(3), []
+    match = branches.find((kept, torch.zeros(2)), "graph", "cond", 0, [], False)
+    branches.add((kept, torch.zeros(2)), "graph", "cond", 0, match.prints)
+    stays, moves = [(kept, torch.zeros(2)) for _ in range(2)], [(torch.zeros(3), torch.zeros(2)) for _ in range(2)]
+    for context in (*stays, *moves):
+        match = branches.find(context, "graph", "cond", 0, [], False)
+        found.append(match.replaced)
+        branches.learn(match, context, 0)
+    assert found == [False, False, True, False], "what is new at every call never stayed"
+
+
+def test_a_tensor_that_was_written_or_is_gone_is_not_intact():
+    tensor = torch.zeros(3)
+    mark = tensor_mark(tensor)
+    assert intact(mark)
+    tensor.add_(1)
+    assert not intact(mark)
+    mark = tensor_mark(tensor)
+    del tensor
+    assert not intact(mark)

@@ -7,7 +7,7 @@ import torch
 
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Axis, Concat, Frame, Group, Layout
-from ras_compile.passes.algebra.order import OWN, RANKS, Atom
+from ras_compile.passes.algebra.order import OWN, RANKS, Atom, Order
 from ras_compile.passes.algebra.tokens import channel_count, token_view
 
 
@@ -97,3 +97,11 @@ def test_samples_are_no_channels():
     batch, tokens = frame.atoms(0), frame.atoms(1)
     assert channel_count(Layout((tokens, (*batch, Axis(3)))), frame) == 3
     assert channel_count(Layout((batch, (*tokens, Axis(7)), (Axis(3),))), frame) == 3, "pixels are none, either"
+
+
+def test_tokens_that_are_left_in_another_order_are_refused():
+    frame = packed()
+    ((tokens,),) = (frame.atoms(1),)
+    order = Order.of(((tokens.atom, 5),), torch.tensor([4, 3, 2, 1, 0]))
+    with pytest.raises(UnsupportedGraph, match="undo the order at the end"):
+        token_view(Layout((frame.atoms(0), frame.ordered(order), (Axis(3),))), frame)

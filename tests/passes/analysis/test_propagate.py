@@ -12,7 +12,7 @@ from ras_compile.capture.export import capture
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Axis, Frame, Group, Layout
 from ras_compile.passes.algebra.order import RANKS, Atom, Order
-from ras_compile.passes.analysis.propagate import of_region, propagate, same_rows, torn
+from ras_compile.passes.analysis.propagate import check, of_region, propagate, same_rows, torn
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use
 
 aten = torch.ops.aten
@@ -89,3 +89,16 @@ def test_beside_its_own_tokens_a_process_takes_those_of_all_for_any_values():
     assert known(own, mine, everyones, other) == {mine: OWN}
     assert known(own, everyones, other) == {everyones: ALL}
     assert known(SimpleNamespace(stretch=None), mine, everyones, other) is layouts
+
+
+@pytest.mark.parametrize("results", [1, 2])
+def test_a_rule_whose_layout_has_other_sizes_than_the_value_is_refused(results):
+    graph, right = fx.Graph(), Layout(((Axis(5, Atom(1, 1)),), (Axis(3),)))
+    node = graph.call_function(aten.relu.default, (graph.placeholder("x"),))
+    value = torch.empty(5, 3)
+    node.meta["val"] = value if results == 1 else (torch.empty(7), value)
+    check(node, Step(right if results == 1 else (None, right), ()))
+    check(node, Step(None, ()))
+    wrong = Layout(((Axis(5, Atom(1, 1)),), (Axis(4),)))
+    with pytest.raises(UnsupportedGraph, match="for a value of shape"):
+        check(node, Step(wrong if results == 1 else (None, wrong), ()))

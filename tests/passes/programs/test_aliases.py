@@ -135,3 +135,20 @@ def test_a_graph_is_run_on_fakes_beside_tensors_that_it_holds():
     module = fx.GraphModule({"held": torch.ones(4)}, graph)
     given, found = aliases.run_on_fakes(module, [torch.ones(3, 4).t().contiguous().t()])
     assert (found.shape, given[0].stride()) == ((3, 4), (1, 3)) and type(found) is not torch.Tensor
+
+
+def test_an_op_of_which_one_result_is_a_view_shows_its_operand():
+    """No schema of PyTorch's own that captures meet is of that kind; a library's may be."""
+    library = torch.library.Library("ras_compile_tests", "DEF")  # goes with this variable
+    library.define("both(Tensor(a) x, Tensor y) -> (Tensor(a), Tensor)")
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    assert aliases.shows(graph.call_function(torch.ops.ras_compile_tests.both.default, (x, y))) == [x]
+
+
+def test_a_graph_that_takes_a_number_is_run_with_it():
+    graph = fx.Graph()
+    x, number = graph.placeholder("x"), graph.placeholder("number")
+    graph.output(graph.call_function(aten.repeat.default, (x, [number])))
+    given, found = aliases.run_on_fakes(fx.GraphModule(torch.nn.Module(), graph), [torch.ones(3), 2])
+    assert given[1] == 2 and found.shape == (6,)
