@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-_ENTRY, _STATE, _JOINED = (
-    "ras_compile/dispatch/dispatcher.py",
-    "ras_compile/sampling/state.py",
-    "passes/rules/concatenation.py",
-)
+_STATE, _JOINED = "ras_compile/sampling/state.py", "passes/rules/concatenation.py"
 
 EQUIVALENT: dict[str, str] = {
     f"{_STATE}:TransformerState.fail:1 -> 2": "any count below the present one says that the generation is over; counts only rise",
-    f"{_ENTRY}:Entry.state_of:weights -> not (weights)": "what is kept there is looked up anew without it",
-    f"{_ENTRY}:Entry.state_of:2 -> 3": "another weight is found there, and the state is looked up anew",
-    f"{_ENTRY}:Entry.state_of:self._recent = tuple(map(weakref.ref, probes_of(weights))), weakref.ref(state) "
-    "-> pass": "nothing is kept, and the state is looked up anew",
     "ras_compile/sampling/branches.py:Branch:False -> True": "read only behind a branch's first call, which has written it",
     "ras_compile/plans/family.py:Family.find_points:5 -> 6": "any lengths at which the graph is right serve as made up ones",
     f"{_JOINED}:sparse_offset:offset < size -> offset <= size": "a border between segments ends one and begins the next: one place",

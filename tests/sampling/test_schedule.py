@@ -1,10 +1,12 @@
 """The schedule: which steps are dense, and how many tokens the others compute."""
 
+import math
 import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 
 from ras_compile import RASConfig, notices
 from ras_compile.errors import ConfigError, RASWarning
@@ -250,6 +252,34 @@ def test_sigmas_follow_the_error_that_is_expected():
     levels = [level for level in flow_levels(28)[:-1] for _ in range(2)] + [0.0]
     twice = Schedule(RASConfig(**options), levels)
     assert twice.active(30, 4096, 56) == twice.active(31, 4096, 56) < twice.active(52, 4096, 56)
+
+
+@pytest.mark.parametrize("ratio", [0.08, 0.125, 0.25, 0.6])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("times", [1, 2], ids=["each level once", "each level twice"])
+def test_sigmas_make_the_expected_error_least(ratio, shift, times):
+    """By its definition: w is a step's change of lambda times its length, and a share p leaves w exp(-p / 0.3) of it."""
+    levels = flow_levels(20, shift)
+    given = [level for level in levels[:-1] for _ in range(times)] + levels[-1:]
+    schedule = Schedule(RASConfig(sample_ratio=ratio, ratio_schedule="sigmas", reset_interval=None), given)
+    steps = range(4, 20 * times)
+    cut = [min(max(level, 0.001), 0.999) for level in levels]
+    signal = [math.log((1 - level) / level) for level in cut]
+    error = [abs(signal[t] - signal[t - 1]) * abs(levels[t + 1] - levels[t]) for t in (step // times for step in steps)]
+    least = min(1 / 16, ratio)
+
+    def shares(constant: float) -> list[float]:
+        return [min(max(0.3 * math.log(w) + constant, least), 1.0) for w in error]
+
+    exact = shares(brentq(lambda constant: sum(shares(constant)) - ratio * len(steps), -9, 9))
+    width = (max(exact) - min(exact)) / 3
+    level_of = [min(int((share - min(exact)) / width + 1e-9), 2) for share in exact]
+    for level in set(level_of):
+        one = [place for place, other in enumerate(level_of) if other == level]
+        wanted = sum(exact[place] for place in one) / len(one)
+        assert [schedule.ratio(steps[place], len(given) - 1) for place in one] == pytest.approx(
+            [wanted] * len(one), rel=1e-6
+        )
 
 
 def test_sigmas_of_nobody_are_ends():
