@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,8 +138,9 @@ def best_cut(body: Sequence[fx.Node], start: int, length: int, period: int):
             break
         repeat = Repeat(start + shift, period, count)
         first = stretches(body, repeat)[0]
-        inner = [node for node in first if crosses(node, first)]
-        passed = dict.fromkeys(root(node, first)[0] for node in inner)
+        inside = set(first)
+        inner = [node for node in first if crosses(node, inside)]
+        passed = dict.fromkeys(root(node, inside)[0] for node in inner)
         weight = len(passed) + sum(not isinstance(node.meta.get("val"), torch.Tensor) for node in passed) * 1000
         weight += 0 if writes_stay(first) else 1000
         lost = (len(body) and (length - shift) - count * period) / period
@@ -162,9 +163,8 @@ def writes_stay(stretch: Sequence[fx.Node]) -> bool:
     return all(user in inside for node in given for shown in viewers(node) for user in shown.users)
 
 
-def root(node: fx.Node, stretch: Sequence[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
-    """What a node is a view of, and the views that lead from there to the node; they are made of nothing else."""
-    inside: set[fx.Node] = set(stretch)
+def root(node: fx.Node, inside: Container[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
+    """What a node of a stretch is a view of, and the views that lead from there to the node; they are made of nothing else."""
     views: list[fx.Node] = []
     while node in inside and is_view(node) and len(node.all_input_nodes) == 1:
         views.insert(0, node)
@@ -184,8 +184,8 @@ def returns_own_memory(
     return apart(returned, given) and all(map(fills, returned))
 
 
-def crosses(node: fx.Node, stretch: Sequence[fx.Node]) -> bool:
-    inside = set(stretch)
+def crosses(node: fx.Node, inside: Container[fx.Node]) -> bool:
+    """Whether something outside of its stretch uses a node."""
     return any(user not in inside for user in node.users)
 
 
@@ -215,7 +215,7 @@ def matched(body: Sequence[fx.Node], repeat: Repeat):
             return None
         patterns.append((pattern, metas))
         operand_lists.append(list(slots))
-        outputs |= {place[node] for node in stretch if crosses(node, stretch)}
+        outputs |= {place[node] for node in stretch if crosses(node, place)}
     if any(pattern != patterns[0] for pattern in patterns[1:]):
         return None
     return repeat, operand_lists, sorted(outputs)
@@ -255,7 +255,7 @@ def _replace(module, body, repeat, operand_lists, outputs, name, taken) -> None:
                 taken.add(after)
         inside = set(stretch)
         for index in outputs:
-            for view in root(stretch[index], stretch)[1]:
+            for view in root(stretch[index], inside)[1]:
                 if view not in made:
                     with module.graph.inserting_after(after):
                         after = made[view] = module.graph.node_copy(view, lambda operand, made=made: made[operand])
@@ -285,7 +285,7 @@ def paired(value: object) -> object:
 def _handed_on(stretch: Sequence[fx.Node], outputs: Sequence[int]) -> list[fx.Node]:
     """What a block returns: what its outputs are views of, as far as that is its own."""
     inside = set(stretch)
-    return [node for node in dict.fromkeys(root(stretch[index], stretch)[0] for index in outputs) if node in inside]
+    return [node for node in dict.fromkeys(root(stretch[index], inside)[0] for index in outputs) if node in inside]
 
 
 def _subgraph(stretch: Sequence[fx.Node], operands: Sequence[fx.Node], outputs: Sequence[int]) -> fx.GraphModule:
