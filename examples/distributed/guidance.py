@@ -9,6 +9,7 @@ Each chooses its active tokens by the noise of its own branch; where one process
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 import torch
@@ -58,13 +59,22 @@ def main() -> None:
     parser.add_argument("prompt")
     parser.add_argument("--model", required=True, help="a pipeline of diffusers: a folder or a name of the hub")
     parser.add_argument("--output", default="video.mp4")
+    parser.add_argument(
+        "--given", type=json.loads, default={}, help='more for the pipeline, as JSON: {"num_frames": 33}'
+    )
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help='of ras_compile, as JSON: {"sample_ratio": 0.25}'
+    )
     args = parser.parse_args()
-    dist.init_process_group("nccl")
-    torch.cuda.set_device(dist.get_rank())
-    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.bfloat16).to(torch.cuda.current_device())
-    ras_compile.attach(pipe)  # before the transformer is wrapped: what is compiled is one branch
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", dist.get_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.bfloat16 if cuda else torch.float32).to(device)
+    ras_compile.attach(pipe, **args.options)  # before the transformer is wrapped: what is compiled is one branch
     pipe.transformer = OneBranch(pipe.transformer)
-    frames = pipe(args.prompt, generator=torch.Generator().manual_seed(0)).frames[0]
+    frames = pipe(args.prompt, generator=torch.Generator().manual_seed(0), **args.given).frames[0]
     if dist.get_rank() == 0:
         export_to_video(frames, args.output, fps=16)
     dist.destroy_process_group()

@@ -224,7 +224,7 @@ class SchedulerFollower:
                 self._windows[latent.shape[1]] = picture_window(latent, sample)
 
     def _look_for_other_transformers(self) -> None:
-        """A transformer that has been put in the place of an attached one since is not compiled."""
+        """A transformer that has been put in the place of an attached one since is not compiled; one around it calls it."""
         pipe = self._pipe()
         for name, attached in list(self._transformers.items()):
             present = getattr(pipe, name, None)
@@ -234,7 +234,7 @@ class SchedulerFollower:
                     f"ras_compile: {type(pipe).__name__}.{name} was compiled once more after attach(); the options of that "
                     "compilation rule. Put the plain module back, or call detach() on the handle."
                 )
-            elif present is not None and present is not attached:
+            elif present is not None and not (isinstance(present, nn.Module) and attached in present.modules()):
                 warn_once(
                     f"ras_compile: {type(pipe).__name__}.{name} is not the module that was attached; what it computes is "
                     "dense. Call detach() on the handle, and attach again."

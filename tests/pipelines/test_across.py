@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipelines import draw_flux, draw_wan, flux, normal, wan
 from scripts import load
 
 import ras_compile
+from ras_compile.errors import RASWarning
 
 pytestmark = pytest.mark.pipelines
 (GUIDANCE,) = load(["distributed"], ["guidance"])
@@ -98,6 +100,7 @@ def test_branches_of_guidance_on_two_processes():
     wanted = draw_wan(pipe, 8)
 
     def work(rank: int) -> Any:
+        warnings.simplefilter("error", RASWarning)  # also where a transformer stands around the attached one
         with ras_compile.attach(pipe, sample_ratio=1.0, **OPTIONS) as handle:
             pipe.transformer = GUIDANCE.OneBranch(pipe.transformer)
             video = draw_wan(pipe, 8)
