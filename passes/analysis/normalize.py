@@ -145,7 +145,8 @@ def join_writes(graph: fx.Graph, node: fx.Node) -> None:
     value: torch.Tensor = node.meta["val"]
     sources: dict[int, fx.Node] = {}
     dim, step = (named_arguments(node)[name] for name in ("dim", "step"))
-    if step == 1 or dim % value.dim() != value.dim() - 1 or not value.is_contiguous():
+    lengths = all(isinstance(length, int) for length in (step, *value.shape))  # symbols are left alone
+    if not lengths or step == 1 or dim % value.dim() != value.dim() - 1 or not value.is_contiguous():
         return
     write = node
     while write.target is aten.slice_scatter.default and len(sources) < step:
@@ -165,8 +166,8 @@ def join_writes(graph: fx.Graph, node: fx.Node) -> None:
 
 def _to_the_end(given: dict[str, Any], value: torch.Tensor) -> bool:
     """Whether a write with a stride starts in the first period and leaves nothing out behind it."""
-    start, end = given["start"] or 0, given["end"]
-    return 0 <= start < given["step"] and (end is None or end >= value.shape[-1])
+    start, end = given["start"] or 0, value.shape[-1] if given["end"] is None else given["end"]
+    return isinstance(start, int) and isinstance(end, int) and 0 <= start < given["step"] and end >= value.shape[-1]
 
 
 def _written(emit: Emitter, source: fx.Node) -> fx.Node:

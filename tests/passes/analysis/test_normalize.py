@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ras_compile.capture.export import capture, export
+from ras_compile.passes.analysis.normalize import join_writes
 from ras_compile.passes.rules import constants
 from ras_compile.passes.rules.pointwise import find_rule
 from ras_compile.preview import record_call
@@ -226,3 +228,16 @@ def test_interleaved_writes_are_a_stack(function, joined):
     assert (aten.slice_scatter.default in targets) != joined
     for found, wanted in zip(captured(*given), module(*given), strict=True):
         assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+
+
+def test_interleaved_writes_of_a_length_that_is_a_symbol_stay():
+    """Their bounds may be nodes of the graph, which have no order."""
+
+    def run(x):
+        return rotated(x, (0, 1))
+
+    graph = make_fx(torch.func.functionalize(run), tracing_mode="symbolic")(torch.randn(2, 6, 16)).graph
+    written = [node for node in graph.nodes if node.target is aten.slice_scatter.default]
+    for node in written:
+        join_writes(graph, node)
+    assert written and all(node in graph.nodes for node in written)
