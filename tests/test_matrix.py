@@ -22,18 +22,42 @@ def test_the_last_line(said, line):
 
 
 def test_rows_are_renewed_and_others_stay():
-    first = matrix.put(f"before\n{matrix.BEGIN}{matrix.END}after\n", ["| 2.13.0 | a |", "| 2.9 | b |"])
+    def line(torch: str, diffusers: str, python: str, said: str) -> str:
+        return f"| {torch} | 3.7 | {diffusers} | {python} | {said} | core |"
+
+    old = [line("2.13.0", "0.42.1", "3.11", "a"), line("2.9.1", "0.42.1", "3.11", "b")]
+    first = matrix.put(f"before\n{matrix.BEGIN}{matrix.END}after\n", old)
     assert first.startswith("before\n") and first.endswith("after\n")
-    second = matrix.put(first, ["| 2.13.1 | c |"])
-    rows = second.partition(matrix.BEGIN)[2].partition(matrix.END)[0].splitlines()[2:]
-    assert rows == ["| 2.9 | b |", "| 2.13.1 | c |"]
+    new = [
+        line("2.13.1", "0.42.1", "3.11", "c"),
+        line("2.13.1", "0.38.0", "3.11", "d"),
+        line("2.13.1", "0.42.1", "3.12", "e"),
+    ]
+    rows = matrix.put(first, new).partition(matrix.BEGIN)[2].partition(matrix.END)[0].splitlines()[2:]
+    assert rows == [old[1], new[1], new[0], new[2]]
 
 
 def test_a_version_that_cannot_be_had_is_told(monkeypatch):
     monkeypatch.setattr(matrix, "installed", lambda version: "no such version")
-    assert str(matrix.row("9.9")).startswith("| 9.9 |  |") and "not installed: no such version" in str(
-        matrix.row("9.9")
-    )
+    monkeypatch.setattr(matrix, "beside", lambda version: None)
+    told = str(matrix.row("9.9"))
+    assert told.startswith("| 9.9 |  |") and "not installed: no such version" in told
+    assert str(matrix.row("diffusers-9.9")).startswith("|  |  | 9.9 |")
+
+
+def test_a_folder_rules_over_the_environment(monkeypatch):
+    asked = []
+
+    def run(command, env, **options):
+        asked.append((command[1:], env["PYTHONPATH"]))
+        return matrix.subprocess.CompletedProcess(
+            command, 0, "3 passed in 1s" if command[1] == "-m" else "2.13 3.7 0.38", ""
+        )
+
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    assert matrix.tested("python", ["core"], "folder") == matrix.Row("2.13", "3.7", "0.38", "3 passed", "3 passed")
+    assert {path for _, path in asked} == {matrix.os.pathsep.join(["folder", "mine"])} and asked[-1][0][-1] == "core"
 
 
 def test_the_page_has_a_place_for_it():
