@@ -3,7 +3,8 @@
     python examples/benchmarks/resolutions.py --sides 32x32,32x40,48x32,40x40,24x40
     python examples/benchmarks/resolutions.py --size thin --sides 8x10,9x11,10x12 --dynamic   # on a CPU: real depth, tiny width
 
-Of FLUX, whose latents are packed: `--sides` are tokens. *Cold* are the seconds of a size's first picture over those of its
+Of FLUX, whose latents are packed, or of another model of `sizes.py` (`--model sd3-medium`), whose latents have height and
+width in patches of two: `--sides` are tokens. *Cold* are the seconds of a size's first picture over those of its
 second one. `--dynamic` attaches with `dynamic=True`, `--no-dynamic` with `dynamic=False`: each size has programs of its own.
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import torch
 from machine import dtype_of, short_name
-from sizes import SIZES, Workload, build
+from sizes import MODELS, SIZES, Workload, build, sample
 from torch import Tensor
 from ways import Pipe
 
@@ -32,6 +34,12 @@ __all__ = ["main"]
 def picture(work: Workload, scheduler: Any, rows: int, columns: int, steps: int) -> Tensor:
     """One picture of `rows` x `columns` tokens; returns the latents at the end, on the CPU."""
     given = work.inputs
+    if "img_ids" not in given:
+        like = work.latents
+        shape = (*like.shape[:-2], 2 * rows, 2 * columns)
+        generator = torch.Generator(like.device).manual_seed(0)
+        latents = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+        return sample(replace(work, latents=latents), work.transformer, scheduler, steps).float().cpu()
     like = given["hidden_states"]
     generator = torch.Generator(like.device).manual_seed(0)
     latents = torch.randn(1, rows * columns, like.shape[-1], generator=generator, device=like.device, dtype=like.dtype)
@@ -65,6 +73,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Measures and prints, one JSON a size; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sides", default="64x64,48x64,64x80,56x72,48x48", help="rows x columns of tokens, in order")
+    parser.add_argument("--model", choices=sorted(MODELS), default="flux-dev")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", choices=SIZES, default="real")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -72,8 +81,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--dynamic", action=argparse.BooleanOptionalAction, help="as torch.compile takes it")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    work = build("flux-dev", args.size, device, dtype_of(device))
-    pipe = Pipe(work.transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    work = build(args.model, args.size, device, dtype_of(device))
+    packed = "img_ids" in work.inputs
+    pipe = Pipe(work.transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0) if packed else work.scheduler())
     names = counted()
     handle = ras_compile.attach(pipe, dynamic=args.dynamic, inner_backend=args.inner_backend, unsupported="error")
     found: list[dict] = []
@@ -85,7 +95,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
             picture(work, pipe.scheduler, rows, columns, args.steps)
             seconds.append(time.perf_counter() - began)
         kept = sum(keeper.bytes for keeper in list(keepers))
-        told = dict(device=short_name(device), size=args.size, dynamic=args.dynamic, tokens=rows * columns)
+        told = dict(
+            device=short_name(device), model=args.model, size=args.size, dynamic=args.dynamic, tokens=rows * columns
+        )
         told |= dict(cold_s=seconds[0] - seconds[1], picture_s=seconds[1], programs=len(names), kept_bytes=kept)
         found.append(told | dict(cold_of_first=told["cold_s"] / (found[0]["cold_s"] if found else told["cold_s"])))
         print(json.dumps(found[-1]), flush=True)

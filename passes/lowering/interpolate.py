@@ -3,23 +3,29 @@
     view(x, [2, 29, 64])  at length 5  and  view(x, [2, 33, 64])  at length 9      become      view(x, [2, length + 24, 64])
 
 The programs that are given are static, so that nothing that writes or checks them has to know of symbols. Every number
-in which they differ must be a constant plus whole multiples of the lengths; one more program than it takes to find
-these must agree.
+in which they differ must be a constant plus whole multiples of the lengths, or of products of them where lengths are the
+sides of a picture (its tokens are height times width); one more program than it takes to find these must agree.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from ras_compile.passes.analysis.roles import Role
 
 Point = tuple[int, ...]  # one value for each length
+FINEST = 1024  # of floating point numbers that are sizes divided by a power of two
 
 
 class NotAffine(Exception):
@@ -27,32 +33,75 @@ class NotAffine(Exception):
 
 
 @dataclass(frozen=True)
-class Affine:
-    """``constant + sum(slopes * lengths)``."""
+class Form:
+    """A sum of whole multiples of products of lengths, or a floating point number that is such a sum by a power of two.
 
-    constant: int
-    slopes: Point
+    Attributes:
+        terms: each multiple that is not zero, and the exponents of the lengths in its product: ``(2, (1, 0))`` is twice the
+            first of two lengths, ``(5, (0, 0))`` the constant 5.
+        over: what the sum is divided by; 0: it is a whole number.
+    """
+
+    terms: tuple[tuple[int, Point], ...]
+    over: int = 0
 
     def __call__(self, lengths: Sequence[Any]) -> Any:
-        return sum((slope * length for slope, length in zip(self.slopes, lengths, strict=True) if slope), self.constant)
+        total = sum(multiple * product(lengths, exponents) for multiple, exponents in self.terms)
+        return total / self.over if self.over else total
+
+    @property
+    def varies(self) -> bool:
+        """Whether it depends on the lengths."""
+        return any(map(any, (exponents for _, exponents in self.terms)))
 
 
-def sample_points(base: Point, steps: Sequence[int], check: Point) -> list[Point]:
-    """``base``, one point for each length that is ``steps`` away from it in that length alone, and one to check with."""
-    moved = [tuple(b + steps[i] * (i == k) for i, b in enumerate(base)) for k in range(len(base))]
-    return [base, *moved, check]
+def product(lengths: Sequence[Any], exponents: Point) -> Any:
+    """The product of lengths, each as often as its exponent says."""
+    return math.prod(length for length, times in zip(lengths, exponents, strict=True) for _ in range(times))
 
 
-def fit(points: Sequence[Point], values: Sequence[int]) -> Affine | None:
+def sample_points(base: Point, steps: Sequence[int], check: Point, most: Point = ()) -> list[Point]:
+    """``base``, then points from which the multiples of a :class:`Form` are found, then one to check with.
+
+    Args:
+        base: the present lengths.
+        steps: how far the points are apart, for each length.
+        check: lengths farther away than all others.
+        most: how often each length is a factor of products with others; 0, or none said: of none, it only has multiples.
+    """
+    alone = [tuple(int(i == k) for i in range(len(base))) for k in range(len(base))]
+    joint = itertools.product(*(range(times + 1) for times in most or [0] * len(base)))
+    found = dict.fromkeys([(0,) * len(base), *alone, *joint])
+    return [*(tuple(b + s * e for b, s, e in zip(base, steps, each, strict=True)) for each in found), check]
+
+
+@functools.lru_cache
+def _solved(points: tuple[Point, ...]) -> tuple[list[Point], list[list[int]], int]:
+    """The exponents of the products that ``points`` tell apart, and what makes multiples of values: whole numbers, a divisor."""
+    base = points[0]
+    axes = [[abs(p - b) for p in axis if p != b] for b, axis in zip(base, zip(*points, strict=True), strict=True)]
+    steps = [min(axis, default=1) for axis in axes]
+    exponents = [tuple(abs(p - b) // s for p, b, s in zip(point, base, steps, strict=True)) for point in points]
+    inverse = sympy.Matrix([[product(point, each) for each in exponents] for point in points]).inv()
+    divisor = int(sympy.ilcm(1, *(entry.q for entry in inverse)))
+    return exponents, [[int(entry * divisor) for entry in inverse.row(k)] for k in range(len(points))], divisor
+
+
+def fit(points: Sequence[Point], values: Sequence[int] | Sequence[float]) -> Form | None:
     """The function that has ``values`` at ``points`` (see :func:`sample_points`); None where there is none."""
-    base, slopes = points[0], []
-    for axis, (point, value) in enumerate(zip(points[1:-1], values[1:-1], strict=True)):
-        slope, rest = divmod(value - values[0], point[axis] - base[axis])
+    if isinstance(values[0], float):
+        over = max(Fraction(value).denominator if math.isfinite(value) else FINEST + 1 for value in values)
+        found = fit(points, [int(value * over) for value in values]) if over <= FINEST else None
+        return None if found is None else replace(found, over=over)
+    exponents, rows, divisor = _solved(tuple(points[:-1]))
+    terms = []
+    for each, row in zip(exponents, rows, strict=True):
+        multiple, rest = divmod(sum(part * value for part, value in zip(row, values[:-1], strict=True)), divisor)
         if rest:
             return None
-        slopes.append(slope)
-    found = Affine(values[0] - sum(s * b for s, b in zip(slopes, base, strict=True)), tuple(slopes))
-    return found if all(found(point) == value for point, value in zip(points, values, strict=True)) else None
+        terms += [(multiple, each)] * bool(multiple)
+    found = Form(tuple(terms))
+    return found if found(points[-1]) == values[-1] else None
 
 
 def interpolate(programs: Sequence[fx.GraphModule], points: Sequence[Point]) -> fx.GraphModule:
@@ -61,7 +110,7 @@ def interpolate(programs: Sequence[fx.GraphModule], points: Sequence[Point]) -> 
     Each node has the ``meta["val"]`` of the first of them, and says in ``meta["sizes"]`` how large it is in each.
 
     Raises:
-        NotAffine: they differ in more than numbers, or in a number that is no affine function of the lengths.
+        NotAffine: they differ in more than numbers, or in a number that is no :class:`Form` of the lengths.
     """
     return _Interpolation(programs, points).run()
 
@@ -119,19 +168,22 @@ class _Interpolation:
             return {key: self._blend(tuple(value[key] for value in values), where) for key in first}
         if all(value == first for value in values):
             return first
-        found = fit(self.points, values) if type(first) is int else None
+        found = fit(self.points, values) if type(first) in (int, float) else None
         if found is None:
             raise NotAffine(f"an argument of {where.format_node()} is {', '.join(map(str, values))} elsewhere")
         return self._spell(found)
 
-    def _spell(self, value: Affine) -> fx.Node:
+    def _spell(self, value: Form) -> fx.Node:
         """Nodes that compute a number, next to where it is needed: repeated blocks then hold them, and stay alike."""
-        total: Any = value.constant
-        for slope, length in zip(value.slopes, self.lengths, strict=True):
-            if slope:
-                term = length if slope == 1 else self._number(operator.mul, length, slope)
-                total = term if isinstance(total, int) and total == 0 else self._number(operator.add, term, total)
-        return total
+        total: Any = 0
+        for multiple, exponents in value.terms:
+            factors = [length for length, times in zip(self.lengths, exponents, strict=True) for _ in range(times)]
+            term: Any = multiple
+            if factors:
+                term = functools.reduce(lambda one, other: self._number(operator.mul, one, other), factors)
+                term = term if multiple == 1 else self._number(operator.mul, term, multiple)
+            total = term if isinstance(total, int) and total == 0 else self._number(operator.add, term, total)
+        return self._number(operator.truediv, total, value.over) if value.over else total
 
     def _number(self, target: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(target, args)

@@ -82,7 +82,7 @@ def description(node: fx.Node) -> object | None:
     None for what is no tensor and no length.
     """
     value = node.meta.get("val")
-    if isinstance(value, int):
+    if isinstance(value, (int, float)):
         return value
     sizes = str(node.meta.get("sizes"))
     return (value.dtype, tuple(value.shape), value.stride(), sizes) if isinstance(value, torch.Tensor) else None

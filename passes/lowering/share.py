@@ -22,7 +22,7 @@ from ras_compile.passes.programs.aliases import root, writes
 from ras_compile.passes.programs.equals import equals, word
 
 aten = torch.ops.aten
-NUMBERS = (operator.add, operator.mul)  # how `interpolate.py` spells what depends on a length
+NUMBERS = (operator.add, operator.mul, operator.truediv)  # how `interpolate.py` spells what depends on a length
 
 
 def share_tables(graph: fx.Graph) -> int:

@@ -21,7 +21,8 @@ from ras_compile.passes.programs.aliases import INVOKE, memories, shows
 from ras_compile.passes.rules.registry import called
 from ras_compile.passes.spec.demand import AMBIENT, demand
 
-NUMBERS = (operator.add, operator.mul)  # how a program for several lengths computes sizes
+# How a program for several lengths computes sizes, and numbers of which they are fractions.
+NUMBERS = {operator.add: int, operator.mul: int, operator.truediv: float}
 HIGHER = (INVOKE, auto_functionalized_v2)  # calls of calls: `blocks.py` and `memory.py` look at them
 MOST = 1 << 14  # results that are remembered
 
@@ -52,7 +53,7 @@ def check_values(graph: fx.Graph) -> None:
 
 def check_call(node: fx.Node) -> None:
     """A call is one of an overload, an item of a result, arithmetic of lengths, or a call of a repeated block."""
-    numbers = node.target in NUMBERS and type(node.meta.get("val")) is int
+    numbers = NUMBERS.get(node.target) is type(node.meta.get("val"))
     known = isinstance(node.target, OpOverload) or node.target in (operator.getitem, *HIGHER)
     demand(known or numbers, node, "not an overload of an op")
     demand("val" in node.meta, node, "no value in its meta")

@@ -237,8 +237,8 @@ def attach(
     Args:
         pipe: the pipeline.
         config: options all at once; those given by name rule over it.
-        dynamic: that of `torch.compile`. None: the first size is compiled for itself, and the second one for all others, where
-            latents are packed (FLUX, Qwen-Image); True: already the first one is for all; False: each for itself.
+        dynamic: that of `torch.compile`. None: the first size is compiled for itself, and the second one for all others;
+            True: already the first one is for all; False: each for itself.
         **options: see :class:`RASConfig`; `mode` is handed to the inner backend.
 
     Returns:

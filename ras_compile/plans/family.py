@@ -5,8 +5,8 @@
                 up ones, and each program is compiled once, with the length as an argument (`passes/lowering/interpolate.py`)
     length 7    a member: nothing is captured, proved or compiled; only CUDA graphs are, which bake sizes in
 
-Where the latent's tokens are a length, all sizes of pictures share programs, and so do all numbers of active rows: the
-sparse program takes that number as one more length.
+Where the latent's tokens are a length, or its sides are (`grid.py`), all sizes of pictures share programs, and so do all
+numbers of active rows: the sparse program takes that number as one more length.
 
 What the inner compiler assumes of a length is checked for each member. Where it does not hold, that program is compiled
 for that member alone.
@@ -21,7 +21,6 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -34,11 +33,12 @@ from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_inner
 from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.cost import Cost
-from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolate, sample_points
+from ras_compile.passes.lowering.interpolate import NotAffine, Point, interpolate
 from ras_compile.passes.pipeline import for_all_lengths
 from ras_compile.passes.rules.registry import nodes_in
+from ras_compile.plans.grid import Grid
 from ras_compile.plans.latent import is_fixed
-from ras_compile.plans.lengths import Lengths
+from ras_compile.plans.lengths import Lengths, Region
 from ras_compile.plans.plan import Plan
 from ras_compile.plans.shared import Shared, Sized, all_fit
 from ras_compile.plans.symbolic import SymbolicGraph, Symbols
@@ -85,13 +85,14 @@ class Family:
         self, graph: SymbolicGraph, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig
     ) -> None:
         self.graph, self.inputs, self.config = graph, inputs, config
-        self.points = self.find_points()
+        self.grid = Grid(graph, graph.lengths.at(values))
+        self.points = self.grid.points
         self._as_static = replace(config, cuda_graphs=False)  # of plans that are looked at and not run
         pairs = zip(inputs, values, strict=True)
         self._described = [described(v) if isinstance(v, Tensor) and not is_fixed(i, v) else v for i, v in pairs]
         first = self.exact(self.points[0], proved=False)
         self.grows = first.latent in graph.lengths.sizes  # the latent's tokens are a length
-        if self.grows and not first.packed:
+        if self.grows and not (first.packed or any(graph.lengths.sides)):
             raise UnsupportedGraph("the latent's size depends on a length that is not the number of its tokens")
         # later plans are of the same kind, whatever else may look like a latent at another length
         context = config.context if first.sparse.live else "fresh"
@@ -112,11 +113,12 @@ class Family:
 
     def exact(self, point: Point, *, proved: bool = True) -> Plan:
         """The plan for these lengths alone."""
-        return Plan(self.graph.at(point), self.inputs, self._inputs_at(point), self._as_static, proved=proved)
+        graph = self.graph.at(self.grid.lengths_at(point))
+        return Plan(graph, self.inputs, self._inputs_at(point), self._as_static, proved=proved)
 
     def _inputs_at(self, point: Point) -> list[Any]:
         """Inputs of these lengths, without what is in them."""
-        lengths, made = self.graph.lengths, list(self._described)
+        lengths, made, point = self.graph.lengths, list(self._described), self.grid.lengths_at(point)
         for index in lengths.sizes:
             if isinstance(made[index], Tensor):
                 made[index] = described(made[index], *lengths.described(index, point))
@@ -124,36 +126,12 @@ class Family:
                 made[index] = lengths.number(index, point)
         return made
 
-    def find_points(self) -> list[Point]:
-        """The present lengths, and others that the graph is right for.
-
-        Raises:
-            UnsupportedGraph: there are not enough of them.
-        """
-        base = self.graph.base
-
-        def right(point: Point) -> bool:
-            return self.graph.lengths.allows(point) and self.graph.holds(point)
-
-        steps: list[int] = []
-        for axis in range(len(base)):
-            near = (tuple(b + step * (k == axis) for k, b in enumerate(base)) for step in (-1, 1, -2, 2, -3, 3))
-            steps.append(next((point[axis] - base[axis] for point in near if right(point)), 0))
-        far = product(*((b // 2, b // 2 + 1, 2 * b + 3, b + 7, b + 5, b + 3, b - 3) for b in base))
-        check = next(
-            (p for p in far if right(p) and all(abs(c - b) > abs(s) for c, b, s in zip(p, base, steps, strict=True))),
-            None,
-        )
-        if not all(steps) or check is None:
-            raise UnsupportedGraph(f"the graph is right for too few lengths of the context beside {base}")
-        return sample_points(base, steps, check)
-
     def member(self, values: Sequence[Any]) -> Plan | None:
         """The plan for a call; None where its lengths are not ones that the captured graph is right for."""
-        point = self.graph.lengths.at(values)
-        if not (self.graph.lengths.fits(values, point) and self.graph.holds(point)):
+        lengths = self.graph.lengths.at(values)
+        if not (self.graph.lengths.fits(values, lengths) and self.graph.holds(lengths) and self.grid.fits(lengths)):
             return None
-        return Member(self, point, values)
+        return Member(self, self.grid.point_at(lengths), values)
 
     def entering(self, member: Member) -> None:
         """A member runs a dense step: of those that ran before, the ones used longest ago give up what they keep."""
@@ -300,7 +278,7 @@ class Families:
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[GraphInput], users: Sequence[int]) -> None:
         self._graph, self._inputs, self._users = graph, inputs, users
         self._captured: dict[Hashable, SymbolicGraph | None] = {}
-        self._found: dict[Hashable, Family | None] = {}
+        self._found: dict[Hashable, list[Family | None]] = {}
 
     def plan(
         self, values: Sequence[Any], config: RASConfig, numbers: Sequence[int], fixed: int | None = None
@@ -313,9 +291,9 @@ class Families:
             numbers: positions of integers that are tensors among the values.
             fixed: which values the whole numbers among the weights have.
         """
-        for packed in (True, False):
-            lengths = Lengths.of(self._graph, self._inputs, values, numbers, packed)
-            if lengths is not None and not (packed and config.region):
+        for part in Region:
+            lengths = Lengths.of(self._graph, self._inputs, values, numbers, part)
+            if lengths is not None and (part is Region.NOTHING or not config.region):
                 plan = self._member(lengths, values, config, fixed)
                 if plan is not None:
                     return plan
@@ -324,9 +302,12 @@ class Families:
     def _member(self, lengths: Lengths, values: Sequence[Any], config: RASConfig, fixed: int | None) -> Plan | None:
         key: Hashable = (lengths.key_without_lengths(values, self._users), fixed)
         region = config.region and (config.region.start, config.region.stop, config.region.step)
-        if (key, region) not in self._found and len(self._found) < FAMILIES:
-            self._found[key, region] = self.make(key, lengths, values, config)
-        family = self._found.get((key, region))
+        known = self._found.setdefault((key, region), [])
+        point = lengths.at(values)
+        family = next((each for each in known if each is None or each.grid.takes(point)), None)
+        if family is None and None not in known and sum(map(len, self._found.values())) < FAMILIES:
+            family = self.make(key, lengths, values, config)
+            known.append(family)
         return None if family is None else family.member(values)
 
     def make(self, key: Hashable, lengths: Lengths, values: Sequence[Any], config: RASConfig) -> Family | None:

@@ -1,13 +1,14 @@
 """Which sizes of a Dynamo graph's inputs are lengths of the context: prompts of any length are to share one program.
 
 From the second length on, Dynamo hands over a graph in which the size that has changed is a symbol. A symbol that is a
-size of the user's tensors and of nothing that the graph returns is a *length*; the others (batch, height and width, from
-the second resolution on) are taken as they are in the present call. Where latents are packed, `[B, N, C]`, the number of
-their tokens may be a length, too: all resolutions then share programs. A *point* has a value for each length.
+size of the user's tensors and of nothing that the graph returns is a *length*; the others (a batch) are taken as they are in
+the present call. Where latents are packed, `[B, N, C]`, the number of their tokens may be a length, too, and where they are
+not, `[B, C, H, W]`, so may their *sides*: all resolutions then share programs. A *point* has a value for each length.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -19,7 +20,15 @@ from ras_compile.capture.inputs import GraphInput
 from ras_compile.capture.sizes import expression, expressions
 from ras_compile.passes.lowering.interpolate import Point
 
-MOST = 2  # more lengths that change independently are compiled one by one
+MOST = 3  # more lengths that change independently are compiled one by one
+
+
+class Region(enum.Enum):
+    """What of the latent may be a length."""
+
+    TOKENS = enum.auto()  # the second size of [B, N, C]
+    SIDES = enum.auto()  # what follows the channels in [B, C, H, W] and [B, C, T, H, W]
+    NOTHING = enum.auto()
 
 
 class Lengths:
@@ -30,6 +39,7 @@ class Lengths:
         sizes: for each input that depends on them, its sizes (of a tensor) or itself (a number) as expressions.
         strides: likewise, a tensor's strides.
         guards: what Dynamo has assumed of the lengths.
+        sides: for each length how many sides of the latent it is: two where height and width are one symbol, none if none are told.
     """
 
     def __init__(
@@ -38,7 +48,9 @@ class Lengths:
         sizes: dict[int, list[sympy.Expr]],
         strides: dict[int, list[sympy.Expr]],
         guards: Sequence[Any],
+        sides: Point = (),
     ) -> None:
+        self.sides = sides or (0,) * len(symbols)
         self.symbols, self.sizes, self.strides, self._guards = list(symbols), sizes, strides, list(guards)
         self._places = [
             next((index, dim) for index in strides for dim, size in enumerate(sizes[index]) if size == symbol)
@@ -52,7 +64,7 @@ class Lengths:
         inputs: Sequence[GraphInput],
         values: Sequence[Any],
         numbers: Sequence[int],
-        packed: bool = False,
+        region: Region = Region.NOTHING,
     ) -> Lengths | None:
         """The lengths of a Dynamo graph; None where there are none, or more than can be followed.
 
@@ -60,8 +72,8 @@ class Lengths:
             inputs: description of its placeholders.
             values: the present inputs.
             numbers: positions of integers that are no sizes: they are tensors among ``values``.
-            packed: the second size of tensors of three dimensions, one that is given and one that is returned, counts as a
-                length, and there has to be such a one.
+            region: which sizes of tensors count as lengths although the graph returns them; they are sizes of one that is
+                given and one that is returned, and there have to be such.
         """
         examples = [node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")]
         known: dict[sympy.Symbol, int] = {}
@@ -75,12 +87,21 @@ class Lengths:
         returned = [node.meta.get("example_value") for node in graph.graph.output_node().all_input_nodes]
         fixed = {symbol for example in returned for e in expressions(example) for symbol in e.free_symbols}
         tensors = [index for index in sizes if isinstance(values[index], Tensor)]
-        if packed:
+        sides: list[sympy.Expr] = []
+        if region is Region.TOKENS:
             given = {sizes[index][1] for index in tensors if len(sizes[index]) == 3}
             tokens = given & {found[1] for found in map(expressions, returned) if len(found) == 3} & fixed
             if not tokens:
                 return None
             fixed -= tokens
+        elif region is Region.SIDES:
+            grids = [found[2:] for found in map(expressions, returned) if len(found) > 3]
+            there = {symbol for found in grids for e in found for symbol in e.free_symbols}
+            latents = [sizes[index][2:] for index in tensors if len(sizes[index]) > 3]
+            sides = next((found for found in latents if there & set(found)), [])
+            if not sides:
+                return None
+            fixed -= {e for e in sides if e.is_Symbol}
         symbols = [e for index in tensors for e in sizes[index] if e.is_Symbol and e not in fixed]
         symbols = list(dict.fromkeys(symbols))
         if not 0 < len(symbols) <= MOST:
@@ -106,7 +127,7 @@ class Lengths:
             return None
         env = next(size for i in strides for size in examples[i].shape if isinstance(size, torch.SymInt)).node.shape_env
         guards = [guard.expr.xreplace(same) for guard in env.guards]
-        return cls(symbols, sizes, strides, guards)
+        return cls(symbols, sizes, strides, guards, tuple(sides.count(symbol) for symbol in symbols))
 
     def at(self, values: Sequence[Any]) -> Point:
         """The lengths of a call."""

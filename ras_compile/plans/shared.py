@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ras_compile.execute.inner import Compiled
-from ras_compile.passes.lowering.interpolate import Affine, NotAffine, Point, fit
+from ras_compile.passes.lowering.interpolate import Form, NotAffine, Point, fit
 from ras_compile.plans.symbolic import Symbols
 
 
@@ -17,8 +17,8 @@ from ras_compile.plans.symbolic import Symbols
 class Sized:
     """Sizes and strides of a tensor as functions of the lengths."""
 
-    sizes: tuple[Affine, ...]
-    strides: tuple[Affine | int, ...]  # a function, or the dimension whose extent it is
+    sizes: tuple[Form, ...]
+    strides: tuple[Form | int, ...]  # a function, or the dimension whose extent it is
 
     @classmethod
     def of(cls, points: Sequence[Point], tensors: Sequence[Tensor]) -> Sized:
@@ -28,7 +28,7 @@ class Sized:
             NotAffine: it has no such form.
         """
         sizes = [fit(points, values) for values in zip(*(tuple(t.shape) for t in tensors), strict=True)]
-        strides: list[Affine | int | None] = []
+        strides: list[Form | int | None] = []
         for values in zip(*(t.stride() for t in tensors), strict=True):
             whole = [(t, v) for t, v in zip(tensors, values, strict=True)]
             inner = (
@@ -43,7 +43,7 @@ class Sized:
     @property
     def varies(self) -> bool:
         """Whether it depends on the lengths."""
-        return any(isinstance(one, int) or any(one.slopes) for one in (*self.sizes, *self.strides))
+        return any(isinstance(one, int) or one.varies for one in (*self.sizes, *self.strides))
 
     def at(self, lengths: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Sizes and strides for these lengths, which may be symbols."""
@@ -51,7 +51,7 @@ class Sized:
 
         def stride(dim: int) -> Any:
             found = self.strides[dim]
-            return found(lengths) if isinstance(found, Affine) else stride(found) * sizes[found]
+            return found(lengths) if isinstance(found, Form) else stride(found) * sizes[found]
 
         return sizes, [stride(dim) for dim in range(len(sizes))]
 

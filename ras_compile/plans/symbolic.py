@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ras_compile._torch import ConstantSource, DimDynamic, FakeTensorMode, ShapeEnv, pytree
 from ras_compile.capture.flex import is_flex, is_transform
 from ras_compile.capture.numbers import capture_numbers
-from ras_compile.capture.sizes import expression
+from ras_compile.capture.sizes import expression, expressions
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.normalize import is_open, normalize
 from ras_compile.passes.lowering.interpolate import Point
@@ -73,6 +73,9 @@ class SymbolicGraph:
 
     Raises:
         UnsupportedGraph: it cannot be captured so, or a size in it is no affine function of the lengths.
+
+    Attributes:
+        sizes: every size, and every number that an op is given, that depends on the lengths.
     """
 
     def __init__(self, graph: fx.GraphModule, lengths: Lengths, values: Sequence[Any]) -> None:
@@ -87,7 +90,9 @@ class SymbolicGraph:
         self._open = self._open_masks(self.base)
         if not self.holds(self.base):
             raise UnsupportedGraph("capturing it has fixed the length of the context")
-        self._check_affine()
+        self.sizes = self._sizes()
+        if not any(lengths.sides):
+            self._check_affine()
 
     def _input(self, index: int, value: Any) -> Any:
         if index not in self.lengths.sizes:
@@ -102,8 +107,7 @@ class SymbolicGraph:
             return sizes[0]
         return self.symbols.tensor(sizes, [number(e) for e in self.lengths.strides[index]], value)
 
-    def _check_affine(self) -> None:
-        """Whether every size, and every number that an op is given, is a constant plus multiples of the lengths."""
+    def _sizes(self) -> list[sympy.Expr]:
         wanted = set()
         for node in self.module.graph.nodes:
             value = node.meta.get("val")
@@ -113,14 +117,30 @@ class SymbolicGraph:
             else:
                 tensors = [item for item in pytree.tree_leaves(value) if isinstance(item, Tensor)]
                 wanted |= {expression(size) for tensor in tensors for size in tensor.shape}
-        for e in wanted:
-            own = [symbol for symbol in self.symbols.symbols if symbol in e.free_symbols]
-            if own and not (e.is_polynomial(*own) and sympy.Poly(e, *own).total_degree() <= 1):
+        return [e for e in wanted if e.free_symbols & set(self.symbols.symbols)]
+
+    def sizes_at(self, point: Point) -> list[int | float]:
+        """The sizes of :attr:`sizes` at these lengths."""
+        now = dict(zip(self.symbols.symbols, map(sympy.Integer, point), strict=True))
+        return [int(found) if found.is_Integer else float(found) for found in (e.xreplace(now) for e in self.sizes)]
+
+    def _check_affine(self) -> None:
+        """Whether every size is a constant plus multiples of the lengths."""
+        own = self.symbols.symbols
+        for e in self.sizes:
+            if not (e.is_polynomial(*own) and sympy.Poly(e, *own).total_degree() <= 1):
                 raise UnsupportedGraph(f"a size is {e}, no affine function of the context's length")
 
     def holds(self, point: Point) -> bool:
         """Whether the graph is right for these lengths, and the same masks are left out of it as hide nothing."""
         return self.symbols.holds(point) and self._open_masks(point) == self._open
+
+    def cuts(self, point: Point) -> list[bool]:
+        """Which slices leave something out at these lengths: one that does not is no op of :meth:`at`."""
+        now = dict(zip(self.symbols.symbols, map(sympy.Integer, point), strict=True))
+        found = self.module.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
+        sizes = [[expressions(each.meta["val"]) for each in (node, node.args[0])] for node in found]
+        return [any(a.xreplace(now) != b.xreplace(now) for a, b in zip(*both, strict=True)) for both in sizes]
 
     def _masks_of_lengths(self) -> dict[fx.Node, list[fx.Node]]:
         """Masks of attention that are computed from nothing but numbers, each with the tensors that it is made of."""

@@ -29,11 +29,13 @@ def test_a_family_is_made_once_for_what_calls_have_in_common(monkeypatch):
 
     def make(self, key, lengths, values, config):
         made.append(key)
-        return None if values[0] == "refused" else SimpleNamespace(member=lambda values: (key, values[1]))
+        rest = values[1] % 2
+        grid = SimpleNamespace(takes=lambda length: length % 2 == rest)
+        return None if values[0] == "refused" else SimpleNamespace(member=lambda values: (key, values[1]), grid=grid)
 
-    lengths = SimpleNamespace(key_without_lengths=lambda values, users: values[0])
+    lengths = SimpleNamespace(key_without_lengths=lambda values, users: values[0], at=lambda values: values[1])
     monkeypatch.setattr(
-        family.Lengths, "of", lambda graph, inputs, values, numbers, packed: lengths if values else None
+        family.Lengths, "of", lambda graph, inputs, values, numbers, region: lengths if values else None
     )
     monkeypatch.setattr(Families, "make", make)
     families, config = Families(None, [], []), RASConfig()
@@ -43,53 +45,12 @@ def test_a_family_is_made_once_for_what_calls_have_in_common(monkeypatch):
     assert families.plan(["a", 7], config, [], fixed=1) == (("a", 1), 7), "other numbers among the weights"
     families.plan(["a", 7], RASConfig.from_options({"region": slice(0, 4)}), [])
     assert len(made) == 3, "another region"
-    assert families.plan(["refused", 7], config, []) is families.plan(["refused", 9], config, []) is None
+    assert families.plan(["refused", 7], config, []) is families.plan(["refused", 8], config, []) is None
     assert len(made) == 4
+    assert families.plan(["a", 8], config, []) == families.plan(["a", 8], config, []) and len(made) == 5, "another rest"
     for number in range(FAMILIES):
         families.plan([number, 7], config, [])
     assert len(made) == FAMILIES and families.plan([FAMILIES, 7], config, []) is None
-
-
-POINTS = {  # the present lengths, those that are allowed, those at which the graph holds, and the points
-    "any": ((8,), lambda p: True, lambda p: True, [(8,), (7,), (4,)]),
-    "even": ((8,), lambda p: p[0] % 2 == 0, lambda p: True, [(8,), (6,), (4,)]),
-    "not below": ((8,), lambda p: p[0] >= 8, lambda p: True, [(8,), (9,), (19,)]),
-    "each third, not below": ((9,), lambda p: p[0] >= 9, lambda p: p[0] % 3 == 0, [(9,), (12,), (21,)]),
-    "each third": ((6,), lambda p: p[0] % 3 == 0, lambda p: True, [(6,), (3,), (15,)]),
-    "two, each third": ((6, 6), lambda p: p[0] % 3 == 0, lambda p: p[1] % 3 == 0, [(6, 6), (3, 6), (6, 3), (15, 15)]),
-    "two": ((8, 5), lambda p: True, lambda p: p[1] > 4, [(8, 5), (7, 5), (8, 6), (4, 13)]),
-}
-
-
-@pytest.mark.parametrize("name", POINTS)
-def test_points_are_near_ones_and_one_far_away(name):
-    """A step along each length alone, as small as it can be, and a check that lies beyond the step of every length."""
-    base, allows, holds, points = POINTS[name]
-    made = bare(graph=SimpleNamespace(base=base, lengths=SimpleNamespace(allows=allows), holds=holds))
-    assert made.find_points() == points
-
-
-@pytest.mark.parametrize("lengths", [[5], [5, 6], [4, 5, 6], [5, 13]])
-def test_a_graph_that_is_right_for_too_few_lengths_has_no_family(lengths):
-    allowed = SimpleNamespace(allows=lambda point: point[0] in lengths)
-    made = bare(graph=SimpleNamespace(base=(5,), lengths=allowed, holds=lambda point: True))
-    with pytest.raises(UnsupportedGraph, match="too few lengths"):
-        made.find_points()
-
-
-@pytest.mark.parametrize(("base", "far"), [(12, far) for far in (6, 7, 27, 19, 17, 15, 9)])
-def test_the_far_point_may_be_any_of_seven(base, far):
-    allowed = SimpleNamespace(allows=lambda point: point[0] in (base, base + 1, far))
-    made = bare(graph=SimpleNamespace(base=(base,), lengths=allowed, holds=lambda point: True))
-    assert made.find_points() == [(base,), (base + 1,), (far,)]
-
-
-def test_each_length_has_to_have_a_near_one():
-    """The far point alone says nothing of how sizes grow with the second length."""
-    allowed = SimpleNamespace(allows=lambda point: point[1] in (5, 13))
-    made = bare(graph=SimpleNamespace(base=(8, 5), lengths=allowed, holds=lambda point: True))
-    with pytest.raises(UnsupportedGraph, match="too few lengths"):
-        made.find_points()
 
 
 class Sample:
@@ -127,8 +88,11 @@ def family_of(monkeypatch):
             allows=lambda point: True,
             described=lambda index, point: ((*point, 4), (4, 1)),
             number=lambda index, point: 10 * point[0],
+            at=lambda values: (8,),
+            sides=(0,),
         )
-        graph = SimpleNamespace(base=(8,), lengths=lengths, holds=lambda point: True, at=lambda point: point)
+        graph = SimpleNamespace(lengths=lengths, holds=lambda point: True, at=lambda point: point)
+        graph.cuts = graph.sizes_at = lambda point: []
         inputs = [GraphInput(name, name) for name in ("text", "latent", "count")]
         return Family(graph, inputs, [torch.ones(8, 4), torch.ones(2, 6), 8], RASConfig.from_options(options))
 
@@ -192,8 +156,10 @@ def test_members_that_ran_long_ago_give_up_what_they_keep():
 def test_a_member_is_of_the_lengths_that_the_graph_is_right_for(monkeypatch):
     monkeypatch.setattr(family, "Member", lambda made, point, values: point)
     lengths = SimpleNamespace(at=lambda values: (len(values),), fits=lambda values, point: values[0] == "fits")
-    made = bare(graph=SimpleNamespace(lengths=lengths, holds=lambda point: point != (2,)))
+    grid = SimpleNamespace(fits=lambda point: point != (3,), point_at=lambda lengths: lengths)
+    made = bare(graph=SimpleNamespace(lengths=lengths, holds=lambda point: point != (2,)), grid=grid)
     assert made.member(["fits"]) == (1,) and made.member(["fits not"]) is made.member(["fits", 0]) is None
+    assert made.member(["fits", 0, 0]) is None, "the points say something else"
 
 
 def test_a_program_is_shared_where_it_fits_and_each_has_its_own_where_none_can_be():

@@ -29,7 +29,7 @@ from ras_compile.execute.memory import keepers
 from ras_compile.passes.analysis.emit import described
 from ras_compile.plans import shared
 from ras_compile.plans.family import KEPT, Family
-from ras_compile.plans.lengths import Lengths
+from ras_compile.plans.lengths import Lengths, Region
 from ras_compile.plans.plan import Plan
 from ras_compile.plans.symbolic import SymbolicGraph, takes_all
 
@@ -490,6 +490,42 @@ def test_inductor_compiles_once_for_all_lengths(compiled_programs, monkeypatch):
         assert error([picture], [tiny(alone, text(length))]) < 1e-4
 
 
+class Placed(TinyDiT):
+    """Adds places as SD3 does, cut out of a table about its middle, and as PixArt does, of numbers divided by the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 32, 32, 4))
+
+    def forward(self, hidden_states, timestep, text):
+        height, width = hidden_states.shape[-2] // 2, hidden_states.shape[-1] // 2
+        top, left = (32 - height) // 2, (32 - width) // 2
+        places = self.table[:, top : top + height, left : left + width]
+        places = places + (torch.arange(height) / (height / 4))[:, None, None]
+        places = nn.functional.pixel_shuffle(places.permute(0, 3, 1, 2), 2)
+        return super().forward(hidden_states + places, timestep, text)
+
+
+def test_pictures_of_all_sides_share_programs_from_the_second_one_on(compiled_programs):
+    """Height times width is a token count; a table that is cut about its middle wants sides of one rest by four."""
+    torch.manual_seed(0)
+    module, text = Placed().eval(), torch.randn(1, 3, 6)
+    compiled = torch.compile(module, backend="ras", options={**OPTIONS, "sample_ratio": 0.5})
+
+    def drawn(compiled, *sides: int) -> torch.Tensor:
+        latent = torch.randn(1, 4, *sides, generator=torch.Generator().manual_seed(sides[0] + 100 * sides[1]))
+        return sampled(compiled, dict(hidden_states=latent, timestep=torch.ones(1), text=text))
+
+    found = {sides: drawn(compiled, *sides) for sides in [(8, 12), (12, 16), (16, 24), (20, 36)]}
+    assert kinds(compiled) == "dsss"
+    assert compiled_programs.pop("captured") == 2 == compiled_programs["dense"] and compiled_programs.total() == 4
+    drawn(compiled, 18, 26)
+    assert compiled_programs["dense"] == 3, "sides of another rest"
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options={**OPTIONS, "sample_ratio": 0.5})
+    assert torch.equal(drawn(alone, 20, 36), found[20, 36])
+
+
 SIZES = [26, 20, 35, 12, 48, 15, 9, 63, 7, 30, 8, 28, 40, 18, 77, 10, 21, 54, 33, 25]  # tokens of packed latents
 
 
@@ -571,7 +607,7 @@ def test_the_contract_holds_at_a_third_size():
     (graph, second), (_, third) = dynamo_graphs(packed().double(), calls)[1:]
     inputs, config = describe_inputs(graph.graph), RASConfig.from_options({"inner_backend": "eager"})
     assert Lengths.of(graph, inputs, second, []) is None, "no length of the context"
-    lengths = Lengths.of(graph, inputs, second, [], packed=True)
+    lengths = Lengths.of(graph, inputs, second, [], Region.TOKENS)
     family = Family(SymbolicGraph(graph, lengths, second), inputs, second, config)
     alone, plan = Subject(Plan(graph, inputs, third, config), third), family.member(third)
     shared = Subject(plan, alone.values)

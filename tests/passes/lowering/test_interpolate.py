@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from ras_compile.passes.lowering.interpolate import Affine, NotAffine, fit, interpolate, sample_points
+from ras_compile.passes.lowering.interpolate import Form, NotAffine, fit, interpolate, sample_points
 
 aten = torch.ops.aten
 POINTS = sample_points((7,), [-1], (3,))
@@ -32,12 +32,23 @@ def view(size):
 def test_points_and_fits():
     points = sample_points((7, 20), [-1, 1], (3, 9))
     assert points == [(7, 20), (6, 20), (7, 21), (3, 9)]
-    assert fit(points, [2 * a - b + 5 for a, b in points]) == Affine(5, (2, -1))
-    assert fit(points, [4] * 4) == Affine(4, (0, 0))
+    assert fit(points, [2 * a - b + 5 for a, b in points]) == Form(((5, (0, 0)), (2, (1, 0)), (-1, (0, 1))))
+    assert fit(points, [4] * 4) == Form(((4, (0, 0)),))
     assert fit(points, [a * b for a, b in points]) is None
     assert fit(points, [-(-a // 4) * 4 + b for a, b in points]) is None
     assert fit(sample_points((8,), [-2], (3,)), [8, 7, 5]) is None  # half a step for each: no whole multiple
-    assert Affine(5, (2, -1))((10, 1)) == 24
+    assert Form(((5, (0, 0)), (2, (1, 0)), (-1, (0, 1))))((10, 1)) == 24
+
+
+def test_sides_of_a_picture_are_multiplied():
+    points = sample_points((7, 20, 5), [-1, 1, 2], (3, 9, 40), (1, 1, 0))
+    assert points == [(7, 20, 5), (6, 20, 5), (7, 21, 5), (7, 20, 7), (6, 21, 5), (3, 9, 40)]
+    found = fit(points, [3 * a * b - a + 2 * c for a, b, c in points])
+    assert found == Form(((-1, (1, 0, 0)), (2, (0, 0, 1)), (3, (1, 1, 0)))) and found.varies
+    assert fit(points, [a * c for a, b, c in points]) is None
+    square = sample_points((4,), [1], (9,), (2,))
+    assert square == [(4,), (5,), (6,), (9,)] and fit(square, [a * a + 1 for (a,) in square])((10,)) == 101
+    assert fit(square, [a**3 for (a,) in square]) is None
 
 
 def test_numbers_become_functions_of_the_length():
