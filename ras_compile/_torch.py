@@ -10,6 +10,7 @@ not been tested; ``tests/test_torch_canaries.py`` holds each of them to what is 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -274,9 +275,33 @@ def vary_numbers(wanted: Callable[[str, Any], bool]) -> None:
 
 
 def raise_recompile_limit(count: int) -> None:
-    """At least so many compilations of one function in this process; without it transformers after the eighth run uncompiled."""
+    """At least so many compilations of one function at a time, and 64 times as many ever; without it transformers after the
+    eighth run uncompiled, and so do all in a process that has attached to a few hundred.
+    """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 64 * count)
+
+
+def at_recompile_limit(backend: Callable[..., Any], tell: Callable[[str, int, str], None]) -> None:
+    """Has ``tell`` called with the limit's name, its value and a function when Dynamo stops compiling that by ``backend``.
+
+    Dynamo writes that to its log alone, and the function runs plain from then on; without it models of ours do so unnoticed.
+    """
+
+    def look(record: logging.LogRecord) -> bool:
+        frame = sys._getframe() if str(record.msg).startswith("torch._dynamo hit config.") else None
+        while frame is not None and "compiler_fn" not in frame.f_locals:
+            frame = frame.f_back
+        found = frame and frame.f_locals["compiler_fn"]
+        while (inner := getattr(found, "_torchdynamo_orig_backend", getattr(found, "compiler_fn", None))) is not None:
+            found = inner
+        if found is backend and isinstance(record.args, tuple):
+            name, value, function = record.args[:3]
+            tell(str(name), int(str(value)), str(function))
+        return True
+
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(look)
 
 
 def trace_gathered_parts() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ras_compile._torch import at_reset, original
+from ras_compile._torch import at_recompile_limit, at_reset, original, raise_recompile_limit
 from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.attributes import PerAttributes, attribute_positions
 from ras_compile.capture.inputs import check_timestep, describe_inputs, find_timestep, vary_time
@@ -41,11 +41,15 @@ from ras_compile.dispatch.traced import captured_in_this_call, here, retry_by_tr
 from ras_compile.errors import ConfigError, RASError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_or_run, start_workers
+from ras_compile.notices import warn_once
 from ras_compile.plans.equal import first_of_its_kind, forget
 from ras_compile.plans.family import Families
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.blocks import feeds_a_block
 from ras_compile.sampling.locate import note_reached
+
+# 40 of diffusers' transformer classes share one code object, each with its options and batch sizes: 8 is soon used up.
+_RECOMPILE_LIMIT = 64
 
 
 def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode=None):
@@ -82,7 +86,18 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
     return PerAttributes(graph, places, example_inputs, make) if places else make(graph, example_inputs)
 
 
+def _warn_of_limit(name: str, value: int, function: str) -> None:
+    warn_once(
+        f"ras_compile: Dynamo has compiled {function} so often that it gave up, at torch._dynamo.config.{name} = {value}: from "
+        "now on the model runs uncompiled where it would have to be compiled anew. Raise that limit before the first call; "
+        "TORCH_LOGS=recompiles says why it is compiled so often."
+    )
+
+
 at_reset(ras, forget)
+at_recompile_limit(ras, _warn_of_limit)
+# here, since Dynamo asks its limit before it calls a backend that it has found by name
+raise_recompile_limit(_RECOMPILE_LIMIT)
 
 
 def _raising(error: RASError) -> Callable[..., Any]:

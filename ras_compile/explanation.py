@@ -16,7 +16,7 @@ from ras_compile.config import RASConfig, is_whole
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph, UnusableInput
 from ras_compile.execute.compiling import compiling
 from ras_compile.kernels.fallbacks import Fallback
-from ras_compile.notices import fallbacks
+from ras_compile.notices import slower
 from ras_compile.passes.algebra.layout import Concat, Layout
 from ras_compile.passes.analysis.cost import Cost
 from ras_compile.passes.analysis.splices import Splice
@@ -29,6 +29,13 @@ from ras_compile.sampling.schedule import Schedule, at_speedup
 
 # Steps of a run, where nobody says how many.
 _STEPS = 28
+# What tokens that are skipped return, by the option `noise_reuse`.
+_REUSED = {
+    "hold": "keep the noise that they had",
+    "linear": "take the line of their last two noises",
+    "forecast": "take a forecast from their last two noises",
+    "x0": "keep the clean sample that they had",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class Explanation:
         cost: FLOPs and bytes, those of a sparse step as sympy expressions in ``A``.
         fused: scatter-GEMMs (`linear -> splice` as one kernel) in a sparse step on the inputs' device.
         config: the options.
-        fallbacks: what this process has done in a slower way so far, because the faster one failed (this model or another).
+        fallbacks: what this process has done in a slower way so far, because the faster one failed (this model or another;
+            models that were refused are left out).
         num_steps: steps of the run of which :attr:`words` speaks.
     """
 
@@ -87,7 +95,7 @@ class Explanation:
     cost: Cost | None = None
     fused: int = 0
     config: RASConfig = RASConfig()
-    fallbacks: tuple[Fallback, ...] = field(default_factory=fallbacks)
+    fallbacks: tuple[Fallback, ...] = field(default_factory=slower)
     num_steps: int = _STEPS
 
     @property
@@ -207,12 +215,13 @@ class Explanation:
             + (", the same active ones in all pictures of a call: the model takes its batch apart" * self.shared_rows),
             f"context   {' | '.join(f'{length} tokens' for length in self.context) or 'none in joint sequences'}",
             f"FLOPs     dense {self.cost.dense_flops:.4g}, sparse {self.cost.sparse_flops}",
-            f"caches    {self.cache_bytes / 2**20:.1f} MiB a branch{self.config.caches_are}, {len(self.splices)} splices",
+            f"caches    {_mebibytes(self.cache_bytes)} a branch{self.config.caches_are}, {len(self.splices)} splices",
             *self._sent(),
             f"kernels   {self.fused} splices as scatter-GEMMs",
-            "predicted " + ", ".join(f"{r:.1%} of tokens: {self.speedup(r):.2f}x" for r in (0.5, 0.25, 0.125)),
-            "          (by FLOPs, 28 steps)",
-            f"planned   {self._planned(28)}",
+            "predicted "
+            + ", ".join(f"{r:.1%} of tokens: {self.speedup(r, self.num_steps):.2f}x" for r in (0.5, 0.25, 0.125)),
+            f"          (by FLOPs, {self.num_steps} steps)",
+            f"planned   {self._planned(self.num_steps)}",
             *slower,
             "",
             f"{'splice':<24} {'needed by':<44} layout",
@@ -244,10 +253,10 @@ class Explanation:
         dense, ratio = Schedule(config).dense_steps(steps), config.ratio
         return (
             f"In a run of {steps} steps, {dense} compute the whole picture, and {steps - dense} compute {100 * ratio:.3g} % of its "
-            f"{self.tokens:,} tokens on average and skip the others, which keep the noise that they had. The transformer has "
+            f"{self.tokens:,} tokens on average and skip the others, which {_REUSED[config.noise_reuse]}. The transformer has "
             f"{self.speedup(num_steps=steps):.2f} times less to compute than with {steps} dense steps; how much time that saves "
             "depends on the machine, and handle.summary() measures it. The caches take "
-            f"{self.cache_bytes / 2**20:,.1f} MiB of memory{self.config.caches_are}, once more for each guidance branch that is "
+            f"{_mebibytes(self.cache_bytes)} of memory{self.config.caches_are}, once more for each guidance branch that is "
             "a call of its own."
         )
 
@@ -341,6 +350,11 @@ def _point(plan: Plan, splice: Splice) -> SplicePoint:
         tuple(value.shape),
         value.numel() * value.element_size(),
     )
+
+
+def _mebibytes(count: int) -> str:
+    size = count / 2**20
+    return f"{size:,.1f} MiB" if size >= 1 else f"{size:.2g} MiB"
 
 
 def _context(plan: Plan) -> tuple[int, ...]:

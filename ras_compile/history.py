@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,27 +43,25 @@ class Past:
     cache_bytes: int
 
 
-def past_of(modules: Iterable[nn.Module]) -> Past:
-    """The last generation of each of the modules."""
+def past_of(modules: Iterable[nn.Module], released: bool = False) -> Past:
+    """The last generation of each of the modules; with ``released`` also one whose caches are released since."""
     calls: list[tuple[Record, Plan | None]] = []
     states: list[TransformerState] = []
     for module in modules:
         found = states_of([*module.parameters(), *module.buffers()])
         states += found
-        last = max(
-            (state for state in found if state.records), key=lambda state: state.records[-1].serial, default=None
-        )
-        if last is not None:
-            plans = _plans(last)
-            calls += [(record, plans.get(record.branch, plans.get(""))) for record in last.records]
+        known = [(state.records, state.graphs) for state in found] + [state.released for state in found if released]
+        records, graphs = max((run for run in known if run[0]), key=lambda run: run[0][-1].serial, default=([], {}))
+        plans = _plans(graphs)
+        calls += [(record, plans.get(record.branch, plans.get(""))) for record in records]
     held = [slots for state in states for slots in held_by(state)]
     return Past(sorted(calls, key=lambda call: call[0].serial), sum(keeper.bytes for keeper in keepers_of(held)))
 
 
-def _plans(state: TransformerState) -> dict[str, Plan]:
-    """The plans of a state's last generation by their branches' labels; by "" any one of them."""
+def _plans(graphs: Mapping[str, object]) -> dict[str, Plan]:
+    """The plans of a generation by their branches' labels; by "" any one of them."""
     found: dict[str, Plan] = {}
-    for label, graph in state.graphs.items():
+    for label, graph in graphs.items():
         plan = graph() if isinstance(graph, weakref.ref) else None
         if isinstance(plan, Plan):
             found[label] = found[""] = plan

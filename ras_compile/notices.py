@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import sysconfig
 import threading
 import warnings
 from collections.abc import Hashable
-from types import FrameType
-from typing import TYPE_CHECKING
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -18,14 +19,18 @@ from ras_compile.errors import RASWarning
 if TYPE_CHECKING:
     from ras_compile.kernels.fallbacks import Fallback
 
-# Code that is nobody's model: PyTorch's and ours.
+# Code that is nobody's model: PyTorch's and ours, and that of the log, to which Dynamo tells what is told to users.
 LIBRARIES = (
+    os.path.join(os.path.dirname(logging.__file__), ""),
     os.path.join(os.path.dirname(torch.__file__), ""),
     os.path.join(os.path.dirname(__file__), ""),
 )
 # A pipeline's code, which calls a model for the user: what is installed, and what may be installed elsewhere.
 _INSTALLED = os.path.join(sysconfig.get_path("purelib"), "")
 _PIPELINES = {"accelerate", "diffusers", "peft", "transformers"}
+
+# What is done with a model that was refused.
+REFUSED = "a model run dense"
 
 _said: set[Hashable] = set()
 _lock = threading.Lock()
@@ -63,6 +68,16 @@ def first_time(what: Hashable) -> bool:
         return not known
 
 
+class MethodModule(ModuleType):
+    """A module that bears the name of one of a handle's methods, and says so where it is taken for that."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        name = self.__name__.rpartition(".")[2]
+        raise TypeError(
+            f"{name} is a method of what ras_compile.attach(pipe) returns; write handle.{name}(...), not ras_compile.{name}(...)."
+        )
+
+
 def reset() -> None:
     """Forget what has been said and counted: the next warning of each kind is shown again."""
     from ras_compile.kernels import fallbacks
@@ -81,6 +96,11 @@ def fallbacks() -> tuple[Fallback, ...]:
     from ras_compile.kernels import fallbacks
 
     return fallbacks.fallbacks()
+
+
+def slower() -> tuple[Fallback, ...]:
+    """Those of :func:`fallbacks` that may be of any model. One that was refused is told with its own steps, not with another's."""
+    return tuple(fallback for fallback in fallbacks() if fallback.what != REFUSED)
 
 
 def fell_back(what: str, error: BaseException) -> None:

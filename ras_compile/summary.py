@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
+from math import isfinite
 from statistics import median
 
 from torch import Tensor
@@ -14,9 +16,10 @@ from ras_compile.config import RASConfig
 from ras_compile.explanation import SplicePoint, points_of
 from ras_compile.history import Past, Record
 from ras_compile.kernels.fallbacks import Fallback
-from ras_compile.notices import fallbacks
+from ras_compile.notices import MethodModule, slower
 from ras_compile.plans.plan import Plan
 
+sys.modules[__name__].__class__ = MethodModule
 # Reasons for a dense step that the options ask for.
 _PLANNED = ("", "warm-up", "error reset")
 
@@ -36,7 +39,8 @@ class Step:
         dense_flops: those that it would have cost with all tokens.
         seconds: how long it took, compilation included; None where no scheduler was followed.
         compiled: seconds of it that went into compilation.
-        change: how far the predicted noise is from that of the step before, over its size; None where unknown.
+        change: how far the predicted noise is from that of the step before, over its size; None where unknown, not a number
+            where one of the two is none.
     """
 
     number: int
@@ -72,7 +76,8 @@ class Summary:
         config: the options.
         cache_bytes: what the transformers keep, on the device or in the host's memory (`cache_device`).
         splices: values that are made whole from caches and active rows, with the user's source lines.
-        fallbacks: what this process has done in a slower way so far, because the faster one failed.
+        fallbacks: what this process has done in a slower way so far, because the faster one failed; refused models left out.
+        exchanged: the name of a transformer in whose place another one has worked since, whose steps are not told here.
     """
 
     steps: tuple[Step, ...] = ()
@@ -81,6 +86,7 @@ class Summary:
     cache_bytes: int = 0
     splices: tuple[SplicePoint, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
+    exchanged: str = ""
 
     @property
     def seconds(self) -> float | None:
@@ -125,7 +131,7 @@ class Summary:
         return times
 
     def __str__(self) -> str:
-        if not self.steps:
+        if not self.steps and not self.exchanged:
             return "no picture yet: call the pipeline, then ask again"
         count = f"{len(self.steps)} step{'s' * (len(self.steps) > 1)}"
         lines = ["; ".join([f"{count}{self._took}: {self._kinds}", *self._parts])]
@@ -140,6 +146,14 @@ class Summary:
             for reason, steps in _by_reason(self.steps)
             if reason not in _PLANNED
         ]
+        if self.exchanged:
+            lines.append(
+                f"another module took the place of the attached {self.exchanged}: its steps are dense and not told here; "
+                "call detach() on the handle, and attach again"
+            )
+        broken = next((step.number for step in self.steps if not isfinite(step.change or 0.0)), None)
+        if broken is not None:
+            lines.append(f"the noise is not a number from step {broken} on")
         return lines + [f"in this process so far: {fallback}" for fallback in self.fallbacks]
 
     @property
@@ -165,7 +179,7 @@ class Summary:
             known = "" if clock is None else f", {clock:.1f}x by the clock"
             parts.append(f"{saved:.1f}x by FLOPs{known} against dense steps")
         if self.cache_bytes:
-            parts.append(f"caches {_bytes(self.cache_bytes)}{self.config.caches_are}")
+            parts.append(f"caches {memory(self.cache_bytes)}{self.config.caches_are}")
         if self.compiled:
             at = _list([step.number for step in self.steps if step.compiled])
             again = (
@@ -192,6 +206,7 @@ def summarise(
     seconds: Sequence[float] = (),
     compiled: Sequence[float] = (),
     changes: Sequence[float | None] = (),
+    exchanged: str = "",
 ) -> Summary:
     """The summary of a generation.
 
@@ -199,6 +214,7 @@ def summarise(
         past: its calls.
         config: its options.
         seconds, compiled, changes: of each step, as far as they are known.
+        exchanged: as :class:`Summary` has it.
     """
     steps = [
         replace(
@@ -216,7 +232,8 @@ def summarise(
         config,
         past.cache_bytes,
         points_of(plan) if plan else (),
-        fallbacks(),
+        slower(),
+        exchanged,
     )
 
 
@@ -286,11 +303,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}"
 
 
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.2g} {unit}" if count < 10 * size else f"{count / size:,.0f} {unit}"
-    return f"{count / 1e3:.2g} kB"
+def memory(count: float) -> str:
+    """Bytes as people say them: 1.3 GB, 25 MB, 560 kB."""
+    unit, size = next((each for each in (("GB", 1e9), ("MB", 1e6)) if count >= each[1]), ("kB", 1e3))
+    return f"{count / size:.2g} {unit}" if count < 10 * size else f"{count / size:,.0f} {unit}"
 
 
 def _told(step: Step) -> str:

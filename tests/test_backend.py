@@ -6,7 +6,7 @@ import copy
 import gc
 import warnings
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -24,6 +24,23 @@ def test_by_its_name_alone():
     assert kinds(compiled) == "ddssss"
     sparse = [record for record in ras_compile.trace(compiled) if record.kind == "sparse"]
     assert all(record.active == 12 and record.rows.shape == (2, 12) for record in sparse)
+
+
+def test_dynamo_never_stops_to_compile_a_model_without_a_word():
+    """The limit counts all compilations of a function, which many classes may share: those of other pipelines, too."""
+    assert torch._dynamo.config.recompile_limit >= 64
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for sample_ratio in (0.5, 0.25):
+            with (
+                pytest.warns(ras_compile.RASWarning, match="recompile_limit = 1")
+                if sample_ratio < 0.5
+                else nullcontext()
+            ):
+                compiled = torch.compile(
+                    TinyDiT().eval(), backend="ras", options={**EAGER, "sample_ratio": sample_ratio}
+                )
+                run(compiled, LATENT, TEXT)
+    assert kinds(compiled) == ""
 
 
 def test_all_tokens_give_the_dense_picture():

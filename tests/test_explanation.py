@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,9 @@ def test_the_budget_of_a_run_is_told():
     assert len(budget) == 14 and budget.count(24) == told.dense_steps(14) == 8
     assert sum(budget) == pytest.approx(8 * 24 + 6 * 24 * 0.22, abs=4)
     assert "planned   28 steps: 12 dense, 6 of " in str(told)
+    short = str(replace(told, num_steps=12))
+    assert "planned   12 steps: " in short and "(by FLOPs, 12 steps)" in short and "28 steps" not in short
+    assert "take a forecast from" in short and "keep the noise" in str(explained(noise_reuse="hold"))
     assert explained(sample_ratio=0.25, metric="std").budget(6) == (24, 24, 24, 24, 6, 6)
     # the option changes the plan as it does the run
     target = told.speedup(1 / 24) + 0.05

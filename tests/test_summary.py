@@ -9,11 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ras_compile.config import RASConfig
 from ras_compile.execute.compiling import compiling, seconds_spent
+from ras_compile.history import Past
 from ras_compile.kernels.fallbacks import Fallback
+from ras_compile.notices import REFUSED
 from ras_compile.pipelines.clock import Clock
 from ras_compile.sampling.records import Record
-from ras_compile.summary import Step, Summary
+from ras_compile.summary import Step, Summary, memory, summarise
 
 
 def steps(kinds: str, **more) -> tuple[Step, ...]:
@@ -71,6 +74,18 @@ def test_what_fell_back_is_told():
     )
 
 
+def test_memory_is_told_as_people_say_it():
+    told = [memory(count) for count in (560_000, 5_600, 1_300_000, 25_400_000, 999_999_999, 1_300_000_000)]
+    assert told == ["560 kB", "5.6 kB", "1.3 MB", "25 MB", "1,000 MB", "1.3 GB"]
+
+
+def test_a_refused_model_is_not_told_with_another_ones_run(monkeypatch):
+    monkeypatch.setattr(
+        "ras_compile.kernels.fallbacks.fallbacks", lambda: (Fallback(REFUSED, "X", 1), Fallback("slow", "X", 1))
+    )
+    assert [fallback.what for fallback in summarise(Past([], 0), RASConfig()).fallbacks] == ["slow"]
+
+
 def test_before_the_first_picture():
     assert "call the pipeline" in str(Summary()) and Summary().speedup is None
 
@@ -108,6 +123,18 @@ def test_the_clock_tells_seconds_and_how_far_the_noise_moved(caplog):
     assert clock.changes() == [None, 0.0, pytest.approx(0.5)]
     clock.begin(host)
     assert clock.seconds() == [] and clock.changes() == []
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_noise_that_is_not_a_number_is_told_from_its_first_step_on(first):
+    clock, host = Clock(), torch.device("cpu")
+    clock.begin(host)
+    for step in range(4):
+        clock.see(torch.full((1, 4, 8, 8), 1.0 if step < first else float("nan")))
+        clock.tick(host)
+    run = [replace(step, change=change) for step, change in zip(steps("ddss"), clock.changes(), strict=True)]
+    assert str(Summary(tuple(run))).endswith(f"\nnot as planned: the noise is not a number from step {first} on")
+    assert "not a number" not in str(Summary(tuple(run[:first])))
 
 
 def test_a_step_that_compiles_says_so_in_the_log(monkeypatch, caplog):

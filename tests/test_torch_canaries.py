@@ -260,11 +260,37 @@ def test_placeholders_tell_where_they_come_from(name):
 
 @canary("raise_recompile_limit")
 def test_the_recompile_limit_is_raised_and_never_lowered(name):
-    with torch._dynamo.config.patch(recompile_limit=8):
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         _torch.raise_recompile_limit(64)
         assert torch._dynamo.config.recompile_limit == 64
         _torch.raise_recompile_limit(9)
         assert torch._dynamo.config.recompile_limit == 64
+        assert torch._dynamo.config.accumulated_recompile_limit == 64 * 64
+
+
+@canary("at_recompile_limit")
+def test_dynamo_tells_whose_function_it_stops_to_compile(name):
+    told = []
+
+    def ours(graph, examples):
+        return graph
+
+    def others(graph, examples):
+        return graph
+
+    _torch.at_recompile_limit(ours, lambda *what: told.append(what))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for backend in (ours, others):
+            torch._dynamo.reset()
+
+            @torch.compile(backend=backend, dynamic=False)
+            def called(x):
+                return x + 1
+
+            for length in range(1, 5):
+                called(torch.ones(length))
+    ((limit, value, function),) = told
+    assert (limit, value) == ("recompile_limit", 2) and "called" in function
 
 
 @canary("ignore_warning_once")

@@ -36,4 +36,6 @@ def translate_dynamo_errors(args: tuple, kwargs: dict) -> Iterator[None]:
     except TorchRuntimeError as error:
         text = str(error)
         said = re.search(r"got \w+\((['\"])(.*?)\1\)", text)
-        raise unusable(said[2] if said else (text.splitlines() or [""])[0], args, kwargs) from error
+        reason = said[2] if said else (text.splitlines() or [""])[0]
+        reason = re.sub(r"\bs\d+\b(?: [-+*/]+ \d+)*", "another size", reason)  # Dynamo's symbols, which nobody knows
+        raise unusable(reason, args, kwargs) from error

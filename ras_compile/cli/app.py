@@ -26,6 +26,7 @@ from ras_compile.cli.measures import clip_score, image_reward, psnr
 from ras_compile.config import PRESETS
 from ras_compile.errors import ConfigError, RASError
 from ras_compile.report.pictures import frames_of, save
+from ras_compile.report.run import finite
 from ras_compile.report.run import load as load_run
 from ras_compile.report.write import checked, write
 
@@ -113,6 +114,21 @@ def _drawing(
         yield artist
     finally:
         artist.close()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ras-compile {ras_compile.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="tell it, and end")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -209,7 +225,7 @@ def generate(
     data = {
         "preset": preset, "steps": steps, "dense_seconds": dense.seconds, "seconds": drawn.seconds,
         "speedup": dense.seconds / drawn.seconds if drawn.seconds else None, "flop_speedup": drawn.summary.flop_speedup,
-        "psnr": near, "summary": str(drawn.summary), **dict(zip(_WRITTEN, map(str, written), strict=True)),
+        "psnr": finite(near), "summary": str(drawn.summary), **dict(zip(_WRITTEN, map(str, written), strict=True)),
     }  # fmt: skip
     if as_json:
         print(json.dumps(data))

@@ -54,7 +54,8 @@ def load(folder: Path, device: str | None = None) -> Any:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"there is no device {device!r} here ({_line(error)}); take cuda or cpu.") from None
+        here = "cuda or cpu" if torch.cuda.is_available() else "cpu"
+        raise ConfigError(f"there is no device {device!r} here ({_line(error)}); take {here}.") from None
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     parameter = "dtype" if _takes_dtype() else "torch_dtype"
     try:

@@ -18,6 +18,7 @@ from ras_compile.cli.drawing import DPM, Artist, Drawn, as_tensor, dpm_solver
 from ras_compile.cli.measures import Judge, psnr, ssim
 from ras_compile.errors import ConfigError
 from ras_compile.report.pictures import as_uri, few, frames_of
+from ras_compile.report.run import finite
 
 # What tells how well a picture fits its prompt, by the names that the data has, and how a table calls it.
 JUDGES = {"clip": "CLIPScore", "image_reward": "ImageReward"}
@@ -91,7 +92,10 @@ class Frontier:
         data = {
             "exact_steps": self.exact_steps,
             "prompts": len(self.prompts),
-            "ways": [row.told() for row in self.rows],
+            "ways": [
+                {name: finite(value) if isinstance(value, float) else value for name, value in row.told().items()}
+                for row in self.rows
+            ],
         }
         return data | {"same_time": self.rivals, "notes": self.notes}
 

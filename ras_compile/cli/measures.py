@@ -19,9 +19,9 @@ Judge = Callable[[Any, str], float]
 
 
 def psnr(picture: Tensor, exact: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1]; at most 100, that of equal ones."""
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1]; at most 100; not a number where they hold such."""
     error = float((picture.double() - exact.double()).square().mean())
-    return min(100.0, -10 * math.log10(max(error, 1e-10)))
+    return min(-10 * math.log10(max(error, 1e-10)), 100.0)  # in this order what is not a number stays
 
 
 def ssim(picture: Tensor, exact: Tensor) -> float:

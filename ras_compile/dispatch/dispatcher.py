@@ -30,7 +30,7 @@ from ras_compile.dispatch.kinds import GraphBreak
 from ras_compile.errors import SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.memory import free_memory
-from ras_compile.notices import fell_back, first_time, warn_once
+from ras_compile.notices import REFUSED, fell_back, first_time, warn_once
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.calls import CallInfo, Decision
 from ras_compile.sampling.locate import Place, locate
@@ -262,7 +262,7 @@ class Dispatcher(Generic[_AnEntry]):
         """
         if self.config.unsupported == "error":
             raise error
-        fell_back("a model run dense", error)
+        fell_back(REFUSED, error)
         if model is None:
             found = compiled_call()
             model = None if found is None else original(found[0])

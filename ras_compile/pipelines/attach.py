@@ -12,10 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
-import torch
 from torch import nn
 
-from ras_compile._torch import OptimizedModule, compiled_call, raise_recompile_limit, set_compiled_call
+from ras_compile._torch import OptimizedModule, compiled_call, set_compiled_call
 from ras_compile.backend import ras
 from ras_compile.capture.inputs import check_timestep
 from ras_compile.capture.sharding import settle_sharding_hooks
@@ -42,8 +41,6 @@ from ras_compile.sampling.locate import AttachedCall, attached_call
 from ras_compile.sampling.models import release, transformers_of
 from ras_compile.summary import Summary, summarise
 
-# 40 of diffusers' transformer classes share one code object, each with its options and batch sizes: 8 is soon used up.
-_RECOMPILE_LIMIT = 64
 # Deterministic solvers of first order, and the one that measured best in their place (examples/quality).
 _FIRST_ORDER, _SECOND_ORDER = ("EulerDiscreteScheduler", "DDIMScheduler"), "DPMSolverMultistepScheduler"
 
@@ -75,12 +72,12 @@ class Handle:
         for name, module in transformers.items():
             _say_replaced(module)
             settle_sharding_hooks(module)
-            module.compile(backend=ras, options=options, dynamic=dynamic, **_limits())
+            module.compile(backend=ras, options=options, dynamic=dynamic)
             compiled = compiled_call(module)
             assert compiled is not None
             set_compiled_call(module, _Followed(compiled, self.follower, name, type(module).__name__))
             follow_branches(module)
-        self._pipe = weakref.ref(pipe)
+        self._pipe, self._kind = weakref.ref(pipe), type(pipe).__name__
         follow_pictures(pipe, self.follower)
         follow_bars(pipe)
 
@@ -115,7 +112,7 @@ class Handle:
         self.follower.config = self.config.with_runtime(**options)
 
     def summary(self) -> Summary:
-        """What the last generation did and saved; waits for the device. It stays after `detach`.
+        """What the last generation did and saved; waits for the device. It stays after `detach` and `release`.
 
         ::
 
@@ -124,8 +121,9 @@ class Handle:
         """
         if not self._attached:
             return self._ended
-        clock = self.follower.clock
-        return summarise(past_of(self.transformers), self.config, clock.seconds(), clock.compiled(), clock.changes())
+        clock, past = self.follower.clock, past_of(self.transformers, released=True)
+        times = clock.seconds(), clock.compiled(), clock.changes()
+        return summarise(past, self.config, *times, self.follower.exchanged)
 
     def report(self, path: str | PathLike[str], *, image: Any = None, dense: Any = None, prompt: str = "") -> Path:
         """Writes what the last generation did as one file that needs nothing else; waits for the device.
@@ -163,6 +161,9 @@ class Handle:
     def __str__(self) -> str:
         return str(self.summary())
 
+    def __repr__(self) -> str:
+        return f"<Handle of {self._kind}: {self}>"
+
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()
 
@@ -194,6 +195,8 @@ class Handle:
             where = ""
             if name in ("release", "trace"):
                 where = f"; it is a function: ras_compile.{name}(handle)"
+            elif name in ("explain", "load", "save"):
+                where = f"; it is a function: ras_compile.{name}(pipe, ...)"
             elif name in RASConfig.__dataclass_fields__:
                 where = f"; it is an option: handle.config.{name}"
             elif hasattr(pipe, name):
@@ -261,7 +264,12 @@ def attach(
     if isinstance(pipe, type):
         name = pipe.__name__
         raise ConfigError(f"attach takes a loaded pipeline, and {name} is a class: give {name}.from_pretrained(...).")
-    if isinstance(pipe, (str, nn.Module)) or pipe is None:
+    if isinstance(pipe, (str, PathLike)):
+        raise ConfigError(
+            f"attach takes a loaded diffusers pipeline, not {type(pipe).__name__}; load it with "
+            f"DiffusionPipeline.from_pretrained({str(pipe)!r})."
+        )
+    if isinstance(pipe, nn.Module) or pipe is None:
         raise ConfigError(
             f"attach takes a loaded diffusers pipeline, not {'None' if pipe is None else type(pipe).__name__}; a model alone is "
             "compiled by torch.compile(model, backend='ras')."
@@ -330,14 +338,6 @@ def _chosen(config: RASConfig | None) -> dict[str, Any]:
     return changed if config.metric == RASConfig().metric else {"metric": config.metric, **changed}
 
 
-def _limits() -> dict[str, Any]:
-    """A recompile limit for our compilation alone; older versions of torch only have one for the process."""
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        return {"recompile_limit": _RECOMPILE_LIMIT}
-    raise_recompile_limit(_RECOMPILE_LIMIT)
-    return {}
-
-
 def _say_replaced(module: nn.Module) -> None:
     """Says once that what was compiled by parts is compiled as a whole now; the parts stay as they are, for `detach`."""
     if any(isinstance(part, OptimizedModule) or compiled_call(part) is not None for part in module.modules()):
@@ -362,6 +362,6 @@ class _Followed(Exchangeable):
         if not call.reached:
             warn_once(
                 f"ras_compile: a call of {self._kind} ran uncompiled, past the attached backend. Either torch.compile is "
-                f"disabled, or Dynamo gave up after {_RECOMPILE_LIMIT} recompilations (run with TORCH_LOGS=recompiles)."
+                "disabled, or Dynamo gave up at its recompile limit (run with TORCH_LOGS=recompiles)."
             )
         return result

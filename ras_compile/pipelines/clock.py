@@ -6,6 +6,7 @@ Nothing here waits for a device while pictures are drawn: on CUDA events are rec
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -83,8 +84,12 @@ class Clock:
         return [seconds if seconds >= _COMPILATION else 0.0 for seconds in spent]
 
     def changes(self) -> list[float | None]:
-        """How far each step's prediction is from that of the step before, over its size; None for the first one."""
-        found: list[float | None] = [None] * min(1, len(self._seen))
+        """How far each step's prediction is from that of the step before, over its size; None for the first one.
+
+        Not a number from the first prediction on that is none.
+        """
+        first = self._seen[:1]
+        found: list[float | None] = [None if bool(seen.isfinite().all()) else math.nan for seen in first]
         for before, now in pairwise(self._seen):
             same = before.shape == now.shape
             found.append(float((now - before).norm() / now.norm().clamp_min(1e-12)) if same else None)

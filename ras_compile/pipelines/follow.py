@@ -67,6 +67,7 @@ class SchedulerFollower:
         self._handed_on = self._missed = False
         self._runner: weakref.ref | None = None
         self.picture: Any = None
+        self.exchanged = ""  # the name of a transformer that took an attached one's place since the generation began
         self._left = False
         self._begin()
         self._watch(getattr(pipe, "scheduler", None))
@@ -205,7 +206,7 @@ class SchedulerFollower:
         self._previous = self._overwritten = self._returned = None
         self._handed_on = self._missed = False
         self._runner, self._left = None, False
-        self.picture, self.video = None, False
+        self.picture, self.video, self.exchanged = None, False, ""
 
     def pictured(self, picture: Any, video: bool) -> None:
         """The pipeline has decoded what it drew: it is held, as it is, until the next generation begins."""
@@ -235,6 +236,7 @@ class SchedulerFollower:
                     "compilation rule. Put the plain module back, or call detach() on the handle."
                 )
             elif present is not None and not (isinstance(present, nn.Module) and attached in present.modules()):
+                self.exchanged = name
                 warn_once(
                     f"ras_compile: {type(pipe).__name__}.{name} is not the module that was attached; what it computes is "
                     "dense. Call detach() on the handle, and attach again."

@@ -114,7 +114,12 @@ def frame_of(latent: Tensor, config: RASConfig) -> Frame:
         return Frame.of(latent.shape)
     if latent.ndim != 3:
         raise ConfigError(f"option region is for latents of packed tokens [B, N, C]; this one is {list(latent.shape)}.")
-    start, stop, _ = config.region.indices(latent.shape[1])
+    tokens = int(latent.shape[1])
+    if (config.region.stop or 0) > tokens:
+        raise ConfigError(
+            f"option region={config.region} ends behind the latent's {tokens} tokens; give those of the picture."
+        )
+    start, stop, _ = config.region.indices(tokens)
     if stop <= start:
-        raise ConfigError(f"option region={config.region} holds none of the latent's {latent.shape[1]} tokens.")
+        raise ConfigError(f"option region={config.region} holds none of the latent's {tokens} tokens.")
     return Frame.of(latent.shape, window=(start, stop))

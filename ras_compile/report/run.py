@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError
 from ras_compile.report.pictures import as_uri, few, frames_of
-from ras_compile.summary import Step, Summary, amount, percent
+from ras_compile.summary import Step, Summary, amount, memory, percent
 
 VERSION = 1
 
@@ -29,11 +30,15 @@ def collect(summary: Summary, picture: Any, dense: Any, prompt: str, video: bool
         video: whether they are videos.
 
     Raises:
-        ConfigError: there was no generation, or what is given is no picture.
+        ConfigError: there was no generation, what is given is no picture, or the two have different sizes.
     """
     if not summary.steps:
         raise ConfigError("there is no run to report yet: call the pipeline, then handle.report(...).")
     frames = [] if picture is None else frames_of(picture, video)
+    beside = [] if dense is None else frames_of(dense, video)
+    if frames and beside and frames[0].size != beside[0].size:
+        sizes = [" x ".join(map(str, found[0].size)) for found in (beside, frames)]
+        raise ConfigError(f"dense= is a picture of {sizes[0]} and the other one of {sizes[1]}; draw both in one size.")
     tokens = max((step.tokens for step in summary.steps), default=0)
     size = frames[0].size if frames else None
     shown = few(frames)
@@ -45,7 +50,7 @@ def collect(summary: Summary, picture: Any, dense: Any, prompt: str, video: bool
         "grid": grid_of(summary.grid, tokens, size, len(frames)),
         "steps": [_step(step) for step in summary.steps],
         "picture": [as_uri(frame, len(shown) == 1) for frame in shown],
-        "dense": [as_uri(frame, len(shown) == 1) for frame in few([] if dense is None else frames_of(dense, video))],
+        "dense": [as_uri(frame, len(shown) == 1) for frame in few(beside)],
         "facts": _facts(summary),
         "options": _options(summary.config),
         "splices": [
@@ -70,7 +75,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except OSError:
-        raise ConfigError(f"{path} cannot be read; give the file that handle.report('run.json') wrote.") from None
+        why = "" if path.exists() else ": there is no such file"
+        raise ConfigError(f"{path} cannot be read{why}; give the file that handle.report('run.json') wrote.") from None
     except ValueError:
         data = None
     if not isinstance(data, dict) or data.get("version") != VERSION:
@@ -86,6 +92,11 @@ def masks_of(data: dict[str, Any]) -> torch.Tensor:
             packed = torch.frombuffer(bytearray(base64.b64decode(step["mask"])), dtype=torch.uint8)
             mask.copy_((packed[:, None] >> torch.arange(8)).bitwise_and(1).flatten()[: len(mask)].bool())
     return masks
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON holds it, which knows neither infinity nor what is not a number: None in their place."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def grid_of(grid: tuple[int, ...], tokens: int, size: tuple[int, int] | None, frames: int) -> list[int]:
@@ -128,7 +139,7 @@ def _step(step: Step) -> dict[str, Any]:
         "active": step.active,
         "ms": None if step.seconds is None else round(1000 * step.seconds, 3),
         "compiled": round(step.compiled, 3),
-        "change": step.change,
+        "change": finite(step.change),
         "reason": step.reason,
         "mask": mask,
     }
@@ -153,7 +164,7 @@ def _facts(summary: Summary) -> list[list[str]]:
         facts.append(["seconds of all steps", amount(summary.seconds)])
     if summary.compiled:
         facts.append(["of them compiling", amount(summary.compiled)])
-    facts.append(["memory of the caches", f"{summary.cache_bytes / 2**20:,.1f} MiB"])
+    facts.append(["memory of the caches", memory(summary.cache_bytes)])
     return facts
 
 

@@ -51,7 +51,7 @@ class Generation(Home):
             warn_once(
                 "ras_compile: no model call of a generation() reached the backend, so that all of them ran as they are. Call what "
                 "torch.compile(model, backend='ras') returned; if you do, Dynamo gave the model's forward up: "
-                "TORCH_LOGS=graph_breaks names the line."
+                "TORCH_LOGS=graph_breaks names the line, or TORCH_LOGS=recompiles the reason why it was compiled too often."
             )
         self.end()
 

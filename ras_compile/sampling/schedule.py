@@ -164,7 +164,8 @@ class Schedule:
         """Of a run in which every step is dense: why that is so, and what to do."""
         warmup = self.config.warmup_steps
         if num_steps > warmup:
-            return f"each of the {num_steps} steps is a warm-up or an error reset", "give fewer reset_steps"
+            advice = "give a larger reset_interval" if self.config.reset_steps is None else "give fewer reset_steps"
+            return f"each of the {num_steps} steps is a warm-up or an error reset", advice
         advice = "lower warmup_steps or take more steps" if warmup > 1 else "take more steps"
         return f"none of the {num_steps} steps can be sparse with warmup_steps={warmup}", advice
 

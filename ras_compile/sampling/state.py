@@ -67,6 +67,7 @@ class TransformerState:
         self.config = config
         self.records: list[Record] = []  # of the last generation, whoever ran it: its home goes with its thread
         self.graphs: dict[str, Hashable] = {}  # of that generation, by the branches' labels
+        self.released = self.records, self.graphs  # those of the last generation before `release`
         self._passed: _Passed | None = None
         self._selection, self._schedule = Selection(), Schedule(config)
         self._epoch = 0
@@ -234,6 +235,8 @@ class TransformerState:
     def reset(self) -> None:
         """Forget every generation, in all threads."""
         self._epoch += 1
+        if self.records:
+            self.released = self.records, self.graphs
         self.records, self.graphs = [], {}
         self._passed, self._selection = None, Selection()
 

@@ -16,6 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 typer_testing = pytest.importorskip("typer.testing", reason="needs typer: pip install 'ras_compile[cli]'")
 
+import ras_compile  # noqa: E402
 from ras_compile.cli import main  # noqa: E402
 from ras_compile.cli.app import DEMO, app  # noqa: E402
 from ras_compile.cli.drawing import load, named, nearest  # noqa: E402
@@ -57,6 +58,10 @@ def test_a_command_that_is_not_there_is_told_with_the_nearest():
     assert "evaluate" in call("--help").output
 
 
+def test_the_version_is_told():
+    assert call("--version").stdout == f"ras-compile {ras_compile.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -64,7 +69,7 @@ def test_a_command_that_is_not_there_is_told_with_the_nearest():
         (["generate", EMOJI, "a cat", "--preset", "balancd"], "no preset 'balancd'; did you mean 'balanced'?"),
         (["generate", EMOJI, "a cat", "--set", "hight=3", "--device", "cpu"], "takes no 'hight'; did you mean 'height'?"),
         (["generate", EMOJI, "a cat", "--set", "height", "--device", "cpu"], "--set takes name=value"),
-        (["generate", EMOJI, "a cat", "--device", "gpu"], "no device 'gpu' here"),
+        (["generate", EMOJI, "a cat", "--device", "gpu"], "take cuda or cpu." if torch.cuda.is_available() else "take cpu."),
         (["generate", EMOJI, "a cat", *SMALL, "--height", "63"], "divisible by 4"),  # the pipeline's own words
         (["generate", EMOJI / "transformer", "a cat"], f"give the folder of the whole pipeline, {EMOJI}"),
         (["generate", "some/name", "a cat"], "nothing is downloaded here, so get it first: hf download some/name"),
@@ -72,7 +77,7 @@ def test_a_command_that_is_not_there_is_told_with_the_nearest():
         (["evaluate", EMOJI, EMOJI / "vae" / "diffusion_pytorch_model.safetensors"], "cannot be read; give a text file"),
         (["evaluate", EMOJI, EMOJI / "NOTICE", "--clip", EMOJI], "--clip takes a folder with a CLIP model"),
         (["evaluate", EMOJI, EMOJI / "NOTICE", "--image-reward", EMOJI], "lacks them"),
-        (["report", "nowhere.json", "out.html"], "nowhere.json cannot be read"),
+        (["report", "nowhere.json", "out.html"], "nowhere.json cannot be read: there is no such file"),
         (["report", "nowhere.json", "out.pdf"], "a report is a file that ends in"),
         (["explain", "FluxPipelin"], "is neither a folder nor a class of diffusers; did you mean 'FluxPipeline'?"),
     ],

@@ -350,12 +350,13 @@ def test_a_call_past_the_backend_is_told_once():
 
 def test_another_transformer_in_the_place_of_the_attached_one_is_told():
     pipe, other = sd3(), sd3().transformer
-    with ras_compile.attach(pipe):
+    with ras_compile.attach(pipe) as handle:
         pipe.transformer = other
         with pytest.warns(
             RASWarning, match=r"StableDiffusion3Pipeline.transformer is not the module that was attached"
         ):
             draw(pipe, steps=2)
+        assert "another module took the place of the attached transformer" in str(handle)
 
 
 def test_a_loop_that_leaves_the_scheduler_alone_runs_dense():

@@ -30,7 +30,11 @@ class Unet:
     [
         (sd3, {"options": {"sample_ratio": 0.5}}, r"options by name: attach\(pipe, sample_ratio=0.5\)"),
         (sd3, {"config": {"sample_ratio": 0.5}}, r"RASConfig as its second argument, not dict"),
-        (lambda: "sd3", {}, "loaded diffusers pipeline, not str"),
+        (
+            lambda: "sd3",
+            {},
+            r"loaded diffusers pipeline, not str; load it with DiffusionPipeline.from_pretrained\('sd3'\)",
+        ),
         (lambda: None, {}, "loaded diffusers pipeline, not None"),
         (lambda: torch.nn.Linear(1, 1), {}, r"not Linear; a model alone is compiled by torch.compile"),
         (Unet, {}, "denoises with a UNet"),
@@ -139,6 +143,9 @@ def test_a_pipeline_that_is_compiled_whole():
         (lambda handle: handle("a cat"), TypeError, r"is not the pipeline, .* call pipe\(...\)"),
         (lambda handle: handle.to("cpu"), AttributeError, "it is the pipeline's, .*: pipe.to"),
         (lambda handle: handle.trace(), AttributeError, r"it is a function: ras_compile.trace\(handle\)"),
+        (lambda handle: handle.explain(), AttributeError, r"it is a function: ras_compile.explain\(pipe, ...\)"),
+        (lambda handle: ras_compile.summary(handle), TypeError, r"write handle.summary\(...\), not"),
+        (lambda handle: ras_compile.report(handle, "run.html"), TypeError, r"write handle.report\(...\), not"),
         (lambda handle: handle.warmup_steps, AttributeError, "it is an option: handle.config.warmup_steps"),
         (lambda handle: handle.sumary(), AttributeError, "no attribute 'sumary'$"),  # Python names the nearest
         (lambda handle: setattr(handle, "sample_ratio", 0.3), AttributeError, r"handle.configure\(sample_ratio=0.3\)"),

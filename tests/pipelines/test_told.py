@@ -38,6 +38,10 @@ def test_the_summary_is_of_the_last_generation_and_stays():
     assert told.steps[1].change > 0 and told.steps[3].rows.shape == (4,)
     assert str(handle).startswith("5 steps in ") and "sparse at 25 % of 16 tokens" in str(handle)
     assert handle._repr_html_().count("<span") == 5
+    assert repr(handle) == f"<Handle of StableDiffusion3Pipeline: {handle}>"
+    ras_compile.release(handle)
+    assert [step.like for step in handle.summary().steps] == [step.like for step in told.steps]
+    assert handle.summary().cache_bytes == 0
     text = str(handle)
     handle.detach()
     handle.detach()

@@ -69,6 +69,8 @@ def test_a_region_is_of_packed_tokens_and_not_empty():
     assert window.window == (6, 10) and latent.frame_of(packed, RASConfig.from_options({})).window is None
     with pytest.raises(ConfigError, match="holds none of the latent's 10 tokens"):
         latent.frame_of(packed, RASConfig.from_options({"region": slice(7, 7)}))
+    with pytest.raises(ConfigError, match="ends behind the latent's 10 tokens"):
+        latent.frame_of(packed, RASConfig.from_options({"region": (0, 11)}))
     with pytest.raises(ConfigError, match="packed tokens"):
         latent.frame_of(packed[0], RASConfig.from_options({"region": slice(0, 4)}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,15 @@ def test_every_kind_of_file(tmp_path):
     write(told(picture=None, dense=None), tmp_path / "alone.gif")
 
 
+@pytest.mark.parametrize("change", [float("nan"), float("inf")])
+def test_a_noise_that_is_not_a_number_leaves_a_page_that_opens(change):
+    """JSON knows neither: a page that held them was empty."""
+    run = generated()
+    data = collect(replace(run, steps=(replace(run.steps[0], change=change),)), None, None, "", False)
+    assert data["steps"][0]["change"] is None and "from step 0 on" in data["sentence"][-1]
+    json.dumps(data, allow_nan=False)
+
+
 def test_the_times_computed_are_what_the_picture_shows(tmp_path):
     write(told(3, (2, 2), picture=None, dense=None), tmp_path / "focus.png")  # dense, dense, tokens 2 only
     shown = np.asarray(Image.open(tmp_path / "focus.png"))[22:]
@@ -117,6 +127,8 @@ def test_the_times_computed_are_what_the_picture_shows(tmp_path):
 def test_what_cannot_be_written_is_said_in_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match="there is no run to report yet"):
         collect(Summary(), None, None, "", False)
+    with pytest.raises(ConfigError, match="dense= is a picture of 24 x 16 and the other one of 48 x 32"):
+        told(dense=picture(24, 16))
     with pytest.raises(ConfigError, match="there is no folder .*nowhere.* make it first"):
         checked(tmp_path / "nowhere" / "out.html")
     with pytest.raises(ConfigError, match=r"ends in .html, .png, .gif or .json, not 'out.pdf'"):

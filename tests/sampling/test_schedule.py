@@ -140,6 +140,7 @@ def test_linear_without_a_number_of_steps_says_how_to_give_it():
         ({"warmup_steps": 2}, 2, "Lower warmup_steps or take more steps"),
         ({"warmup_steps": 1}, 1, r"dense\. Take more steps"),
         ({"warmup_steps": 2, "reset_steps": [2, 3, 4]}, 5, "Give fewer reset_steps"),
+        ({"reset_interval": 1}, 12, "Give a larger reset_interval"),
     ],
 )
 def test_the_advice_of_a_dense_run_can_be_followed(options, steps, advice):
