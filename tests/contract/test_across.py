@@ -19,6 +19,7 @@ from ras_compile.errors import UnsupportedGraph
 from ras_compile.notices import fallbacks
 from ras_compile.passes.analysis.cost import ACTIVE
 from ras_compile.passes.fusion.sites import sites
+from ras_compile.passes.rules.attention import KERNELS
 
 TIGHT = 1e-9
 SAMPLES, TOKENS = 2, 24
@@ -192,7 +193,12 @@ def test_parallelism_of_diffusers(monkeypatch):
             model = build()
             model.set_attention_backend(kernel)
             model.enable_parallelism(config=way)
-            worst.append(against_one(subject(model, given), alone, whole))
+            shared = subject(model, given)
+            worst.append(against_one(shared, alone, whole))
+            kernels = shared.program(3).graph.find_nodes(op="call_function", target=KERNELS[0])
+            assert len(kernels) == (4 if kernel == "_native_flash" else 0)  # two layers, two processes' keys
+            for called in kernels:  # cuDNN's is wrong on others, and does not say so
+                assert all(operand.meta["val"].is_contiguous() for operand in called.args[:3])
         return max(worst)
 
     assert max(on_ranks(2, work)) < TIGHT
