@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,6 +122,7 @@ def test_an_entry_agrees_with_the_other_processes_and_tells_branches_by_what_the
     made = Entry(plan, inputs, values, range(5), config)
     assert agreed == [(plan, inputs, values, config)]
     assert made.timestep == 1 and made.context(values) == ("the text", 3)
+    assert 0 < made.used <= time.monotonic()
     plan.identity, plan.latent_view, plan.spread, plan.cost = "plan", "view", "spread", "cost"
     told = made.info(values, ["a weight"])
     assert (told.graph, told.latent, told.context, told.timestep) == ("plan", values[0], ("the text", 3), values[1])
