@@ -4,6 +4,7 @@
     python examples/app.py                  # with the model that this repository ships
     python examples/app.py --pipeline DIR   # with one of your own
 
+It takes some seconds to start, with --help too: PyTorch, diffusers and Gradio are imported first.
 The third picture is what fewer steps of DPM-Solver++ make of the same noise in the time that the first one took.
 """
 
