@@ -278,9 +278,12 @@ def raise_recompile_limit(count: int) -> None:
     """At least so many compilations of one function at a time, and 64 times as many ever; without it transformers after the
     eighth run uncompiled, and so do all in a process that has attached to a few hundred.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, count)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 64 * count)
+    config: Any = torch._dynamo.config
+    for name, least in (("recompile_limit", count), ("accumulated_recompile_limit", 64 * count)):
+        entry = config._config[name]  # what is set is of this thread alone: the others read the default
+        entry.default = max(entry.default, least)
+        if getattr(config, name) < least:
+            setattr(config, name, least)
 
 
 def at_recompile_limit(backend: Callable[..., Any], tell: Callable[[str, int, str], None]) -> None:

@@ -7,6 +7,7 @@ import logging
 import operator
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -266,6 +267,9 @@ def test_the_recompile_limit_is_raised_and_never_lowered(name):
         _torch.raise_recompile_limit(9)
         assert torch._dynamo.config.recompile_limit == 64
         assert torch._dynamo.config.accumulated_recompile_limit == 64 * 64
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: torch._dynamo.config.recompile_limit).result() >= 64
+        assert other.submit(lambda: torch._dynamo.config.accumulated_recompile_limit).result() >= 64 * 64
 
 
 @canary("at_recompile_limit")
