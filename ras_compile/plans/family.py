@@ -131,7 +131,38 @@ class Family:
         lengths = self.graph.lengths.at(values)
         if not (self.graph.lengths.fits(values, lengths) and self.graph.holds(lengths) and self.grid.fits(lengths)):
             return None
-        return Member(self, self.grid.point_at(lengths), values)
+        member = Member(self, self.grid.point_at(lengths), values)
+        if self.grows or self.graph.orders:
+            try:
+                self.check(member)
+            except NotAffine as error:
+                fell_back("a plan for each length of the context", error)
+                return None
+        return member
+
+    def check(self, member: Member) -> None:
+        """Whether a member's own programs are those of the family, at its lengths.
+
+        Rules decide by values that lengths give (what stands where, an order of tokens) and by what is smaller; at the
+        samples that may come out otherwise.
+
+        Raises:
+            NotAffine: they differ.
+        """
+        exact = (
+            member.exact if self.grows else self.exact(member.point)
+        )  # which needs no analysis of its own, and keeps none
+        points = [*self.points[:-1], member.point]
+        for known, own in zip(self._known, self._looked_at(exact), strict=True):
+            interpolate([*known[:-1], own], points)
+
+    @cached_property
+    def _known(self) -> list[tuple[fx.GraphModule, ...]]:
+        return list(zip(*map(self._looked_at, self.samples), strict=True))
+
+    def _looked_at(self, plan: Plan) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """A plan's programs before the passes, the sparse one for as few rows as all plans have."""
+        return plan.dense_graph(), plan.sparse_graph(min(2, *(each.analysis.frame.tokens for each in self.samples)))
 
     def entering(self, member: Member) -> None:
         """A member runs a dense step: of those that ran before, the ones used longest ago give up what they keep."""

@@ -76,6 +76,7 @@ class SymbolicGraph:
 
     Attributes:
         sizes: every size, and every number that an op is given, that depends on the lengths.
+        orders: whether tensors of whole numbers depend on the lengths, which may say what stands where.
     """
 
     def __init__(self, graph: fx.GraphModule, lengths: Lengths, values: Sequence[Any]) -> None:
@@ -91,6 +92,12 @@ class SymbolicGraph:
         if not self.holds(self.base):
             raise UnsupportedGraph("capturing it has fixed the length of the context")
         self.sizes = self._sizes()
+        self.orders = any(
+            isinstance(value := node.meta.get("val"), Tensor)
+            and not value.is_floating_point()
+            and any(isinstance(size, torch.SymInt) for size in value.shape)
+            for node in self.module.graph.nodes
+        )
         if not any(lengths.sides):
             self._check_affine()
 

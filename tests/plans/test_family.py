@@ -157,9 +157,21 @@ def test_a_member_is_of_the_lengths_that_the_graph_is_right_for(monkeypatch):
     monkeypatch.setattr(family, "Member", lambda made, point, values: point)
     lengths = SimpleNamespace(at=lambda values: (len(values),), fits=lambda values, point: values[0] == "fits")
     grid = SimpleNamespace(fits=lambda point: point != (3,), point_at=lambda lengths: lengths)
-    made = bare(graph=SimpleNamespace(lengths=lengths, holds=lambda point: point != (2,)), grid=grid)
+
+    def check(member):
+        if member == (1, 1):
+            raise NotAffine("its own programs are others")
+
+    graph = SimpleNamespace(lengths=lengths, holds=lambda point: point != (2,), orders=False)
+    made = bare(graph=graph, grid=grid, grows=True, check=check)
     assert made.member(["fits"]) == (1,) and made.member(["fits not"]) is made.member(["fits", 0]) is None
     assert made.member(["fits", 0, 0]) is None, "the points say something else"
+    grid.point_at = lambda lengths: (1, 1)
+    assert made.member(["fits"]) is None
+    made.grows = False
+    assert made.member(["fits"]) == (1, 1), "nothing depends on an order"
+    graph.orders = True
+    assert made.member(["fits"]) is None
 
 
 def test_a_program_is_shared_where_it_fits_and_each_has_its_own_where_none_can_be():

@@ -490,6 +490,59 @@ def test_inductor_compiles_once_for_all_lengths(compiled_programs, monkeypatch):
         assert error([picture], [tiny(alone, text(length))]) < 1e-4
 
 
+class Rows(nn.Module):
+    """Tokens attend within their row of the picture, then to all: which side leaves the region is that of the smaller rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.head, self.time = nn.Conv2d(4, 16, 2, 2), nn.Linear(16, 16), nn.Linear(1, 16)
+        self.mix = nn.Linear(16, 48)
+
+    def attend(self, y):
+        query, key, value = (part[:, None] for part in self.mix(y).chunk(3, -1))
+        return y + nn.functional.scaled_dot_product_attention(query, key, value)[:, 0]
+
+    def between(self, y, height, width):
+        return self.attend(y.unflatten(1, (height, width)).flatten(0, 1)).unflatten(0, (-1, height)).flatten(1, 2)
+
+    def forward(self, hidden_states, timestep):
+        height, width = hidden_states.shape[-2] // 2, hidden_states.shape[-1] // 2
+        y = self.patch(hidden_states).flatten(2).transpose(1, 2) + self.time(timestep[:, None])[:, None]
+        y = self.head(self.attend(self.between(y, height, width)))
+        return (
+            y.unflatten(1, (height, width)).unflatten(3, (4, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        )
+
+
+class Windows(Rows):
+    """Tokens are put in order by windows of 8 x 8: in a picture of one row of windows or fewer they are in order already."""
+
+    def between(self, y, height, width):
+        windows = torch.arange(height)[:, None] // 8 * 1000 + torch.arange(width)[None] // 8
+        order = torch.argsort(windows.flatten(), stable=True)
+        return self.attend(y[:, order] + torch.arange(height * width)[:, None] / 100)[:, torch.argsort(order)]
+
+
+@pytest.mark.parametrize("kind", [Rows, Windows])
+def test_a_size_at_which_rules_decide_otherwise_has_programs_of_its_own(kind):
+    """What is smaller, and which order tokens are in, may be otherwise at the sizes that a family was made from."""
+    torch.manual_seed(0)
+    module = kind().eval()
+
+    def drawn(model, *sides: int) -> torch.Tensor:
+        latent = torch.randn(1, 4, *sides, generator=torch.Generator().manual_seed(sides[0] + 100 * sides[1]))
+        return sampled(model, dict(hidden_states=latent, timestep=torch.ones(1)))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="ras", options={**OPTIONS, "sample_ratio": 0.5})
+    sizes = [(8, 12), (12, 8), (16, 16), (20, 28)]
+    found = [drawn(compiled, *sides) for sides in sizes]
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options={**OPTIONS, "sample_ratio": 0.5})
+    for sides, picture in zip(sizes, found, strict=True):
+        torch.testing.assert_close(picture, drawn(alone, *sides), msg=str(sides))
+
+
 class Placed(TinyDiT):
     """Adds places as SD3 does, cut out of a table about its middle, and as PixArt does, of numbers divided by the size."""
 
