@@ -7,6 +7,7 @@ passes. The user's change from step to step; these do not, and ops take some of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,17 +17,22 @@ from torch import Tensor, fx, nn
 from ras_compile._torch import copy_reason, set_source, source_of
 from ras_compile.passes.analysis.emit import copied
 
+_WEIGHTS = re.compile(r"L\['[^']*'\]\._(modules|parameters)\[")
+
 
 def attribute_positions(graph: fx.Graph) -> list[int]:
     """Places of the inputs that are floats of a module or of global code, and that the graph only reads as numbers."""
-    return [place for place, node in enumerate(graph.find_nodes(op="placeholder")) if _is_attribute(node)]
+    places = graph.find_nodes(op="placeholder")
+    # a forward may call its module by another name than `self`: it is what has modules or weights
+    owners = {source.partition("]")[0] + "]" for source in map(source_of, places) if source and _WEIGHTS.match(source)}
+    return [place for place, node in enumerate(places) if _is_attribute(node, ("L['self']", "G[", *owners))]
 
 
-def _is_attribute(node: fx.Node) -> bool:
+def _is_attribute(node: fx.Node, held: tuple[str, ...]) -> bool:
     value, source = node.meta.get("example_value"), source_of(node) or ""
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.ndim or value.dtype != torch.float64:
         return False
-    if not source.startswith(("L['self']", "G[")) or "_buffers" in source or "_parameters" in source:
+    if not source.startswith(held) or "_buffers" in source or "_parameters" in source:
         return False
     return all(user.op == "call_method" and user.target == "item" for user in node.users)
 

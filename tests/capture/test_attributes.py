@@ -25,9 +25,16 @@ class Model(nn.Module):
         return self.leave(x).transpose(1, 2).reshape(hidden_states.shape)
 
 
-def check(number, change=lambda model: None):
+class CalledOtherwise(Model):
+    """Its forward calls the module by another name than `self`."""
+
+    def forward(module, hidden_states: Tensor, timestep: float | Tensor) -> Tensor:
+        return Model.forward(module, hidden_states, timestep)
+
+
+def check(number, change=lambda model: None, kind=Model):
     torch._dynamo.reset()
-    plain, model = Model(), Model()
+    plain, model = kind(), kind()
     options = {"sample_ratio": 1.0, "warmup_steps": 2, "reset_interval": None, "inner_backend": "eager"}
     compiled = torch.compile(model, backend=ras, dynamic=True, options={**options, "unsupported": "error"})
     x = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(1))
@@ -43,6 +50,7 @@ def check(number, change=lambda model: None):
 
 def test_float_attributes_are_constants():
     assert check(lambda time: torch.tensor([time])).count("sparse") == 3
+    assert check(lambda time: torch.tensor([time]), kind=CalledOtherwise).count("sparse") == 3
 
 
 def test_a_timestep_that_is_a_float_stays_the_users():
