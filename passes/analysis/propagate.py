@@ -139,6 +139,11 @@ def _round(graph: fx.Graph, latent: fx.Node, frame: Frame, kv_cache: bool, apart
                     f"tokens of the picture stand in several places of one tensor, {layout}", source=source_line(node)
                 )
     outputs: Any = graph.output_node().args[0]
+    if not all(isinstance(result, fx.Node) for result in outputs):
+        raise UnsupportedGraph(
+            "the model returns, or keeps as an attribute, a number that depends on sizes (self.words = text.shape[1], say): leave "
+            "that out of forward, or compile each size for itself with dynamic=False"
+        )
     layouts = {node: known for node, known in layouts.items() if node in outputs or holds_region(known, frame)}
     found = tuple(index for index, node in enumerate(outputs) if isinstance(layouts.get(node), Layout))
     if not found:

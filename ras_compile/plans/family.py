@@ -136,7 +136,7 @@ class Family:
             try:
                 self.check(member)
             except NotAffine as error:
-                fell_back("a plan for each length of the context", error)
+                fell_back("a plan for each length or size", error)
                 return None
         return member
 
@@ -149,9 +149,8 @@ class Family:
         Raises:
             NotAffine: they differ.
         """
-        exact = (
-            member.exact if self.grows else self.exact(member.point)
-        )  # which needs no analysis of its own, and keeps none
+        # a member whose tokens are no length needs no analysis of its own, and keeps none
+        exact = member.exact if self.grows else self.exact(member.point)
         points = [*self.points[:-1], member.point]
         for known, own in zip(self._known, self._looked_at(exact), strict=True):
             interpolate([*known[:-1], own], points)
@@ -202,7 +201,7 @@ class Family:
                 except SpecViolation:
                     raise
                 except Exception as error:  # whatever the inner compiler does not do with symbols, it does without
-                    fell_back("programs compiled for each length of the context", error)
+                    fell_back("programs compiled for each length or size", error)
                     self.programs[key] = None
             shared = self.programs[key]
         if shared is None:
@@ -254,10 +253,10 @@ class Family:
             replace(one, point=(*one.point, now), active=now)
             for one, now in zip(found, [*[count] * (len(found) - 1), other], strict=True)
         ]
-        again = copy.copy(
-            base.plan
+        again = copy.copy(base.plan)
+        vars(again).pop(
+            "fusion", None
         )  # it finds the sites of its fusions again, so that it asks what the first one asked
-        vars(again).pop("fusion", None)
         more = replace(base, point=(*self.points[0], count + 1), plan=again, active=count + 1)
         return [base, *moved, more, check]
 
@@ -351,7 +350,7 @@ class Families:
         except SpecViolation:
             raise
         except Exception as error:  # a plan of its own will say what is wrong with the call, if anything is
-            fell_back("a plan for each length of the context", error)
+            fell_back("a plan for each length or size", error)
             return None
 
 

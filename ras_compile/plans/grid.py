@@ -36,20 +36,20 @@ class Grid:
     def __init__(self, graph: SymbolicGraph, lengths: Point) -> None:
         self.graph = graph
         sides = graph.lengths.sides
-        why = UnsupportedGraph("a size is no sum of products of the sides of the latent")
+        why = None  # of the first unit: the others are tried because of it
         for unit in UNITS if any(sides) else UNITS[:1]:
             self.units = tuple(unit if times else 1 for times in sides)
             self.rests = tuple(length % unit for length, unit in zip(lengths, self.units, strict=True))
             try:
                 self.points = self.find_points(self.point_at(lengths))
             except UnsupportedGraph as error:
-                why = error
+                why = why or error
                 continue
             forms = self._find_forms()
             if forms is not None:
                 self._forms = forms
                 return
-        raise why
+        raise why or UnsupportedGraph("a size is no sum of products of the sides of the latent")
 
     def lengths_at(self, point: Point) -> Point:
         """The graph's lengths at a point."""
@@ -97,7 +97,7 @@ class Grid:
             (p for p in far if right(p) and all(abs(c - b) > r for c, b, r in zip(p, base, reach, strict=True))), None
         )
         if not all(steps) or check is None:
-            raise UnsupportedGraph(f"the graph is right for too few lengths of the context beside {base}")
+            raise UnsupportedGraph(f"the graph is right for too few lengths beside {base}")
         found = sample_points(base, steps, check, sides)
         if not all(map(right, found)):
             raise UnsupportedGraph(f"the graph is right for too few sides of the latent beside {base}")

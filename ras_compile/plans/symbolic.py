@@ -92,12 +92,7 @@ class SymbolicGraph:
         if not self.holds(self.base):
             raise UnsupportedGraph("capturing it has fixed the length of the context")
         self.sizes = self._sizes()
-        self.orders = any(
-            isinstance(value := node.meta.get("val"), Tensor)
-            and not value.is_floating_point()
-            and any(isinstance(size, torch.SymInt) for size in value.shape)
-            for node in self.module.graph.nodes
-        )
+        self.orders = self._orders()
         if not any(lengths.sides):
             self._check_affine()
 
@@ -125,6 +120,15 @@ class SymbolicGraph:
                 tensors = [item for item in pytree.tree_leaves(value) if isinstance(item, Tensor)]
                 wanted |= {expression(size) for tensor in tensors for size in tensor.shape}
         return [e for e in wanted if e.free_symbols & set(self.symbols.symbols)]
+
+    def _orders(self) -> bool:
+        depends: set[fx.Node] = set()
+        for node in self.module.graph.nodes:
+            value = node.meta.get("val")
+            sized = isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)
+            if sized or isinstance(value, Number) or depends.intersection(node.all_input_nodes):
+                depends.add(node)
+        return any(isinstance(v := node.meta.get("val"), Tensor) and not v.is_floating_point() for node in depends)
 
     def sizes_at(self, point: Point) -> list[int | float]:
         """The sizes of :attr:`sizes` at these lengths."""

@@ -543,6 +543,56 @@ def test_a_size_at_which_rules_decide_otherwise_has_programs_of_its_own(kind):
         torch.testing.assert_close(picture, drawn(alone, *sides), msg=str(sides))
 
 
+class Prompted(Rows):
+    """The order of tokens turns round where the prompt has more than 40 words, whatever the size of the picture."""
+
+    def forward(self, hidden_states, timestep, text):
+        self.text = text
+        return super().forward(hidden_states + text.mean(1)[:, :4, None, None], timestep)
+
+    def between(self, y, height, width):
+        order = torch.argsort(torch.arange(height * width) * (40 - self.text.shape[1]), stable=True)
+        return self.attend(y[:, order] + torch.arange(height * width)[:, None] / 100)[:, torch.argsort(order)]
+
+
+def test_an_order_that_depends_on_the_prompts_length_is_looked_at_too():
+    """Neither its shape nor that of the tokens has a length in it."""
+    torch.manual_seed(0)
+    module = Prompted().eval()
+
+    def drawn(model, words: int) -> torch.Tensor:
+        random = torch.Generator().manual_seed(words)
+        latent, text = torch.randn(1, 4, 8, 12, generator=random), torch.randn(1, words, 6, generator=random)
+        return sampled(model, dict(hidden_states=latent, timestep=torch.ones(1), text=text))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="ras", options={**OPTIONS, "sample_ratio": 0.5})
+    found = {words: drawn(compiled, words) for words in (5, 9, 12, 60)}
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options={**OPTIONS, "sample_ratio": 0.5})
+    for words, picture in found.items():
+        torch.testing.assert_close(picture, drawn(alone, words), msg=str(words))
+
+
+def test_a_model_that_keeps_a_length_is_refused_in_words():
+    """From the second length on it is a symbol, which the graph returns."""
+
+    class Keeps(TinyDiT):
+        def forward(self, hidden_states, timestep, text):
+            self.words = text.shape[1]
+            return super().forward(hidden_states, timestep, text)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Keeps().eval(), backend="ras", options=OPTIONS)
+    given = dict(hidden_states=torch.randn(1, 4, 8, 12), timestep=torch.ones(1))
+    with (
+        torch.no_grad(),
+        pytest.raises(ras_compile.UnsupportedGraph, match="keeps as an attribute, a number that depends on"),
+    ):
+        for words in (3, 5):
+            compiled(**given, text=torch.randn(1, words, 6))
+
+
 class Placed(TinyDiT):
     """Adds places as SD3 does, cut out of a table about its middle, and as PixArt does, of numbers divided by the size."""
 
