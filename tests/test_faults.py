@@ -20,7 +20,8 @@ from torch import Tensor
 
 import ras_compile
 from ras_compile import notices
-from ras_compile.execute import cudagraphs, memory, replay
+from ras_compile.config import RASConfig
+from ras_compile.execute import cudagraphs, inner, memory, replay
 from ras_compile.kernels import tiles
 from ras_compile.plans import plan as plans
 from ras_compile.plans.plan import Plan
@@ -153,6 +154,74 @@ def test_an_inner_compiler_that_refuses_repeated_blocks(monkeypatch):
     drawn = compiled(plain, inner_backend="inductor")
     torch.testing.assert_close(picture(drawn), wanted)
     assert len(refused) == 2 and counted()["blocks compiled one by one"] == 2 and kinds(drawn) == RUN
+
+
+@pytest.fixture
+def breaking():
+    """An inner backend whose programs raise what the list says: by the order in which they are made, at their calls in turn."""
+    from torch._dynamo.backends import registry
+
+    errors: list[list[Exception | None]] = []
+
+    def compile(graph, inputs):
+        mine = errors.pop(0) if errors else []
+
+        def program(*given):
+            error = mine.pop(0) if mine else None
+            if error is not None:
+                graph(*given)  # what it writes is written
+                raise error
+            return graph(*given)
+
+        return program
+
+    registry.register_backend(compile, name="breaking")
+    yield errors
+    registry._BACKENDS.pop("breaking", None)
+    registry._COMPILER_FNS.pop("breaking", None)
+
+
+@pytest.mark.parametrize("errors", [[[ValueError("no")]], [[], [ValueError("no")]], [[], [None, ValueError("no")]]])
+def test_a_program_that_raises_while_it_runs(breaking, errors):
+    """The dense one, or the sparse one at its first call or a later one: from then on it runs op by op, and that is said once."""
+    plain = model()
+    wanted = picture(compiled(plain))
+    breaking.extend([list(calls) for calls in errors])
+    drawn = compiled(plain, inner_backend="breaking")
+    with pytest.warns(
+        ras_compile.RASWarning, match=r"runs uncompiled.*'breaking' fails on it \(ValueError: no\)"
+    ) as told:
+        pictures = [picture(drawn) for _ in range(2)]
+    assert len(told) == 1 and counted() == {"a program run op by op": 1}
+    assert all(torch.equal(found, wanted) for found in pictures) and kinds(drawn) == RUN
+
+
+def test_a_program_that_raises_while_it_runs_is_one_error_on_demand(breaking):
+    breaking.append([ValueError("no")])
+    with pytest.raises(ras_compile.UnsupportedGraph, match=r"'breaking' fails on it \(ValueError: no\)"):
+        picture(compiled(inner_backend="breaking", unsupported="error"))
+
+
+def test_a_program_that_raises_for_want_of_memory_is_no_defect(breaking):
+    breaking.append([torch.OutOfMemoryError(NO_MEMORY)])
+    with pytest.warns(ras_compile.RASWarning, match="no memory left for the caches"):
+        picture(compiled(inner_backend="breaking"))
+    assert "a program run op by op" not in counted()
+
+
+def test_an_error_of_the_model_itself_is_raised_as_it_is():
+    """What raises op by op, too, is no defect of the compiler: the next call is tried as before."""
+    runs = []
+
+    def broken(*given):
+        runs.append(given)
+        raise IndexError("index 9 is out of range" if len(runs) % 2 else "the same")
+
+    program = inner.Program(broken, lambda: broken, RASConfig())
+    for _ in range(2):
+        with pytest.raises(IndexError, match="the same"):
+            program(1)
+    assert runs == [(1,)] * 4 and not counted()
 
 
 # Numbers.

@@ -116,12 +116,58 @@ def compile_or_run(make: Callable[[], fx.GraphModule], inputs: Sequence[Any], co
     except RASError:
         raise
     except Exception as error:  # of whatever kind: a compiler's defects are no reason to give no picture
-        line = next(iter(str(error).strip().splitlines()), "without a word")
-        why = f"the inner compiler {config.inner_backend!r} fails on it ({type(error).__name__}: {line})"
-        if config.unsupported == "error":
-            raise UnsupportedGraph(
-                f"a program cannot be compiled: {why}; inner_backend='eager' runs it as it is"
-            ) from error
-        fell_back("a program run op by op", error)
-        warn_once(f"ras_compile: a program runs uncompiled: {why}; the picture is right, and takes longer")
+        _failed(error, config)
         return make()
+
+
+class Program:
+    """A compiled program; once it raises while it runs, it runs as it is, op by op, which is said once.
+
+    Args:
+        compiled: the program.
+        make: gives its graph, without kernels of ours.
+        config: see :func:`compile_inner`.
+    """
+
+    def __init__(self, compiled: Compiled, make: Callable[[], fx.GraphModule], config: RASConfig) -> None:
+        self._compiled, self._make, self._config = compiled, make, config
+        self._plain: fx.GraphModule | None = None
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        """Runs it.
+
+        Raises:
+            UnsupportedGraph: the compiled program raised, and the option ``unsupported`` is "error".
+        """
+        if self._plain is not None:
+            return self._plain(*inputs)
+        try:
+            return self._compiled(*inputs)
+        except (torch.OutOfMemoryError, RASError):
+            raise
+        except Exception as error:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise
+            failed = error
+        # A step that was half done is done again from the start: what it writes depends on the inputs and on inactive rows.
+        plain = self._make()
+        results = plain(*inputs)  # what raises here, too, is the model's own error
+        _failed(failed, self._config)
+        self._plain = plain
+        return results
+
+
+def _failed(error: Exception, config: RASConfig) -> None:
+    """Counts and says that a program runs op by op.
+
+    Raises:
+        UnsupportedGraph: the option ``unsupported`` is "error".
+    """
+    line = next(iter(str(error).strip().splitlines()), "without a word")
+    why = f"the inner compiler {config.inner_backend!r} fails on it ({type(error).__name__}: {line})"
+    if config.unsupported == "error":
+        raise UnsupportedGraph(
+            f"a program cannot be compiled: {why}; inner_backend='eager' runs it as it is"
+        ) from error
+    fell_back("a program run op by op", error)
+    warn_once(f"ras_compile: a program runs uncompiled: {why}; the picture is right, and takes longer")

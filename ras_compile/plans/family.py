@@ -395,6 +395,9 @@ class Member(Plan):
     def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
         return self.exact.build(active, outline_blocks=outline_blocks)
 
+    def plain(self, active: int | str) -> fx.GraphModule:
+        return self.exact.plain(active)
+
 
 def described(tensor: Tensor, sizes: Sequence[int] | None = None, strides: Sequence[int] | None = None) -> Tensor:
     """A tensor without values: of the sizes and strides of another one, or of those that are given."""

@@ -20,7 +20,7 @@ from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import DEVICE, ProgramGraphs, warn_without
-from ras_compile.execute.inner import Compiled, compile_inner, compile_or_run
+from ras_compile.execute.inner import Compiled, Program, compile_inner, compile_or_run
 from ras_compile.execute.memory import Keeper, default_budget
 from ras_compile.execute.slopes import SLOPES, Slopes
 from ras_compile.kernels.tiles import build, postponed
@@ -357,7 +357,11 @@ class Plan:
             with compiling():
                 program = self._programs.get(active)
                 if program is None:
-                    program = self._programs[active] = self._compile(active, inputs)
+                    program = self._compile(active, inputs)
+                    # another process of a group would wait for what is done twice here
+                    if self.config.inner_backend != "eager" and self.analysis.frame.group is None:
+                        program = Program(program, lambda: self.plain(active), self.config)
+                    self._programs[active] = program
         return program
 
     def _compile(self, active: int | str, inputs: Sequence[Any]) -> Compiled:
@@ -386,15 +390,20 @@ class Plan:
                 build(noted)
             return self.prepared(active, outline_blocks)
 
-    def prepared(self, active: int | str, outline_blocks: bool) -> fx.GraphModule:
-        few_rows, hosted = partial(self._choose, kernels.many_pays), self.hosted
+    def plain(self, active: int | str) -> fx.GraphModule:
+        """The program's graph without kernels of ours."""
+        with compiling(), torch.no_grad():
+            return self.prepared(active, outline_blocks=False, fused=False)
+
+    def prepared(self, active: int | str, outline_blocks: bool, fused: bool = True) -> fx.GraphModule:
+        few_rows, hosted = partial(self._choose, kernels.many_pays) if fused else None, self.hosted
         if active in ("dense", "bare"):
             program = self.dense_graph() if active == "dense" else dense_program(self.analysis, SparsePlan())
             fusion, hosted = None, []
         else:
             assert isinstance(active, int)
             program = self.sparse_graph(active)
-            fusion = self.fusion if self.analysis.latent.meta["val"].is_cuda else None
+            fusion = self.fusion if fused and self.analysis.latent.meta["val"].is_cuda else None
         return prepare(program, fusion=fusion, few_rows=few_rows, outline_blocks=outline_blocks, hosted=hosted)
 
     @cached_property
