@@ -151,7 +151,7 @@ def explain(
     more: Set = _NONE, device: Device = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Say what would be skipped, what that saves, and what it costs in memory; no picture is drawn."""
-    if not Path(model).is_dir():
+    if model.isidentifier() and not Path(model).is_dir():
         text, works = _of_class(model)
         print(json.dumps({"class": model, "works": works, "text": text}) if as_json else text)
         raise typer.Exit(int(not works))
@@ -196,6 +196,14 @@ def _preset(name: str) -> str:
     return name
 
 
+def _folder(output: Path) -> None:
+    """Makes it before anything is drawn, so that no picture is lost where it cannot be made."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"no folder {str(output)!r} can be made ({error.strerror}); give another --output.") from None
+
+
 @app.command()
 @_in_a_sentence
 def generate(
@@ -208,12 +216,12 @@ def generate(
     """Draw a prompt dense and region-adaptively from the same noise: both pictures, seconds, PSNR, and a report."""
     given = {"prompt": prompt, "height": height, "width": width}
     _preset(preset)
+    _folder(output)
     with _drawing(folder, device, seed, backend, given, more) as artist:
         with _progress.status("drawing with all steps dense"):
             dense = artist.dense(steps)
         with _progress.status(f"drawing with the preset {preset}"):
             drawn = artist.adaptive(steps, preset)
-        output.mkdir(parents=True, exist_ok=True)
         written = [
             save(frames_of(one.picture, one.video), output / name) for name, one in (("dense", dense), ("ras", drawn))
         ]
@@ -330,10 +338,10 @@ def evaluate(
     asked = {"clip": (clip_score, clip), "image_reward": (image_reward, reward)}
     judges = {name: judge(where) for name, (judge, where) in asked.items() if where is not None}
     given = {"prompt": lines[0], "height": height, "width": width}
+    _folder(output)
     with _drawing(folder, device, 0, backend, given, more) as artist, _progress.status("drawing") as status:
         tell = status.update if _progress.is_terminal else _progress.print  # a file gets a line for each picture
         drawn = frontier(artist, lines, presets, steps, exact_steps, judges, lambda said: tell(f"drew {said}"))
-    output.mkdir(parents=True, exist_ok=True)
     found = output / "evaluation.html"
     found.write_text(page(drawn), encoding="utf-8")
     (output / "evaluation.json").write_text(json.dumps(drawn.told(), indent=1))

@@ -100,12 +100,15 @@ def settings(pipe: Any, given: Mapping[str, Any], more: Mapping[str, Any]) -> di
     """Arguments of a call of a pipeline: of what is given what it takes, and all that is asked for by name.
 
     Raises:
-        ConfigError: it does not take one of the latter; the text gives the nearest that it does take.
+        ConfigError: it does not take one of the latter, and the text gives the nearest that it does take; or it takes a number
+            (a truth value, too) there, and would fail at a text or take it for true.
     """
     known = inspect.signature(type(pipe).__call__).parameters
-    for name in more:
+    for name, value in more.items():
         if name not in known:
             raise ConfigError(f"{type(pipe).__name__} takes no {name!r}{nearest(name, known)}")
+        if isinstance(value, str) and isinstance(known[name].default, (int, float)):
+            raise ConfigError(f"--set {name}={value}: give a value such as {known[name].default}.")
     return {**{name: value for name, value in given.items() if value is not None and name in known}, **more}
 
 

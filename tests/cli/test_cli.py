@@ -68,6 +68,10 @@ def test_the_version_is_told():
         (["generate", "nowhere", "a cat"], "nowhere is no folder of a pipeline: it has no model_index.json"),
         (["generate", EMOJI, "a cat", "--preset", "balancd"], "no preset 'balancd'; did you mean 'balanced'?"),
         (["generate", EMOJI, "a cat", "--set", "hight=3", "--device", "cpu"], "takes no 'hight'; did you mean 'height'?"),
+        (["generate", EMOJI, "a cat", "--set", "guidance_scale=abc", "--device", "cpu"], "give a value such as 7.0."),
+        (["generate", EMOJI, "a cat", "--output", EMOJI / "NOTICE"], "can be made (File exists); give another --output."),
+        (["evaluate", EMOJI, EMOJI / "NOTICE", "--output", EMOJI / "NOTICE"], "give another --output."),
+        (["explain", "some/name"], "nothing is downloaded here, so get it first: hf download some/name"),
         (["generate", EMOJI, "a cat", "--set", "height", "--device", "cpu"], "--set takes name=value"),
         (["generate", EMOJI, "a cat", "--device", "gpu"], "take cuda or cpu." if torch.cuda.is_available() else "take cpu."),
         (["generate", EMOJI, "a cat", *SMALL, "--height", "63"], "divisible by 4"),  # the pipeline's own words
