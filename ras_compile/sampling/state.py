@@ -94,7 +94,6 @@ class TransformerState:
             )
         # a call that never came back may have left its caches half written
         if run is not None and (run.pending or run.epoch != self._epoch):
-            self._retire(place.home, place.owner)
             run = None
         if place.step is None:
             run, match = self._infer(run, place, call)

@@ -9,6 +9,14 @@ EQUIVALENT: dict[str, str] = {
     "ras_compile/sampling/branches.py:Branch:False -> True": "read only behind a branch's first call, which has written it",
     "ras_compile/plans/grid.py:Grid.find_points:5 -> 6": "any lengths at which the graph is right serve as made up ones",
     f"{_JOINED}:sparse_offset:offset < size -> offset <= size": "a border between segments ends one and begins the next: one place",
+    f"{_STATE}:TransformerState._infer:0 -> 1 #2": "a run that has just begun has no branch that an order could tell",
+    f"{_STATE}:TransformerState._infer:True -> False #3": "a run that has just begun has no branch to be found",
+    f"{_STATE}:TransformerState.__init__:0 -> 1": "counts are compared with one another, and may begin anywhere",
+    f"{_STATE}:TransformerState.reset:1 -> 2": "any other count than the one before says that generations are over",
+    "ras_compile/sampling/schedule.py:Schedule.__init__:64 -> 65": "how many counts are remembered",
+    "ras_compile/sampling/schedule.py:Schedule._ends:1 -> 2 #2": "one sparse step is one level, wherever it stands",
+    "ras_compile/sampling/schedule.py:Schedule._by_error:sum(shares(middle).values()) < mean * len(sparse) -> "
+    "sum(shares(middle).values()) <= mean * len(sparse)": "a bisection that meets its aim exactly may go either way",
     "ras_compile/sampling/schedule.py:Schedule._by_error:1 -> 2 #7": "a bisection that begins higher halves once more",
     "passes/analysis/propagate.py::200 -> 201": "an end for what would never end; no model needs more than a few dozen rounds",
 }

@@ -209,3 +209,14 @@ def test_a_tensor_that_was_written_or_is_gone_is_not_intact():
     mark = tensor_mark(tensor)
     del tensor
     assert not intact(mark)
+
+
+def test_a_changed_context_is_what_the_next_one_is_compared_with():
+    branches, prompt = Branches(), torch.randn(3)
+    branches.add((prompt,), "graph", "cond", 0, branches.find((prompt,), "graph", "cond", 0, [], False).prints)
+    changed = []
+    for value in (prompt, prompt + 1, prompt + 1, prompt + 1, prompt.clone()):
+        match = branches.find((value,), "graph", "cond", 0, [], alone=False)
+        branches.learn(match, (value,), 0)
+        changed.append(match.changed)
+    assert changed == [False, True, False, False, True]

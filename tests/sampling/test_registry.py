@@ -61,6 +61,16 @@ def test_a_shared_embedding_does_not_make_two_models_one(where):
     assert state_for(others, CONFIG) is other and state_for([shared, *weights(one)], CONFIG) is state
 
 
+@pytest.mark.parametrize(("known", "new", "same"), [(2, 1, True), (2, 2, True), (2, 3, False), (4, 5, False)])
+def test_half_of_the_weights_make_a_transformer_known(known, new, same):
+    one = model()
+    state = state_for(weights(one), CONFIG)
+    others = [nn.Parameter(torch.zeros(2)) for _ in range(new)]
+    mixed = [*others[:1], *weights(one)[:known], *others[1:]]
+    assert (state_for(mixed, CONFIG) is state) == same and (state_for(others, CONFIG) is state) == same
+    assert state_for(weights(one), CONFIG) is state and state_for(mixed, CONFIG) is state_for(mixed, CONFIG)
+
+
 def test_each_config_has_its_own_state():
     one = model()
     assert state_for(weights(one), CONFIG) is state_for(weights(one), RASConfig(sample_ratio=CONFIG.sample_ratio))
