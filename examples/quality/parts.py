@@ -2,18 +2,23 @@
 
     python examples/quality/parts.py --model pixart --n 48 --out OUT
 
-Runs of one model with DPM-Solver++, in float32 and without a compiler. Beside each sparse call the whole model is asked as well,
-on the same latents:
+Runs of one model with DPM-Solver++ (or Euler, `--solver`), in float32 and without a compiler. Beside each sparse call the whole
+model is asked as well, on the same latents:
 
     as is             what region-adaptive sampling gives
     computed exact    the tokens that were computed return what the whole model says of them
     held exact        the tokens that were not computed return it
     only STEP exact   all tokens return it, in one of the sparse steps
 
+Settings with "half" compute half of the tokens in each sparse step, with a dense one every eight: by the paper's metric, by
+drift, by drift with a floor of so many mean rates, or by drift that leaves no token out more than so many times in a row.
+
 Each line has the steps, the dense ones among them, the work in dense steps (tokens that were computed), the PSNR to the solution of
 `--exact-steps` steps of the same noise, and by how much that is above plain steps of as much work, which are drawn first and read
 off between two of their numbers. Of "as is" it also has each sparse step: how far the guided prediction is off, relative to
-its size, and the share of the squared error that is of the computed tokens.
+its size, and the share of the squared error that is of the computed tokens; the shares of tokens by the steps since they were
+computed, over all sparse steps; and how far the errors of all steps of a flow move a latent, beside how far they would if they
+had no direction in common.
 """
 
 from __future__ import annotations
@@ -21,12 +26,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import likeness
 from models import MODELS
+from rules import Drift
 from run import machine
 from sampler import Sampler
 from settings import GUIDANCE
@@ -34,7 +41,11 @@ from torch import Tensor, nn
 
 import ras_compile
 
+MODES = ("as is", "computed exact", "held exact")
 PLAIN = (10, 12, 14, 16, 18, 20, 22, 25, 28)
+HALF: dict[str, Any] = dict(
+    sample_ratio=0.5, ratio_schedule="constant", reset_interval=8, reset_from="start", noise_reuse="hold"
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "quality": dict(preset="quality"),
     "quality, counted from the start": dict(preset="quality", reset_from="start"),
@@ -42,6 +53,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "balanced, counted from the start": dict(preset="balanced", reset_from="start"),
     "quality, caches go on": dict(preset="quality", cache_reuse="forecast"),
     "balanced, caches go on": dict(preset="balanced", cache_reuse="forecast"),
+    "half, std": dict(HALF, metric="std"),
+    "half, drift": dict(HALF, metric="drift"),
+    "half, drift, floor 1": dict(HALF, metric=Drift(floor=1.0), starvation_scale=0.0),
+    "half, drift, floor 4": dict(HALF, metric=Drift(floor=4.0), starvation_scale=0.0),
+    "half, drift, left out once": dict(HALF, metric="drift", max_absence=1),
+    "half, drift, left out twice": dict(HALF, metric="drift", max_absence=2),
+    "half, forecast": dict(HALF, metric="drift", noise_reuse="forecast"),
+    "half, forecast, left out once": dict(HALF, metric="drift", noise_reuse="forecast", max_absence=1),
+    "half, dense every 3, drift": dict(HALF, metric="drift", reset_interval=3),
+    "half, dense every 3, drift, left out once": dict(HALF, metric="drift", reset_interval=3, max_absence=1),
+    "a third, drift": dict(HALF, metric="drift", sample_ratio=1 / 3),
+    "a third, drift, left out twice": dict(HALF, metric="drift", sample_ratio=1 / 3, max_absence=2),
+    "a quarter, drift": dict(HALF, metric="drift", sample_ratio=0.25),
+    "a quarter, drift, left out 3 times": dict(HALF, metric="drift", sample_ratio=0.25, max_absence=3),
 }
 
 
@@ -61,21 +86,32 @@ class Beside(nn.Module):
         self._patch = patch if isinstance(patch, int) else patch[-1]
         self.errors: list[tuple[int, float, float]] = []
         self.sparse: list[int] = []
+        self.ages: list[int] = []  # of tokens in sparse steps, by the steps since they were computed
+        self._absent: Tensor | None = None
+        self._waiting: tuple[float, dict[str, Tensor]] | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._squares: dict[str, float] = {}
 
     def forward(self, **given: Any) -> tuple[Tensor]:
         """The prediction [b, c, ..., h, w] of a call."""
+        self._pass_to(given["timestep"].flatten()[0].item())
         sparse = self._models[0](**given)[0]
         record = ras_compile.trace(self._handle)[-1]
         if record.rows is None:
+            self._absent = None
             return (sparse,)
         self.sparse.append(record.step)
+        self._aged(record.rows, sparse)
         whole = self._models[1](**given)[0]
         if self._mode.startswith("only"):
             return (whole if record.step == int(self._mode.split()[1]) else sparse,)
         computed = self._computed(record.rows, sparse)
         if self._mode == "as is":
             uncond, cond = (sparse - whole).float().chunk(2)
-            squares = (uncond + GUIDANCE * (cond - uncond)) ** 2
+            error = uncond + GUIDANCE * (cond - uncond)
+            parts = {"computed": error * computed[: len(error)], "held": error * ~computed[: len(error)], "all": error}
+            self._waiting = given["timestep"].flatten()[0].item(), parts
+            squares = error**2
             uncond, cond = whole.float().chunk(2)
             size = ((uncond + GUIDANCE * (cond - uncond)) ** 2).mean()
             share = (squares * computed[: len(squares)]).sum() / squares.sum()
@@ -83,10 +119,40 @@ class Beside(nn.Module):
             return (sparse,)
         return (torch.where(computed if self._mode == "computed exact" else ~computed, whole, sparse),)
 
+    def _grid(self, like: Tensor) -> tuple[int, int, int]:
+        """Frames, height and width of a prediction, in tokens."""
+        height, width = (size // self._patch for size in like.shape[-2:])
+        return like.shape[2] if like.dim() == 5 else 1, height, width
+
+    def _pass_to(self, time: float) -> None:
+        """Adds the errors of the last sparse call up, each as far as a step of Euler's method up to a time follows it."""
+        if self._waiting is not None:
+            since, parts = self._waiting
+            for name, error in parts.items():
+                moved = error * (since - time) / 1000
+                self._sums[name] = self._sums.get(name, 0) + moved
+                self._squares[name] = self._squares.get(name, 0.0) + (moved**2).mean().item()
+        self._waiting = None
+
+    def added(self) -> dict[str, tuple[float, float]]:
+        """Of a run that has ended: root mean squares of what errors move a latent by, and would if none had another's direction."""
+        self._pass_to(0.0)
+        return {
+            name: ((moved**2).mean().sqrt().item(), math.sqrt(self._squares[name]))
+            for name, moved in self._sums.items()
+        }
+
+    def _aged(self, rows: Tensor, like: Tensor) -> None:
+        """Notes how old the noise is that each token returns in a sparse step."""
+        if self._absent is None:
+            self._absent = torch.zeros(len(rows), math.prod(self._grid(like)), dtype=torch.long, device=rows.device)
+        self._absent = (self._absent + 1).scatter_(1, rows, 0)
+        found = self._absent.flatten().bincount().tolist()
+        self.ages = [sum(pair) for pair in zip_longest(self.ages, found, fillvalue=0)]
+
     def _computed(self, rows: Tensor, like: Tensor) -> Tensor:
         """Which entries of a prediction belong to the active tokens: bool, broadcasts to it."""
-        height, width = (size // self._patch for size in like.shape[-2:])
-        frames = like.shape[2] if like.dim() == 5 else 1
+        frames, height, width = self._grid(like)
         found = torch.zeros(len(rows), frames * height * width, dtype=torch.bool, device=rows.device)
         found = found.scatter_(1, rows, True).repeat(len(like) // len(rows), 1)
         grid = found.reshape(len(like), 1, frames, height, width)
@@ -108,10 +174,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="emoji", help="its folder in examples/")
     parser.add_argument("--n", type=int, default=4, help="pictures")
+    parser.add_argument("--solver", choices=("euler", "dpm++"), default="dpm++", help="of region-adaptive runs")
+    parser.add_argument("--modes", nargs="*", default=MODES, choices=MODES, help="which lines, see above")
     parser.add_argument("--steps", type=int, nargs="*", default=[28, 20], help="of region-adaptive runs")
     parser.add_argument("--plain", type=int, nargs="*", default=PLAIN, help="steps of plain runs")
     parser.add_argument("--exact-steps", type=int, default=150)
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument(
+        "--settings", nargs="*", default=list(SETTINGS)[:6], choices=SETTINGS, help="the first six, or others"
+    )
     parser.add_argument("--each", action="store_true", help="also each sparse step exact alone")
     parser.add_argument("--out", type=Path, help="folder of parts_MODEL.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -142,10 +212,10 @@ def main(argv: list[str] | None = None) -> None:
         tell({"plain": steps, "psnr": plain[steps]})
     for steps in args.steps:
         for name in args.settings:
-            modes = ["as is", "computed exact", "held exact"]
+            modes = list(args.modes)
             while modes:
                 mode = modes.pop(0)
-                _, scheduler = sampler.ready({**SETTINGS[name], "cuda_graphs": False}, "dpm++")
+                _, scheduler = sampler.ready({**SETTINGS[name], "cuda_graphs": False}, args.solver)
                 assert sampler.handle is not None
                 model = Beside(sampler, mode, sampler.handle)
                 pictures, *_ = sampler.one_batch(model, scheduler, 0, steps)
@@ -156,7 +226,10 @@ def main(argv: list[str] | None = None) -> None:
                 dense = [step for step, (what, _) in enumerate(kinds) if what == "dense"]
                 row = {"steps": steps, "setting": name, "mode": mode, "dense": dense}
                 row |= {"work": work, "psnr": near(pictures), "above_plain": above_plain(plain, work, near(pictures))}
-                tell(row | ({"errors": model.errors} if model.errors else {}))
+                if model.errors:
+                    ages = [round(count / sum(model.ages), 4) for count in model.ages]
+                    row |= {"errors": model.errors, "ages": ages, "added": model.added()}
+                tell(row)
     sampler.detach()
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ras_compile.sampling.drift import UNKNOWN, expected, learned
+from ras_compile.sampling.drift import FLOOR, UNKNOWN, expected, learned
 from ras_compile.sampling.selection import SelectionInfo
 
-__all__ = ["Changes", "Heterogeneous", "Unaged"]
+__all__ = ["Changes", "Drift", "Heterogeneous", "Unaged"]
 
 
 class Changes:
@@ -42,6 +42,25 @@ class Unaged(Changes):
         """The metric [b, n] of noise [b, n, c]."""
         rates, ages = self.seen(noise, info)
         return expected(rates, torch.zeros_like(ages))
+
+
+class Drift(Changes):
+    """Drift with another floor or another power of age.
+
+    Args:
+        floor: of the mean rate, beside a token's own.
+        power: of the steps since a token was computed, and one.
+    """
+
+    def __init__(self, floor: float = FLOOR, power: float = 1.0) -> None:
+        super().__init__()
+        self._floor, self._power = floor, power
+
+    def __call__(self, noise: Tensor, info: SelectionInfo) -> Tensor:
+        """The metric [b, n] of noise [b, n, c]."""
+        rates, ages = self.seen(noise, info)
+        rates = torch.where(rates < 0, rates.amax(1, keepdim=True).clamp_min(0), rates)
+        return (rates + self._floor * rates.mean(1, keepdim=True)) * (ages + 1) ** self._power
 
 
 class Heterogeneous(Changes):
