@@ -132,12 +132,10 @@ def frozen_plan(analysis: Analysis) -> SparsePlan:
             known = analysis.layouts.get(operand)
             if step is None or known is not None:
                 todo.append(operand)
-            elif isinstance(step.out, Layout) and joined_dim(node, step.out) is not None:
-                continue
             elif frozen_operand(node, step, place):
                 result.live.add(operand)
                 result.frozen.append(operand)
-            else:
+            elif not isinstance(step.out, Layout) or joined_dim(node, step.out) is None:
                 todo.append(operand)
     order = {node: index for index, node in enumerate(analysis.graph.nodes)}
     result.frozen = sorted(set(result.frozen), key=order.__getitem__)

@@ -74,7 +74,15 @@ def test_of_the_tokens_of_all_processes_a_process_views_its_own(rank):
     frame, value = whole.sharded(5 * rank, 5 * rank + 5), torch.randn(2, 15, 3)
     layout = Layout((frame.atoms(0), (Axis(3, RANKS), Axis(5, OWN)), (Axis(3),)))
     for shown in (layout, frame.layout()):
-        assert torch.equal(token_view(shown, frame)(value), value[:, 5 * rank : 5 * rank + 5, None])
+        view, own = token_view(shown, frame), slice(5 * rank, 5 * rank + 5)
+        assert torch.equal(view(value), value[:, own, None])
+        assert view.shape == (2, 5, 1) and view.everyone.shape == (2, 15, 1)
+        assert torch.equal(view.everyone(value), value[:, :, None]) and view.everyone.everyone is view.everyone
+        written = value.clone()
+        view.write(written, torch.zeros(2, 5, 1, 2))  # of the first two channels alone
+        assert not written[:, own, :2].any()
+        written[:, own, :2] = value[:, own, :2]
+        assert torch.equal(written, value), "and nothing else"
     other = Layout((frame.atoms(0), (Axis(5, OWN), Axis(3, RANKS)), (Axis(3),)))
     with pytest.raises(UnsupportedGraph, match="stand between each other"):
         token_view(other, frame)

@@ -12,7 +12,17 @@ from ras_compile.capture.export import capture
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Axis, Frame, Group, Layout
 from ras_compile.passes.algebra.order import RANKS, Atom, Order
-from ras_compile.passes.analysis.propagate import check, of_region, propagate, same_rows, torn
+from ras_compile.passes.analysis import propagate as module
+from ras_compile.passes.analysis.propagate import (
+    Analysis,
+    check,
+    of_all_tokens,
+    of_region,
+    propagate,
+    same_rows,
+    together,
+    torn,
+)
 from ras_compile.passes.rules.registry import Call, Gather, Step, Use
 
 aten = torch.ops.aten
@@ -102,3 +112,83 @@ def test_a_rule_whose_layout_has_other_sizes_than_the_value_is_refused(results):
     wrong = Layout(((Axis(5, Atom(1, 1)),), (Axis(4),)))
     with pytest.raises(UnsupportedGraph, match="for a value of shape"):
         check(node, Step(wrong if results == 1 else (None, wrong), ()))
+
+
+def of(model: nn.Module, *inputs: Tensor) -> Analysis:
+    graph = capture(torch.export.export(model, inputs).module(), list(inputs)).graph
+    latent = graph.find_nodes(op="placeholder")[0]
+    return propagate(graph, latent, Frame.of(latent.meta["val"].shape))
+
+
+class Mixed(nn.Module):
+    def forward(self, latent: Tensor) -> Tensor:
+        return torch.softmax(latent @ latent.transpose(-1, -2), -1) @ latent
+
+
+def test_a_latent_of_one_dimension_beside_its_channels_has_tokens_there_if_they_are_mixed():
+    found = of(Mixed(), torch.randn(6, 4)).frame
+    assert (found.batch, found.tokens, found.samples) == (None, 6, 1)
+    assert (of(Mixed(), torch.randn(2, 6, 4)).frame.tokens, of(Mixed(), torch.randn(2, 6, 4)).frame.samples) == (6, 2)
+
+
+class Channels(nn.Module):
+    def forward(self, latent: Tensor, weight: Tensor) -> Tensor:
+        return latent @ weight
+
+
+def test_samples_that_meet_nowhere_are_no_tokens():
+    with pytest.raises(UnsupportedGraph, match="no token grid"):
+        of(Channels(), torch.randn(6, 4), torch.randn(4, 4))
+    with pytest.raises(UnsupportedGraph, match="is empty"):
+        of(Channels(), torch.randn(0, 4), torch.randn(4, 4))
+
+
+class Parts(nn.Module):
+    """Tokens are worked in two parts, and joined again."""
+
+    def forward(self, latent: Tensor, weight: Tensor) -> Tensor:
+        parts = [torch.relu(part @ weight) for part in latent.chunk(2, 1)]
+        joined = torch.cat(parts, 1)
+        return nn.functional.scaled_dot_product_attention(joined, joined, joined)
+
+
+def test_of_parts_that_are_worked_together_nothing_is_left():
+    found = of(Parts(), torch.randn(1, 6, 4), torch.randn(4, 4))
+    there = set(found.graph.nodes)
+    assert found.layouts.keys() <= there and found.steps.keys() <= there
+    assert found.frame.tokens == 6 and not found.graph.find_nodes(op="call_function", target=aten.cat.default)
+
+
+def test_a_value_whose_parts_are_apart_is_looked_at_again_when_another_s_are_joined(monkeypatch):
+    graph, asked = fx.Graph(), []
+    one, two = (graph.call_function(aten.chunk.default, (graph.placeholder(name), 2)) for name in "ab")
+    answers = [False, False, True, True]
+    monkeypatch.setattr(module, "join_parts", lambda graph, node: (asked.append(node), answers.pop(0))[1])
+    apart: set[fx.Node] = set()
+    assert not together(graph, one, apart) and not together(graph, one, apart) and asked == [one]
+    assert not together(graph, two, apart) and apart == {one.args[0], two.args[0]}
+    graph.call_function(aten.chunk.default, (one, 2))
+    third = graph.call_function(aten.chunk.default, (two, 2))
+    assert together(graph, third, apart) and not apart
+    assert together(graph, one, apart)
+
+
+class Overlapping(nn.Module):
+    """A convolution of three by three takes every second entry; the picture is put back together by repeating."""
+
+    def forward(self, latent: Tensor, kernel: Tensor) -> Tensor:
+        few = nn.functional.conv2d(latent, kernel, stride=2, padding=1)
+        return nn.functional.interpolate(few, scale_factor=2, mode="nearest") + latent
+
+
+def test_what_a_stride_takes_together_is_one_token_where_the_finer_ones_are_lost():
+    found = of(Overlapping(), torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3)).frame
+    assert found.tokens == 16 and found.grid == (4, 4)
+
+
+def test_tokens_of_all_processes_are_computed_as_they_are():
+    call = added(OWN, OWN)
+    for node in (call.node, *call.operands):
+        node.meta["val"] = torch.empty(5, 3)
+    found = of_all_tokens(call)
+    assert found.whole and found.out == OWN and found.uses == (Use.SAME, Use.SAME)

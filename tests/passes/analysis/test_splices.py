@@ -94,3 +94,50 @@ def test_what_is_whole_already_is_neither_cached_nor_read_by_rows():
     (joined,) = graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
     assert names(sparse) == ([latent.name], ["add"])
     assert list(sparse.gathers) == [latent, joined]
+
+
+def of(model: nn.Module, *inputs: Tensor) -> Analysis:
+    graph = capture(torch.export.export(model, inputs).module(), list(inputs)).graph
+    latent = graph.find_nodes(op="placeholder")[0]
+    return propagate(graph, latent, Frame.of(latent.meta["val"].shape))
+
+
+class Alike(nn.Module):
+    """Keys are the values, too; then the picture attends to a text, twice."""
+
+    def forward(self, latent: Tensor, text: Tensor) -> Tensor:
+        keys = latent.sin()
+        mixed = nn.functional.scaled_dot_product_attention(latent, keys, keys)
+        once = nn.functional.scaled_dot_product_attention(mixed, text.sin(), text.cos())
+        return nn.functional.scaled_dot_product_attention(once, text.tan(), text.exp()) + latent
+
+
+def test_a_value_that_is_needed_whole_twice_is_cached_once():
+    sparse = plan(of(Alike(), torch.randn(1, 6, 4), torch.randn(1, 3, 4)))
+    assert names(sparse) == (["sin"], ["add"])
+
+
+def test_what_is_taken_of_a_frozen_context_stands_in_the_order_of_the_graph():
+    analysis = of(Alike(), torch.randn(1, 6, 4), torch.randn(1, 3, 4))
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    _, first, second = analysis.graph.find_nodes(op="call_function", target=attention)
+    assert plan(analysis, frozen=True).frozen == [*first.args[1:3], *second.args[1:3]]
+
+
+class Sliced(nn.Module):
+    """A joint sequence, of which the text is taken by a slice and returned."""
+
+    def forward(self, latent: Tensor, text: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        joint = torch.cat([text.sin(), latent], 1)
+        joint = nn.functional.scaled_dot_product_attention(joint @ weight, joint, joint)
+        return joint[:, 3:] + latent, joint[:, :3].exp()
+
+
+def test_the_text_of_a_joint_sequence_is_taken_from_the_dense_step():
+    analysis = of(Sliced(), torch.randn(1, 6, 4), torch.randn(1, 3, 4), torch.randn(4, 4))
+    sparse = plan(analysis, frozen=True)
+    (text,) = sparse.frozen
+    assert text.target is torch.ops.aten.slice.Tensor and tuple(text.meta["val"].shape) == (1, 3, 4)
+    skipped = [str(node.target) for node in analysis.graph.nodes if node.op == "call_function" and sparse.skips(node)]
+    assert skipped == ["aten.sin.default", "aten.slice.Tensor"], "what is returned of it is computed"
+    assert not any(plan(analysis).skips(node) for node in analysis.graph.nodes)

@@ -152,3 +152,22 @@ def test_a_graph_that_takes_a_number_is_run_with_it():
     graph.output(graph.call_function(aten.repeat.default, (x, [number])))
     given, found = aliases.run_on_fakes(fx.GraphModule(torch.nn.Module(), graph), [torch.ones(3), 2])
     assert given[1] == 2 and found.shape == (6,)
+
+
+def test_what_shows_a_value_twice_is_told_once():
+    emit, x = emitted()
+    turned = emit(aten.permute.default, x, [1, 0, 2])
+    both = emit(aten._foreach_add_.List, [x, emit(aten.permute.default, turned, [1, 0, 2])], [x, x])
+    found = list(aliases.viewers(x))
+    assert found.count(turned) == 1 and len(found) == len(set(found)) and aliases.writes(both)[0] is x
+
+
+def test_a_dimension_of_one_entry_overlaps_nothing():
+    assert not aliases.overlaps_itself(torch.empty_strided((1, 3), (0, 1)))
+    assert aliases.overlaps_itself(torch.empty_strided((2, 3), (0, 1)))
+
+
+def test_operands_may_be_given_by_name():
+    emit, x = emitted()
+    node = emit.graph.call_function(aten.relu_.default, (), {"self": x})
+    assert aliases.writes(node) == aliases.shows(node) == [x] and aliases.root(node) is x
