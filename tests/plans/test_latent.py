@@ -12,6 +12,8 @@ from ras_compile._torch import FakeTensorMode
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError, UnsupportedGraph
+from ras_compile.passes.rules.constants import FIXED
+from ras_compile.passes.rules.ordering import KNOWN
 from ras_compile.plans import latent
 from ras_compile.plans.latent import is_fixed, likeness
 
@@ -89,3 +91,74 @@ def test_a_model_without_a_latent_is_told_why(monkeypatch, refused):
     graph.output((x,))
     with pytest.raises(UnsupportedGraph, match="x has no tokens at the end" if refused else "no floating-point tensor"):
         latent.analyse(graph, [GraphInput("x", "x")], [value], RASConfig())
+
+
+PICTURE, LARGER, NUMBERS = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 9, 8), torch.arange(3)
+
+
+def graph_of(*values) -> tuple[fx.Graph, list[fx.Node]]:
+    """A graph that returns what it is given."""
+    graph, nodes = fx.Graph(), []
+    for index, value in enumerate(values):
+        nodes.append(graph.placeholder(f"x{index}"))
+        nodes[-1].meta["val"] = value
+    graph.output(tuple(nodes[:1]))
+    return graph, nodes
+
+
+def test_numbers_that_a_plan_may_rest_on_are_noted_and_what_was_known_is_not(monkeypatch):
+    graph, nodes = graph_of(PICTURE, NUMBERS, NUMBERS + 1)
+    nodes[0].meta[KNOWN] = "old"
+    monkeypatch.setattr(latent, "propagate", lambda graph, node, frame, **options: found(8, 0))
+    inputs = [GraphInput("x", "x"), GraphInput(None, "order", weight=True), GraphInput("ids", "ids")]
+    latent.analyse(graph, inputs, [PICTURE, NUMBERS, NUMBERS + 1], RASConfig())
+    assert [node.meta.get(FIXED) is not None for node in nodes] == [False, True, False]
+    assert nodes[1].meta[FIXED] is NUMBERS and KNOWN not in nodes[0].meta
+    assert [node.meta["argument"] for node in nodes] == [given.path for given in inputs]
+
+
+@pytest.mark.parametrize(
+    ("names", "match"), [(("x", "x"), "'x' holds 2 latents"), (("x", "y"), "'x' and 'y' could each be the latent")]
+)
+def test_two_latents_of_one_output_are_refused(monkeypatch, names, match):
+    graph, _ = graph_of(PICTURE, PICTURE + 1)
+    monkeypatch.setattr(latent, "propagate", lambda graph, node, frame, **options: found(8, 0))
+    with pytest.raises(UnsupportedGraph, match=match):
+        latent.analyse(graph, [GraphInput(name, name) for name in names], [PICTURE, PICTURE + 1], RASConfig())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "second", "tried", "wanted"),
+    [
+        ((PICTURE,), found(4, 0), ["x0"], 8),  # what looks less like the noise is not even tried
+        ((PICTURE, PICTURE), found(4, 1), ["x0", "x1"], 8),  # an output is left without tokens
+        ((PICTURE, PICTURE), found(9, 1), ["x0", "x1"], 9),
+    ],
+    ids=["all outputs have tokens", "the first is larger", "the second is larger"],
+)
+def test_another_input_is_tried_where_an_output_has_no_tokens_yet(monkeypatch, outputs, second, tried, wanted):
+    graph, nodes = graph_of(PICTURE, LARGER)
+    graph.output_node().args = (tuple(nodes[:1] * len(outputs)),)
+    monkeypatch.setattr(latent, "_outputs", lambda graph: nodes[:1] * len(outputs))
+    asked, answers = [], {"x0": found(8, 0), "x1": second}
+    monkeypatch.setattr(
+        latent, "propagate", lambda graph, node, *more, **options: asked.append(node.name) or answers[node.name]
+    )
+    analysis = latent.analyse(graph, [GraphInput(name, name) for name in "xy"], [PICTURE, LARGER], RASConfig())
+    assert asked == tried and analysis.frame.tokens == wanted
+
+
+def test_an_input_that_is_no_latent_leaves_it_to_the_next(monkeypatch):
+    graph, _ = graph_of(PICTURE, LARGER)
+
+    def propagate(graph, node, frame, kv_cache):
+        if node.name == "x0":
+            raise UnsupportedGraph("no")
+        return found(8, 0), frame, kv_cache
+
+    monkeypatch.setattr(latent, "propagate", propagate)
+    monkeypatch.setattr(latent, "of_their_own", lambda found: False)
+    analysis = latent.analyse(
+        graph, [GraphInput(name, name) for name in "xy"], [PICTURE, LARGER], RASConfig(kv_cache=False)
+    )
+    assert analysis[1].shape == tuple(LARGER.shape) and analysis[2] is False

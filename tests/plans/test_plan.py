@@ -10,8 +10,11 @@ import torch
 from joint import captured
 from torch import Tensor
 
+import ras_compile
+from ras_compile._torch import FakeTensorMode
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
+from ras_compile.errors import ConfigError, UnsupportedGraph
 from ras_compile.passes.spec import legal
 from ras_compile.plans import plan as plans
 from ras_compile.plans.plan import Plan
@@ -110,3 +113,58 @@ def test_what_caches_may_take(monkeypatch, options, wanted):
     plan, _ = made(**options)
     assert [them[2] for them in given] == [wanted] and given[0][0] is plan
     assert plan.graph_slots == 0, "without CUDA graphs there is nothing beside them"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "allowed"),
+    [((8, 6), "float8", False), ((8, 9), "float8", True), ((9, 0), "float8", True), ((8, 6), "int8", True)],
+    ids=str,
+)
+def test_float8_needs_a_gpu_that_has_it(monkeypatch, number, kind, allowed):
+    plan, values = made()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: number)
+    with FakeTensorMode():
+        there = [torch.empty(value.shape, device="cuda") for value in values]
+    config = RASConfig(cache_dtype=kind, cuda_graphs=False, cache_budget=2**20)
+    again = lambda: Plan(plan.captured, plan.inputs, there, config, like=plan)  # noqa: E731
+    if allowed:
+        assert again().analysis is plan.analysis
+    else:
+        with pytest.raises(ConfigError, match=r"compute capability 8.9 or later, and this one has 8.6"):
+            again()
+
+
+@pytest.mark.parametrize("context", ["frozen", "fresh"])
+def test_a_context_that_cannot_be_frozen_is_computed_afresh(monkeypatch, context):
+    proved = []
+
+    def prove(self):
+        proved.append(self.sparse.live is None)
+        if len(proved) == 1:
+            raise UnsupportedGraph("not at these sizes")
+
+    monkeypatch.setattr(Plan, "prove", prove)
+    if context == "fresh":
+        with pytest.raises(UnsupportedGraph, match="not at these sizes"):
+            made(context=context)
+        return
+    with pytest.warns(ras_compile.RASWarning, match="context is computed afresh .* not at these sizes"):
+        plan, _ = made(context=context)
+    assert proved == [False, True] and plan.sparse.live is None
+
+
+def test_caches_on_the_host_are_brought_along_by_their_places(monkeypatch):
+    carried = []
+
+    def carrying(device, caches):
+        carried.append(caches)
+        return nullcontext()
+
+    monkeypatch.setattr(plans.kernels, "carrying", carrying)
+    plan, values = made(cache_device="cpu")
+    monkeypatch.setattr(Plan, "program", lambda self, active, inputs: lambda *given: given)
+    caches = [torch.zeros(1) for _ in plan.sparse.splices]
+    given = plan.run(2, values, [torch.tensor([[0, 1]]), *caches], Slots())
+    plan.run("dense", values, [], Slots())
+    assert [list(map(id, them)) for them in carried] == [list(map(id, caches[:2])), []]
+    assert [id(value) for value in given[-len(caches) :]] == list(map(id, caches))
