@@ -45,7 +45,8 @@ def test_a_version_that_cannot_be_had_is_told(monkeypatch):
     assert str(matrix.row("diffusers-9.9")).startswith("|  |  | 9.9 |")
 
 
-def test_a_folder_rules_over_the_environment(monkeypatch):
+@pytest.mark.parametrize(("set_before", "path"), [("mine", ["folder", "mine"]), (None, ["folder"])])
+def test_a_folder_rules_over_the_environment(monkeypatch, set_before, path):
     asked = []
 
     def run(command, env, **options):
@@ -54,10 +55,12 @@ def test_a_folder_rules_over_the_environment(monkeypatch):
             command, 0, "3 passed in 1s" if command[1] == "-m" else "2.13 3.7 0.38", ""
         )
 
-    monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if set_before:
+        monkeypatch.setenv("PYTHONPATH", set_before)
     monkeypatch.setattr(matrix.subprocess, "run", run)
     assert matrix.tested("python", ["core"], "folder") == matrix.Row("2.13", "3.7", "0.38", "3 passed", "3 passed")
-    assert {path for _, path in asked} == {matrix.os.pathsep.join(["folder", "mine"])} and asked[-1][0][-1] == "core"
+    assert {found for _, found in asked} == {matrix.os.pathsep.join(path)} and asked[-1][0][-1] == "core"
 
 
 def test_the_page_has_a_place_for_it():

@@ -4,14 +4,16 @@
     python examples/benchmarks/resolutions.py --size thin --sides 8x10,9x11,10x12 --dynamic   # on a CPU: real depth, tiny width
 
 Of FLUX, whose latents are packed, or of another model of `sizes.py` (`--model sd3-medium`), whose latents have height and
-width in patches of two: `--sides` are tokens. *Cold* are the seconds of a size's first picture over those of its
-second one. `--dynamic` attaches with `dynamic=True`, `--no-dynamic` with `dynamic=False`: each size has programs of its own.
+width in patches of two: `--sides` are tokens. *Cold* are the seconds of a size's first picture over those of its second
+one, by the clock and of the processors (all of them, if TORCHINDUCTOR_COMPILE_THREADS=1 keeps compilers from living on).
+`--dynamic` attaches with `dynamic=True`, `--no-dynamic` with `dynamic=False`: each size has programs of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -56,6 +58,12 @@ def picture(work: Workload, scheduler: Any, rows: int, columns: int, steps: int)
     return latents.float().cpu()
 
 
+def processors() -> float:
+    """Seconds that processors have worked for this process and for those that it started and that have ended."""
+    told = os.times()
+    return told.user + told.system + told.children_user + told.children_system
+
+
 def counted() -> list[str]:
     """A list that grows by a name for each program that is compiled from now on."""
     names: list[str] = []
@@ -89,16 +97,18 @@ def main(argv: list[str] | None = None) -> list[dict]:
     found: list[dict] = []
     for side in args.sides.split(","):
         rows, columns = map(int, side.split("x"))
-        seconds = []
+        seconds, worked = [], []
         for _ in range(2):
-            began = time.perf_counter()
+            began, before = time.perf_counter(), processors()
             picture(work, pipe.scheduler, rows, columns, args.steps)
             seconds.append(time.perf_counter() - began)
+            worked.append(processors() - before)
         kept = sum(keeper.bytes for keeper in list(keepers))
         told = dict(
             device=short_name(device), model=args.model, size=args.size, dynamic=args.dynamic, tokens=rows * columns
         )
-        told |= dict(cold_s=seconds[0] - seconds[1], picture_s=seconds[1], programs=len(names), kept_bytes=kept)
+        told |= dict(cold_s=seconds[0] - seconds[1], cold_processor_s=worked[0] - worked[1])
+        told |= dict(picture_s=seconds[1], programs=len(names), kept_bytes=kept)
         found.append(told | dict(cold_of_first=told["cold_s"] / (found[0]["cold_s"] if found else told["cold_s"])))
         print(json.dumps(found[-1]), flush=True)
     handle.detach()

@@ -189,11 +189,15 @@ class SymbolicGraph:
         """Some nodes of the captured graph, in order and with all that they are made of, for these lengths."""
         now = dict(zip(self.symbols.symbols, map(sympy.Integer, point), strict=True))
         mode = FakeTensorMode()
+        numbers: dict[Any, Any] = {}  # of each expression once: a graph has few of them, in very many places
 
         def static(value: Any) -> Any:
             if isinstance(value, Number):
                 kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
-                return kind(value.node.expr.xreplace(now))
+                expr = value.node.expr
+                if (kind, expr) not in numbers:
+                    numbers[kind, expr] = kind(expr.xreplace(now))
+                return numbers[kind, expr]
             if isinstance(value, Tensor):
                 sizes, strides = ([static(part) for part in parts] for parts in (value.shape, value.stride()))
                 begin = static(value.storage_offset())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Feature:
         late: it comes after `attach`, and after a picture.
         make: the pipeline.
         draw: the picture.
+        options: those of `attach`, beside the others.
+        near: how far its picture may be from the plain pipeline's.
     """
 
     name: str
@@ -48,11 +50,17 @@ class Feature:
     late: bool = False
     make: Callable[[], Any] = flux
     draw: Callable[[Any], torch.Tensor] = draw_flux
+    options: dict[str, Any] = field(default_factory=dict)
+    near: float = 1e-4
 
 
 def group(pipe: Any, level: str) -> None:
     more = {"num_blocks_per_group": 1} if level == "block_level" else {}
     apply_group_offloading(pipe.transformer, onload_device=CPU, offload_device=CPU, offload_type=level, **more)
+
+
+def offloaded(pipe: Any) -> None:
+    accelerate.cpu_offload_with_hook(pipe.transformer, CPU)
 
 
 def sequential(pipe: Any) -> None:
@@ -119,7 +127,9 @@ def unet() -> Any:
 FEATURES = (
     Feature("`compile_repeated_blocks()`, then `attach`", blocks),
     Feature("`attach`, then `compile_repeated_blocks()`", blocks, late=True),
-    Feature("`enable_model_cpu_offload()`", lambda pipe: accelerate.cpu_offload_with_hook(pipe.transformer, CPU)),
+    Feature("`enable_model_cpu_offload()`", offloaded),
+    Feature("`enable_model_cpu_offload()` and `cache_device=\"cpu\"`", offloaded, options={"cache_device": "cpu"}),
+    Feature("`enable_model_cpu_offload()` and `cache_dtype=\"float8\"`", offloaded, options={"cache_dtype": "float8"}, near=0.02),
     Feature("`enable_sequential_cpu_offload()`", sequential),
     Feature("`enable_group_offload()`, by blocks", lambda pipe: group(pipe, "block_level")),
     Feature("`enable_group_offload()`, by leaves", lambda pipe: group(pipe, "leaf_level")),
@@ -157,7 +167,7 @@ def tried(feature: Feature) -> tuple[str, str]:
         if not feature.late:
             feature.use(pipe)
         try:
-            handle = ras_compile.attach(pipe, **OPTIONS)
+            handle = ras_compile.attach(pipe, **OPTIONS, **feature.options)
         except ConfigError as refusal:
             return "refused", str(refusal)
         with handle:
@@ -166,7 +176,7 @@ def tried(feature: Feature) -> tuple[str, str]:
                 feature.use(pipe)
             picture = draw(pipe)
             how = "sparse" if kinds(ras_compile.trace(handle)).count("s") else "dense"
-    assert error([picture], [draw(plain)]) < 1e-4, feature.name
+    assert error([picture], [draw(plain)]) < feature.near, feature.name
     said = [
         str(entry.message).removeprefix("ras_compile: ") for entry in caught if entry.category is ras_compile.RASWarning
     ]

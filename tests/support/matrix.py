@@ -4,9 +4,9 @@
     make versions VERSIONS="2.13 diffusers-0.38"     # some of them
     python tests/support/matrix.py --here            # the one of this environment, without another one
 
-A PyTorch gets an environment of its own below build/versions, of the Python that runs this; a diffusers a folder there, in
-front of this environment's packages. The table goes into docs/versions.md. pip takes its own settings (an index of CPU builds,
-a proxy) from its own variables.
+A PyTorch gets an environment of its own below build/versions, of the Python that runs this: run it with each interpreter
+whose rows are wanted, it needs nothing but pip. A diffusers gets a folder there, in front of this environment's packages. The
+table goes into docs/versions.md. pip takes its own settings (an index of CPU builds, a proxy) from its own variables.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PYTHON = ".".join(platform.python_version_tuple()[:2])
 PAGE, BEGIN, END = ROOT / "docs" / "versions.md", "<!-- matrix -->\n", "<!-- /matrix -->\n"
 DIFFUSERS = "diffusers-"
 VERSIONS = ("2.11", "2.12", "2.13", "2.14", "2.15", *(f"{DIFFUSERS}0.{minor}" for minor in range(38, 43)))
@@ -45,8 +46,7 @@ class Row:
     core: str
 
     def __str__(self) -> str:
-        python = ".".join(platform.python_version_tuple()[:2])
-        return f"| {self.torch} | {self.triton} | {self.diffusers} | {python} | {self.canaries} | {self.core} |"
+        return f"| {self.torch} | {self.triton} | {self.diffusers} | {PYTHON} | {self.canaries} | {self.core} |"
 
 
 def last_line(text: str) -> str:
@@ -65,7 +65,7 @@ def tested(python: Path | str, core: list[str] | None, folder: str = "") -> Row:
     """
 
     def asked(*command: str) -> subprocess.CompletedProcess[str]:
-        before = [folder] * bool(folder) + [os.environ["PYTHONPATH"]] * ("PYTHONPATH" in os.environ)
+        before = filter(None, [folder, os.environ.get("PYTHONPATH")])
         surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(before)}
         return subprocess.run([str(python), *command], cwd=ROOT, env=surroundings, capture_output=True, text=True)
 
@@ -83,7 +83,7 @@ def tested(python: Path | str, core: list[str] | None, folder: str = "") -> Row:
 
 def installed(version: str) -> Path | str:
     """The interpreter of an environment with this version; in words why there is none."""
-    place = ROOT / "build" / "versions" / version
+    place = ROOT / "build" / "versions" / PYTHON / version
     python = place / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
@@ -94,7 +94,7 @@ def installed(version: str) -> Path | str:
 
 def beside(version: str) -> str | None:
     """The folder with this diffusers, and what older ones need beside; None where pip finds none, as it says."""
-    folder = ROOT / "build" / "versions" / version
+    folder = ROOT / "build" / "versions" / PYTHON / version
     wanted = [f"diffusers=={version.removeprefix(DIFFUSERS)}.*", "httpx", "httpcore"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *wanted]
     return str(folder) if folder.exists() or not subprocess.run(command, cwd=ROOT).returncode else None
