@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
-from torch import fx
+from symbols import dynamic_graph
+from torch import Tensor, fx, nn
+from torch.nn.functional import interpolate, scaled_dot_product_attention
 
+from ras_compile.capture.inputs import describe_inputs
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.plans import symbolic
-from ras_compile.plans.symbolic import Symbols, takes_all
+from ras_compile.plans.lengths import Lengths, Region
+from ras_compile.plans.symbolic import SymbolicGraph, Symbols, takes_all
 
 
 def test_assumptions_are_held_against_other_lengths():
@@ -69,3 +76,169 @@ def test_what_is_captured_for_one_length_at_a_time(kind, monkeypatch):
     graph.output(graph.placeholder("value"))
     with pytest.raises(UnsupportedGraph, match="one length of the context at a time"):
         symbolic.SymbolicGraph(fx.GraphModule({}, graph), None, [])
+
+
+# Graphs of small models, as Dynamo hands them over: a picture [2, 5, 4] and a text [2, 6, 4] of any length.
+PICTURE, TEXT = torch.randn(2, 5, 4), torch.randn(2, 6, 4)
+
+
+class Masked(nn.Module):
+    """The picture attends to the first eight words, which are told by their places."""
+
+    def forward(self, picture: Tensor, text: Tensor) -> Tensor:
+        keys = (text + torch.arange(text.shape[1])[:, None]).exp()
+        mask = (torch.arange(text.shape[1]) < 8).expand(picture.shape[1], -1)
+        return scaled_dot_product_attention(picture, keys, keys, attn_mask=mask) + picture
+
+
+class Given(nn.Module):
+    """Which words count is given."""
+
+    def forward(self, picture: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        return scaled_dot_product_attention(picture, text, text, attn_mask=mask[:, None] > 0) + picture
+
+
+class Plain(nn.Module):
+    """Twice as many words as are given, in memory of their own and turned; none of them by its place."""
+
+    def forward(self, picture: Tensor, text: Tensor) -> Tensor:
+        keys = torch.cat([text, text.sin()], 1).transpose(0, 1).contiguous().transpose(0, 1)[:, 1:]
+        return (picture @ keys.transpose(1, 2) / text.shape[1]).softmax(-1) @ keys + picture
+
+
+class Pairs(nn.Module):
+    """A value for each pair of words."""
+
+    def forward(self, picture: Tensor, text: Tensor) -> Tensor:
+        return (text @ text.transpose(1, 2)).flatten(1).sum(1)[:, None, None] + picture
+
+
+@cache
+def dynamic(kind: type[nn.Module], *more: Tensor) -> tuple[fx.GraphModule, list, Lengths]:
+    graph, values = dynamic_graph(kind(), PICTURE, TEXT, *more, dims={1: (1,)})
+    lengths = Lengths.of(graph, describe_inputs(graph.graph), values, [])
+    assert lengths is not None
+    return graph, values, lengths
+
+
+@cache
+def captured(kind: type[nn.Module], *more: Tensor) -> SymbolicGraph:
+    graph, values, lengths = dynamic(kind, *more)
+    return SymbolicGraph(graph, lengths, values)
+
+
+@pytest.mark.parametrize("kind", [Masked, Plain])
+def test_a_graph_for_some_length_computes_what_the_model_does(kind):
+    """And each of its values has the sizes, strides and beginning that it is said to have."""
+    for length in (4, 6, 8, 11):
+        found, text = captured(kind).at((length,)), torch.randn(2, length, 4)
+        placeholders = found.graph.find_nodes(op="placeholder")
+        given = [text if node.meta["val"].shape == text.shape else PICTURE for node in placeholders]
+        runner = fx.Interpreter(found, garbage_collect_values=False)
+        constants = found.meta["constants"]
+        (outputs,) = runner.run(*given[: len(given) - len(constants)], *constants)
+        if kind is Plain or length <= 8:
+            torch.testing.assert_close(outputs, kind()(PICTURE, text))
+        for node, value in runner.env.items():
+            if isinstance(value, Tensor):
+                known = node.meta["val"]
+                assert (known.shape, known.stride()) == (value.shape, value.stride())
+                assert known.storage_offset() == value.storage_offset()
+
+
+def test_what_depends_on_the_lengths_is_told():
+    (symbol,) = captured(Plain).symbols.symbols
+    sizes = captured(Plain).sizes
+    assert set(sizes) == {symbol, 2 * symbol, 2 * symbol - 1}, "the divisor is one of them"
+    assert sorted(captured(Plain).sizes_at((7,))) == [7, 13, 14]
+    assert captured(Masked).orders and not captured(Plain).orders, "places of words"
+
+
+def test_a_size_that_is_no_affine_function_is_refused():
+    graph, values, lengths = dynamic(Pairs)
+    with pytest.raises(UnsupportedGraph, match=r"no affine function of the context's length"):
+        SymbolicGraph(graph, lengths, values)
+    lengths.sides = (1,)
+    assert SymbolicGraph(graph, lengths, values).sizes, "areas of pictures are none, either"
+    lengths.sides = (0,)
+
+
+def test_a_mask_of_lengths_is_left_out_where_it_hides_nothing_and_only_there():
+    assert [captured(Masked).holds((length,)) for length in (2, 6, 8, 9, 20)] == [True, True, True, False, False]
+    assert captured(Masked).at((7,)).graph.find_nodes(op="call_function", target=torch.ops.aten.lt.Scalar) == []
+    mask = torch.ones(2, 6)
+    graph, values = dynamic_graph(Given(), PICTURE, TEXT, mask, dims={1: (1,), 2: (1,)})
+    lengths = Lengths.of(graph, describe_inputs(graph.graph), values, [])
+    found = SymbolicGraph(graph, lengths, values)
+    assert found.holds(lengths.at(values)) and found.holds((9,) * len(lengths.symbols))
+    (attention,) = found.at((9,) * len(lengths.symbols)).graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    assert len(attention.all_input_nodes) > 2, "what hides words in one call may hide none in another"
+
+
+def test_a_capture_that_fixes_the_length_is_refused(monkeypatch):
+    graph, values, lengths = dynamic(Plain)
+    monkeypatch.setattr(Symbols, "holds", lambda symbols, point: False)
+    with pytest.raises(UnsupportedGraph, match="capturing it has fixed the length"):
+        SymbolicGraph(graph, lengths, values)
+
+
+class Halved(nn.Module):
+    def forward(self, picture: Tensor) -> Tensor:
+        return interpolate(picture[..., 1:, :], size=picture.shape[2:], mode="nearest") + picture
+
+
+def test_slices_that_leave_something_out_at_some_sizes_are_told():
+    graph, values = dynamic_graph(Halved(), torch.randn(1, 4, 6, 8), dims={0: (2, 3)})
+    lengths = Lengths.of(graph, describe_inputs(graph.graph), values, [], Region.SIDES)
+    assert lengths is not None and lengths.sides == (1, 1) and lengths.at(values) == (6, 8)
+    found = SymbolicGraph(graph, lengths, values)
+    assert any(found.cuts((6, 8))) and found.cuts((6, 8)) == found.cuts((10, 4))
+
+
+class Text(nn.Module):
+    """Has a text, the number of its words, another number, and a picture that is returned."""
+
+    def forward(self, picture: Tensor, text: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        return picture + text.sum() + other.sum() / text.shape[1], picture.exp()
+
+
+def told(dims: dict[int, tuple[int, ...]], *given: Any, region: Region = Region.NOTHING, model=Text, numbers=()) -> Any:
+    graph, values = dynamic_graph(model(), *given, dims=dims)
+    lengths = Lengths.of(graph, describe_inputs(graph.graph), values, numbers, region)
+    return None if lengths is None else (lengths.at(values), lengths.sides)
+
+
+def test_sizes_of_what_is_given_and_not_returned_are_lengths():
+    shapes = torch.randn(2, 5, 4), torch.randn(2, 6, 3), torch.randn(7, 9)
+    assert told({}, *shapes) is None, "no size is a symbol"
+    assert told({1: (1,)}, *shapes) == ((6,), (0,))
+    assert sorted(told({1: (1,), 2: (0,)}, *shapes)[0]) == [6, 7]
+    assert sorted(told({1: (1,), 2: (0, 1)}, *shapes)[0]) == [6, 7, 9]
+    assert told({1: (1, 2), 2: (0, 1)}, *shapes) is None, "more than can be followed"
+    assert told({0: (1,)}, *shapes) is None, "it is returned"
+    assert told({0: (1,), 1: (1,)}, *shapes) == ((6,), (0,)), "the text's alone"
+
+
+def test_tokens_of_a_packed_latent_are_a_length_where_they_are_asked_for():
+    shapes = torch.randn(2, 5, 4), torch.randn(2, 6, 3), torch.randn(7, 9)
+    assert sorted(told({0: (1,), 1: (1,)}, *shapes, region=Region.TOKENS)[0]) == [5, 6]
+    assert told({0: (1,)}, *shapes, region=Region.TOKENS) == ((5,), (0,))
+    assert told({1: (1,)}, *shapes, region=Region.TOKENS) is None, "the latent's own tokens are no symbol"
+    assert told({0: (0,)}, *shapes, region=Region.TOKENS) is None, "samples are no tokens"
+    assert told({0: (1,)}, torch.randn(5, 4), *shapes[1:], region=Region.TOKENS) is None, "it is not packed"
+    assert told({0: (2,)}, torch.randn(2, 4, 5, 5), *shapes[1:], region=Region.TOKENS) is None
+
+
+def test_sides_of_a_latent_are_lengths_where_they_are_asked_for():
+    picture, *others = torch.randn(2, 4, 5, 8), torch.randn(2, 6, 3), torch.randn(7, 9)
+    assert told({0: (2, 3)}, picture, *others, region=Region.SIDES) == ((5, 8), (1, 1))
+    assert told({0: (3,)}, picture, *others, region=Region.SIDES) == ((8,), (1,))
+    point, sides = told({0: (2, 3), 1: (1,)}, picture, *others, region=Region.SIDES)
+    assert sorted(zip(point, sides, strict=True)) == [(5, 1), (6, 0), (8, 1)]
+    assert told({1: (1,)}, picture, *others, region=Region.SIDES) is None, "its own sides are no symbols"
+    assert told({0: (1,)}, picture, *others, region=Region.SIDES) is None, "channels are no side"
+    assert told({0: (1,)}, torch.randn(2, 5, 4), *others, region=Region.SIDES) is None, "it is packed"
+    video = torch.randn(2, 4, 3, 5, 8)
+    assert sorted(told({0: (2, 3, 4)}, video, *others, region=Region.SIDES)[0]) == [3, 5, 8]
