@@ -49,8 +49,6 @@ def attention(call: Call) -> Step:
     if call.args["is_causal"] and not in_batch:
         raise call.unsupported("causal attention among tokens: spell it as a mask")
     dims = [dim if any(atoms_of(dim)) else opaque(size) for dim, size in zip(layout.dims, call.shape, strict=True)]
-    if in_batch:
-        dims[-2] = opaque(call.shape[-2])
     out = Layout.of(dims)
     mixed = Use.ROWS if in_batch or not call.kv_cache else Use.WHOLE
     uses: list[Use | Gather] = []
@@ -116,7 +114,7 @@ def split_region(call: Call, nodes: Sequence[fx.Node]) -> tuple[bool, Layout] | 
             lead = paired_batch(call, nodes)
             if lead is None or any(region_atoms(call, other.dims[-2:]) for other in carriers):
                 return None
-            return True, Layout.of([*lead, opaque(call.shape[-2]), opaque(call.shape[-1])])
+            return True, Layout.of([*lead, (), ()])
     if query is None or not region_atoms(call, query.dims[-2:-1]):
         return None
     return False, query

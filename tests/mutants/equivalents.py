@@ -9,6 +9,9 @@ EQUIVALENT: dict[str, str] = {
     "ras_compile/sampling/branches.py:Branch:False -> True": "read only behind a branch's first call, which has written it",
     "ras_compile/plans/grid.py:Grid.find_points:5 -> 6": "any lengths at which the graph is right serve as made up ones",
     f"{_JOINED}:sparse_offset:offset < size -> offset <= size": "a border between segments ends one and begins the next: one place",
+    "ras_compile/sampling/registry.py:states_of:1 -> 2": "the first of the two most common is that of the one",
+    "passes/analysis/propagate.py:one_step:any(holds_region(result, call.frame) for result in call.layouts.values()) -> "
+    "all((holds_region(result, call.frame) for result in call.layouts.values()))": "all of the known layouts do, or none",
     f"{_STATE}:TransformerState._infer:0 -> 1 #2": "a run that has just begun has no branch that an order could tell",
     f"{_STATE}:TransformerState._infer:True -> False #3": "a run that has just begun has no branch to be found",
     f"{_STATE}:TransformerState.__init__:0 -> 1": "counts are compared with one another, and may begin anywhere",

@@ -220,3 +220,14 @@ def test_a_changed_context_is_what_the_next_one_is_compared_with():
         branches.learn(match, (value,), 0)
         changed.append(match.changed)
     assert changed == [False, True, False, False, True]
+
+
+def test_a_context_whose_tensors_go_one_after_the_other_has_stayed():
+    branches, (a, b, c, d) = Branches(check_named=False), torch.zeros(4, 3).unbind()
+    branches.add((a, b), "graph", "cond", 0, None)
+    found = []
+    for context in ((a, b), (a, c), (d, c), (a, b)):
+        match = branches.find(context, "graph", "cond", 0, [], False)
+        found.append(match.replaced)
+        branches.learn(match, context, 0)
+    assert found == [False, False, False, True]

@@ -524,8 +524,8 @@ def test_calls_past_every_plan_are_told_by_generations_where_nobody_says_the_ste
     for time in times:
         state.passed("refused", time)
     assert len(state.records) == wanted and not state.graphs
-    assert {(record.kind, record.reason, record.step, record.branch) for record in state.records} == {
-        ("dense", "refused", 0, "0")
+    assert {(record.kind, record.reason, record.step, record.branch, record.active) for record in state.records} == {
+        ("dense", "refused", 0, "0", 0)
     }
     told = [record.timestep for record in state.records]
     assert told == [time if time is None else float(time) for time in times[-wanted:]]

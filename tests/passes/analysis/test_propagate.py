@@ -131,6 +131,27 @@ def test_a_latent_of_one_dimension_beside_its_channels_has_tokens_there_if_they_
     assert (of(Mixed(), torch.randn(2, 6, 4)).frame.tokens, of(Mixed(), torch.randn(2, 6, 4)).frame.samples) == (6, 2)
 
 
+def test_a_latent_that_nobody_pads_is_not_looked_at_as_padded():
+    assert not of(Mixed(), torch.randn(2, 6, 4)).frame.padded
+
+
+class Sorts(nn.Module):
+    def forward(self, latent: Tensor, text: Tensor) -> Tensor:
+        return latent + latent.sort(1)[0].exp() * text.sin()
+
+
+def test_what_is_made_of_lost_tokens_is_told_to_rules(monkeypatch):
+    told, real = {}, module.one_step
+
+    def noting(graph, call, apart):
+        told[call.node.name] = {node.name for node in call.mixed}
+        return real(graph, call, apart)
+
+    monkeypatch.setattr(module, "one_step", noting)
+    of(Sorts(), torch.randn(1, 6, 4), torch.randn(4))
+    assert told["add"] == {"sort", "getitem", "exp", "mul", "add"}, "and nothing that is made of the text alone"
+
+
 class Channels(nn.Module):
     def forward(self, latent: Tensor, weight: Tensor) -> Tensor:
         return latent @ weight
@@ -182,8 +203,10 @@ class Overlapping(nn.Module):
 
 
 def test_what_a_stride_takes_together_is_one_token_where_the_finer_ones_are_lost():
-    found = of(Overlapping(), torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3)).frame
-    assert found.tokens == 16 and found.grid == (4, 4)
+    found = of(Overlapping(), torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3))
+    assert found.frame.tokens == 16 and found.frame.grid == (4, 4)
+    (mixing,) = [node for node, step in found.steps.items() if step.whole]
+    assert mixing.target is aten.conv2d.default and found.layouts[mixing].shape == (1, 4, 4, 4)
 
 
 def test_tokens_of_all_processes_are_computed_as_they_are():
