@@ -1,4 +1,5 @@
 """Which tests are nearest to a function: those of the file that mirrors its own, then all that call it, the quick ones first.
+Behind them come models that run whole, then what else calls it.
 
 Which call it is found by running each test once, and kept in `build/mutants`, a line for each test, until its file or PyTorch
 changes: what was interrupted goes on there. (What the library calls changes little; without the folder all is looked at anew.)
@@ -26,10 +27,11 @@ TESTS = (
     "tests/passes/rules", "tests/passes/algebra", "tests/passes/analysis", "tests/passes/programs", "tests/passes/spec",
     "tests/capture", "tests/plans", "tests/sampling", "tests/dispatch", "tests/test_backend.py",
 )  # fmt: skip
-# What runs whole: the short contract, the first of the fuzz's fixed seeds, faults, and one of the pipelines.
+# What runs whole: the short contract, the golden programs, the first of the fuzz's fixed seeds, faults, and two of the
+# pipelines. They come first in the second stage: other unit tests of a function see mostly what the nearest have seen.
 FURTHER = (
-    "tests/contract/test_handwritten.py", "tests/fuzz/test_fuzz.py", "tests/test_faults.py",
-    "tests/pipelines/test_noise_adding.py",
+    "tests/contract/test_handwritten.py", "tests/golden/test_golden.py", "tests/fuzz/test_fuzz.py", "tests/test_faults.py",
+    "tests/pipelines/test_noise_adding.py", "tests/pipelines/test_velocity_attached.py",
 )  # fmt: skip
 SEEDS = 60
 MOST_SECONDS = 30.0  # of the nearest tests of one mutant
@@ -107,7 +109,8 @@ class Nearest:
 
         calling.sort(key=order)
         near = self._first(calling, MOST_SECONDS, FURTHER)
-        return near, self._first([name for name in calling if name not in near.seconds], further, ())
+        others = [name for name in calling if name not in near.seconds]
+        return near, self._first(sorted(others, key=lambda name: not name.startswith(FURTHER)), further, ())
 
     def _first(self, names: list[str], most: float, without: tuple[str, ...]) -> Chosen:
         """As many as fit into the time, and one where none does."""

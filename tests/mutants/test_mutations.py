@@ -43,10 +43,10 @@ def test_the_nearest_tests_come_first_and_the_others_as_time_allows():
     tests = nearest.Nearest.__new__(nearest.Nearest)
     function = ("passes/rules/views.py", "one")
     tests.seconds = {"tests/a.py::long": 29.0, "tests/x/test_views.py::own": 2.0, "tests/b.py::short": 1.0}
-    tests.seconds |= {"tests/fuzz/test_fuzz.py::first": 0.5, "tests/c.py::other": 0.1}
+    tests.seconds |= {"tests/fuzz/test_fuzz.py::first": 30.5, "tests/c.py::other": 0.1}
     tests.reached = {name: {function} for name in tests.seconds}
     tests.reached["tests/c.py::other"] = {("passes/rules/views.py", "another")}
-    near, further = tests.to(*function, further=5)
+    near, further = tests.to(*function, further=35)
     assert list(near.seconds) == ["tests/x/test_views.py::own", "tests/b.py::short"]
     assert list(further.seconds) == ["tests/fuzz/test_fuzz.py::first"]
     assert list(tests.to(*function, further=60)[1].seconds) == ["tests/fuzz/test_fuzz.py::first", "tests/a.py::long"]

@@ -321,3 +321,12 @@ def test_noise_is_looked_at_where_a_later_step_chooses_by_it():
 
 def test_the_programs_that_a_tolerance_chooses_among():
     assert Schedule.tolerable(2**14) == [2**10, 2**12, 2**13]
+
+
+def test_a_speedup_needs_the_steps_and_the_costs():
+    with pytest.raises(ConfigError, match="option speedup needs the number of steps"):
+        at_speedup(RASConfig(speedup=2), lambda: PRICE, None)
+    with pytest.raises(ConfigError, match="option speedup needs the costs"):
+        at_speedup(RASConfig(speedup=2), None, 28)
+    config = RASConfig(sample_ratio=0.3)
+    assert at_speedup(config, None, None) is config
