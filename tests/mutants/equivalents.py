@@ -10,6 +10,13 @@ EQUIVALENT: dict[str, str] = {
     "ras_compile/plans/grid.py:Grid.find_points:5 -> 6": "any lengths at which the graph is right serve as made up ones",
     f"{_JOINED}:sparse_offset:offset < size -> offset <= size": "a border between segments ends one and begins the next: one place",
     "ras_compile/sampling/registry.py:states_of:1 -> 2": "the first of the two most common is that of the one",
+    "ras_compile/sampling/branches.py::1 -> 2": "how many elements are weighed by their places",
+    "ras_compile/sampling/branches.py::20 -> 21": "how many elements are weighed by their places",
+    "ras_compile/sampling/branches.py:fingerprint:2 -> 3": "any weights that rise tell places apart",
+    "ras_compile/sampling/branches.py:Contents.__init__:0 -> 1 #2": "counts are compared with one another",
+    "passes/rules/pointwise.py:dense_use:any(frame.counts_pictures(a) or frame.counts_tokens(a) for a in atoms_of(full)) -> "
+    "all((frame.counts_pictures(a) or frame.counts_tokens(a) for a in atoms_of(full)))": "dimensions without the grid are "
+    "taken as they are, whatever size is noted for them",
     "passes/analysis/propagate.py:one_step:any(holds_region(result, call.frame) for result in call.layouts.values()) -> "
     "all((holds_region(result, call.frame) for result in call.layouts.values()))": "all of the known layouts do, or none",
     f"{_STATE}:TransformerState._infer:0 -> 1 #2": "a run that has just begun has no branch that an order could tell",

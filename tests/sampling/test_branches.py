@@ -9,6 +9,7 @@ import torch
 from ras_compile.sampling.branches import (
     Branches,
     Contents,
+    Match,
     equal_prints,
     fingerprint,
     intact,
@@ -231,3 +232,124 @@ def test_a_context_whose_tensors_go_one_after_the_other_has_stayed():
         found.append(match.replaced)
         branches.learn(match, context, 0)
     assert found == [False, False, False, True]
+
+
+def buffer(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def test_what_weights_hold():
+    """A parameter that is exchanged has changed, and so has one that was written; a buffer, where its content has."""
+    parameter, first, second, number = torch.nn.Parameter(torch.zeros(2)), buffer(1, 2), buffer(3, 4), torch.tensor(0.5)
+    weights = [parameter, first, second, number]
+    contents = Contents(weights)
+
+    def changes(*now: torch.Tensor) -> bool:
+        before = contents.mark(weights)
+        weights[:] = now
+        return contents.mark(weights) != before
+
+    assert not changes(parameter, first, second, torch.tensor(0.5)), "numbers are new at each call"
+    assert changes(parameter, first, second, torch.tensor(0.25))
+    assert changes(torch.nn.Parameter(torch.zeros(2)), *weights[1:])
+    assert not changes(weights[0], buffer(1, 2), *weights[2:]), "it was moved, and back"
+    assert not changes(weights[0], buffer(1, 2), buffer(3, 4), weights[3])
+    assert changes(weights[0], buffer(2, 1), *weights[2:])
+    assert not changes(weights[0], buffer(2, 1), *weights[2:]), "it is what it was before"
+    assert changes(weights[0], buffer(2, 1), buffer(4, 3), weights[3]), "one of two"
+    assert changes(torch.nn.Parameter(torch.zeros(2)), buffer(2, 1), *weights[2:]), "a parameter beside it"
+    for place in range(3):
+        before = contents.mark(weights)
+        with torch.no_grad():
+            weights[place].add_(1)
+        assert contents.mark(weights) != before and contents.mark(weights) == contents.mark(weights)
+
+
+def test_buffers_without_sums_or_versions(monkeypatch):
+    weights = [buffer(1, 2)]
+    monkeypatch.setattr("ras_compile.sampling.branches.fingerprint", lambda tensor: raising())
+    contents = Contents(weights)
+    before = contents.mark(weights)
+    weights[0] = buffer(1, 2)
+    assert contents.mark(weights) != before, "nobody knows that it is the same"
+    monkeypatch.undo()
+    with torch.inference_mode():
+        weights = [buffer(1, 2), buffer(3, 4)]
+        contents = Contents(weights)
+        before = contents.mark(weights)
+        assert contents.mark([buffer(1, 2), weights[1]]) == before != contents.mark([buffer(0, 2), weights[1]])
+
+
+def raising():
+    raise NotImplementedError
+
+
+def test_every_entry_of_a_small_tensor_has_its_place_in_the_fingerprint():
+    value = torch.arange(6.0)
+    for first in range(6):
+        for second in range(first):
+            other = value.clone()
+            other[[first, second]] = other[[second, first]]
+            assert not equal_prints(fingerprint(value), fingerprint(other))
+    assert not equal_prints(fingerprint(value), fingerprint(value.double()))
+    assert not equal_prints(fingerprint(torch.tensor([1.0, -1.0])), fingerprint(torch.tensor([0.0, 0.0])))
+
+
+def test_numbers_tell_branches_apart():
+    branches = Branches()
+    assert step(branches, (1.0,), (2.0,)) == [("0", True), ("1", True)]
+    assert step(branches, (2.0,), (1.0,)) == [("1", True), ("0", True)]
+    assert step(branches, (3.0,))[0][0] == "2"
+
+
+def test_branches_with_equal_contexts_are_told_by_their_order():
+    branches, value = Branches(), torch.randn(3)
+    for _ in range(3):
+        assert step(branches, (value.clone(),), (value.clone(),)) == [("0", True), ("1", True)]
+        assert step(branches, (value.clone(),)) == [("0", True)]
+
+
+def test_contexts_of_other_lengths_are_other_branches():
+    branches, value = Branches(), torch.randn(3)
+    assert step(branches, (value,), (value, value)) == [("0", True), ("1", True)]
+    assert step(branches, (value, value), (value,)) == [("1", True), ("0", True)]
+
+
+def test_what_has_moved_does_not_come_back():
+    branches, values = Branches(), [torch.randn(3) for _ in range(3)]
+    for value in values:
+        step(branches, (value,))
+    assert [branch.label for branch in branches.known] == ["0"]
+    assert step(branches, (values[0],)) == [("1", True)], "two runs take turns"
+    assert step(branches, (torch.randn(3),))[0][0] in ("0", "1")
+
+
+def test_a_used_branch_may_come_again_where_nobody_says_the_steps():
+    branches, value = Branches(), torch.randn(3)
+    step(branches, (value,))
+    (known,) = branches.known
+    assert branches.find((value,), "graph", None, 1, [known], alone=True).branch is known
+    assert branches.find((value,), "graph", None, 1, [known], alone=False).branch is None
+    branches.add((value,), "graph", None, 1, branches.find((value,), "graph", None, 1, [known], alone=False).prints)
+    assert branches.find((value,), "graph", None, 0, [known], alone=True).branch is branches.known[1], "the other first"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "known"),
+    [
+        ([], True), (["same"], True), (["equal"], True), (["equal", "equal"], True), (["same", "moving"], True),
+        (["moving"], False), (["equal", "moving"], False), (["same", "differs"], False), (["unsure"], False),
+    ],
+)  # fmt: skip
+def test_what_ties_a_call_to_its_branch(verdicts, known):
+    branches = Branches()
+    branch = branches.add((), "graph", None, 0, None)
+    assert Match(branch, verdicts=verdicts).known == known and not Match(None, verdicts=verdicts).known
+    fresh = Match(branch)
+    assert (fresh.sure, fresh.changed, fresh.replaced) == (True, False, False)
+
+
+def test_labels_count_the_branches_that_nobody_has_named():
+    branches = Branches()
+    labels = [branches.add((), "graph", name, 0, None).label for name in (None, "cond", None, "uncond", None)]
+    assert labels == ["0", "cond", "1", "uncond", "2"]
