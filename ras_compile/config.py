@@ -120,7 +120,8 @@ class RASConfig:
             the metric, 0 with "drift", which has a factor of its own that grows with each drop, and 2 with all others,
             where that measured best on the trained model (examples/quality). 0.1 in the authors' code, which computes
             the lowest values of eq. 1 (docs/paper.md).
-        max_absence: D_max: a token that was left out of so many sparse steps goes first; at least 1.
+        max_absence: D_max: a token that was left out of so many sparse steps goes first; at least 1. With "drift" it is 1 where
+            a step computes at least half of the tokens and dense steps are more than four steps apart (docs/quality.md).
         selector: None, or a callable ``(metric [B, N], drops [B, N], k, info) -> rows [B, k]`` for research.
         region: None (inferred), or the slice of the latent's tokens that is the picture; a pair (start, stop) will do.
         context: "fresh", or "frozen": text and reference tokens are computed in dense steps only.

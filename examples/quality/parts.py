@@ -11,7 +11,8 @@ model is asked as well, on the same latents:
     only STEP exact   all tokens return it, in one of the sparse steps
 
 Settings with "half" compute half of the tokens in each sparse step, with a dense one every eight: by the paper's metric, by
-drift, by drift with a floor of so many mean rates, or by drift that leaves no token out more than so many times in a row.
+drift, and by drift alone, without the turns that tokens take there (`sampling/rows.py`): as it is, with a floor of so many mean
+rates, or with no token left out more than so many times in a row.
 
 Each line has the steps, the dense ones among them, the work in dense steps (tokens that were computed), the PSNR to the solution of
 `--exact-steps` steps of the same noise, and by how much that is above plain steps of as much work, which are drawn first and read
@@ -46,6 +47,7 @@ PLAIN = (10, 12, 14, 16, 18, 20, 22, 25, 28)
 HALF: dict[str, Any] = dict(
     sample_ratio=0.5, ratio_schedule="constant", reset_interval=8, reset_from="start", noise_reuse="hold"
 )
+ALONE = dict(HALF, metric=Drift(), starvation_scale=0.0)
 SETTINGS: dict[str, dict[str, Any]] = {
     "quality": dict(preset="quality"),
     "quality, counted from the start": dict(preset="quality", reset_from="start"),
@@ -55,14 +57,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "balanced, caches go on": dict(preset="balanced", cache_reuse="forecast"),
     "half, std": dict(HALF, metric="std"),
     "half, drift": dict(HALF, metric="drift"),
-    "half, drift, floor 1": dict(HALF, metric=Drift(floor=1.0), starvation_scale=0.0),
-    "half, drift, floor 4": dict(HALF, metric=Drift(floor=4.0), starvation_scale=0.0),
-    "half, drift, left out once": dict(HALF, metric="drift", max_absence=1),
-    "half, drift, left out twice": dict(HALF, metric="drift", max_absence=2),
-    "half, forecast": dict(HALF, metric="drift", noise_reuse="forecast"),
-    "half, forecast, left out once": dict(HALF, metric="drift", noise_reuse="forecast", max_absence=1),
-    "half, dense every 3, drift": dict(HALF, metric="drift", reset_interval=3),
-    "half, dense every 3, drift, left out once": dict(HALF, metric="drift", reset_interval=3, max_absence=1),
+    "half, drift alone": ALONE,
+    "half, drift alone, floor 1": dict(ALONE, metric=Drift(floor=1.0)),
+    "half, drift alone, floor 4": dict(ALONE, metric=Drift(floor=4.0)),
+    "half, drift alone, age squared": dict(ALONE, metric=Drift(power=2.0)),
+    "half, drift alone, left out once": dict(ALONE, max_absence=1),
+    "half, drift alone, left out twice": dict(ALONE, max_absence=2),
+    "half, drift alone, forecast": dict(ALONE, noise_reuse="forecast"),
+    "half, drift alone, dense every 3": dict(ALONE, reset_interval=3),
+    "half, drift alone, dense every 3, left out once": dict(ALONE, reset_interval=3, max_absence=1),
     "a third, drift": dict(HALF, metric="drift", sample_ratio=1 / 3),
     "a third, drift, left out twice": dict(HALF, metric="drift", sample_ratio=1 / 3, max_absence=2),
     "a quarter, drift": dict(HALF, metric="drift", sample_ratio=0.25),

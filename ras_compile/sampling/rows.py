@@ -37,6 +37,9 @@ _FUNCTIONS = {function: Replayed(function) for function in _KNOWN}
 # their places among what a branch keeps
 _OBSERVED, _DRIFT = "observed noise", "drift"
 
+# Up to so many steps from one dense step, which ends all lags, to the next, drift decides alone.
+NEAR = 4
+
 _Key = tuple[int, int]  # batch and tokens of a call
 
 
@@ -73,7 +76,7 @@ class RowChooser:
 
     def __init__(self, config: RASConfig, selection: Selection | None = None) -> None:
         self._config, self._selection = config, selection or Selection()
-        self._settings = config.high_share, config.starvation, config.max_absence
+        self._settings = config.high_share, config.starvation
         self._step = 0
         self._loose: dict[tuple, dict] = {}  # what branches keep that say no place for it
         self._seen: dict[_Key, list[tuple[dict, Measure]]] = {}
@@ -230,13 +233,14 @@ class RowChooser:
         tensors, measures, drifts = _gathered(seen)
         counts = self._counts_of(key, latent.device)
         groups = self._grouping(key, latent)
+        settings = *self._settings, self._longest(active, key[1])
         if config.selector is None:
             if known is None:
                 if self._nothing is None:
                     self._nothing = groups.new_empty(0, dtype=torch.bool)
                 known = self._nothing
             results = self._selection(
-                choose, config, [*tensors, counts], tuple(measures), active, *self._settings, kept=(groups, known)
+                choose, config, [*tensors, counts], tuple(measures), active, *settings, kept=(groups, known)
             )
             rows, self._counts[key[1]], *kept = results
         else:
@@ -249,6 +253,16 @@ class RowChooser:
             drift.last, drift.state = kept[2 * place : 2 * place + 2]
             drift.step, drift.pending = self._step, False
         return rows
+
+    def _longest(self, active: int, tokens: int) -> int:
+        """For how many steps in a row a token may be left out: once by drift where half are computed, dense steps being far apart.
+
+        A token that is left out again and again lags in the same direction each time, and a run adds that up. Where turns are as
+        short as that, taking them measures better than what drift says of the next step alone (docs/quality.md).
+        """
+        config = self._config
+        far = config.reset_interval is None or config.reset_interval > NEAR
+        return 1 if config.metric == "drift" and 2 * active >= tokens and far else config.max_absence
 
     def _grouping(self, key: _Key, latent: Tensor) -> Tensor:
         """Averages over the samples that share a latent [B, B]; empty for a single sample. Made at the first choice."""

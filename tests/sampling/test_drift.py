@@ -14,7 +14,7 @@ import ras_compile
 from ras_compile import RASConfig
 from ras_compile.execute import replay
 from ras_compile.sampling.drift import FLOOR
-from ras_compile.sampling.rows import RowChooser
+from ras_compile.sampling.rows import NEAR, RowChooser
 from ras_compile.sampling.selection import SelectionInfo
 
 INFO = SelectionInfo()
@@ -139,6 +139,15 @@ def test_a_quarter_that_changes_is_computed_four_times_as_often():
     assert times.min() >= 1, "and no token starves"
 
 
+@pytest.mark.parametrize("active", [TOKENS // 2, 2 * TOKENS // 3])
+def test_half_of_the_tokens_take_turns_where_dense_steps_are_far_apart(active):
+    for interval in (None, NEAR + 1):
+        for before, rows in pairwise(run("ddd" + "s" * 8, active=active, check=False, reset_interval=interval)):
+            for last, now in zip(before.tolist(), rows.tolist(), strict=True):
+                assert {*last} | {*now} == {*range(TOKENS)}
+    run("ddd" + "sssd" * 4, active=active, reset_interval=NEAR)  # the formula alone
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_a_number_is_never_stuck_and_never_kept(value):
     """A token whose noise goes wrong for a while is computed again soon, and its state stays finite."""
@@ -191,7 +200,7 @@ def test_branches_that_come_and_go(batches, kinds, reset_interval):
         reset_interval=reset_interval,
         cuda_graphs=False,
         max_absence=100,
-        sample_ratio=0.5,
+        sample_ratio=7 / 16,
         ratio_schedule="constant",
     )
     contexts, references, seen, called = prompts("cond", "uncond", "both"), {}, "", {}
@@ -206,8 +215,8 @@ def test_branches_that_come_and_go(batches, kinds, reset_interval):
                 record = model.state.records[-1]
                 seen += record.kind[0]
                 if record.rows is not None:
-                    wanted = torch.cat(scores).mean(0).sort(stable=True).indices[-8:].sort().values
-                    assert torch.equal(record.rows, wanted.expand(batch, 8)), (step, name)
+                    wanted = torch.cat(scores).mean(0).sort(stable=True).indices[-7:].sort().values
+                    assert torch.equal(record.rows, wanted.expand(batch, 7)), (step, name)
                 called[name] = references.setdefault(name, Reference(batch, 16))
                 called[name].note(step, model.kept[name]["noise"].unsqueeze(2), record.rows)
     if reset_interval is None:
