@@ -250,6 +250,7 @@ class Plan:
         slopes: Slopes | None = slots.get(SLOPES)
         if slopes is not None:
             slopes.remember(slots.get("caches"), self._returned)
+        slots.pop("caches", None)  # the new ones take their memory: what the system gives anew is slow at first touch
         results = list(self.run("dense", values, [], slots, spare))
         count = len(self.analysis.output_nodes)
         slots["caches"], outputs = self.caches_among(results), results[:count]
