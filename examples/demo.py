@@ -2,11 +2,15 @@
 
     python examples/demo.py            # on the GPU if there is one, else on the CPU
 
-It draws the same prompts from the same noise in several ways: all steps dense (compiled by Inductor), with RAS, and with as
-many dense steps of DPM-Solver++ as take the same time. What has to be compiled is compiled first; then the ways take turns, so
-that a machine that is busy for a while is busy for all of them, and the medians count. It prints a table, and writes one
-picture (dense | RAS | how many times each token was computed, with its scale | plain steps in the same time) and a page to
-step through. Two CPU cores take a few minutes; `--ratios 0.5 0.25` and `--turns 3` draw more.
+It draws the same prompts from the same noise in several ways, all of them with DPM-Solver++: all steps dense (compiled by
+Inductor), with RAS, and with as many dense steps as take the same time. What has to be compiled is compiled first; then the
+ways take turns, so that a machine that is busy for a while is busy for all of them, and the medians count. It prints a table,
+and writes one picture (dense | RAS | how many times each token was computed, with its scale | fewer dense steps in the same
+time) and a page to step through. Two CPU cores take a few minutes; `--ratios 0.5 0.25` and `--turns 3` draw more.
+
+How near pictures are to the dense ones says little of fewer steps, which are nearer to the exact solution of the same noise
+where the solver is better. So they are compared with that, too: many steps, drawn once for the default prompts and kept beside
+this file. `--exact 150` draws them anew, and those of other prompts.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +35,9 @@ from tqdm import tqdm
 import ras_compile
 
 PIPELINE = Path(__file__).parent / "emoji" / "pipeline"
+EXACT = Path(__file__).parent / "results" / "demo_exact.png"  # of the default prompts, side by side
 PROMPTS = ["a red apple", "a cat to the left of a tree", "three lemons on a blue background", "a rocket above a house"]
-SIZE = 128
+SIZE, SPEEDUP = 128, 1.9
 
 
 @dataclass
@@ -73,10 +79,13 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE, dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler(  # of the pipeline's noise levels, and better than its Euler steps
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=pipe.scheduler.config.shift
+    )
     print(f"{where(device)}, torch {torch.__version__}, {dtype}, {len(args.prompts)} prompts, {args.steps} steps")
 
     call = first_call(pipe, args)
-    explained = ras_compile.explain(pipe.transformer, **call)
+    explained = ras_compile.explain(pipe.transformer, options=options(args, (args.ratios or [None])[0]), **call)
     print(explained if args.explain else str(explained).partition("\n\n")[0], end="\n\n")
 
     # a copy, so that dense and region-adaptive runs can take turns
@@ -87,14 +96,15 @@ def main() -> None:
         runs = [dense(plain, args, "dense", args.steps, warm=1)]
         runs += [adaptive(pipe, args, ratio, handle, explained) for ratio in args.ratios or [None]]
         compare(runs, 1)
-        for run in runs[1:]:  # the same time in dense steps of a better solver
+        for run in runs[1:]:  # the same time in dense steps
             steps = max(2, round(run.seconds / np.median(runs[0].steps)))
-            runs.append(dense(solver(plain), args, f"{steps} DPM++", steps, warm=0))
+            runs.append(dense(plain, args, f"{steps} steps", steps, warm=0))
         compare(runs, args.turns)
+        exact = exact_pictures(plain, args)
         args.output.mkdir(parents=True, exist_ok=True)
         page = handle.report(args.output / "demo.html", dense=runs[0].pictures[:1], prompt=args.prompts[0])
         print(f"\nlast run of RAS: {handle}")
-    report(runs, explained)
+    report(runs, explained, exact)
     path = args.output / "demo.png"
     grid(runs, args.prompts, explained.grid).save(path)
     print(f"\npictures: {path}\npage to step through: {page}")
@@ -107,14 +117,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--preset", help="options of RAS: paper, fast, balanced (the defaults) or quality")
     parser.add_argument(
+        "--speedup", type=float, help=f"of RAS, by FLOPs; {SPEEDUP} where no preset and no ratios are given"
+    )
+    parser.add_argument(
         "--ratios", type=float, nargs="+", help="share of the tokens, one run of RAS for each; else the preset's"
     )
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--exact", type=int, default=0, help="draw the exact pictures anew with so many steps, 150 or more"
+    )
     parser.add_argument("--turns", type=int, default=2, help="timed runs of each way")
     parser.add_argument("--explain", action="store_true", help="list every splice and gather")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     return parser.parse_args()
+
+
+def options(args: argparse.Namespace, ratio: float | None) -> dict[str, Any]:
+    """Those of RAS: of a preset, with a ratio or a speed-up where one is given."""
+    if ratio is not None:
+        return {"preset": args.preset, "sample_ratio": ratio}
+    speedup = args.speedup or (None if args.preset else SPEEDUP)
+    return {"preset": args.preset} | ({} if speedup is None else {"speedup": speedup})
 
 
 def where(device: torch.device) -> str:
@@ -180,14 +204,19 @@ def dense(pipe: StableDiffusion3Pipeline, args: argparse.Namespace, name: str, s
     return Run(name, draw, warm, kinds=["dense"] * steps, flops=steps)
 
 
-def solver(pipe: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
-    """The pipeline with DPM-Solver++, which comes further with few steps."""
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=pipe.scheduler.config.shift
-    )
-    other = StableDiffusion3Pipeline(**{**pipe.components, "scheduler": scheduler})
-    other.set_progress_bar_config(disable=True)
-    return other
+def exact_pictures(pipe: StableDiffusion3Pipeline, args: argparse.Namespace) -> Tensor | None:
+    """Pictures [B, 3, H, W] of so many steps that more change nothing, drawn now or shipped; None where they are not known."""
+    given = args.prompts, args.seed, args.guidance
+    if not args.exact:
+        if given != (PROMPTS, 0, 4.0):
+            return None
+        row = torch.from_numpy(np.array(Image.open(EXACT))).permute(2, 0, 1) / 255
+        return torch.stack(row.split(SIZE, dim=2))
+    pictures, _ = sample(pipe, args, f"exact, {args.exact} steps", args.exact)
+    if given == (PROMPTS, 0, 4.0):
+        row = torch.cat([*pictures], dim=2).permute(1, 2, 0).clamp(0, 1)
+        Image.fromarray((row.numpy() * 255).round().astype(np.uint8)).save(EXACT)
+    return pictures
 
 
 def adaptive(
@@ -197,7 +226,7 @@ def adaptive(
     """Region-adaptive sampling at one ratio, or at the preset's. Only a whole run compiles for all its counts of tokens."""
 
     def draw(label: str, fewer: int | None) -> tuple[Tensor, list[float]]:
-        handle.configure(preset=args.preset, **({} if ratio is None else {"sample_ratio": ratio}))
+        handle.configure(**options(args, ratio))
         drawn = sample(pipe, args, label, fewer)
         records = ras_compile.trace(handle)
         samples = len(args.prompts)
@@ -215,49 +244,44 @@ def adaptive(
     return run
 
 
-def report(runs: list[Run], explained: ras_compile.Explanation) -> None:
+def report(runs: list[Run], explained: ras_compile.Explanation, exact: Tensor | None) -> None:
     """Prints the table."""
     base = runs[0]
-    head = [
-        "",
-        "seconds",
-        "speed-up",
-        "compiling",
-        "ms dense step",
-        "ms sparse step",
-        "sparse FLOPs",
-        "FLOP speed-up",
-        "PSNR dB",
-    ]
+    head = ["", "seconds", "speed-up", "compiling", "ms dense step", "ms sparse step", "sparse FLOPs", "FLOP speed-up"]
+    head += ["dB to dense", "dB to exact"]
     rows = []
     for run in runs:
-        by_kind = {
-            kind: [1000 * s for s, k in zip(run.steps, run.kinds, strict=True) if k == kind]
-            for kind in ("dense", "sparse")
-        }
-        ms = {kind: f"{np.median(times):.1f}" if times else "-" for kind, times in by_kind.items()}
-        psnr = [
-            peak_signal_noise_ratio(a, b, data_range=1.0).item()
-            for a, b in zip(run.pictures, base.pictures, strict=True)
-        ]
-        times = [
-            f"{run.seconds:.2f}",
-            f"{base.seconds / run.seconds:.2f}x",
-            f"{run.compiled:.1f} s" if run.first else "-",
-            ms["dense"],
-            ms["sparse"],
-        ]
+        ms = []
+        for wanted in ("dense", "sparse"):
+            of_kind = [1000 * s for s, kind in zip(run.steps, run.kinds, strict=True) if kind == wanted]
+            ms.append(f"{np.mean(of_kind):.0f}" if of_kind else "-")
         sparse = run.kinds.count("sparse")
-        each = f"{(run.flops - len(run.kinds) + sparse) / sparse:.3f}" if sparse else "-"
-        flops = [each, f"{base.flops / run.flops:.2f}x"]
-        rows.append([run.name, *times, *flops, "-" if run is base else f"{np.mean(psnr):.1f}"])
+        rows.append(
+            [
+                run.name,
+                f"{run.seconds:.2f}",
+                f"{base.seconds / run.seconds:.2f}x",
+                f"{run.compiled:.1f} s" if run.first else "-",
+                *ms,
+                f"{(run.flops - len(run.kinds) + sparse) / sparse:.3f}" if sparse else "-",
+                f"{base.flops / run.flops:.2f}x",
+                "-" if run is base else f"{nearness(run.pictures, base.pictures):.1f}",
+                "-" if exact is None else f"{nearness(run.pictures, exact):.1f}",
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in [head, *rows]:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
+def nearness(pictures: Tensor, others: Tensor) -> float:
+    """PSNR in dB, the mean over the pictures."""
+    pairs = zip(pictures, others, strict=True)
+    return float(np.mean([peak_signal_noise_ratio(one, other, data_range=1.0).item() for one, other in pairs]))
+
+
 def grid(runs: list[Run], prompts: list[str], tokens: tuple[int, ...], scale: int = 2) -> Image.Image:
-    """One row per prompt: dense | RAS | how many times each token was computed | dense DPM-Solver++ in the time of RAS."""
+    """One row per prompt: dense | RAS | how many times each token was computed | fewer dense steps in the time of RAS."""
     columns = []
     for run in runs:
         columns.append((run.name, run.pictures))
