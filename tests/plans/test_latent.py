@@ -139,7 +139,7 @@ def test_two_latents_of_one_output_are_refused(monkeypatch, names, match):
 def test_another_input_is_tried_where_an_output_has_no_tokens_yet(monkeypatch, outputs, second, tried, wanted):
     graph, nodes = graph_of(PICTURE, LARGER)
     graph.output_node().args = (tuple(nodes[:1] * len(outputs)),)
-    monkeypatch.setattr(latent, "_outputs", lambda graph: nodes[:1] * len(outputs))
+    monkeypatch.setattr(latent, "nodes_in", lambda values: nodes[:1] * len(outputs))
     asked, answers = [], {"x0": found(8, 0), "x1": second}
     monkeypatch.setattr(
         latent, "propagate", lambda graph, node, *more, **options: asked.append(node.name) or answers[node.name]
