@@ -62,7 +62,7 @@ def frames_of(value: Any, video: bool = False) -> list[Image]:
         value = (tensor.movedim(-3, -1) if tensor.ndim > 2 else tensor).cpu().numpy()
     if not hasattr(value, "__array__"):
         raise ConfigError(
-            f"a {type(value).__name__} is no picture; give Pillow's (PIL.Image.open reads a file), an array [H, W, C], or a "
+            f"{type(value).__name__} is no picture; give Pillow's (PIL.Image.open reads a file), an array [H, W, C], or a "
             "tensor [C, H, W]."
         )
     import numpy as np

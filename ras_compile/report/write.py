@@ -29,7 +29,7 @@ def checked(path: str | PathLike[str]) -> Path:
     """The path of a report that can be written.
 
     Raises:
-        ConfigError: it is of another kind, or its folder does not exist.
+        ConfigError: it is of another kind, its folder does not exist, or it is a folder itself.
     """
     if not isinstance(path, (str, PathLike)):
         raise ConfigError(f"a report is written to a path, such as 'run.html', and {type(path).__name__} is none.")
@@ -38,6 +38,8 @@ def checked(path: str | PathLike[str]) -> Path:
         raise ConfigError(
             f"a report is a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, not {found.name!r}."
         )
+    if found.is_dir():
+        raise ConfigError(f"{str(found)!r} is a folder; give the name of a file in it.")
     if not found.parent.is_dir():
         raise ConfigError(f"there is no folder {str(found.parent)!r} to write {found.name} to; make it first.")
     return found

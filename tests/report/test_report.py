@@ -131,6 +131,9 @@ def test_what_cannot_be_written_is_said_in_a_sentence(tmp_path):
         told(dense=picture(24, 16))
     with pytest.raises(ConfigError, match="there is no folder .*nowhere.* make it first"):
         checked(tmp_path / "nowhere" / "out.html")
+    (tmp_path / "run.html").mkdir()
+    with pytest.raises(ConfigError, match="is a folder; give the name of a file in it"):
+        checked(tmp_path / "run.html")
     with pytest.raises(ConfigError, match=r"ends in .html, .png, .gif or .json, not 'out.pdf'"):
         checked(tmp_path / "out.pdf")
     with pytest.raises(ConfigError, match="cannot be read"):
