@@ -27,7 +27,7 @@ from ras_compile.config import RASConfig
 from ras_compile.dispatch.agreement import agree, disconnected
 from ras_compile.dispatch.callers import called_pipeline, compiled_call
 from ras_compile.dispatch.kinds import GraphBreak
-from ras_compile.errors import SpecViolation, UnsupportedGraph
+from ras_compile.errors import RASError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.memory import free_memory
 from ras_compile.notices import REFUSED, fell_back, first_time, warn_once
@@ -98,6 +98,15 @@ class Entry:
             weights: they say which transformer it is.
             place: where the call stands.
         """
+        group = self.plan.analysis.frame.group
+        try:
+            return self._run(given, own, weights, place)
+        except RuntimeError as error:
+            if group is None or isinstance(error, RASError):
+                raise
+            raise disconnected(error, group) from error
+
+    def _run(self, given: Sequence[Any], own: Sequence[Any], weights: Sequence[Tensor], place: Place) -> list[Any]:
         plan, info, state = self.plan, self.info(own, weights), self.state_of(weights)
         decision = state.decide(info, place)
         outputs: list[Any] | None = None
@@ -106,12 +115,8 @@ class Entry:
                 outputs = plan.dense(given, decision.slots, decision.spare)
             else:
                 outputs = plan.run_sparse(given, decision.rows, decision.slots)
-        except RuntimeError as error:
-            group = plan.analysis.frame.group
-            if group is not None:  # a step of another kind here alone would hang the other processes
-                state.fail(decision)
-                raise disconnected(error, group) from error
-            if not isinstance(error, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError as error:
+            if info.group is not None:  # a step of another kind here alone would hang the other processes
                 state.fail(decision)
                 raise
             fell_back("a step run dense and without caches, for which there was no memory", error)
@@ -152,7 +157,7 @@ class Entry:
         plan, time = self.plan, self.timestep
         return CallInfo(
             plan.identity, own[plan.latent], self.context(own), None if time is None else own[time], *self._sizes,
-            plan.latent_view, self.cost, weights, plan.spread,
+            plan.latent_view, self.cost, weights, plan.spread, plan.analysis.frame.group,
         )  # fmt: skip
 
     def state_of(self, weights: Sequence[Tensor]) -> TransformerState:

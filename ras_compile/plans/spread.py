@@ -6,6 +6,8 @@ have to get it: a scheduler steps the whole latent in every process, and all of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,23 @@ from ras_compile.passes.algebra.layout import Frame, Group
 from ras_compile.passes.algebra.tokens import TokenView
 
 c10d = torch.ops._c10d_functional
+
+
+def largest(group: Group | None, numbers: Sequence[int], device: torch.device) -> list[int]:
+    """Of several numbers the largest that any process of a group has found, for all of them; read from the device.
+
+    What a process sees of its own tokens may differ from what the others see. Where that decides about a step, all of them
+    have to decide the same: the next exchange would hang otherwise.
+
+    Args:
+        group: the processes; None: this one alone.
+        numbers: what this process has found.
+        device: where its tokens are.
+    """
+    if group is None:
+        return list(numbers)
+    found = c10d.all_reduce(torch.tensor(numbers, device=device), "max", group.name)
+    return c10d.wait_tensor(found).tolist()
 
 
 class Spread:

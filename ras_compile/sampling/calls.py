@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ras_compile.config import RASConfig
+from ras_compile.passes.algebra.layout import Group
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.passes.analysis.cost import Cost
 from ras_compile.plans.spread import Spread
@@ -36,6 +37,7 @@ class CallInfo:
         cost: gives the FLOPs of the programs, where the backend has them.
         weights: those that the graph reads, always in the same order.
         spread: the tokens of all processes, where each of them has the whole latent.
+        group: the processes that share the model.
     """
 
     graph: Hashable
@@ -49,6 +51,7 @@ class CallInfo:
     cost: Callable[[], Cost] | None = None
     weights: Sequence[Tensor] = ()
     spread: Spread | None = None
+    group: Group | None = None
 
 
 @dataclass(eq=False)

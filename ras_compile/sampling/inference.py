@@ -14,7 +14,7 @@ the same context tensors further along in time, from a latent that the abandoned
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.branches import Branch, Match, equal_prints, fingerprint, same_tensor, tensor_mark
 
 Move = Literal["begin", "advance", "stay"]
+MOVES: tuple[Move, ...] = get_args(Move)
 Seen = list[tuple[Tensor, Tensor]]  # latents and noises of the calls of one evaluation, as sketched
 
 # So many tokens of each sample are compared, evenly spread.

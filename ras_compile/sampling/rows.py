@@ -11,7 +11,9 @@ from torch import Tensor
 from ras_compile.config import METRICS, RASConfig
 from ras_compile.execute import replay
 from ras_compile.execute.replay import Function, Replayed
+from ras_compile.passes.algebra.layout import Group
 from ras_compile.passes.algebra.tokens import TokenView
+from ras_compile.plans.spread import largest
 from ras_compile.sampling.drift import Drift, spread
 from ras_compile.sampling.reuse import active_tokens, continued
 from ras_compile.sampling.selection import (
@@ -197,11 +199,12 @@ class RowChooser:
         tokens: int,
         counts: Sequence[int],
         known: Callable[[], Tensor | None] | None = None,
+        group: Group | None = None,
     ) -> int:
         """The first of `counts` of active tokens that keeps this step's expected error within `tolerance`; else `tokens`.
 
         Asked once in a step for all calls; reads one number from the device. A noise that is not a number has no error
-        that could be told, and asks for all tokens.
+        that could be told, and asks for all tokens. Processes that share the model take what the strictest of them needs.
         """
         seen = [entry for entry in self._before.get((batch, tokens), ()) if _OBSERVED in entry[0]]
         if tokens not in self._wanted and seen:
@@ -216,7 +219,7 @@ class RowChooser:
                 left = errors.sort(dim=1).values.cumsum(dim=1)
                 left = torch.nn.functional.pad(left, (1, 0))[:, [tokens - count for count in counts]]
                 fits = (left <= (self._config.tolerance or 0.0) * spreads.sum(dim=1, keepdim=True)).all(dim=0)
-                place = int((~fits).int().cumprod(dim=0).sum())
+                (place,) = largest(group, [int((~fits).int().cumprod(dim=0).sum())], latent.device)
             self._wanted[tokens] = (*counts, tokens)[place]
         return self._wanted.get(tokens, counts[0])
 

@@ -24,10 +24,11 @@ from ras_compile.execute.homes import Home
 from ras_compile.execute.slopes import SLOPES, Slopes
 from ras_compile.notices import warn_once
 from ras_compile.passes.algebra.tokens import TokenView
+from ras_compile.plans.spread import largest
 from ras_compile.sampling.blocks import is_block, known_blocks, leave_output
 from ras_compile.sampling.branches import Branch, Branches, Contents, Match
 from ras_compile.sampling.calls import CallInfo, Decision, Run
-from ras_compile.sampling.inference import TimeLine, read_call, read_time, sketch
+from ras_compile.sampling.inference import MOVES, Move, TimeLine, read_call, read_time, sketch
 from ras_compile.sampling.locate import Evaluation, Generation, Place, leave_attached, locate, owner
 from ras_compile.sampling.records import Record
 from ras_compile.sampling.reuse import Extrapolation, active_tokens, continued
@@ -317,6 +318,8 @@ class TransformerState:
             move = line.place(time, call.latent, seen, match, run.used)
             if match.branch is not None and match.branch.contents != _contents_of(run, call, anew=True):
                 move = "begin"  # as another graph does, which Dynamo may make of a model that has changed
+            if call.group is not None:
+                move = _agreed(move, match, call)
             if move == "advance":
                 line.note(time, call.latent, seen)
                 self._advance(run, run.step + 1)
@@ -363,7 +366,7 @@ class TransformerState:
                 active = run.schedule.active(run.step - run.base, call.tokens, run.count)
             else:
                 counts = run.schedule.tolerable(call.tokens)
-                active = run.chooser.wanted(call.latent, call.batch, call.tokens, counts, known)
+                active = run.chooser.wanted(call.latent, call.batch, call.tokens, counts, known, call.group)
             if active == call.tokens and run.config.tolerance is not None:
                 reason = "the expected error is above the tolerance"
             else:
@@ -413,6 +416,15 @@ class TransformerState:
         if run.line is not None and not run.line.corroborated:
             return "the direction of time is not known yet"
         return ""
+
+
+def _agreed(move: Move, match: Match, call: CallInfo) -> Move:
+    """What processes that share a model take a call for. Each has looked at its own tokens; where they differ, it begins a run."""
+    found = MOVES.index(move), int(match.branch is None)
+    told = [*found, *(-number for number in found), int(not match.sure), int(match.changed)]
+    *same, unsure, changed = largest(call.group, told, call.latent.device)
+    match.sure, match.changed = not unsure, bool(changed)
+    return move if same[:2] == [-number for number in same[2:]] else "begin"
 
 
 def _contents_of(run: Run, call: CallInfo, anew: bool = False) -> Any:

@@ -32,6 +32,26 @@ def generation(rank: int, *, seed: int = 7, ends: int | None = None, **options: 
     return [record.kind for record in ras_compile.trace(model)]
 
 
+def active(
+    rank: int, *, tokens: int = 24, replaced: int | None = None, scale: float = 1.0, **options: Any
+) -> list[int]:
+    """How many tokens each step computes in a process, which may exchange its tokens for others before a step.
+
+    Args:
+        scale: of what is added to each token. The larger it is, the less a token's noise changes beside what it is.
+    """
+    torch.manual_seed(7)
+    model = Transformer(lambda: Ulysses(16, 4, dist.group.WORLD)).eval()
+    model.compile(backend="ras", options={**OPTIONS, **options})
+    latent = torch.randn(1, tokens, 4, generator=torch.Generator().manual_seed(rank))
+    places = scale * torch.randn(tokens, 16, generator=torch.Generator().manual_seed(10 + rank))
+    with torch.no_grad():
+        for step in range(7):
+            latent = torch.randn(latent.shape) if step == replaced else latent
+            latent = latent - 0.1 * model(latent=latent, places=places, time=torch.full((1,), 1 - step / 7))
+    return [record.active for record in ras_compile.trace(model)]
+
+
 def test_steps_are_of_one_kind():
     kinds = on_ranks(2, generation)
     assert kinds[0] == kinds[1] and set(kinds[0]) == {"dense", "sparse"}
@@ -79,3 +99,23 @@ def test_generations_that_are_broken_off_hang_nobody():
 
     first, second = on_ranks(2, work)
     assert first == second and set(first) == {"dense", "sparse"}
+
+
+def test_a_tolerance_is_that_of_all():
+    """One process's tokens change more than the other's: both compute as many as the error of the first asks for."""
+
+    def work(rank: int) -> list[int]:
+        return active(rank, scale=100.0 if rank else 1.0, tolerance=0.04, metric="drift")
+
+    first, second = on_ranks(2, work, timeout=20.0)
+    assert first == second and len({*first}) > 2, (first, second)
+
+
+def test_a_part_that_is_replaced_is_seen_by_all():
+    """Nobody tells the steps, and one process's tokens no longer follow from those before: all begin anew."""
+
+    def work(rank: int) -> list[int]:
+        return active(rank, tokens=96, replaced=4 if rank else None)
+
+    first, second = on_ranks(2, work, timeout=20.0)
+    assert first == second and len(first) == 3 and min(first) < 96, (first, second)  # of the run from there on
