@@ -17,6 +17,8 @@ EQUIVALENT: dict[str, str] = {
     "passes/rules/pointwise.py:dense_use:any(frame.counts_pictures(a) or frame.counts_tokens(a) for a in atoms_of(full)) -> "
     "all((frame.counts_pictures(a) or frame.counts_tokens(a) for a in atoms_of(full)))": "dimensions without the grid are "
     "taken as they are, whatever size is noted for them",
+    "passes/analysis/propagate.py:_round:node.target in CONVOLUTIONS and steps[node].whole -> node.target in CONVOLUTIONS or "
+    "steps[node].whole": "without a convolution that mixes tokens the second round ends as the first does",
     "passes/analysis/propagate.py:one_step:any(holds_region(result, call.frame) for result in call.layouts.values()) -> "
     "all((holds_region(result, call.frame) for result in call.layouts.values()))": "all of the known layouts do, or none",
     f"{_STATE}:TransformerState._infer:0 -> 1 #2": "a run that has just begun has no branch that an order could tell",

@@ -298,3 +298,59 @@ def test_inputs_are_described_without_what_is_in_them():
         (described(tensor, (4, 5)), (4, 3), (6, 2)),
     ):
         assert (found.shape, found.stride(), found.dtype, found.device.type) == (sizes, strides, tensor.dtype, "meta")
+
+
+def sampled(tokens: list[int], points: list[tuple[int, ...]], *, grows: bool) -> Family:
+    plans = [
+        SimpleNamespace(analysis=SimpleNamespace(frame=SimpleNamespace(tokens=count)), fusion="sites")
+        for count in tokens
+    ]
+    return bare(points=points, samples=plans, _caches=[[point] for point in points], grows=grows)
+
+
+@pytest.mark.parametrize(
+    ("active", "count", "other"), [(2, 2, 4), (3, 3, 2), (5, 5, 4), (7, 7, 6), (8, 7, 6), (40, 7, 6)]
+)
+def test_a_program_for_all_numbers_of_rows_is_made_of_three_of_them(active, count, other):
+    """Of no more than the fewest tokens less one: where all are active, a program may be another."""
+    points = [(8,), (10,), (12,)]
+    found = sampled([8, 10, 12], points, grows=True).samples_for(active)
+    assert [(one.point, one.active) for one in found] == [
+        ((8, count), count), ((10, count), count), ((8, count + 1), count + 1), ((12, other), other)
+    ]  # fmt: skip
+    first, _, more, _ = found
+    assert more.plan is not first.plan and vars(first.plan)["fusion"] == "sites" and "fusion" not in vars(more.plan)
+    assert [one.caches for one in found] == [[(8,)], [(10,)], [(8,)], [(12,)]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "active", "enough"), [(4, 2, True), (3, 2, False), (2, 2, False), (4, 3, True), (3, 3, False)]
+)
+def test_too_few_tokens_tell_nothing_of_the_rows(tokens, active, enough):
+    made = sampled([tokens, tokens + 1, tokens + 2], [(1,), (2,), (3,)], grows=True)
+    if enough:
+        assert len(made.samples_for(active)) == 4
+    else:
+        with pytest.raises(NotAffine, match=f"{tokens} tokens are too few"):
+            made.samples_for(active)
+
+
+@pytest.mark.parametrize(("grows", "active"), [(False, 4), (True, "dense"), (False, "bare")])
+def test_where_rows_are_no_length_there_is_a_sample_for_each_point(grows, active):
+    found = sampled([8, 10, 12], [(8,), (10,), (12,)], grows=grows).samples_for(active)
+    assert [(one.point, one.active) for one in found] == [((8,), active), ((10,), active), ((12,), active)]
+
+
+def test_a_violation_where_blocks_are_outlined_is_never_passed_over(monkeypatch):
+    def programs(builds, points, *, outline_blocks):
+        raise SpecViolation("outlined")
+
+    monkeypatch.setattr(family, "for_all_lengths", programs)
+    made = bare(
+        config=RASConfig.from_options({"inner_backend": "inductor"}), builds=lambda samples: samples,
+        sized=lambda samples, inputs: [], samples_for=lambda active: [SimpleNamespace(point=(8,))],
+    )  # fmt: skip
+    notices.reset()
+    with pytest.raises(SpecViolation, match="outlined"):
+        made.share(4, (5,), [])
+    assert not notices.fallbacks()

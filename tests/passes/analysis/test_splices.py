@@ -141,3 +141,16 @@ def test_the_text_of_a_joint_sequence_is_taken_from_the_dense_step():
     skipped = [str(node.target) for node in analysis.graph.nodes if node.op == "call_function" and sparse.skips(node)]
     assert skipped == ["aten.sin.default", "aten.slice.Tensor"], "what is returned of it is computed"
     assert not any(plan(analysis).skips(node) for node in analysis.graph.nodes)
+
+
+class Shown(nn.Module):
+    """What is mixed is returned, too."""
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        shown = latent.sin()
+        return nn.functional.scaled_dot_product_attention(latent.cos(), shown, shown) + latent, shown
+
+
+def test_what_is_needed_whole_and_returned_is_cached_once_as_an_output():
+    inner, outputs = names(plan(of(Shown(), torch.randn(1, 6, 4))))
+    assert (inner, sorted(outputs)) == ([], ["add", "sin"])

@@ -116,6 +116,8 @@ LAYOUTS: dict[str, list[list]] = {
     "lines are samples": [[PICTURE, H, h], [W, C]],
     "lines apart": [[h, PICTURE], [W, H, Axis(5)]],
     "patches": [[PICTURE], [H, W], [h, C]],
+    "halves change places": [[PICTURE], [h, H, W], [C]],
+    "columns before lines": [[PICTURE], [W, h], [H, C]],
     "beside a text": [[PICTURE], [Concat(((Axis(7),), (H, h, W), (Axis(2),)))], [C]],
     "by columns beside a text": [[PICTURE], [C], [Concat(((W, H, h), (Axis(2),)))]],
     "in pieces beside a text": [[PICTURE, C], [Concat(((Axis(7),), (h, W, H), (Axis(2),)))]],
