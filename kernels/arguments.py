@@ -23,24 +23,17 @@ class ScatterArguments(NamedTuple, Generic[Operand]):
     Operators of PyTorch take arguments one by one: `ScatterArguments(*arguments)` packs them, and `*packed` unpacks them.
 
     Attributes:
-        cache: [B, *grid, *channels]; the grid has S rows, the channels multiply to N.
-        x: [B, A, K].
-        weight: [N, K].
-        bias: [N] or None.
-        rows: integers [B or 1, A], each in [0, S).
-        grid_dims: how many dimensions the grid has.
-        head_dim: D, the channels of a head.
         norm, norm_weight, norm_bias, eps: a norm of each head, its vectors [D] or None.
         rope, cos, sin: a rotary embedding of each head, its tables [B or 1, A, D or D / 2].
     """
 
-    cache: Operand
-    x: Operand
-    weight: Operand
-    bias: Operand | None
-    rows: Operand
-    grid_dims: int = 1
-    head_dim: int = 0
+    cache: Operand  # [B, *grid, *channels]; the grid has S rows, the channels multiply to N
+    x: Operand  # [B, A, K]
+    weight: Operand  # [N, K]
+    bias: Operand | None  # [N] or None
+    rows: Operand  # integers [B or 1, A], each in [0, S)
+    grid_dims: int = 1  # how many dimensions the grid has
+    head_dim: int = 0  # D, the channels of a head
     norm: str = "none"
     norm_weight: Operand | None = None
     norm_bias: Operand | None = None

@@ -132,16 +132,13 @@ if triton is not None:
 
 @dataclass(frozen=True)
 class Cut:
-    """BM queries and BN keys at a time.
-
-    Attributes:
-        shares: how many programs a processor runs together, each with an equal share of all blocks; 0: one program per tile.
-    """
+    """BM queries and BN keys at a time."""
 
     BM: int
     BN: int
     warps: int
     stages: int
+    # how many programs a processor runs together, each with an equal share of all blocks; 0: one program per tile
     shares: int = 0
 
     @property

@@ -14,17 +14,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fallback:
-    """One way in which this process runs slower than it would have.
+    """One way in which this process runs slower than it would have."""
 
-    Attributes:
-        what: what is done instead, as a phrase.
-        error: the first error's type and its first line.
-        count: how often.
-    """
-
-    what: str
-    error: str
-    count: int = 1
+    what: str  # what is done instead, as a phrase
+    error: str  # the first error's type and its first line
+    count: int = 1  # how often
 
     def __str__(self) -> str:
         return f"{self.count} x {self.what} ({self.error})"

@@ -33,17 +33,11 @@ from ras_compile.passes.spec.values import graphs
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass: it rewrites a program in place, and leaves a legal one.
+    """A pass: it rewrites a program in place, and leaves a legal one."""
 
-    Attributes:
-        name: what the spec and the journal of ``RAS_DEBUG`` call it.
-        run: the pass.
-        applies: whether this program goes through it.
-    """
-
-    name: str
-    run: Callable[[fx.GraphModule], object]
-    applies: bool = True
+    name: str  # what the spec and the journal of ``RAS_DEBUG`` call it
+    run: Callable[[fx.GraphModule], object]  # the pass
+    applies: bool = True  # whether this program goes through it
 
 
 def fused(

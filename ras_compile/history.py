@@ -32,15 +32,11 @@ def trace(compiled: Any) -> list[Record]:
 
 @dataclass(frozen=True)
 class Past:
-    """What is known of the last generation of some transformers.
+    """What is known of the last generation of some transformers."""
 
-    Attributes:
-        calls: each model call with the plan that answered it; None where there was none, or it is gone.
-        cache_bytes: what the transformers keep, caches of finished generations included.
-    """
-
+    # each model call with the plan that answered it; None where there was none, or it is gone
     calls: list[tuple[Record, Plan | None]]
-    cache_bytes: int
+    cache_bytes: int  # what the transformers keep, caches of finished generations included
 
 
 def past_of(modules: Iterable[nn.Module], released: bool = False) -> Past:

@@ -267,14 +267,10 @@ def concat(segments: Iterable[Dim]) -> Dim:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layout of one tensor that carries the region.
+    """The layout of one tensor that carries the region."""
 
-    Attributes:
-        dims: one product of factors per dimension.
-        raw: True until the first contraction on the way from the latent; what that one contracts is a channel.
-    """
-
-    dims: tuple[Dim, ...]
+    dims: tuple[Dim, ...]  # one product of factors per dimension
+    # True until the first contraction on the way from the latent; what that one contracts is a channel
     raw: bool = False
 
     @staticmethod
@@ -357,37 +353,27 @@ def describe(dim: Dim) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """What is known of the latent: how its dimensions fall into atoms, and which of them are the region.
-
-    Attributes:
-        shape: the latent's shape.
-        parts: for each dimension the sizes of its atoms, outermost first.
-        excluded: atoms that are not part of the region.
-        batch_dim: dimension of the latent that counts the samples, or None.
-        window: ``(start, stop)`` along the region's dimension 1, where the latent's other tokens are context.
-        coarse: what a convolution's stride takes together is one token, also where its kernels overlap.
-        cuts: orders in which tokens stand, with the sizes of the parts that views cut them into, outermost first.
-        shifted: windows of tokens are cut in two orders, so that attention in windows takes no token for a part of another.
-        padded: whether what pads the grid with its own entries is looked at as context, until it is cut into patches.
-        shared_rows: the model takes the samples apart, so that all of them have the same active rows.
-        shards: the processes that exchange tokens, each with tokens and active rows of its own.
-        replicas: the processes that add up features of the same tokens, all with the active rows of the first of them.
-        stretch: ``(start, stop)`` among all tokens of the latent, counted row by row, where every process has the whole latent
-            and takes tokens of its own out of it. These alone are the region.
-    """
+    """What is known of the latent: how its dimensions fall into atoms, and which of them are the region."""
 
     shape: tuple[int, ...]
-    parts: tuple[tuple[int, ...], ...]
-    excluded: frozenset[Atom] = frozenset()
-    batch_dim: int | None = 0
+    parts: tuple[tuple[int, ...], ...]  # for each dimension the sizes of its atoms, outermost first
+    excluded: frozenset[Atom] = frozenset()  # atoms that are not part of the region
+    batch_dim: int | None = 0  # dimension of the latent that counts the samples, or None
+    # ``(start, stop)`` along the region's dimension 1, where the latent's other tokens are context
     window: tuple[int, int] | None = None
-    coarse: bool = False
+    coarse: bool = False  # what a convolution's stride takes together is one token, also where its kernels overlap
+    # whether what pads the grid with its own entries is looked at as context, until it is cut into patches
     padded: bool = False
-    shared_rows: bool = False
+    shared_rows: bool = False  # the model takes the samples apart, so that all of them have the same active rows
+    # orders in which tokens stand, with the sizes of the parts that views cut them into, outermost first
     cuts: tuple[tuple[Order, tuple[int, ...]], ...] = ()
+    # windows of tokens are cut in two orders, so that attention in windows takes no token for a part of another
     shifted: bool = False
-    shards: Group | None = None
+    shards: Group | None = None  # the processes that exchange tokens, each with tokens and active rows of its own
+    # the processes that add up features of the same tokens, all with the active rows of the first of them
     replicas: Group | None = None
+    # ``(start, stop)`` among all tokens of the latent, counted row by row, where every process has the whole
+    # latent and takes tokens of its own out of it. These alone are the region.
     stretch: tuple[int, int] | None = None
 
     @staticmethod

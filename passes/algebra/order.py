@@ -36,17 +36,12 @@ OWN = Atom(-3, 1)
 
 @dataclass(frozen=True, order=True)
 class Order:
-    """Tokens in an order that is known before any call.
+    """Tokens in an order that is known before any call."""
 
-    Attributes:
-        base: the latent's atoms whose tokens are reordered, with their sizes, in the region's order.
-        digest: what tells one order of them from another.
-        places: int64 [n], of each entry its place in the product of ``base``.
-    """
-
+    # the latent's atoms whose tokens are reordered, with their sizes, in the region's order
     base: tuple[tuple[Atom, int], ...]
-    digest: str
-    places: Tensor = field(compare=False, repr=False)
+    digest: str  # what tells one order of them from another
+    places: Tensor = field(compare=False, repr=False)  # int64 [n], of each entry its place in the product of ``base``
 
     @staticmethod
     def of(base: tuple[tuple[Atom, int], ...], places: Tensor) -> Order:

@@ -28,26 +28,18 @@ from ras_compile.passes.algebra.order import RANKS
 
 @dataclass(frozen=True)
 class TokenView:
-    """A function from a tensor to ``[B, N, P, C]``: samples, tokens, pixels of a patch, channels; see :func:`token_view`.
+    """A function from a tensor to ``[B, N, P, C]``: samples, tokens, pixels of a patch, channels; see :func:`token_view`."""
 
-    Attributes:
-        cuts: ``(dim, start, length)`` of the region's segment, where it stands beside others.
-        token_dims: the tensor's dimensions that hold tokens.
-        exploded: the sizes of the tensor's factors.
-        order: the order in which the view takes them.
-        shape: ``(B, N, P)``.
-        channels: how many channels are viewed; None for all.
-        filled: ``(dim, size)`` of dimensions whose last patch is not full, and their size if it were.
-        stretch: ``(start, total)`` where only a stretch of all the tensor's tokens is viewed, N from ``start`` on.
-    """
-
+    # ``(dim, start, length)`` of the region's segment, where it stands beside others
     cuts: tuple[tuple[int, int, int], ...]
-    token_dims: frozenset[int]
-    exploded: tuple[int, ...]
-    order: tuple[int, ...]
-    shape: tuple[int, int, int]
-    channels: int | None
+    token_dims: frozenset[int]  # the tensor's dimensions that hold tokens
+    exploded: tuple[int, ...]  # the sizes of the tensor's factors
+    order: tuple[int, ...]  # the order in which the view takes them
+    shape: tuple[int, int, int]  # ``(B, N, P)``
+    channels: int | None  # how many channels are viewed; None for all
+    # ``(dim, size)`` of dimensions whose last patch is not full, and their size if it were
     filled: tuple[tuple[int, int], ...] = ()
+    # ``(start, total)`` where only a stretch of all the tensor's tokens is viewed, N from ``start`` on
     stretch: tuple[int, int] | None = None
 
     def __call__(self, value: Tensor) -> Tensor:

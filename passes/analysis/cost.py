@@ -99,29 +99,18 @@ def flops_of(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> Any:
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs and bytes of one step.
+    """FLOPs and bytes of one step."""
 
-    Attributes:
-        dense_flops: FLOPs of a dense step.
-        sparse_flops: FLOPs of a sparse step, an expression in ``A``.
-        dense_bytes: bytes that a dense step's contractions, attention and convolutions read and write.
-        sparse_bytes: the same for a sparse step, an expression in ``A``.
-        cache_bytes: bytes of all caches of one branch.
-        tokens: N.
-        dense_sent: bytes that one process sends to others in a dense step, over several devices.
-        sparse_sent: the same for a sparse step, an expression in ``A``.
-        attended_bytes: bytes of queries, keys, values and results of attention between the picture's tokens in a dense step:
-            what processes would exchange that share the tokens, and attend by heads.
-    """
-
-    dense_flops: int
-    sparse_flops: sympy.Expr
-    dense_bytes: int
-    sparse_bytes: sympy.Expr
-    cache_bytes: int
-    tokens: int
-    dense_sent: int = 0
-    sparse_sent: sympy.Expr = sympy.Integer(0)
+    dense_flops: int  # FLOPs of a dense step
+    sparse_flops: sympy.Expr  # FLOPs of a sparse step, an expression in ``A``
+    dense_bytes: int  # bytes that a dense step's contractions, attention and convolutions read and write
+    sparse_bytes: sympy.Expr  # the same for a sparse step, an expression in ``A``
+    cache_bytes: int  # bytes of all caches of one branch
+    tokens: int  # N
+    dense_sent: int = 0  # bytes that one process sends to others in a dense step, over several devices
+    sparse_sent: sympy.Expr = sympy.Integer(0)  # the same for a sparse step, an expression in ``A``
+    # bytes of queries, keys, values and results of attention between the picture's tokens in a dense step: what
+    # processes would exchange that share the tokens, and attend by heads
     attended_bytes: int = 0
 
     def seconds(self, active: int, ranks: int, flops: float, bandwidth: float) -> tuple[float, float]:

@@ -48,15 +48,10 @@ class NotTogether(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """Entries ``start`` to ``stop`` of ``size`` along one dimension of a value, which exists for all of them.
+    """Entries ``start`` to ``stop`` of ``size`` along one dimension of a value, which exists for all of them."""
 
-    Attributes:
-        whole: the value for all entries.
-        layout: the layout of the part itself, whose tokens are the entries.
-    """
-
-    whole: fx.Node
-    layout: Layout
+    whole: fx.Node  # the value for all entries
+    layout: Layout  # the layout of the part itself, whose tokens are the entries
     start: int
     stop: int
     size: int

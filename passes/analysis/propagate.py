@@ -38,23 +38,15 @@ CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the propagation found.
+    """What the propagation found."""
 
-    Attributes:
-        graph: the dense graph: functional, pre-dispatch ATen with static shapes.
-        latent: the placeholder that carries the region.
-        frame: how the latent falls into atoms, and which of them are the region.
-        layouts: layout of every value that carries the region (a tuple for a node with several results).
-        steps: what becomes of each node that has an operand with the region.
-        outputs: positions of the graph's outputs that carry the region.
-    """
-
-    graph: fx.Graph
-    latent: fx.Node
-    frame: Frame
+    graph: fx.Graph  # the dense graph: functional, pre-dispatch ATen with static shapes
+    latent: fx.Node  # the placeholder that carries the region
+    frame: Frame  # how the latent falls into atoms, and which of them are the region
+    # layout of every value that carries the region (a tuple for a node with several results)
     layouts: dict[fx.Node, Result]
-    steps: dict[fx.Node, Step]
-    outputs: tuple[int, ...]
+    steps: dict[fx.Node, Step]  # what becomes of each node that has an operand with the region
+    outputs: tuple[int, ...]  # positions of the graph's outputs that carry the region
 
     @property
     def output_nodes(self) -> list[fx.Node]:

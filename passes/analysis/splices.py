@@ -32,18 +32,14 @@ class Splice:
 
 @dataclass
 class SparsePlan:
-    """Splices and gathers of the sparse program, in the order in which they appear.
+    """Splices and gathers of the sparse program, in the order in which they appear."""
 
-    Attributes:
-        splices: the values that are made whole from their caches.
-        gathers: the dense values of which active rows are taken, and how they are read.
-        frozen: with a frozen context, the values of it that sparse steps take from the last dense one as they are.
-        live: with a frozen context, the nodes that a sparse step computes or reads; else None: all of them.
-    """
-
-    splices: list[Splice] = field(default_factory=list)
+    splices: list[Splice] = field(default_factory=list)  # the values that are made whole from their caches
+    # the dense values of which active rows are taken, and how they are read
     gathers: dict[fx.Node, list[Layout]] = field(default_factory=dict)
+    # with a frozen context, the values of it that sparse steps take from the last dense one as they are
     frozen: list[fx.Node] = field(default_factory=list)
+    # with a frozen context, the nodes that a sparse step computes or reads; else None: all of them
     live: set[fx.Node] | None = None
 
     def sizes(self, frame: Frame, active: Any) -> Sizes:

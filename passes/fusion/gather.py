@@ -53,20 +53,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Site:
-    """`gather -> linear (-> add)`.
+    """`gather -> linear (-> add)`."""
 
-    Attributes:
-        product: the linear, or the convolution.
-        last: the node whose value the fused op gives: the product, or the sum with a table.
-        x: where the product's operand comes from.
-        table: where the table's rows come from.
-        turned: ``last`` counts [samples, N, places] for these (samples, places), as a convolution does; else [B, A, N].
-    """
-
-    product: fx.Node
-    last: fx.Node
-    x: Source
-    table: Source | None
+    product: fx.Node  # the linear, or the convolution
+    last: fx.Node  # the node whose value the fused op gives: the product, or the sum with a table
+    x: Source  # where the product's operand comes from
+    table: Source | None  # where the table's rows come from
+    # ``last`` counts [samples, N, places] for these (samples, places), as a convolution does; else [B, A, N]
     turned: tuple[int, int] | None
 
 

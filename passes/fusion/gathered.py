@@ -24,25 +24,15 @@ LARGEST = 1 << 24  # entries of index tensors that are looked at, in all draws t
 
 @dataclass(frozen=True)
 class Gathered:
-    """`index(moves(base), indices)`, a value of some of the rows of a dense one.
+    """`index(moves(base), indices)`, a value of some of the rows of a dense one."""
 
-    Attributes:
-        base: an input of the graph or a view of one; all addresses are entries of its memory.
-        places: how the value's entries visit the index tensors, broadcast to one shape.
-        memory: how they visit the base's memory, apart from what the indices say.
-        shape: that of the index tensors, broadcast.
-        indices: the index tensors, each with the digits of its dim in memory.
-        behind: what computes them from the active rows.
-        rows: the active rows.
-    """
-
-    base: fx.Node
-    places: Walk
-    memory: Walk
-    shape: torch.Size
-    indices: list[tuple[fx.Node, Digits]]
-    behind: list[fx.Node]
-    rows: fx.Node
+    base: fx.Node  # an input of the graph or a view of one; all addresses are entries of its memory
+    places: Walk  # how the value's entries visit the index tensors, broadcast to one shape
+    memory: Walk  # how they visit the base's memory, apart from what the indices say
+    shape: torch.Size  # that of the index tensors, broadcast
+    indices: list[tuple[fx.Node, Digits]]  # the index tensors, each with the digits of its dim in memory
+    behind: list[fx.Node]  # what computes them from the active rows
+    rows: fx.Node  # the active rows
 
     @staticmethod
     def of(index: fx.Node, rows: fx.Node) -> Gathered | None:

@@ -40,21 +40,13 @@ GroupChoice = Callable[[list[list[Sequence]], list[Sequence]], bool]
 
 @dataclass(eq=False)
 class Op:
-    """A scatter-GEMM of a program, or one that may take the place of a splice there.
+    """A scatter-GEMM of a program, or one that may take the place of a splice there."""
 
-    Attributes:
-        arguments: those of `scatter_linear`.
-        at: the op, or the splice in whose place it would stand.
-        site: all ops that write one splice, this one among them; they go together.
-        linear: of one that is not written: the linear that it replaces.
-        written: whether the program has it, alone or in a launch.
-    """
-
-    arguments: ScatterArguments[fx.Node]
-    at: fx.Node
-    site: list[Op] = field(default_factory=list)
-    linear: fx.Node | None = None
-    written: bool = False
+    arguments: ScatterArguments[fx.Node]  # those of `scatter_linear`
+    at: fx.Node  # the op, or the splice in whose place it would stand
+    site: list[Op] = field(default_factory=list)  # all ops that write one splice, this one among them; they go together
+    linear: fx.Node | None = None  # of one that is not written: the linear that it replaces
+    written: bool = False  # whether the program has it, alone or in a launch
 
     @property
     def meta(self) -> dict:

@@ -41,24 +41,16 @@ OneChoice = Callable[[tuple], bool]  # asked with those of one op
 
 @dataclass(frozen=True)
 class Fusion:
-    """What the fusion of a sparse program has to know.
+    """What the fusion of a sparse program has to know."""
 
-    Attributes:
-        tokens: how many tokens the region has.
-        probe: the same program for a few active rows, at least two, on which sites are found; None: the program itself.
-        pays: says of a site's ops whether they are faster than what they replace; None: all are.
-        dtypes: the dtypes that are fused.
-        gather_pays: as ``pays``, for gathers before linears.
-        attention_pays: as ``pays``, for attention of the active tokens.
-        grouped: says so of a launch of several, see `group.py`; None: there are no such launches.
-    """
-
-    tokens: int
+    tokens: int  # how many tokens the region has
+    # the same program for a few active rows, at least two, on which sites are found; None: the program itself
     probe: fx.Graph | None = None
-    pays: Choice | None = None
-    dtypes: Sequence[torch.dtype] = HALF
-    gather_pays: OneChoice | None = None
-    attention_pays: OneChoice | None = None
+    pays: Choice | None = None  # says of a site's ops whether they are faster than what they replace; None: all are
+    dtypes: Sequence[torch.dtype] = HALF  # the dtypes that are fused
+    gather_pays: OneChoice | None = None  # as ``pays``, for gathers before linears
+    attention_pays: OneChoice | None = None  # as ``pays``, for attention of the active tokens
+    # says so of a launch of several, see `group.py`; None: there are no such launches
     grouped: GroupChoice | None = None
 
     @cached_property

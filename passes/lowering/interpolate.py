@@ -34,16 +34,12 @@ class NotAffine(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """A sum of whole multiples of products of lengths, or a floating point number that is such a sum by a power of two.
+    """A sum of whole multiples of products of lengths, or a floating point number that is such a sum by a power of two."""
 
-    Attributes:
-        terms: each multiple that is not zero, and the exponents of the lengths in its product: ``(2, (1, 0))`` is twice the
-            first of two lengths, ``(5, (0, 0))`` the constant 5.
-        over: what the sum is divided by; 0: it is a whole number.
-    """
-
+    # each multiple that is not zero, and the exponents of the lengths in its product: ``(2, (1, 0))`` is twice
+    # the first of two lengths, ``(5, (0, 0))`` the constant 5
     terms: tuple[tuple[int, Point], ...]
-    over: int = 0
+    over: int = 0  # what the sum is divided by; 0: it is a whole number
 
     def __call__(self, lengths: Sequence[Any]) -> Any:
         total = sum(multiple * product(lengths, exponents) for multiple, exponents in self.terms)

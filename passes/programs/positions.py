@@ -34,17 +34,12 @@ Emit = Callable[..., fx.Node]
 
 @dataclass(frozen=True)
 class Positions:
-    """How to address the sparse form of a tensor inside its whole form.
+    """How to address the sparse form of a tensor inside its whole form."""
 
-    Attributes:
-        dims: the dimensions that are addressed by an index; the others are taken in full.
-        indices: one index tensor per entry of ``dims``; together they broadcast to the sparse sizes of ``dims``.
-        rank: number of dimensions of the tensor.
-    """
-
-    dims: tuple[int, ...]
+    dims: tuple[int, ...]  # the dimensions that are addressed by an index; the others are taken in full
+    # one index tensor per entry of ``dims``; together they broadcast to the sparse sizes of ``dims``
     indices: tuple[fx.Node, ...]
-    rank: int
+    rank: int  # number of dimensions of the tensor
 
     @property
     def order(self) -> tuple[int, ...]:

@@ -48,19 +48,13 @@ Rewrite = Callable[[Sizes], tuple[Callable, tuple, dict]]
 
 @dataclass(frozen=True)
 class Step:
-    """What becomes of one node.
+    """What becomes of one node."""
 
-    Attributes:
-        out: layout of the result (a tuple for an op with several), None where the result carries no region.
-        uses: one entry per tensor operand, in the order in which the operands appear.
-        whole: the node runs as it is, on whole operands, and its result is whole.
-        rewrite: ``(target, args, kwargs)`` for given sparse sizes, where the op's arguments name sizes; the tensor
-            operands stay the original nodes; those that take part are counted by ``uses``, in order.
-    """
-
-    out: Result
-    uses: tuple[Use | Gather, ...]
-    whole: bool = False
+    out: Result  # layout of the result (a tuple for an op with several), None where the result carries no region
+    uses: tuple[Use | Gather, ...]  # one entry per tensor operand, in the order in which the operands appear
+    whole: bool = False  # the node runs as it is, on whole operands, and its result is whole
+    # ``(target, args, kwargs)`` for given sparse sizes, where the op's arguments name sizes; the tensor operands
+    # stay the original nodes; those that take part are counted by ``uses``, in order
     rewrite: Rewrite | None = None
 
 

@@ -15,15 +15,10 @@ from ras_compile.passes.rules.registry import nodes_in
 
 @dataclass
 class Fact:
-    """A value that a graph was specialised on.
+    """A value that a graph was specialised on."""
 
-    Attributes:
-        value: the value, on the device of what was read.
-        source: the user's source line.
-    """
-
-    value: Tensor
-    source: str
+    value: Tensor  # the value, on the device of what was read
+    source: str  # the user's source line
 
 
 class Guard:

@@ -24,19 +24,12 @@ _STEP = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]|\.([A-Za-z_]\w*)")
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One placeholder.
+    """One placeholder."""
 
-    Attributes:
-        argument: name of the forward argument that it is, or belongs to; None for weights and sizes.
-        path: the user's expression for it, such as ``added_cond_kwargs['resolution']``.
-        weight: a parameter or buffer of the module.
-        size: a symbolic integer, no tensor: the size of one, or an integer argument (which has a name).
-    """
-
-    argument: str | None
-    path: str
-    weight: bool = False
-    size: bool = False
+    argument: str | None  # name of the forward argument that it is, or belongs to; None for weights and sizes
+    path: str  # the user's expression for it, such as ``added_cond_kwargs['resolution']``
+    weight: bool = False  # a parameter or buffer of the module
+    size: bool = False  # a symbolic integer, no tensor: the size of one, or an integer argument (which has a name)
 
 
 def source_name(node: fx.Node) -> str:

@@ -51,19 +51,12 @@ _DATA: Any = Tensor.data
 
 @dataclass
 class Reading:
-    """One reading of tensors by Python code.
+    """One reading of tensors by Python code."""
 
-    Attributes:
-        function: name of what read them.
-        read: their values.
-        result: what it returned: Python values, or tensors.
-        source: the user's source line.
-    """
-
-    function: str
-    read: list[Tensor]
-    result: Any
-    source: str
+    function: str  # name of what read them
+    read: list[Tensor]  # their values
+    result: Any  # what it returned: Python values, or tensors
+    source: str  # the user's source line
 
 
 @dataclass
@@ -71,11 +64,10 @@ class Closed:
     """A tensor that a model reads and that is no argument: a weight, or a table that it keeps.
 
     Attributes:
-        tensor: the tensor, as it was when the graph was made.
         owner, name: the module's dictionary that it is looked up in at each call; None for a table.
     """
 
-    tensor: Tensor
+    tensor: Tensor  # the tensor, as it was when the graph was made
     owner: dict[str, Any] | None = None
     name: str = ""
 

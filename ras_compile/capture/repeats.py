@@ -58,18 +58,13 @@ _CALL = torch.ops.ras_compile.repeated_block.default
 
 @dataclass
 class Block:
-    """Stretches of a Dynamo graph that differ in their operands alone.
+    """Stretches of a Dynamo graph that differ in their operands alone."""
 
-    Attributes:
-        number: what the calls name it by.
-        stretches: the nodes of each.
-        operands: of each stretch the values from outside, in order of their first use.
-        outputs: places of the nodes whose values are used outside, by any of the stretches.
-    """
-
-    number: int
-    stretches: list[list[fx.Node]] = field(default_factory=list)
+    number: int  # what the calls name it by
+    stretches: list[list[fx.Node]] = field(default_factory=list)  # the nodes of each
+    # of each stretch the values from outside, in order of their first use
     operands: list[list[fx.Node]] = field(default_factory=list)
+    # places of the nodes whose values are used outside, by any of the stretches
     outputs: list[int] = field(default_factory=list)
 
     def module(self) -> fx.GraphModule:

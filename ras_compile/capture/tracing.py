@@ -41,23 +41,15 @@ from ras_compile.passes.analysis.emit import copied
 
 @dataclass
 class Trace:
-    """What tracing gives.
+    """What tracing gives."""
 
-    Attributes:
-        graph: the captured graph: functional ATen; inputs are the arguments' tensors, then the closed tensors.
-        closed: the tensors that are no arguments, in the order of their placeholders.
-        guard: tells whether the graph is that of another call, too.
-        output_spec: structure of what the model returns.
-        others: the leaves of what it returns; ``None`` where a tensor stands.
-        is_tensor: which of those leaves are tensors.
-    """
-
+    # the captured graph: functional ATen; inputs are the arguments' tensors, then the closed tensors
     graph: fx.GraphModule
-    closed: list[Closed]
-    guard: Guard
-    output_spec: pytree.TreeSpec
-    others: list[Any]
-    is_tensor: list[bool]
+    closed: list[Closed]  # the tensors that are no arguments, in the order of their placeholders
+    guard: Guard  # tells whether the graph is that of another call, too
+    output_spec: pytree.TreeSpec  # structure of what the model returns
+    others: list[Any]  # the leaves of what it returns; ``None`` where a tensor stands
+    is_tensor: list[bool]  # which of those leaves are tensors
 
 
 def trace(root: nn.Module, args: tuple, kwargs: dict, *, runs: bool = False) -> Trace:

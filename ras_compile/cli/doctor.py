@@ -16,19 +16,13 @@ from ras_compile.errors import RASError
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        what: its name.
-        found: what it is.
-        state: "ok"; "slow" where something works, but not as fast as it might; "bad" where nothing can be compiled.
-        advice: what to do, where there is something to do.
-    """
+    """One thing that was looked at."""
 
     what: str
-    found: str
+    found: str  # what it is
+    # "ok"; "slow" where something works, but not as fast as it might; "bad" where nothing can be compiled
     state: str = "ok"
-    advice: str = ""
+    advice: str = ""  # what to do, where there is something to do
 
 
 def examine() -> list[Finding]:

@@ -29,24 +29,18 @@ class Row:
     """One way.
 
     Attributes:
-        name: what it is called.
-        steps: its number of steps.
-        preset: whether it is one.
         seconds, psnr, ssim: of each prompt: seconds of its steps, and how near it is to the exact picture.
-        judged: of each prompt, what each of the judges says.
-        pictures: of each prompt.
-        speedup: by FLOPs, against as many dense steps.
     """
 
     name: str
     steps: int
-    preset: bool = False
+    preset: bool = False  # whether it is one
     seconds: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
-    judged: dict[str, list[float]] = field(default_factory=dict)
-    pictures: list[Any] = field(default_factory=list)
-    speedup: float | None = None
+    judged: dict[str, list[float]] = field(default_factory=dict)  # of each prompt, what each of the judges says
+    pictures: list[Any] = field(default_factory=list)  # of each prompt
+    speedup: float | None = None  # by FLOPs, against as many dense steps
 
     def add(self, drawn: Drawn, exact: Tensor, prompt: str, judges: Mapping[str, Judge]) -> None:
         """Takes a picture and what is known of it."""
@@ -69,23 +63,14 @@ class Row:
 
 @dataclass
 class Frontier:
-    """All ways.
+    """All ways."""
 
-    Attributes:
-        prompts: what was drawn, the `n`-th with the seed `n`.
-        exact_steps: dense steps of the pictures that count as exact.
-        rows: the ways, the exact one left out.
-        exact: the exact picture of each prompt.
-        rivals: of each preset the number of plain steps that take its time.
-        notes: what could not be compared.
-    """
-
-    prompts: Sequence[str]
-    exact_steps: int
-    rows: list[Row] = field(default_factory=list)
-    exact: list[Any] = field(default_factory=list)
-    rivals: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    prompts: Sequence[str]  # what was drawn, the `n`-th with the seed `n`
+    exact_steps: int  # dense steps of the pictures that count as exact
+    rows: list[Row] = field(default_factory=list)  # the ways, the exact one left out
+    exact: list[Any] = field(default_factory=list)  # the exact picture of each prompt
+    rivals: dict[str, int] = field(default_factory=dict)  # of each preset the number of plain steps that take its time
+    notes: list[str] = field(default_factory=list)  # what could not be compared
 
     def told(self) -> dict[str, Any]:
         """As plain data."""

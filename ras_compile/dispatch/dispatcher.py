@@ -176,17 +176,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why calls of one key run dense.
+    """Why calls of one key run dense."""
 
-    Attributes:
-        error: it says why.
-        timestep: position of the timestep among the inputs; None where there is none.
-        hooked: the part of the model that has hooks, if that is why: it may lose them.
-    """
-
-    error: UnsupportedGraph | SpecViolation
-    timestep: int | None = None
-    hooked: weakref.ref | None = None
+    error: UnsupportedGraph | SpecViolation  # it says why
+    timestep: int | None = None  # position of the timestep among the inputs; None where there is none
+    hooked: weakref.ref | None = None  # the part of the model that has hooks, if that is why: it may lose them
 
 
 def without_traceback(error: UnsupportedGraph | SpecViolation) -> UnsupportedGraph | SpecViolation:

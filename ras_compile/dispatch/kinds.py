@@ -28,19 +28,12 @@ from ras_compile.versions import TESTED
 
 @dataclass(frozen=True)
 class Kind:
-    """What a call may be.
-
-    Attributes:
-        name: what it is.
-        recognised: what gives it away.
-        runs: what runs.
-        said: what the user is told.
-    """
+    """What a call may be."""
 
     name: str
-    recognised: str
-    runs: str
-    said: str
+    recognised: str  # what gives it away
+    runs: str  # what runs
+    said: str  # what the user is told
 
 
 RECORDING = Kind(

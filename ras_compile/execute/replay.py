@@ -26,18 +26,12 @@ Function = Callable[..., Sequence[Tensor]]
 
 @dataclass
 class _Recorded:
-    """A captured graph and its buffers.
+    """A captured graph and its buffers."""
 
-    Args:
-        slot: buffers of what is copied in at each call.
-        kept: buffers of what stays.
-        held: what stands in those.
-    """
-
-    slot: Slot
-    kept: Slot
+    slot: Slot  # buffers of what is copied in at each call
+    kept: Slot  # buffers of what stays
     graph: Graph
-    held: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]  # what stands in those
 
 
 @dataclass

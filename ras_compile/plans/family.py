@@ -51,19 +51,12 @@ KEPT = 4  # members whose caches and CUDA graphs stay when their generations end
 
 @dataclass(frozen=True)
 class Sample:
-    """A program at one point, from many of which the one for all lengths is made.
+    """A program at one point, from many of which the one for all lengths is made."""
 
-    Attributes:
-        point: the lengths.
-        plan: the plan at these lengths.
-        caches: what its dense program leaves behind.
-        active: ``"dense"``, ``"bare"``, or the active rows.
-    """
-
-    point: Point
-    plan: Plan
-    caches: list[Tensor]
-    active: int | str
+    point: Point  # the lengths
+    plan: Plan  # the plan at these lengths
+    caches: list[Tensor]  # what its dense program leaves behind
+    active: int | str  # ``"dense"``, ``"bare"``, or the active rows
 
 
 class Family:

@@ -64,17 +64,11 @@ class Sized:
 
 @dataclass(frozen=True)
 class Shared:
-    """A program for all lengths: takes the lengths, then its inputs.
+    """A program for all lengths: takes the lengths, then its inputs."""
 
-    Attributes:
-        compiled: the program.
-        symbols: what compiling it has assumed of the lengths.
-        sized: its inputs.
-    """
-
-    compiled: Compiled
-    symbols: Symbols
-    sized: list[Sized]
+    compiled: Compiled  # the program
+    symbols: Symbols  # what compiling it has assumed of the lengths
+    sized: list[Sized]  # its inputs
 
     def fits(self, point: Point, inputs: Sequence[Tensor]) -> bool:
         """Whether it is right for these inputs."""

@@ -212,24 +212,15 @@ class Slots(dict):
 
 @dataclass(eq=False)
 class Branch:
-    """One guidance branch of one graph: `slots` holds the backend's caches of it.
+    """One guidance branch of one graph: `slots` holds the backend's caches of it."""
 
-    Args:
-        label: the name that somebody gave it, or "0", "1", ... by order of appearance.
-        name: the given name, or None.
-        graph: identity of the compiled plan.
-        order: place among the calls of the last step that had this branch.
-        last_step: last step in which the branch was run to its end.
-        kept: whether that call left its caches and its noise, without which the next one cannot be sparse.
-    """
-
-    label: str
-    name: str | None
-    graph: Hashable
+    label: str  # the name that somebody gave it, or "0", "1", ... by order of appearance.
+    name: str | None  # the given name, or None
+    graph: Hashable  # identity of the compiled plan
     positions: list[_Position]
-    order: int
-    last_step: int | None = None
-    kept: bool = False
+    order: int  # place among the calls of the last step that had this branch
+    last_step: int | None = None  # last step in which the branch was run to its end
+    kept: bool = False  # whether that call left its caches and its noise, without which the next one cannot be sparse
     slots: dict = field(default_factory=Slots)
     spare: dict | None = None
     given: list[weakref.ref | None] = field(default_factory=list)  # the last context, where it is not compared

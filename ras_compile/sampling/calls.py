@@ -23,62 +23,37 @@ from ras_compile.sampling.schedule import Kind, Schedule
 
 @dataclass
 class CallInfo:
-    """One model call, as the backend sees it.
+    """One model call, as the backend sees it."""
 
-    Args:
-        graph: identity of the compiled plan (graph and shapes).
-        latent: the latent, the user's own object.
-        context: the user's other inputs in a fixed order, as objects: tensors, and numbers that tell branches apart.
-        timestep: the timestep, tensor or number, or None.
-        batch: B, samples of the call.
-        tokens: N, region tokens per sample.
-        grid: the region's token grid; its product is N.
-        view: the latent's token view, where the backend has it.
-        cost: gives the FLOPs of the programs, where the backend has them.
-        weights: those that the graph reads, always in the same order.
-        spread: the tokens of all processes, where each of them has the whole latent.
-        group: the processes that share the model.
-    """
-
-    graph: Hashable
-    latent: Tensor
+    graph: Hashable  # identity of the compiled plan (graph and shapes)
+    latent: Tensor  # the latent, the user's own object
+    # the user's other inputs in a fixed order, as objects: tensors, and numbers that tell branches apart
     context: tuple[Any, ...]
-    timestep: Any
-    batch: int
-    tokens: int
-    grid: tuple[int, ...] = ()
-    view: TokenView | None = None
-    cost: Callable[[], Cost] | None = None
-    weights: Sequence[Tensor] = ()
-    spread: Spread | None = None
-    group: Group | None = None
+    timestep: Any  # the timestep, tensor or number, or None
+    batch: int  # B, samples of the call
+    tokens: int  # N, region tokens per sample
+    grid: tuple[int, ...] = ()  # the region's token grid; its product is N
+    view: TokenView | None = None  # the latent's token view, where the backend has it
+    cost: Callable[[], Cost] | None = None  # gives the FLOPs of the programs, where the backend has them
+    weights: Sequence[Tensor] = ()  # those that the graph reads, always in the same order
+    spread: Spread | None = None  # the tokens of all processes, where each of them has the whole latent
+    group: Group | None = None  # the processes that share the model
 
 
 @dataclass(eq=False)
 class Decision:
-    """What the backend must run.
-
-    Args:
-        kind: "dense" or "sparse".
-        step: step of the generation, from 0.
-        num_steps: steps of the generation, where known.
-        branch: label of the guidance branch.
-        active: A, active rows per sample (N when dense).
-        rows: int64 [B, A], ascending, or None when dense.
-        reason: why the call is dense.
-        slots: the backend's caches of this branch and graph; empty at the branch's first call of a generation.
-        spare: slots of a finished generation with the same graph, made by the same thread, or None. Its tensors may be
-            taken over and overwritten, so that addresses stay.
-    """
+    """What the backend must run."""
 
     kind: Kind
-    step: int
-    num_steps: int | None
-    branch: str
-    active: int
-    rows: Tensor | None
-    reason: str
-    slots: dict
+    step: int  # step of the generation, from 0
+    num_steps: int | None  # steps of the generation, where known
+    branch: str  # label of the guidance branch
+    active: int  # A, active rows per sample (N when dense)
+    rows: Tensor | None  # int64 [B, A], ascending, or None when dense
+    reason: str  # why the call is dense
+    slots: dict  # the backend's caches of this branch and graph; empty at the branch's first call of a generation
+    # slots of a finished generation with the same graph, made by the same thread, or None. Its tensors may be
+    # taken over and overwritten, so that addresses stay.
     spare: dict | None
     run: Run = field(repr=False)
     of: Branch = field(repr=False)

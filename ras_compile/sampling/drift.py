@@ -34,21 +34,13 @@ _LARGEST = 1e30  # of a rate; beyond, sums would overflow
 
 @dataclass(eq=False)
 class Drift:
-    """What a branch remembers.
+    """What a branch remembers."""
 
-    Args:
-        last: the noise that changes are measured from, shaped like what the branch returns.
-        state: [2, B, N], float32: rates and gaps, see above.
-        view: makes what the branch returns [B, N, P, C], if it is not yet.
-        step: the step that the gaps lead up to.
-        pending: the branch was called in that step, and its noise has not been compared with `last` yet.
-    """
-
-    last: Tensor
-    state: Tensor
-    view: TokenView | None
-    step: int
-    pending: bool = True
+    last: Tensor  # the noise that changes are measured from, shaped like what the branch returns
+    state: Tensor  # [2, B, N], float32: rates and gaps, see above
+    view: TokenView | None  # makes what the branch returns [B, N, P, C], if it is not yet
+    step: int  # the step that the gaps lead up to
+    pending: bool = True  # the branch was called in that step, and its noise has not been compared with `last` yet
 
     @classmethod
     def begun(cls, noise: Tensor, view: TokenView | None, batch: int, tokens: int, step: int) -> Drift:

@@ -109,46 +109,28 @@ class Generation(Home):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model call of a step computed; the scheduler's step follows.
-
-    Args:
-        latent: the latent.
-        view: its token view.
-        rows: the active rows [B, A]; None after a dense call.
-        noise_reuse: that option of the generation.
-    """
+    """What one model call of a step computed; the scheduler's step follows."""
 
     latent: Tensor
-    view: TokenView
-    rows: Tensor | None
-    noise_reuse: str
+    view: TokenView  # its token view
+    rows: Tensor | None  # the active rows [B, A]; None after a dense call
+    noise_reuse: str  # that option of the generation
 
 
 @dataclass(frozen=True)
 class Said:
-    """What an attached pipeline says of one call of its transformer, from host values alone.
+    """What an attached pipeline says of one call of its transformer, from host values alone."""
 
-    Args:
-        key: identity of the generation, compared by `is`.
-        step: step of the generation, from 0.
-        num_steps: steps of the generation.
-        late: the run began after the first step of its schedule, as image-to-image does.
-        times: the scheduler's own timesteps, exact and unscaled.
-        entry: the present one of them.
-        windows: by the number of tokens of a packed latent [B, N, C]: which of them are the picture, None for all.
-        refusal: why no step of this generation may be sparse; empty where nothing is known against it.
-        replaced: the latent is not what the scheduler's last step returned.
-    """
-
-    key: Hashable
-    step: int
-    num_steps: int | None
-    late: bool
-    times: Tensor
-    entry: int
+    key: Hashable  # identity of the generation, compared by `is`
+    step: int  # step of the generation, from 0
+    num_steps: int | None  # steps of the generation
+    late: bool  # the run began after the first step of its schedule, as image-to-image does
+    times: Tensor  # the scheduler's own timesteps, exact and unscaled
+    entry: int  # the present one of them
+    # by the number of tokens of a packed latent [B, N, C]: which of them are the picture, None for all
     windows: Mapping[int, slice | None]
-    refusal: str
-    replaced: bool
+    refusal: str  # why no step of this generation may be sparse; empty where nothing is known against it
+    replaced: bool  # the latent is not what the scheduler's last step returned
 
 
 class Follower(Protocol):
@@ -181,50 +163,30 @@ class Follower(Protocol):
 
 @dataclass(slots=True)
 class AttachedCall:
-    """One call of an attached transformer, from its entry to its return.
+    """One call of an attached transformer, from its entry to its return."""
 
-    Args:
-        follower: the pipeline.
-        transformer: the pipeline's name for it.
-        branch: name of the guidance branch, where the pipeline gives one.
-        said: what the pipeline says of the call; None: nothing.
-        aside: the call is made by other code than the pipeline's loop, a callback's, and so is no part of its generation.
-        reached: whether the call has reached the backend.
-    """
-
-    follower: Follower
-    transformer: str
-    branch: str | None = None
-    said: Said | None = None
+    follower: Follower  # the pipeline
+    transformer: str  # the pipeline's name for it
+    branch: str | None = None  # name of the guidance branch, where the pipeline gives one
+    said: Said | None = None  # what the pipeline says of the call; None: nothing
+    # the call is made by other code than the pipeline's loop, a callback's, and so is no part of its generation
     aside: bool = False
-    reached: bool = False
+    reached: bool = False  # whether the call has reached the backend
 
 
 @dataclass(slots=True)
 class Place:
-    """Where the present call stands, as far as somebody says it; `step` None: nobody does.
+    """Where the present call stands, as far as somebody says it; `step` None: nobody does."""
 
-    Args:
-        owner: the thread or asyncio task.
-        home: where the runs of this caller are kept.
-        key: identity of the generation, compared by `is`.
-        step: step of the generation, from 0.
-        num_steps: steps of the generation, where known.
-        branch: name of the guidance branch, where somebody named it.
-        transformer: label of the transformer, for the trace.
-        follower: the attached pipeline that makes the call, if any.
-        said: what that one says of it.
-    """
-
-    owner: _Owner
-    home: Home
-    key: Hashable
-    step: int | None
-    num_steps: int | None
-    branch: str | None
-    transformer: str
-    follower: Follower | None
-    said: Said | None
+    owner: _Owner  # the thread or asyncio task
+    home: Home  # where the runs of this caller are kept
+    key: Hashable  # identity of the generation, compared by `is`
+    step: int | None  # step of the generation, from 0
+    num_steps: int | None  # steps of the generation, where known
+    branch: str | None  # name of the guidance branch, where somebody named it
+    transformer: str  # label of the transformer, for the trace
+    follower: Follower | None  # the attached pipeline that makes the call, if any
+    said: Said | None  # what that one says of it
 
 
 class _Here(threading.local):
