@@ -33,7 +33,6 @@ def fell_back(what: str, error: BaseException) -> None:
 
     Args:
         what: what is done instead; one of a few fixed phrases, so that the table stays small.
-        error: what failed.
     """
     log.info("%s", what, exc_info=error)
     line = next(iter(str(error).strip().splitlines()), "")

@@ -52,12 +52,7 @@ class _Ring:
 
 
 class _Carrier:
-    """The copies of one call of a program.
-
-    Args:
-        device: where the program runs.
-        caches: what it will ask for, in order.
-    """
+    """The copies of one call of a program."""
 
     def __init__(self, device: torch.device, caches: Sequence[Tensor]) -> None:
         self._main = torch.cuda.current_stream(device)
@@ -118,7 +113,6 @@ def carrying(device: torch.device, caches: Sequence[Tensor]) -> Iterator[None]:
     """While it is open, this thread's copies run beside the program; without it, and on a CPU, each is waited for.
 
     Args:
-        device: where the program runs.
         caches: those in the host's memory, in the order in which the program asks for them; none for a dense one.
     """
     if device.type != "cuda":
@@ -144,9 +138,6 @@ def _bytes(cache: Tensor) -> Tensor:
 @torch.library.custom_op("ras_compile::to_host", mutates_args=())
 def to_host(value: Tensor) -> Tensor:
     """A copy of a value in the host's memory, pinned where there is CUDA.
-
-    Args:
-        value: any tensor.
 
     Returns:
         one of the same shape and type; its strides have no gaps.

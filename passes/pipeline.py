@@ -92,10 +92,6 @@ def for_all_lengths(
 ) -> fx.GraphModule:
     """One program from those that :func:`prepare` has made for several lengths of the context, without outlined blocks.
 
-    Args:
-        points: the lengths.
-        outline_blocks: as for :func:`prepare`.
-
     Raises:
         NotAffine: there is no such program.
     """

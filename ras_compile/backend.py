@@ -112,8 +112,6 @@ class CompiledGraph(Dispatcher[Entry]):
 
     Args:
         graph: the Dynamo graph; its sizes may be symbolic.
-        config: the options.
-        examples: Dynamo's example inputs.
 
     Attributes:
         kind: what the graph is, by :data:`~ras_compile.dispatch.kinds.KINDS`; None before the first call that tells.

@@ -208,14 +208,7 @@ def summarise(
     changes: Sequence[float | None] = (),
     exchanged: str = "",
 ) -> Summary:
-    """The summary of a generation.
-
-    Args:
-        past: its calls.
-        config: its options.
-        seconds, compiled, changes: of each step, as far as they are known.
-        exchanged: as :class:`Summary` has it.
-    """
+    """The summary of a generation."""
     steps = [
         replace(
             _step(number, list(calls)),

@@ -572,7 +572,6 @@ class Sizes:
     """Sizes in the sparse world: the leading region atom counts the active rows, the other region atoms count one.
 
     Args:
-        frame: the latent's frame.
         active: A, the number of active rows; an int, or a sympy symbol for the cost model.
         context: whether the segments beside the region are there; without them (a frozen context) they have no entries.
     """

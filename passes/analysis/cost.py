@@ -70,9 +70,7 @@ def flops_of(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> Any:
     """FLOPs of one op (two per multiply-add; contractions, attention and convolutions, as `torch.utils.flop_counter`).
 
     Args:
-        node: the op.
         shapes: shapes of its tensor operands, in order; entries may be sympy expressions.
-        out: shape of its result.
     """
     if node.target in ATTENTION:
         return _attention(*shapes)

@@ -20,7 +20,6 @@ class Emitter:
 
     Args:
         mode: that of the fake tensors; None runs on whatever tensors the operands carry.
-        graph: the graph; without one, a new one.
     """
 
     def __init__(self, mode: FakeTensorMode | None, graph: fx.Graph | None = None) -> None:

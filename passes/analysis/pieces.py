@@ -58,11 +58,7 @@ class Part:
 
 
 def join_parts(graph: fx.Graph, node: fx.Node) -> bool:
-    """Works the parts together into which ``node`` cuts the tokens, wherever they are joined again; says whether any is.
-
-    Args:
-        node: one of :data:`CUTS`.
-    """
+    """Works the parts together into which ``node`` cuts the tokens, wherever they are joined again; says whether any is."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     derived: dict[fx.Node, None] = {}

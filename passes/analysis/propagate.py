@@ -58,8 +58,6 @@ def propagate(graph: fx.Graph, latent: fx.Node, frame: Frame, *, kv_cache: bool 
 
     Args:
         graph: functional, pre-dispatch ATen; every node's ``meta["val"]`` has static sizes.
-        latent: the placeholder whose grid is the region.
-        frame: the latent's shape, its dimensions not yet cut.
         kv_cache: False attends among the active tokens alone.
 
     Raises:

@@ -42,8 +42,6 @@ def hypotheses(live: Sequence[fx.Node], leaves: Sequence[fx.Node], channels: int
 
     Args:
         live: what depends on the product.
-        leaves: the site's leaves.
-        channels: of the product.
         first: the product's first row among those of all products.
     """
     targets = {node.target for node in live}

@@ -86,9 +86,6 @@ class Gathered:
 
         Args:
             order: how [B, A, channels] visits the value's entries.
-            lead: (B, A).
-            channels: how many channels there are.
-            draws: active rows.
         """
         if self.shape.numel() * len(draws) > LARGEST:
             return None

@@ -55,8 +55,6 @@ class PositionBuilder:
     """Builds :class:`Positions` for layouts, each distinct one once.
 
     Args:
-        frame: what is known of the latent.
-        sizes: the sparse sizes.
         rows: node of the active rows, int64 [B, A]; for layouts that count processes, of all of them: [R, B, A].
         emit: ``emit(target, *args, **kwargs)`` appends a node to the sparse graph.
         table: ``table(name, tensor)`` is the node of a constant of the sparse graph.

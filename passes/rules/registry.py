@@ -100,9 +100,7 @@ class Call:
     """A node as a rule sees it: its arguments by name, its operands' layouts, its result's shape.
 
     Attributes:
-        node: the node.
         layouts: layout of every value that carries the region, by node (a tuple for a node with several results).
-        frame: what is known of the latent.
         kv_cache: False attends among the active tokens alone (an ablation): keys and values are not spliced.
         mixed: values without a layout in which tokens stand in places that are not known.
     """

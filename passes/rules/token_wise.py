@@ -53,9 +53,6 @@ def token_wise(x: Tensor, weights: list[Tensor], part: int, width: int) -> Tenso
 
     Args:
         x: tokens [..., C].
-        weights: what :func:`weights_of` gives.
-        part: what :func:`number_of` gives.
-        width: D.
 
     Raises:
         TypeError: the module returns something else than a tensor.

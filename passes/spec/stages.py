@@ -33,7 +33,6 @@ def check_captured(graph: fx.Graph, source: fx.Graph | None = None) -> None:
     """A captured graph is functional ATen with static sizes, and keeps the user's source lines.
 
     Args:
-        graph: the captured graph.
         source: the graph that it was captured from; where that one has stack traces, so must ``graph``.
 
     Raises:

@@ -41,9 +41,7 @@ class PerAttributes:
     """A graph with float attributes of modules among its inputs: one graph without them for each set of values.
 
     Args:
-        graph: Dynamo's graph.
         places: where the attributes stand among its inputs.
-        inputs: example inputs.
         make: what is made of a graph and its inputs.
     """
 

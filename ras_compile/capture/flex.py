@@ -38,10 +38,6 @@ _PARTIAL, _FULL, _SIZES, _FUNCTION = slice(2, 4), slice(4, 6), slice(-3, -1), -1
 def spell_flex_attention(graph: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
     """A copy of a Dynamo graph without `flex_attention`; the graph itself where there is none.
 
-    Args:
-        graph: the Dynamo graph.
-        values: its concrete inputs, in order.
-
     Raises:
         UnsupportedGraph: a score function, a mask that depends on the values of inputs, or one that is too large.
     """
@@ -100,13 +96,7 @@ def refused(node: fx.Node, reason: str) -> UnsupportedGraph:
 
 
 class Constants:
-    """Values of nodes that depend on sizes alone.
-
-    Args:
-        module: the graph.
-        values: its concrete inputs.
-        inputs: what they are.
-    """
+    """Values of nodes that depend on sizes alone."""
 
     def __init__(self, module: fx.GraphModule, values: Sequence[Any], inputs: Sequence[GraphInput]) -> None:
         self._module, self._inputs = module, inputs

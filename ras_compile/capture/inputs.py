@@ -123,10 +123,6 @@ def keywords(forward: Callable[..., Any]) -> str:
 def check_timestep(name: str | None, kind: type[nn.Module]) -> None:
     """Refuses a name that a model's forward does not know. What it takes as ``**kwargs`` may have any name.
 
-    Args:
-        name: the option `timestep`.
-        kind: the model's class.
-
     Raises:
         ConfigError: there is no such argument.
     """
@@ -163,10 +159,6 @@ def vary_time(graph: fx.Graph, name: str | None) -> None:
     """Restarts Dynamo's capture where it took the timestep, a Python number or some in a list, for a constant.
 
     Dynamo itself would find out at the second call, with another graph: that step would be dense in the first picture alone.
-
-    Args:
-        graph: what was captured.
-        name: the option `timestep`.
     """
     names, extra = _names(graph)
     vary_numbers(lambda source, number: varies(_user_input(source, names, extra), number, name))
@@ -176,8 +168,6 @@ def varies(given: GraphInput, value: Any, name: str | None) -> bool:
     """Whether an argument is a Python number, or one of a list, that says the time, and so is another one at each step.
 
     Args:
-        given: the argument.
-        value: it.
         name: the option `timestep`; None: by the argument's name. A whole number called `t` may as well count frames.
     """
     if type(value) not in (int, float):

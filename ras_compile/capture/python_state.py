@@ -25,11 +25,7 @@ _BY_IDENTITY = (
 
 
 class PythonState:
-    """The Python objects of a model, as they are when this is made.
-
-    Args:
-        root: the model.
-    """
+    """The Python objects of a model, as they are when this is made."""
 
     def __init__(self, root: nn.Module) -> None:
         self.containers: list[tuple[Collection, tuple, tuple]] = []  # a container, its keys, its values

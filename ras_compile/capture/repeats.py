@@ -121,7 +121,6 @@ def written_out(captured: fx.GraphModule, blocks: Sequence[Block], capture: Call
 
     Args:
         captured: the captured graph of what `shortened` returned.
-        blocks: the blocks.
         capture: captures a Dynamo graph with fake inputs.
 
     Raises:

@@ -37,11 +37,7 @@ def settle_sharding_hooks(model: nn.Module) -> None:
 
 
 def _check_degrees(model: nn.Module, shared: Any) -> None:
-    """Says before the first step what Dynamo or diffusers would say in it, of something else.
-
-    Args:
-        shared: the model's `ContextParallelConfig`.
-    """
+    """Says before the first step what Dynamo or diffusers would say in it, of something else."""
     heads = getattr(getattr(model, "config", None), "num_attention_heads", 0)
     if isinstance(heads, int) and heads % shared.ulysses_degree:
         raise ConfigError(

@@ -131,8 +131,6 @@ class Drawn:
 
     Attributes:
         picture: the first picture, or the frames of the first video.
-        video: whether it is a video.
-        summary: of its generation.
     """
 
     def __init__(self, picture: Any, video: bool, summary: Summary) -> None:
@@ -145,14 +143,7 @@ class Drawn:
 
 
 class Artist:
-    """An attached pipeline that draws in several ways, all of them with the same compiled dense program.
-
-    Args:
-        pipe: the pipeline.
-        inputs: arguments of its calls.
-        seed: of the noise.
-        options: options of `ras_compile.attach`.
-    """
+    """An attached pipeline that draws in several ways, all of them with the same compiled dense program."""
 
     def __init__(self, pipe: Any, inputs: Mapping[str, Any], seed: int, options: Mapping[str, Any]) -> None:
         self.pipe, self._inputs, self._seed = pipe, dict(inputs), seed

@@ -114,11 +114,7 @@ def frontier(
     """Draws every prompt in every way.
 
     Args:
-        artist: draws.
         prompts: the `n`-th with the seed `n`.
-        presets: those that are compared.
-        steps: of the presets.
-        exact_steps: dense steps of the picture that counts as exact.
         judges: by names of `JUDGES`.
         on_drawn: told what has been drawn, in words.
     """

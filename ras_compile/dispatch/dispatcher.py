@@ -46,11 +46,7 @@ class Entry:
     """A plan, and the calls that it is for: those of one key. What must hold beside the key Dynamo has seen to.
 
     Args:
-        plan: the plan.
-        inputs: description of its inputs.
-        values: inputs of a call.
         users: positions of the inputs that are no weights and tell calls apart.
-        config: the options.
     """
 
     def __init__(
@@ -96,7 +92,6 @@ class Entry:
             given: the inputs, as the plan's graph takes them.
             own: the same as the user's own objects; Python numbers are tensors among ``given`` alone.
             weights: they say which transformer it is.
-            place: where the call stands.
         """
         group = self.plan.analysis.frame.group
         try:
@@ -192,11 +187,7 @@ _AnEntry = TypeVar("_AnEntry", bound=Entry)
 
 
 class Dispatcher(Generic[_AnEntry]):
-    """The plans of one capture, by the key of a call.
-
-    Args:
-        config: the options.
-    """
+    """The plans of one capture, by the key of a call."""
 
     def __init__(self, config: RASConfig) -> None:
         self.config = config

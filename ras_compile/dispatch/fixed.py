@@ -26,12 +26,7 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
 
 
 class Fixed:
-    """Tells by a number which values they have: 0 for the first ones, and another one for each that differ.
-
-    Args:
-        inputs: description of the inputs of a graph.
-        values: the first ones.
-    """
+    """Tells by a number which values they have: 0 for the first ones, and another one for each that differ."""
 
     def __init__(self, inputs: Sequence[GraphInput], values: Sequence[Any]) -> None:
         self.places = [

@@ -125,9 +125,6 @@ def kind_of_graph(
     Args:
         broken: what :func:`graph_break` or :func:`part_of` have found when Dynamo handed the graph over; None where
             :func:`arguments_of` have shown that the graph is whole all the same.
-        inputs: description of the graph's inputs.
-        values: the inputs of the call.
-        config: the options.
     """
     if broken is not None:
         return PART, broken
@@ -155,10 +152,6 @@ def arguments_of(
 
     Nothing comes behind it, and nothing was computed before it: each tensor that it is given is a weight, or an argument of the
     model's call, or a copy of one (a hook may move arguments to a device). None for any other graph.
-
-    Args:
-        forward: the forward of the model's class.
-        args, kwargs: the arguments of the model's call.
     """
     if not broken.to_the_end:
         return None
@@ -206,11 +199,6 @@ def part_of(inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConf
 
     Where Dynamo gives a frame up (a break inside of a loop, say) it compiles the functions that the frame calls. While it does
     so, the frame stands on the stack, between here and the call of what the user compiled.
-
-    Args:
-        inputs: description of the graph's inputs.
-        values: Dynamo's example inputs.
-        config: names the timestep.
     """
     root, inner, caller = None, None, None
     frame: FrameType | None = sys._getframe(1)

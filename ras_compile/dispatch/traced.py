@@ -49,13 +49,7 @@ _LEAVES = (Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtyp
 
 
 class TracedEntry(Entry):
-    """An entry for calls that find the same Python state in the model, and the same values where its code reads some.
-
-    Args:
-        trace: what tracing gave.
-        state: the model's Python objects when it was traced.
-        plan, inputs, values, config: see :class:`~ras_compile.dispatch.dispatcher.Entry`.
-    """
+    """An entry for calls that find the same Python state in the model, and the same values where its code reads some."""
 
     def __init__(
         self, trace: Trace, state: PythonState, plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any],
@@ -256,9 +250,7 @@ class TracedModel(Dispatcher[TracedEntry]):
     """Called in place of a model: finds the entry that fits the call, or makes one, and runs its step.
 
     Args:
-        root: the model.
         compiled: what Dynamo made of it, for calls that cannot be proved right.
-        config: the options.
     """
 
     def __init__(self, root: nn.Module, compiled: Callable[..., Any], config: RASConfig) -> None:

@@ -148,7 +148,6 @@ class _Lease:
     """Holds a slot; gives it back when it dies.
 
     Args:
-        slot: the slot.
         free: the list that it goes back to (appending is atomic: this may run inside any garbage collection).
     """
 
@@ -175,7 +174,6 @@ class ProgramGraphs:
 
     Args:
         weights: for each tensor input of the programs, whether it is a weight or constant, read at its own address.
-        device: the latent's device.
     """
 
     def __init__(self, weights: Sequence[bool], device: torch.device) -> None:
@@ -218,9 +216,7 @@ class ProgramGraphs:
 
         Args:
             active: ``"dense"``, or the sparse program's active rows per sample.
-            compiled: the program.
             inputs: tensor inputs of the call; for a sparse program then ``rows`` and the caches, which it writes.
-            slots: what the branch keeps.
             spare: what a branch of a finished generation kept.
         """
         addresses = self._addresses(inputs)

@@ -48,7 +48,6 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
     Args:
         module: the program; its ops are ATen and it may write into its last inputs (the caches).
         inputs: example inputs; real tensors, whose sizes are baked in, or fake ones, which may have symbolic sizes.
-        config: names the inner backend and its options.
 
     Raises:
         ConfigError: there is no such backend, or Inductor has no such option.
@@ -106,7 +105,6 @@ def compile_or_run(make: Callable[[], fx.GraphModule], inputs: Sequence[Any], co
 
     Args:
         make: gives the program: once more, if it is needed, as a compiler that fails may have changed the first one.
-        inputs, config: see :func:`compile_inner`.
 
     Raises:
         UnsupportedGraph: the inner compiler fails, and the option ``unsupported`` is "error".

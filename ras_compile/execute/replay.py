@@ -50,9 +50,6 @@ class Replayed:
 
     Args:
         function: ``(*tensors, *settings) -> tuple of tensors``; draws no random numbers, reads nothing from the device.
-
-    Attributes:
-        plain: the function itself.
     """
 
     def __init__(self, function: Function) -> None:
@@ -66,8 +63,6 @@ class Replayed:
         """The function of ``(*tensors, *kept, *settings)``.
 
         Args:
-            tensors: the first tensors.
-            settings: what follows the tensors.
             kept: more tensors, which nobody writes: copied in only where they are others than in the call before.
             fuse: compile the function with Inductor, for each set of shapes and settings, before it first runs.
         """

@@ -59,12 +59,6 @@ class CleanHold:
     ) -> Tensor:
         """The prediction that the scheduler is to step with.
 
-        Args:
-            scheduler: its `step` has not begun.
-            given: the arguments of `step`.
-            prediction, sample: those of them that are so called.
-            evaluations: the step's model calls.
-
         Raises:
             ConfigError: with `noise_reuse="x0"`, where the clean sample cannot be told.
         """

@@ -15,13 +15,7 @@ from ras_compile.passes.algebra.tokens import TokenView
 
 
 class SampleMap:
-    """Made by :func:`sample_map`.
-
-    Args:
-        view: the latent's token view.
-        latent: shape of the latent.
-        sample: shape of the sample.
-    """
+    """Made by :func:`sample_map`."""
 
     def __init__(self, view: TokenView, latent: Sequence[int], sample: Sequence[int]) -> None:
         self._view, self._latent, self._sample = view, tuple(latent), tuple(sample)

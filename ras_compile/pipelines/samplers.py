@@ -86,7 +86,6 @@ def clean_coefficients(scheduler: Any, timestep: Any, index: int | None = None) 
 
     Args:
         scheduler: one that `check_clean` lets pass.
-        timestep: as given to `step`.
         index: the step's entry of `sigmas`; None: that of the step that is about to begin.
     """
     if _family(scheduler) == "preserving":

@@ -30,10 +30,7 @@ def first_of_its_kind(plan: Plan, inputs: Sequence[GraphInput], values: Sequence
     """The plan that was made first for a graph that computes the same from equal inputs; ``plan`` itself, if that is it.
 
     Args:
-        plan: a new plan.
         inputs: description of its inputs, all of which have a path.
-        values: inputs of a call.
-        config: the options.
     """
     tensors = [(given, value) for given, value in zip(inputs, values, strict=True) if isinstance(value, Tensor)]
     # numbers that a plan may rest on are told by what they are now: a buffer may be written later

@@ -62,12 +62,6 @@ class Sample:
 class Family:
     """The plans of one graph for calls that differ in lengths alone.
 
-    Args:
-        graph: the graph, captured for all lengths.
-        inputs: description of the Dynamo graph's placeholders.
-        values: the present inputs.
-        config: the options.
-
     Raises:
         UnsupportedGraph: there is no such family: the latent's size depends on a length that is not the number of its tokens,
             or a plan cannot be proved right.
@@ -179,8 +173,6 @@ class Family:
 
         Args:
             active: ``"dense"``, or the active rows of a sparse one.
-            point: the member's lengths.
-            inputs: example inputs.
         """
         key = active
         if self.grows and isinstance(active, int):
@@ -293,8 +285,6 @@ class Families:
     """The families of one Dynamo graph.
 
     Args:
-        graph: the graph.
-        inputs: description of its placeholders.
         users: positions of the inputs that tell calls apart.
     """
 
@@ -309,8 +299,6 @@ class Families:
         """The plan for a call as a member of a family; None where it has to have a plan of its own.
 
         Args:
-            values: the inputs.
-            config: the options.
             numbers: positions of integers that are tensors among the values.
             fixed: which values the whole numbers among the weights have.
         """
@@ -348,13 +336,7 @@ class Families:
 
 
 class Member(Plan):
-    """A plan of a family.
-
-    Args:
-        family: the family.
-        point: the lengths.
-        values: inputs of these lengths.
-    """
+    """A plan of a family."""
 
     def __init__(self, family: Family, point: Point, values: Sequence[Any]) -> None:
         self.family, self.point = family, point

@@ -22,10 +22,6 @@ UNITS = 1, 2, 4, 8
 class Grid:
     """Points at which a graph is right and whose sizes are of one form.
 
-    Args:
-        graph: the graph.
-        lengths: its present lengths.
-
     Attributes:
         points: see :func:`~ras_compile.passes.lowering.interpolate.sample_points`; the first one is the present one.
 

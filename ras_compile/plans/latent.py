@@ -26,8 +26,6 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
 
     Args:
         graph: captured graph; its first placeholders are the tensor inputs in order.
-        inputs: description of every input of the Dynamo graph.
-        values: the inputs themselves.
 
     Raises:
         UnsupportedGraph: no input, or more than one, can be the latent, or an op is not supported.

@@ -69,8 +69,6 @@ class Lengths:
         """The lengths of a Dynamo graph; None where there are none, or more than can be followed.
 
         Args:
-            inputs: description of its placeholders.
-            values: the present inputs.
             numbers: positions of integers that are no sizes: they are tensors among ``values``.
             region: which sizes of tensors count as lengths although the graph returns them; they are sizes of one that is
                 given and one that is returned, and there have to be such.
@@ -134,11 +132,7 @@ class Lengths:
         return tuple(int(values[index].shape[dim]) for index, dim in self._places)
 
     def key_without_lengths(self, values: Sequence[Any], users: Sequence[int]) -> Hashable:
-        """What calls have in common that differ in their lengths alone.
-
-        Args:
-            users: positions of the inputs that count.
-        """
+        """What calls have in common that differ in their lengths alone."""
         return tuple(self._key_of(index, values[index]) for index in users)
 
     def _key_of(self, index: int, value: Any) -> Hashable:

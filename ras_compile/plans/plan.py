@@ -50,9 +50,6 @@ class Plan:
 
     Args:
         graph: the Dynamo graph, or one that is captured already.
-        inputs: description of its placeholders.
-        values: concrete inputs.
-        config: the options.
         proved: the same graph was proved right at other lengths of the context.
         like: a plan of the same graph at other lengths, whose analysis serves this one, too; then ``graph`` is its capture.
 
@@ -242,8 +239,6 @@ class Plan:
         """Runs the dense program and leaves every splice operand in ``slots["caches"]``.
 
         Args:
-            values: inputs of the Dynamo graph.
-            slots: what this branch keeps.
             spare: what a finished generation kept; its memory may be taken over.
         """
         self.kept.use(slots)
@@ -315,9 +310,7 @@ class Plan:
 
         Args:
             active: ``"dense"``, or the number of active rows per sample.
-            values: inputs of the Dynamo graph.
             state: what the sparse program takes besides: rows, then caches.
-            slots: what this branch keeps.
             spare: what a finished generation kept; its memory may be taken over.
 
         Returns:

@@ -35,12 +35,7 @@ def largest(group: Group | None, numbers: Sequence[int], device: torch.device) -
 
 
 class Spread:
-    """The tokens of all processes, where they share a latent.
-
-    Args:
-        frame: this process's frame.
-        latent, noise: views of this process's tokens.
-    """
+    """The tokens of all processes, where they share a latent."""
 
     def __init__(self, frame: Frame, latent: TokenView, noise: TokenView) -> None:
         assert frame.shards is not None

@@ -23,11 +23,7 @@ Number = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class Symbols:
-    """Symbols for lengths, in which sizes of fake tensors are expressed, and what PyTorch assumes of them.
-
-    Args:
-        point: the lengths at hand.
-    """
+    """Symbols for lengths, in which sizes of fake tensors are expressed, and what PyTorch assumes of them."""
 
     def __init__(self, point: Point) -> None:
         self.env = ShapeEnv()
@@ -65,11 +61,6 @@ class Symbols:
 
 class SymbolicGraph:
     """A graph, captured once for all lengths of the context.
-
-    Args:
-        graph: the Dynamo graph.
-        lengths: its lengths.
-        values: the present inputs.
 
     Raises:
         UnsupportedGraph: it cannot be captured so, or a size in it is no affine function of the lengths.

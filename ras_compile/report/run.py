@@ -22,13 +22,6 @@ VERSION = 1
 def collect(summary: Summary, picture: Any, dense: Any, prompt: str, video: bool) -> dict[str, Any]:
     """What a report holds: numbers, texts, pictures as addresses, and one bit for each token of each sparse step.
 
-    Args:
-        summary: of a generation.
-        picture: what it drew; None for none.
-        dense: the same picture with all steps dense; None for none.
-        prompt: told above the picture.
-        video: whether they are videos.
-
     Raises:
         ConfigError: there was no generation, what is given is no picture, or the two have different sizes.
     """

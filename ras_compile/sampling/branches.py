@@ -54,9 +54,6 @@ class Contents:
 
     A move to another device and back is no change. A parameter stays the same object in a move, with the same version, but a
     buffer becomes a new one: offloading exchanges it, maybe at every step. So for buffers the content decides.
-
-    Args:
-        weights: of one graph, always in the same order.
     """
 
     def __init__(self, weights: Sequence[Any]) -> None:

@@ -59,7 +59,6 @@ def read_call(
     """The time, the latent's sketch and the noises that wait, all on the host; in one read from the device.
 
     Args:
-        timestep, latent, view: of the call.
         waiting: sketches of noises, which are on the device.
     """
     seen = sketch(latent, view)
@@ -152,8 +151,6 @@ class TimeLine:
     """Time, latent and noises of one generation as they move from evaluation to evaluation.
 
     Args:
-        time: of the first call.
-        latent: of the first call, the user's own object.
         seen: its sketch, on the host; None where nothing tells its tokens.
     """
 

@@ -70,10 +70,6 @@ class Selection:
 class RowChooser:
     """Chooses rows once per step, from what all branches of the step before returned. No host read, but for the values
     that a callable of the user's returns.
-
-    Args:
-        config: the options.
-        selection: one for all choosers of a transformer.
     """
 
     def __init__(self, config: RASConfig, selection: Selection | None = None) -> None:

@@ -56,7 +56,6 @@ def token_metric(noise: Tensor, kind: str | Callable[..., Any], info: SelectionI
         kind: "std": standard deviation over C, mean over P; "l2norm": over P and C; "random": for ablations, the same
             at every run and not drawn from the global generator; a callable gets ([B, N, P * C], info), and what it
             returns is looked at, which reads from the device.
-        info: passed to the callable.
 
     Raises:
         ConfigError: the callable returned another shape than [B, N], or a value that is no number or negative.

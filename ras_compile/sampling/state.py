@@ -77,10 +77,6 @@ class TransformerState:
     def decide(self, call: CallInfo, place: Place | None = None) -> Decision:
         """Say how `call` must run. Reads from the device only where nobody tells the step.
 
-        Args:
-            call: the call.
-            place: where it stands, for who has asked that already.
-
         Raises:
             ConfigError: an option that this run cannot have, such as `ratio_schedule="linear"` without a known number of
                 steps; or another call of the same generation is under way in another thread.
@@ -115,11 +111,8 @@ class TransformerState:
         """Take the result of a call that ran as decided.
 
         Args:
-            call: as given to `decide`.
-            decision: as returned by it.
             noise: [B, N, P, C], the predicted noise on the channels that match the latent's; None if there is none, and
                 then the next step runs dense. Not written before the branch's next call, so no view of what is returned.
-            output: what is returned to the caller.
             view: then `noise` is a tensor that becomes [B, N, P, C] through it.
         """
         run = decision.run
@@ -209,8 +202,6 @@ class TransformerState:
         """Writes what the tokens of a recorded call are to return, along their lines through the noises before.
 
         Args:
-            call: as given to `record`.
-            decision: as returned by `decide`, with a time: its `noise_reuse` goes on along lines.
             noise: what the caller gets; its inactive tokens as last computed.
             view: its view [B, N, P, C].
         """
