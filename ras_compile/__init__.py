@@ -20,27 +20,18 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Where each public name is defined. Names are imported when they are first used: the package itself costs no time.
+# Where the public names are defined. They are imported when they are first used: the package itself costs no time.
 _HOMES = {
-    "ConfigError": "errors",
-    "Explanation": "explanation",
-    "Generation": "sampling.locate",
-    "Handle": "pipelines.attach",
-    "RASConfig": "config",
-    "RASError": "errors",
-    "RASWarning": "errors",
-    "Record": "sampling.records",
-    "SelectionInfo": "sampling.selection",
-    "SpecViolation": "errors",
-    "UnsupportedGraph": "errors",
-    "UnusableInput": "errors",
-    "attach": "pipelines.attach",
-    "explain": "explanation",
-    "generation": "sampling.locate",
-    "load": "starts",
-    "release": "sampling.models",
-    "save": "starts",
-    "trace": "history",
+    "config": ("RASConfig",),
+    "errors": ("ConfigError", "RASError", "RASWarning", "SpecViolation", "UnsupportedGraph", "UnusableInput"),
+    "explanation": ("Explanation", "explain"),
+    "history": ("trace",),
+    "pipelines.attach": ("Handle", "attach"),
+    "sampling.locate": ("Generation", "generation"),
+    "sampling.models": ("release",),
+    "sampling.records": ("Record",),
+    "sampling.selection": ("SelectionInfo",),
+    "starts": ("load", "save"),
 }
 
 __all__ = [
@@ -68,12 +59,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
     if name == "__version__":
         from importlib.metadata import version
 
         value: Any = version("ras_compile")
-    elif name in _HOMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif home is not None:
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     else:
         methods = ("configure", "detach", "report", "summary")
         where = f"; it is a method of what ras_compile.attach(pipe) returns: handle.{name}()" if name in methods else ""

@@ -7,40 +7,23 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, NoReturn, Unpack
+from typing import Any, Literal, NoReturn, Unpack, get_args, get_origin, get_type_hints
 
 from ras_compile.errors import ConfigError
-from ras_compile.options import Options
+from ras_compile.options import Options, RuntimeOptions
 
 # Options that no compiled program depends on: each generation may have others, see `RASConfig.with_runtime`.
-RUNTIME_OPTIONS = (
-    "sample_ratio",
-    "speedup",
-    "warmup_steps",
-    "reset_interval",
-    "reset_from",
-    "reset_steps",
-    "ratio_schedule",
-    "tolerance",
-    "metric",
-    "focus",
-    "starvation_scale",
-    "max_absence",
-    "selector",
-    "noise_reuse",
-    "cache_reuse",
-)
+RUNTIME_OPTIONS = tuple(name for name in RuntimeOptions.__annotations__ if name != "preset")
 
-# torch.compile's modes; torch hands `mode=` to the backend instead of options, never beside them.
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
-# What these options may be called. The types in options.py are the same lists.
-METRICS = ("drift", "std", "l2norm", "random")
-RATIO_SCHEDULES = ("constant", "ends", "linear", "sigmas")
-RESET_FROMS = ("start", "end")
-CACHE_DTYPES = ("float8", "int8")
-NOISE_REUSES = ("hold", "linear", "forecast", "x0")
-CACHE_REUSES = ("hold", "forecast")
+def _words(kind: Any) -> tuple[str, ...]:
+    """The words among what a type allows."""
+    kinds = (kind,) if get_origin(kind) is Literal else get_args(kind)
+    return tuple(word for one in kinds if get_origin(one) is Literal for word in get_args(one))
+
+
+# The words that options take, as options.py has them for type checkers.
+WORDS = {name: _words(kind) for name, kind in get_type_hints(Options).items()}
 
 # Defaults that follow the metric. Drift tells which tokens matter, so that few of them do, and the time goes to dense
 # steps, between which a forecast holds. Other metrics measured best (examples/quality) with more tokens and fewer dense
@@ -217,20 +200,15 @@ class RASConfig:
             if getattr(self, name) is not None or name in ("warmup_steps", "max_absence"):
                 put(self, name, _integer(self, name, low))
         put(self, "reset_steps", _steps(self.reset_steps))
-        _one_of(self, "reset_from", RESET_FROMS)
-        _one_of(self, "ratio_schedule", RATIO_SCHEDULES)
-        _one_of(self, "context", ("fresh", "frozen"))
-        _one_of(self, "noise_reuse", NOISE_REUSES)
-        _one_of(self, "cache_reuse", CACHE_REUSES)
-        if self.cache_dtype is not None:
-            _one_of(self, "cache_dtype", CACHE_DTYPES, "None")
-        if self.cache_device is not None:
-            _one_of(self, "cache_device", ("cpu",), "None")
-        _one_of(self, "unsupported", ("dense", "error"))
+        for name in ("reset_from", "ratio_schedule", "context", "noise_reuse", "cache_reuse", "unsupported"):
+            _one_of(self, name)
+        for name in ("cache_dtype", "cache_device"):
+            if getattr(self, name) is not None:
+                _one_of(self, name, "None")
         if not callable(self.metric):
-            _one_of(self, "metric", METRICS, "a callable (noise [B, N, C], info) -> [B, N]")
+            _one_of(self, "metric", "a callable (noise [B, N, C], info) -> [B, N]")
         if isinstance(self.focus, str):
-            _one_of(self, "focus", ("low", "high"), "a number in [0, 1]")
+            _one_of(self, "focus", "a number in [0, 1]")
         else:
             put(self, "focus", _number(self, "focus", low=0.0, high=1.0))
         if self.selector is not None and not callable(self.selector):
@@ -242,13 +220,12 @@ class RASConfig:
             if not isinstance(getattr(self, name), bool):
                 raise _bad(self, name, "True or False")
         if self.cache_reuse == "forecast":
-            for name, plain in (
-                ("cache_dtype", None),
-                ("cache_device", None),
-                ("context", "fresh"),
-                ("kv_cache", True),
-            ):
-                if getattr(self, name) != plain:
+            for option in fields(self):
+                name = option.name
+                if (
+                    name in ("cache_dtype", "cache_device", "context", "kv_cache")
+                    and getattr(self, name) != option.default
+                ):
                     raise ConfigError(
                         f"options cache_reuse='forecast' and {name}={getattr(self, name)!r} exclude each other: caches that are "
                         "rounded, in the host's memory, frozen or not there stay as they were computed."
@@ -260,8 +237,11 @@ class RASConfig:
         if not isinstance(self.inner_options, Mapping):
             raise _bad(self, "inner_options", "a dictionary of the inner backend's options")
         put(self, "inner_options", dict(self.inner_options))
-        if self.inner_options.get("mode", MODES[0]) not in MODES:
-            raise ConfigError(f"mode={self.inner_options['mode']!r} is not one of {', '.join(map(repr, MODES))}.")
+        # torch hands `mode=` to the backend instead of options, never beside them
+        if self.inner_options.get("mode", "default") not in WORDS["mode"]:
+            raise ConfigError(
+                f"mode={self.inner_options['mode']!r} is not one of {', '.join(map(repr, WORDS['mode']))}."
+            )
         for name in ("latent", "timestep"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.isidentifier()):
@@ -375,8 +355,8 @@ def _meant(value: Any, choices: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _one_of(config: RASConfig, name: str, choices: tuple[str, ...], also: str | None = None) -> None:
-    value = getattr(config, name)
+def _one_of(config: RASConfig, name: str, also: str | None = None) -> None:
+    value, choices = getattr(config, name), WORDS[name]
     if not isinstance(value, str) or value not in choices:
         allowed = " or ".join([*map(repr, choices), *([also] if also else [])])
         raise ConfigError(f"option {name}={value!r} is not allowed{_meant(value, choices)}; it takes {allowed}.")

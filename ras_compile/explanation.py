@@ -118,14 +118,9 @@ class Explanation:
             UnsupportedGraph: the call is not supported.
             ConfigError: another ratio, no step, or a `speedup` in ``config`` that is out of reach.
         """
-        if self.cost is None:
-            raise UnsupportedGraph(self.reason)
-        given = (
-            self.config if sample_ratio is None else self.config.with_runtime(sample_ratio=sample_ratio, tolerance=None)
-        )
-        _check_steps(num_steps)
-        config = self._solved(given, num_steps)
-        return self.cost.speedup(config.ratio, num_steps, Schedule(config).dense_steps(num_steps))
+        changed = {} if sample_ratio is None else {"sample_ratio": sample_ratio, "tolerance": None}
+        config = self._solved(num_steps, **changed)
+        return self._price.speedup(config.ratio, num_steps, Schedule(config).dense_steps(num_steps))
 
     def ratio_for(self, speedup: float, num_steps: int = 28) -> float:
         """The sample ratio that gives ``speedup`` (by FLOPs) under the schedule of ``config``.
@@ -140,10 +135,7 @@ class Explanation:
             UnsupportedGraph: the call is not supported.
             ConfigError: out of reach, and the text gives the limits; or no step.
         """
-        if self.cost is None:
-            raise UnsupportedGraph(self.reason)
-        _check_steps(num_steps)
-        return self._solved(self.config.with_runtime(speedup=speedup, tolerance=None), num_steps).ratio
+        return self._solved(num_steps, speedup=speedup, tolerance=None).ratio
 
     def budget(self, num_steps: int = 28) -> tuple[int, ...]:
         """How many of the tokens each step of a run computes under ``config``; all of them where a step is dense.
@@ -157,10 +149,7 @@ class Explanation:
             UnsupportedGraph: the call is not supported.
             ConfigError: no step, a `speedup` in ``config`` that is out of reach, or a `tolerance`, which plans nothing.
         """
-        if self.cost is None:
-            raise UnsupportedGraph(self.reason)
-        _check_steps(num_steps)
-        schedule = Schedule(self._solved(self.config, num_steps))
+        schedule = Schedule(self._solved(num_steps))
         return tuple(
             self.tokens if schedule.kind(step, num_steps) == "dense" else schedule.active(step, self.tokens, num_steps)
             for step in range(num_steps)
@@ -181,13 +170,11 @@ class Explanation:
             UnsupportedGraph: the call is not supported.
             ConfigError: a number that is not above 0.
         """
-        if self.cost is None:
-            raise UnsupportedGraph(self.reason)
         for name, value in (("ranks", ranks), ("tflops", tflops), ("gigabytes", gigabytes)):
             if not value > 0:
                 raise ConfigError(f"{name}={value!r} is not allowed; it takes a number above 0.")
         active = max(1, round((self.config.ratio if ratio is None else ratio) * self.tokens))
-        return self.cost.seconds(active, ranks, 1e12 * tflops, 1e9 * gigabytes)
+        return self._price.seconds(active, ranks, 1e12 * tflops, 1e9 * gigabytes)
 
     def _planned(self, num_steps: int) -> str:
         """The budget in words."""
@@ -199,11 +186,21 @@ class Explanation:
         sparse = ", ".join(f"{steps} of {tokens} tokens" for tokens, steps in sorted(counts.items(), reverse=True))
         return f"{num_steps} steps: {whole} dense" + (f", {sparse}" if sparse else "")
 
-    def _solved(self, config: RASConfig, num_steps: int) -> RASConfig:
+    @property
+    def _price(self) -> Cost:
+        """The cost of what is supported."""
+        if self.cost is None:
+            raise UnsupportedGraph(self.reason)
+        return self.cost
+
+    def _solved(self, num_steps: Any, **changed: Any) -> RASConfig:
+        """The config, with other runtime options, and with the ratio that gives its `speedup` in so many steps."""
+        price, config = self._price, self.config.with_runtime(**changed)
+        if not is_whole(num_steps) or num_steps < 1:
+            raise ConfigError(f"num_steps={num_steps!r} is not allowed; it takes a whole number of at least 1.")
         if config.tolerance is not None:
             raise ConfigError("option tolerance chooses the tokens of each step as it comes, so no run can be planned.")
-        cost = self.cost
-        return at_speedup(config, None if cost is None else lambda: cost, num_steps)
+        return at_speedup(config, lambda: price, num_steps)
 
     def __str__(self) -> str:
         slower = [f"fell back {fallback}" for fallback in self.fallbacks]
@@ -249,7 +246,7 @@ class Explanation:
             return (
                 "How much is skipped is decided in each step, by the tolerance; handle.summary() says how much it was."
             )
-        config = self._solved(self.config, steps)
+        config = self._solved(steps)
         dense, ratio = Schedule(config).dense_steps(steps), config.ratio
         return (
             f"In a run of {steps} steps, {dense} compute the whole picture, and {steps - dense} compute {100 * ratio:.3g} % of its "
@@ -325,11 +322,6 @@ def _steps_of(pipe: Any, inputs: dict[str, Any]) -> int:
     known = inspect.signature(pipe).parameters.get("num_inference_steps")
     steps = inputs.get("num_inference_steps", known.default if known else None)
     return int(steps) if steps is not None and is_whole(steps) and steps > 0 else _STEPS
-
-
-def _check_steps(num_steps: Any) -> None:
-    if not is_whole(num_steps) or num_steps < 1:
-        raise ConfigError(f"num_steps={num_steps!r} is not allowed; it takes a whole number of at least 1.")
 
 
 def points_of(plan: Plan) -> tuple[SplicePoint, ...]:

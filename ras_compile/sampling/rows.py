@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ras_compile.config import METRICS, RASConfig
+from ras_compile.config import WORDS, RASConfig
 from ras_compile.execute import replay
 from ras_compile.execute.replay import Function, Replayed
 from ras_compile.passes.algebra.layout import Group
@@ -19,12 +19,12 @@ from ras_compile.sampling.reuse import active_tokens, continued
 from ras_compile.sampling.selection import (
     Measure,
     SelectionInfo,
+    checked_rows,
     choose,
     going_on,
     mean_metric,
     rated,
     sample_groups,
-    select_rows,
     settle,
     token_metric,
     update_counts,
@@ -32,7 +32,7 @@ from ras_compile.sampling.selection import (
 from ras_compile.sampling.velocity import predicted, velocity
 
 # a callable may do anything, and "random" draws numbers
-_REPLAYED_METRICS = tuple(metric for metric in METRICS if metric != "random")
+_REPLAYED_METRICS = tuple(metric for metric in WORDS["metric"] if metric != "random")
 # of all transformers: what is compiled for one serves the others
 _KNOWN: tuple[Function, ...] = (choose, settle, continued, velocity, predicted)
 _FUNCTIONS = {function: Replayed(function) for function in _KNOWN}
@@ -245,7 +245,8 @@ class RowChooser:
         else:
             metrics, remembered = rated(tensors, measures)
             drops, absence = counts
-            rows = select_rows(mean_metric(metrics, groups), drops, absence, active, config, info)
+            metric = mean_metric(metrics, groups)
+            rows = checked_rows(config.selector(metric, drops, active, info), metric, active)
             self._counts[key[1]] = counts = torch.stack(update_counts(drops, absence, rows))
             kept = going_on(remembered, counts[1] == 0)
         for place, drift in enumerate(drifts):

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ras_compile.config import RASConfig
 from ras_compile.errors import ConfigError
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.sampling.drift import expected, learned, spread
@@ -118,7 +117,7 @@ def choose(*given: Any) -> tuple[Tensor, ...]:
     drops, absence = counts
     metrics, remembered = rated(seen, measures)
     metric = mean_metric(metrics, groups)
-    rows = ranked(metric, drops, absence, k, high_share, scale, max_absence, known if known.numel() else None)
+    rows = select_rows(metric, drops, absence, k, high_share, scale, max_absence, known if known.numel() else None)
     counts = torch.stack(update_counts(drops, absence, rows))
     return rows, counts, *going_on(remembered, counts[1] == 0)
 
@@ -175,51 +174,26 @@ def select_rows(
     drops: Tensor,
     absence: Tensor,
     k: int,
-    config: RASConfig,
-    info: SelectionInfo | None = None,
+    high_share: float,
+    scale: float,
+    max_absence: int,
+    known: Tensor | None = None,
 ) -> Tensor:
     """The active rows of a sparse step: int64 [B, k], ascending.
 
     With ``R = metric * exp(scale * drops)`` (eq. 1), the tokens with the lowest R are dropped at the low end and those
     with the highest ``metric * exp(-scale * drops)`` at the high end, so that a drop count raises a token's priority
-    at either end; `focus` shares the N - k dropped tokens out among the ends. A token absent for `max_absence` sparse
-    steps, or whose noise is no number, goes before all others, oldest first. Of equals the lower index is dropped. In logarithms:
-    exp overflows.
+    at either end. A token absent for `max_absence` sparse steps, or whose noise is no number, goes before all others, oldest
+    first. Of equals the lower index is dropped. In logarithms: exp overflows.
 
     Args:
         metric: [B, N], non-negative.
         drops: [B, N], how often each token was dropped in this generation.
         absence: [B, N], sparse steps since each token was last computed.
         k: rows to select, 1..N.
-        config: `focus`, `starvation_scale`, `max_absence` and `selector` are read. What a custom `selector` returns is
-            looked at, which reads from the device.
-        info: passed to a custom `selector`.
-
-    Raises:
-        ConfigError: a custom `selector` returned something else than k distinct rows per sample.
-    """
-    batch, tokens = metric.shape
-    if config.selector is not None:
-        return _checked(config.selector(metric, drops, k, info), metric, k)
-    if k >= tokens:
-        return torch.arange(tokens, device=metric.device).expand(batch, tokens)
-    return ranked(metric, drops, absence, k, config.high_share, config.starvation, config.max_absence)
-
-
-def ranked(
-    metric: Tensor,
-    drops: Tensor,
-    absence: Tensor,
-    k: int,
-    high_share: float,
-    scale: float,
-    max_absence: int,
-    known: Tensor | None = None,
-) -> Tensor:
-    """The built-in choice of `select_rows`, with the options as numbers.
-
-    Tokens of the known part of a picture (bool [B, N]; a sample of nothing else has none) are dropped before all others
-    at either end and are never overdue: the pipeline throws their noise away.
+        high_share, scale, max_absence: the options `focus`, `starvation_scale` and `max_absence` as numbers.
+        known: bool [B, N], the known part of a picture (a sample of nothing else has none), whose noise the pipeline throws
+            away: dropped before all others at either end, and never overdue.
     """
     batch, tokens = metric.shape
     from_high = round(high_share * (tokens - k))
@@ -259,8 +233,12 @@ def update_counts(drops: Tensor, absence: Tensor, rows: Tensor) -> tuple[Tensor,
     return drops + dropped, (absence + 1) * dropped
 
 
-def _checked(rows: Any, metric: Tensor, k: int) -> Tensor:
-    """Rows of a custom selector, sorted; their values are read from the device."""
+def checked_rows(rows: Any, metric: Tensor, k: int) -> Tensor:
+    """Rows of a custom selector, sorted; their values are read from the device.
+
+    Raises:
+        ConfigError: it returned something else than k distinct rows for each sample.
+    """
     batch, tokens = metric.shape
     if not isinstance(rows, Tensor) or rows.shape != (batch, k):
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__

@@ -72,11 +72,9 @@ def test_rows_equal_those_of_the_cpu():
 
     metric = torch.rand(2, 500).mul(8).round()  # many ties
     drops, absence = torch.randint(0, 9, (2, 2, 500))
-    for focus in ("low", "high", 0.5):
+    for share in (1.0, 0.0, 0.5):
         rows = [
-            select_rows(
-                metric.to(device), drops.to(device), absence.to(device), 200, RASConfig(focus=focus, metric="std")
-            ).cpu()
+            select_rows(metric.to(device), drops.to(device), absence.to(device), 200, share, 2.0, 8).cpu()
             for device in ("cpu", "cuda")
         ]
         assert torch.equal(*rows)

@@ -12,8 +12,8 @@ from ras_compile.config import PRESETS
 from ras_compile.sampling.rows import RowChooser
 from ras_compile.sampling.selection import (
     SelectionInfo,
+    checked_rows,
     mean_metric,
-    ranked,
     sample_groups,
     select_rows,
     token_metric,
@@ -29,7 +29,14 @@ def select(metric, k, drops=None, absence=None, **options):
     zeros = torch.zeros(metric.shape, dtype=torch.int64)
     drops = zeros if drops is None else torch.as_tensor(drops).expand_as(metric)
     absence = zeros if absence is None else torch.as_tensor(absence).expand_as(metric)
-    return select_rows(metric, drops, absence, k, RASConfig(**options), INFO)
+    config = RASConfig(**options)
+    if config.selector is not None:
+        return checked_rows(config.selector(metric, drops, k, INFO), metric, k)
+    return by_options(metric, drops, absence, k, config)
+
+
+def by_options(metric, drops, absence, k, config):
+    return select_rows(metric, drops, absence, k, config.high_share, config.starvation, config.max_absence)
 
 
 def test_metrics_by_definition():
@@ -95,7 +102,7 @@ def test_not_a_number_is_computed_first(focus, metric, value):
     shared = mean_metric([found, token_metric(torch.randn(2, 6, 1, 4), metric, INFO)], torch.empty(0))
     for seen in (found, shared, mean_metric([found], torch.eye(2))):
         zeros = torch.zeros(2, 6, dtype=torch.int64)
-        rows = select_rows(seen, zeros, zeros, 1, config)
+        rows = by_options(seen, zeros, zeros, 1, config)
         assert rows[1].tolist() == [2] and (seen[0] < 100).all()
 
 
@@ -181,7 +188,7 @@ def test_absence_is_bounded(tokens, ratio, bound, focus, scale, how):
             metric = torch.rand(2, tokens, generator=generator)
         else:  # the tokens that have waited longest get the worst metric
             metric = absence.float() if focus == "low" else 1 / (1 + absence.float())
-        rows = select_rows(metric, drops, absence, k, config)
+        rows = by_options(metric, drops, absence, k, config)
         drops, absence = update_counts(drops, absence, rows)
         worst = max(worst, int(absence.max()))
     assert worst <= bound + math.ceil(tokens / k)
@@ -191,7 +198,7 @@ def test_without_the_bound_a_token_would_starve():
     config = RASConfig(max_absence=10_000, starvation_scale=0.0, focus="low")
     drops = absence = torch.zeros(1, 6, dtype=torch.int64)
     for _ in range(40):
-        rows = select_rows(torch.arange(6.0)[None], drops, absence, 3, config)
+        rows = by_options(torch.arange(6.0)[None], drops, absence, 3, config)
         drops, absence = update_counts(drops, absence, rows)
     assert absence[0].tolist() == [0, 0, 0, 40, 40, 40]
 
@@ -337,7 +344,7 @@ def test_what_is_known_goes_first_and_is_never_overdue(focus):
     config = RASConfig(focus=focus)
 
     def chosen(k, known=known, absence=zeros):
-        return ranked(metric, zeros, absence, k, config.high_share, 0.1, 8, known)[0].tolist()
+        return select_rows(metric, zeros, absence, k, config.high_share, 0.1, 8, known)[0].tolist()
 
     assert chosen(3) == [3, 4, 5] and set(chosen(2)) < {3, 4, 5} and set(chosen(5)) > {3, 4, 5}
     assert chosen(3, absence=zeros + 20 * known.long()) == [3, 4, 5]
