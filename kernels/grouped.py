@@ -15,6 +15,7 @@ tensor, row by row.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -201,22 +202,7 @@ def shared(column: Sequence[Any]) -> tuple[Any, ...]:
     " int[] head_dims, str[] norms, Tensor?[] norm_weights, Tensor?[] norm_biases, float[] eps, str[] ropes,"
     " Tensor?[] cos, Tensor?[] sin) -> ()",
 )
-def grouped_scatter_linear(
-    caches: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    rows: Sequence[Tensor],
-    grid_dims: Sequence[int],
-    head_dims: Sequence[int],
-    norms: Sequence[str],
-    norm_weights: Sequence[Tensor | None],
-    norm_biases: Sequence[Tensor | None],
-    eps: Sequence[float],
-    ropes: Sequence[str],
-    cos: Sequence[Tensor | None],
-    sin: Sequence[Tensor | None],
-) -> None:
+def grouped_scatter_linear(*lists: Sequence[Any]) -> None:
     """`scatter_linear` of 1 to 8 members, each with its own arguments, in one launch.
 
     Args:
@@ -231,20 +217,14 @@ def grouped_scatter_linear(
         ValueError: lists of different lengths, more members, or one that `scatter_linear` refuses.
         IndexError: a row outside of its cache, on the CPU.
     """
-    lists = (caches, xs, weights, biases, rows, grid_dims, head_dims, norms, norm_weights, norm_biases, eps, ropes,
-             cos, sin)  # fmt: skip
     members = [member for member in checked(lists) if writes(member)]
     if not members:
         return
-    if not all(map(runs_kernel, members)):
-        one_by_one(members)
-        return
-    with torch.cuda.device(xs[0].device) if xs[0].is_cuda else nullcontext():
-        launch = GroupedLaunch(members)
-        tile = None
-        if launch.fits:
+    x, launch, tile = members[0].x, None, None
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        if all(map(runs_kernel, members)) and (launch := GroupedLaunch(members)).fits:
             tile = interpreted_tile(launch.padded) if INTERPRETED else launch.fastest()
-        if tile is None:
+        if launch is None or tile is None:
             one_by_one(members)
         else:
             launch(tile)
@@ -280,7 +260,4 @@ def _(*lists) -> None:
 @register_flop_formula(torch.ops.ras_compile.grouped_scatter_linear)
 def _grouped_scatter_linear_flops(cache_shapes, x_shapes, weight_shapes, *args, out_shape=None, **kwargs) -> int:
     """As for the linears alone."""
-    total = 0
-    for (B, A, K), (N, _) in zip(x_shapes, weight_shapes, strict=True):
-        total += 2 * B * A * K * N
-    return total
+    return sum(2 * math.prod(x) * N for x, (N, _) in zip(x_shapes, weight_shapes, strict=True))

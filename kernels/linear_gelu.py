@@ -11,6 +11,8 @@ because the feed-forward's hidden values are the largest of a transformer, and c
 tile of the product before it leaves the chip. The sum is rounded once, after the activation.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,7 +71,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 @register_flop_formula(torch.ops.ras_compile.linear_gelu)
 def _linear_gelu_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     """As for the linear alone."""
-    count = 2 * weight_shape[0]
-    for size in x_shape:
-        count *= size
-    return count
+    return 2 * math.prod(x_shape) * weight_shape[0]

@@ -16,6 +16,7 @@ the pixels of a patch are channels of the cache with strides of their own.
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,22 +35,7 @@ from .reference import scatter_linear_reference
     ' str norm="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0,'
     ' str rope="none", Tensor? cos=None, Tensor? sin=None) -> ()',
 )
-def scatter_linear(
-    cache: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    grid_dims: int = 1,
-    head_dim: int = 0,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 0.0,
-    rope: str = "none",
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> None:
+def scatter_linear(*arguments: Any) -> None:
     """`cache[b, rows[b, i]] = epilogue(x[b, i] @ weight.T + bias)` for every sample b and active row i, in place.
 
     Accumulates in fp32 and keeps the epilogue in fp32. Rounds once, or the product too, where a norm or a rotary embedding
@@ -83,9 +69,7 @@ def scatter_linear(
         IndexError: a row outside [0, S), on the CPU. On CUDA the kernel leaves such a row out: reading the rows there
             would wait for the device.
     """
-    given = ScatterArguments(
-        cache, x, weight, bias, rows, grid_dims, head_dim, norm, norm_weight, norm_bias, eps, rope, cos, sin
-    )
+    given: ScatterArguments[Tensor] = ScatterArguments(*arguments)
     check(given)
     if writes(given):
         splice(given)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ras_compile._torch import FakeTensorMode, OpOverload, schema_of
-from ras_compile.errors import UnsupportedGraph
+from ras_compile.errors import UnsupportedGraph, first_line
 from ras_compile.passes.analysis.roles import Role
 from ras_compile.passes.rules.registry import source_line
 
@@ -43,7 +43,7 @@ class Emitter:
             value = self._value(target, args, kwargs)  # first: what cannot run is no node
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             source = None if self.origin is None else source_line(self.origin)
-            reason = f"{target} cannot run at the sparse sizes: {str(error).splitlines()[0]}"
+            reason = f"{target} cannot run at the sparse sizes: {first_line(error)}"
             raise UnsupportedGraph(reason, op=str(target), source=source) from error
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = value

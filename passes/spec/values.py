@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import OpOverload, auto_functionalized_v2, exit_autocast
+from ras_compile.errors import first_line
 from ras_compile.passes.analysis.emit import Emitter, described
 from ras_compile.passes.programs.aliases import INVOKE, memories, shows
 from ras_compile.passes.rules.registry import called
@@ -98,7 +99,7 @@ def _ran(node: fx.Node, mode: Any) -> tuple[str, tuple[int, ...]]:
         try:
             result = called(node, args, kwargs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            demand(False, node, f"cannot run: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            demand(False, node, f"cannot run: {first_line(error)}")
     found = set(memories(result))
     shared = [place for place, operand in enumerate(given) if found.intersection(memories(given[operand]))]
     return repr(kind(result, view=bool(shared))), tuple(shared)

@@ -26,7 +26,7 @@ from ras_compile.capture.flex import is_transform, spell_flex_attention
 from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
 from ras_compile.capture.shards import of_parts
-from ras_compile.errors import UnsupportedGraph
+from ras_compile.errors import UnsupportedGraph, first_line
 from ras_compile.notices import fell_back
 from ras_compile.passes.analysis.normalize import normalize
 from ras_compile.passes.analysis.roles import Role
@@ -197,8 +197,7 @@ def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = (
     except UnsupportedGraph:
         raise
     except Exception as error:  # whatever PyTorch raises where it cannot trace an op
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UnsupportedGraph(f"the graph cannot be captured: {said}") from error
+        raise UnsupportedGraph(f"the graph cannot be captured: {first_line(error)}") from error
     assert isinstance(captured, fx.GraphModule)
     if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
         called = dict(zip(map(str, signature.user_inputs), names, strict=False))

@@ -67,11 +67,6 @@ def is_transform(node: fx.Node) -> bool:
     return node.op == "call_function" and _torch.is_transform(node.target)
 
 
-def opens(node: fx.Node) -> bool:
-    """Whether a node begins a vmap; its operand is a size."""
-    return node.target is open_vmap
-
-
 def writes_into(node: fx.Node) -> fx.Node | None:
     """The value that a node writes into, as Dynamo's graphs spell it; None for most nodes."""
     method = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
@@ -104,7 +99,9 @@ class Constants:
         self._given = dict(zip(placeholders, values, strict=True))
         self._known: dict[fx.Node, Any] = {}
         # sizes of transforms that Dynamo spells as symbols
-        self._counts = [size for node in module.graph.nodes if opens(node) for size in node.all_input_nodes]
+        self._counts = [
+            size for node in module.graph.nodes if node.target is open_vmap for size in node.all_input_nodes
+        ]
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The present sizes of a tensor, which Dynamo may know as symbols."""
@@ -141,7 +138,7 @@ class Constants:
                 for node in self._module.graph.nodes:
                     if node is asker:
                         break
-                    border = is_transform(node) and (opens(node) or not node.all_input_nodes)
+                    border = is_transform(node) and (node.target is open_vmap or not node.all_input_nodes)
                     if node.op == "placeholder" and node in needed:
                         self._known[node] = self._given[node]
                     elif border or (node in needed and node not in self._known):

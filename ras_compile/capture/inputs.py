@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,23 +101,24 @@ def describe_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict) -
 
 def argument_names(forward: Callable[..., Any]) -> list[str]:
     """Names of the arguments of a module class's forward, without ``*args``, ``**kwargs`` and the module itself."""
-    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
-    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     own = own_name(forward)
-    return [parameter.name for parameter in parameters if parameter.name != own and parameter.kind not in several]
+    return [p.name for p in _parameters(forward) if p.name != own and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def own_name(forward: Callable[..., Any] | None) -> str:
     """What a module class's forward calls the module: its first parameter, unless that holds all positional arguments."""
-    first = next(iter(inspect.signature(inspect.unwrap(forward)).parameters.values()), None) if forward else None
+    first = next(iter(_parameters(forward)), None) if forward else None
     plain = first is not None and first.kind not in (first.VAR_POSITIONAL, first.VAR_KEYWORD)
     return first.name if first is not None and plain else "self"
 
 
 def keywords(forward: Callable[..., Any]) -> str:
     """What a forward calls those of its keyword arguments that it does not name."""
-    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
-    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "kwargs")
+    return next((p.name for p in _parameters(forward) if p.kind is p.VAR_KEYWORD), "kwargs")
+
+
+def _parameters(forward: Callable[..., Any]) -> Iterable[inspect.Parameter]:
+    return inspect.signature(inspect.unwrap(forward)).parameters.values()
 
 
 def check_timestep(name: str | None, kind: type[nn.Module]) -> None:
@@ -126,8 +127,7 @@ def check_timestep(name: str | None, kind: type[nn.Module]) -> None:
     Raises:
         ConfigError: there is no such argument.
     """
-    parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters
-    if name is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if name is None or any(p.kind is p.VAR_KEYWORD for p in _parameters(kind.forward)):
         return
     known = argument_names(kind.forward)
     if name not in known:

@@ -6,7 +6,7 @@ Both become 0-d tensors here, so that one captured graph serves every value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,12 +78,8 @@ def capture_numbers(graph: fx.GraphModule, values: Sequence[Any], *, symbolic: b
     Raises:
         UnsupportedGraph: the graph cannot be captured, or needs the value of a float argument.
     """
-    readings: list[Callable[[], fx.GraphModule | None]] = [
-        lambda: read_floats(graph, None),
-        lambda: read_floats(graph, torch.get_default_dtype()),
-    ]
-    for reading in readings:
-        variant = reading()
+    for dtype in (None, torch.get_default_dtype()):
+        variant = read_floats(graph, dtype)
         if variant is None:
             return capture(graph, values, symbolic=symbolic)
         try:

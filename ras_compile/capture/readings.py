@@ -72,6 +72,7 @@ class Closed:
     name: str = ""
 
     def now(self) -> Tensor:
+        """The tensor, looked up."""
         return self.tensor if self.owner is None else self.owner[self.name]
 
 
@@ -161,20 +162,16 @@ class Noted(Readings):
 
     def read(self, function: Callable, args: tuple, kwargs: dict, read: list[Tensor]) -> Any:
         values = [value.detach().clone() for value in read]
-        if function in VALUES:
-            found = noted = function(*args, **kwargs)
-        elif function in INDEXING:
-            noted = {id(value): whereabouts(value) for value in read}
-            found = function(*args, **kwargs)
-            noted = [noted[id(value)] for value in read]
+        places: Any = None  # what is noted in place of the result; before the call, which may write into a mask
+        if function in INDEXING:
+            places = [whereabouts(value) for value in read]
         elif function in MASKING:
-            noted = whereabouts(read[0].broadcast_to(broadcast_shape(args[0], read[0])))
-            found = function(*args, **kwargs)
+            places = whereabouts(read[0].broadcast_to(broadcast_shape(args[0], read[0])))
         elif function in REPEATING:
-            noted, found = torch.repeat_interleave(read[0]), function(*args, **kwargs)
-        else:
-            found = noted = function(*args, **kwargs)
-        self.readings.append(Reading(function.__name__, values, copy.deepcopy(noted), user_line()[0]))
+            places = torch.repeat_interleave(read[0])
+        found = function(*args, **kwargs)
+        noted = copy.deepcopy(found if places is None else places)
+        self.readings.append(Reading(function.__name__, values, noted, user_line()[0]))
         return found
 
     def pick(self, function: Callable, args: tuple, kwargs: dict, index: Tensor) -> Any:

@@ -35,7 +35,7 @@ from ras_compile.capture.python_state import PythonState
 from ras_compile.capture.readings import Closed, Noted, Replayed, plain_readings
 from ras_compile.capture.token_wise import Opaque
 from ras_compile.capture.unusable import unusable
-from ras_compile.errors import UnsupportedGraph
+from ras_compile.errors import UnsupportedGraph, first_line
 from ras_compile.passes.analysis.emit import copied
 
 
@@ -197,7 +197,3 @@ class _Bound(nn.Module):
 
 def cannot_be_traced(error: Exception) -> UnsupportedGraph:
     return UnsupportedGraph(f"the model cannot be traced ({type(error).__name__}: {first_line(error)})")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

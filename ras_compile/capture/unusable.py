@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from ras_compile._torch import TorchRuntimeError, pytree
-from ras_compile.errors import UnusableInput
+from ras_compile.errors import UnusableInput, first_line
 
 
 def unusable(reason: str, args: tuple, kwargs: dict) -> UnusableInput:
@@ -36,6 +36,6 @@ def translate_dynamo_errors(args: tuple, kwargs: dict) -> Iterator[None]:
     except TorchRuntimeError as error:
         text = str(error)
         said = re.search(r"got \w+\((['\"])(.*?)\1\)", text)
-        reason = said[2] if said else (text.splitlines() or [""])[0]
+        reason = said[2] if said else first_line(error)
         reason = re.sub(r"\bs\d+\b(?: [-+*/]+ \d+)*", "another size", reason)  # Dynamo's symbols, which nobody knows
         raise unusable(reason, args, kwargs) from error

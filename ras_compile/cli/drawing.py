@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ras_compile
-from ras_compile.errors import ConfigError
+from ras_compile.errors import ConfigError, first_line
 from ras_compile.pipelines.attach import Handle
 from ras_compile.report.pictures import frames_of
 from ras_compile.summary import Summary
@@ -55,20 +55,15 @@ def load(folder: Path, device: str | None = None) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         here = "cuda or cpu" if torch.cuda.is_available() else "cpu"
-        raise ConfigError(f"there is no device {device!r} here ({_line(error)}); take {here}.") from None
+        raise ConfigError(f"there is no device {device!r} here ({first_line(error)}); take {here}.") from None
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     parameter = "dtype" if _takes_dtype() else "torch_dtype"
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{parameter: dtype})
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
-        raise ConfigError(f"diffusers cannot load {folder}: {_line(error)}") from None
+        raise ConfigError(f"diffusers cannot load {folder}: {first_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _takes_dtype() -> bool:

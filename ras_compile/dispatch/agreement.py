@@ -21,7 +21,7 @@ from torch import Tensor
 from ras_compile._torch import process_group, process_store
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
-from ras_compile.errors import RASError
+from ras_compile.errors import RASError, first_line
 from ras_compile.passes.algebra.layout import Group
 from ras_compile.plans.plan import Plan
 
@@ -80,10 +80,9 @@ def _exchanged(group: Group, own: str) -> list[dict[str, str]]:
 
 def disconnected(error: RuntimeError, group: Group) -> RASError:
     """The error of a step that other processes take part in."""
-    said = (str(error).splitlines() or [type(error).__name__])[0]
     return RASError(
-        f"a step that {group.size} processes share has failed in process {group.rank} ({said}): if another one was interrupted or "
-        "failed, it says why itself; start all processes again."
+        f"a step that {group.size} processes share has failed in process {group.rank} ({first_line(error)}): if another one "
+        "was interrupted or failed, it says why itself; start all processes again."
     )
 
 

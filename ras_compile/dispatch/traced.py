@@ -90,7 +90,7 @@ class TracedEntry(Entry):
 
 def inputs_of(trace: Trace, given: Sequence[Any]) -> list[Any]:
     """The inputs of a traced graph for a call: the leaves of its arguments, then the tensors that are no arguments."""
-    return [*given, *[c.tensor if c.owner is None else c.owner[c.name] for c in trace.closed]]
+    return [*given, *[closed.now() for closed in trace.closed]]
 
 
 class _Here(threading.local):
@@ -157,9 +157,8 @@ def same_noise(root: nn.Module, one: tuple[tuple, dict], other: tuple[tuple, dic
         except Exception as error:  # of any kind: the model has just run
             fell_back("a number that could not be a tensor", error)
             return False
-    if [(type(v), getattr(v, "shape", None), getattr(v, "dtype", None)) for v in found] != [
-        (type(v), getattr(v, "shape", None), getattr(v, "dtype", None)) for v in wanted
-    ]:
+    kinds = [[(type(v), getattr(v, "shape", None), getattr(v, "dtype", None)) for v in one] for one in (found, wanted)]
+    if kinds[0] != kinds[1]:
         return False
     tensors = [(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, wanted, strict=True) if isinstance(a, Tensor)]
     return all(

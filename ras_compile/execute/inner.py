@@ -25,7 +25,7 @@ from ras_compile._torch import (
     tracing,
 )
 from ras_compile.config import RASConfig
-from ras_compile.errors import ConfigError, RASError, UnsupportedGraph
+from ras_compile.errors import ConfigError, RASError, UnsupportedGraph, first_line
 from ras_compile.kernels.tiles import sources
 from ras_compile.notices import fell_back, warn_once
 
@@ -71,11 +71,9 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) 
         known = inductor_config.get_config_copy()
         for name in options:
             if name not in known:
-                near = (
-                    ", ".join(map(repr, difflib.get_close_matches(name, known)))
-                    or f"those of {inductor_config.__name__}"
-                )
-                raise ConfigError(f"option inner_options: {name!r} is no option of Inductor; it takes {near}.")
+                near = ", ".join(map(repr, difflib.get_close_matches(name, known)))
+                takes = near or f"those of {inductor_config.__name__}"
+                raise ConfigError(f"option inner_options: {name!r} is no option of Inductor; it takes {takes}.")
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
         # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over. Inputs are
         # made fake here: with a context, others would get symbolic sizes. The tag: our ops mean what their source says.
@@ -93,9 +91,8 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) 
     try:
         backend = lookup_backend(config.inner_backend)
     except InvalidBackend:
-        names = ", ".join(
-            map(repr, ["eager", "aot_eager", *(name for name in torch.compiler.list_backends() if name != "ras")])
-        )
+        others = ["eager", "aot_eager", *(name for name in torch.compiler.list_backends() if name != "ras")]
+        names = ", ".join(map(repr, others))
         raise ConfigError(f"option inner_backend={config.inner_backend!r} is no backend; it takes {names}.") from None
     return backend(module, list(inputs), **config.inner_options)
 
@@ -161,8 +158,7 @@ def _failed(error: Exception, config: RASConfig) -> None:
     Raises:
         UnsupportedGraph: the option ``unsupported`` is "error".
     """
-    line = next(iter(str(error).strip().splitlines()), "without a word")
-    why = f"the inner compiler {config.inner_backend!r} fails on it ({type(error).__name__}: {line})"
+    why = f"the inner compiler {config.inner_backend!r} fails on it ({type(error).__name__}: {first_line(error)})"
     if config.unsupported == "error":
         raise UnsupportedGraph(
             f"a program cannot be compiled: {why}; inner_backend='eager' runs it as it is"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,29 +25,16 @@ _clock = itertools.count()
 keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 
 
-class GraphOwner(Protocol):
-    """What a keeper has to know of a plan."""
-
-    @property
-    def graph_slots(self) -> int:
-        """How many branches' worth of static caches the CUDA graphs hold."""
-        ...
-
-    def release_graphs(self) -> None:
-        """Drops the CUDA graphs that no running generation holds."""
-        ...
-
-
 class Keeper:
     """Knows what the branches of one plan keep.
 
     Args:
-        plan: the plan, which holds this object.
+        plan: the plan, which holds this object, has ``graph_slots`` and can ``release_graphs()``.
         branch_bytes: bytes of the caches of one guidance branch.
         budget: bytes that all plans on the device may keep for later, or None for no limit.
     """
 
-    def __init__(self, plan: GraphOwner, branch_bytes: int, budget: int | None) -> None:
+    def __init__(self, plan: Any, branch_bytes: int, budget: int | None) -> None:
         self._plan, self.branch_bytes, self._budget = weakref.ref(plan), branch_bytes, budget
         self._kept: dict[int, weakref.ref] = {}
         self._used = next(_clock)

@@ -406,11 +406,8 @@ class Plan:
         tokens, samples = self.analysis.frame.tokens, self.analysis.frame.samples
         few = next((rows for rows in PROBED_ROWS if rows * samples <= PROBED), PROBED_ROWS[-1])
         probe = self.sparse_graph(min(tokens, few))
-        choices = [
-            partial(self._choose, choice)
-            for choice in (kernels.pays, kernels.gather_pays, kernels.attention_pays, kernels.pays_grouped)
-        ]
-        pays, gather, attention, grouped = choices
+        choices = kernels.pays, kernels.gather_pays, kernels.attention_pays, kernels.pays_grouped
+        pays, gather, attention, grouped = (partial(self._choose, choice) for choice in choices)
         return Fusion(tokens, probe.graph, pays, gather_pays=gather, attention_pays=attention, grouped=grouped)
 
     def _choose(self, choice: Callable[..., bool], *ops: Any) -> bool:

@@ -46,7 +46,6 @@ class Decision:
 
     kind: Kind
     step: int  # step of the generation, from 0
-    num_steps: int | None  # steps of the generation, where known
     branch: str  # label of the guidance branch
     active: int  # A, active rows per sample (N when dense)
     rows: Tensor | None  # int64 [B, A], ascending, or None when dense

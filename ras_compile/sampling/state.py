@@ -231,21 +231,18 @@ class TransformerState:
         self.records, self.graphs = [], {}
         self._passed, self._selection = None, Selection()
 
-    def retire(self, home: Home) -> None:
-        """End the run that `home` keeps; its caches become spares for the next one."""
-        self._retire(home, owner())
-
-    def _retire(self, home: Home, here: Home) -> None:
+    def retire(self, home: Home, here: Home | None = None) -> None:
+        """End the run that `home` keeps; its caches become spares for the next one of `here`, this thread or task."""
         run = home.runs.pop(self, None)
         if run is not None:
             spare: dict[Hashable, list[dict]] = {}
             for branch in run.branches.known:
                 if branch.slots:
                     spare.setdefault(branch.graph, []).append(branch.slots)
-            here.spare[self] = spare
+            (here or owner()).spare[self] = spare
 
     def _begin(self, place: Place, call: CallInfo) -> Run:
-        self._retire(place.home, place.owner)
+        self.retire(place.home, place.owner)
         base, follower, said = place.step or 0, place.follower, place.said
         config = self.config if follower is None else follower.config
         if config.noise_reuse == "x0":
@@ -367,7 +364,6 @@ class TransformerState:
         return Decision(
             kind="dense" if rows is None else "sparse",
             step=run.step,
-            num_steps=place.num_steps,
             branch=branch.label,
             active=call.tokens if rows is None else rows.shape[1],
             rows=rows,
