@@ -101,12 +101,8 @@ class Timings:
         log.info("%s does not hold timings of kernels: it is ignored, and replaced at the next timing", self.path)
         return {}
 
-    def add(self, question: str, answer: Answer) -> None:
-        """Remembers an answer, here and on disk; what other processes have written meanwhile is kept."""
-        self.learn({question: answer})
-
     def learn(self, answers: Mapping[str, Answer]) -> None:
-        """Remembers answers that were measured here or, on the same kind of device, elsewhere."""
+        """Remembers answers, here and on disk; what other processes have written meanwhile is kept."""
         with self.lock:
             self.known.update(answers)
             try:
@@ -128,7 +124,7 @@ class Timings:
                 return self.known[question]
             if self.device != "cpu" and torch.cuda.is_current_stream_capturing():
                 return None
-            self.add(question, answer := measure())
+            self.learn({question: (answer := measure())})
             return answer
 
 

@@ -125,7 +125,7 @@ def test_nothing_was_compiled(monkeypatch, tmp_path):
 
 def test_timings_travel(artefacts, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
-    tiles.timings(cpu).add("a kernel", [1.0, None])
+    tiles.timings(cpu).learn({"a kernel": [1.0, None]})
     place = ras_compile.save(TinyDiT(), tmp_path / "start")
     monkeypatch.setenv("RAS_COMPILE_CACHE_DIR", str(tmp_path / "another machine"))
     tiles.timings.cache_clear()

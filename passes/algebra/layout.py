@@ -15,7 +15,7 @@ one. So an op that treats tokens alone is the same op at other sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -64,8 +64,10 @@ class ViewError(Exception):
 class Restart(Exception):
     """A fact about the latent's atoms that changes every layout: the propagation starts over with ``apply(frame)``."""
 
+    changes: Mapping[str, Any] = {}  # what the frame is to have
+
     def apply(self, frame: Frame) -> Frame:
-        raise NotImplementedError
+        return replace(frame, **self.changes)
 
 
 class Refine(Restart):
@@ -105,15 +107,13 @@ class Unbatch(Restart):
 class Shifted(Restart):
     """Windows are cut in two orders: each token is one, where windows of the one order alone would have been."""
 
-    def apply(self, frame: Frame) -> Frame:
-        return replace(frame, shifted=True, excluded=frozenset(), cuts=())
+    changes = {"shifted": True, "excluded": frozenset(), "cuts": ()}
 
 
 class Coarsen(Restart):
     """Convolutions with strides that overlap take tokens together: the finer ones, left as they are, reach no output."""
 
-    def apply(self, frame: Frame) -> Frame:
-        return replace(frame, coarse=True)
+    changes = {"coarse": True}
 
 
 class Clip(Restart):
@@ -144,8 +144,7 @@ class Sharded(Restart):
 class Padded(Restart):
     """What is padded onto the grid by its own entries may fill it up to whole patches: where it is cut, they are seen."""
 
-    def apply(self, frame: Frame) -> Frame:
-        return replace(frame, padded=True)
+    changes = {"padded": True}
 
 
 class Group(NamedTuple):
@@ -251,7 +250,7 @@ def clip_of(factor: Factor, inner: int) -> Clip | None:
 
 
 def concat(segments: Iterable[Dim]) -> Dim:
-    """Segments behind one another; neighbouring segments without an atom become one, nested ones are flattened."""
+    """Segments behind one another; those without entries go, neighbours without an atom become one, nested ones are flattened."""
     flat: list[Dim] = []
     for segment in map(normal, segments):
         parts = segment[0].segments if len(segment) == 1 and isinstance(segment[0], Concat) else (segment,)
@@ -481,7 +480,7 @@ class Frame:
                 dims[index] = (Clipped(normal(dims[index]), size),)
         if self.window is not None:
             start, stop = self.window
-            dims[1] = concat([opaque_or_empty(start), dims[1], opaque_or_empty(self.shape[1] - stop)])
+            dims[1] = concat([(Axis(start),), dims[1], (Axis(self.shape[1] - stop),)])
         return Layout.of(dims, raw=True)
 
     @property
@@ -561,11 +560,6 @@ class Frame:
         for atom, size in self.region:
             extent[atom.dim] = extent.get(atom.dim, 1) * size
         return tuple(extent.values())
-
-
-def opaque_or_empty(size: int) -> Dim:
-    """A segment of ``size`` entries; an empty one has a factor of size zero, which :func:`concat` drops."""
-    return (Axis(size),)
 
 
 class Sizes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ras_compile.passes.algebra.layout import Axis, Layout, Sizes, concat, opaque, opaque_or_empty
+from ras_compile.passes.algebra.layout import Axis, Layout, Sizes, concat, opaque
 from ras_compile.passes.rules.concatenation import combed, cut, moved
 from ras_compile.passes.rules.contraction import grid_atoms, region_atoms
 from ras_compile.passes.rules.pointwise import rows_or_gather
@@ -32,7 +32,7 @@ def slice_scatter(call: Call) -> Step:
         tokens = bool(region_atoms(call, rest)) and not part.raw
         if (along and tokens) or (not along and base in call.mixed):
             return call.whole()
-        ends = [opaque_or_empty(start), part.dims[dim], opaque_or_empty(call.shape[dim] - stop)]
+        ends = [(Axis(start),), part.dims[dim], (Axis(call.shape[dim] - stop),)]
         whole = part.replace(dim, concat(ends) if along else opaque(call.shape[dim]))
     taken = cut(call, whole.dims[dim], start, stop)
     if taken is None:

@@ -9,20 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ras_compile._torch import version_of
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.plans.latent import is_fixed
+from ras_compile.sampling.branches import versions_of
 
 
 def same_objects(tensors: Sequence[Tensor], seen: Sequence[weakref.ref]) -> bool:
     return all(value is other() for value, other in zip(tensors, seen, strict=True))
-
-
-def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
-    """How often each tensor was written to; None where that is not counted (tensors made under inference_mode)."""
-    if any(value.is_inference() for value in tensors):
-        return None
-    return [version_of(value) for value in tensors]
 
 
 class Fixed:
@@ -33,7 +26,7 @@ class Fixed:
             index for index, (given, value) in enumerate(zip(inputs, values, strict=True)) if is_fixed(given, value)
         ]
         self._known: list[list[Tensor]] = []
-        self._seen: tuple[list[weakref.ref], list[int] | None, int] = [], None, -1
+        self._seen: tuple[list[weakref.ref], list[int | None], int] = [], [], -1
         if self.places:
             self.token(values)
 
@@ -42,7 +35,7 @@ class Fixed:
         tensors = [values[index] for index in self.places]
         seen, versions, token = self._seen
         now = versions_of(tensors)
-        if now is not None and now == versions and same_objects(tensors, seen):
+        if None not in now and now == versions and same_objects(tensors, seen):
             return token
         found = [tensor.detach().cpu() for tensor in tensors]
         equal = [all(map(torch.equal, known, found)) for known in self._known]

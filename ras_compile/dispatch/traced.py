@@ -33,7 +33,7 @@ from ras_compile.dispatch.dispatcher import (
     places_given,
     without_traceback,
 )
-from ras_compile.dispatch.fixed import Fixed, same_objects, versions_of
+from ras_compile.dispatch.fixed import Fixed, same_objects
 from ras_compile.dispatch.hooks import Hooked, has_hooks, refuse_hooks
 from ras_compile.dispatch.kinds import gradients_recorded, records_gradients
 from ras_compile.errors import SpecViolation, UnsupportedGraph
@@ -41,6 +41,7 @@ from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import plain_mode
 from ras_compile.notices import fell_back
 from ras_compile.plans.plan import Plan
+from ras_compile.sampling.branches import versions_of
 from ras_compile.sampling.locate import note_reached
 
 # So many sets of values (lengths of prompts, say) are compiled for one set of sizes; further ones run dense.
@@ -63,7 +64,7 @@ class TracedEntry(Entry):
             [arguments + place for place, closed in enumerate(trace.closed) if closed.owner is not None]
         )
         # inputs that were seen to give the same facts, by identity and version
-        self._seen: deque[tuple[list[weakref.ref], list[int]]] = deque(maxlen=8)
+        self._seen: deque[tuple[list[weakref.ref], list[int | None]]] = deque(maxlen=8)
         self.fixed = Fixed(inputs, values)
 
     def fitting(self, given: Sequence[Any]) -> list[Any] | None:
@@ -79,11 +80,11 @@ class TracedEntry(Entry):
         tensors = [value for value in values if isinstance(value, Tensor)]
         read = [tensors[index] for index in self.trace.guard.reads]
         versions = versions_of(read)
-        if versions is not None and any(versions == old and same_objects(read, seen) for seen, old in self._seen):
+        if None not in versions and any(versions == old and same_objects(read, seen) for seen, old in self._seen):
             return values
         if not self.trace.guard.holds(tensors):
             return None
-        if versions is not None:
+        if None not in versions:
             self._seen.append(([weakref.ref(value) for value in read], versions))
         return values
 

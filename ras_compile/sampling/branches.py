@@ -62,12 +62,12 @@ class Contents:
         self._prints = {place: _print_or_none(weights[place]) for place in {*buffers} - {*self._numbers}}
         self._changes = 0
         values, _ = self._without_numbers(weights)
-        self._see(values, _versions(values))
+        self._see(values, versions_of(values))
 
     def mark(self, weights: Sequence[Any]) -> tuple[int, list[float]]:
         """What is equal as long as nothing changes. Without Python for each weight: there are hundreds, and calls wait."""
         values, numbers = self._without_numbers(weights) if self._numbers else (weights, [])
-        versions = _versions(values)
+        versions = versions_of(values)
         # an id is another object's only when its first owner has died
         if self._dead or list(map(id, values)) != self._ids or versions != self._seen:
             self._changes += self._differ(values, versions)
@@ -104,7 +104,7 @@ class Contents:
 _TAKEN = torch.zeros(())  # stands where a number was
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
+def versions_of(tensors: Sequence[Tensor]) -> list[int | None]:
     """How often each was written; None for inference tensors, which do not count it."""
     try:
         return list(map(version_of, tensors))

@@ -91,7 +91,7 @@ def test_a_file_that_is_not_as_it_was_written_is_ignored_and_replaced(timed, tex
 
 
 def test_bytes_that_are_no_text_are_ignored(timed):
-    tiles.timings(CPU).add("key", "middle")
+    tiles.timings(CPU).learn({"key": "middle"})
     tiles.timings(CPU).path.write_bytes(b"\xff\xfe")
     assert tiles.timings(CPU).read() == {}
 
@@ -99,7 +99,7 @@ def test_bytes_that_are_no_text_are_ignored(timed):
 @pytest.mark.parametrize("answer", [[1.0], "large", None, [1.0, 2.0, 3.0]], ids=str)
 def test_an_answer_to_another_question_is_measured_anew(answer):
     """Two times are asked for: a file in which the key stands for something else must not be believed."""
-    tiles.timings(CPU).add("key", answer)
+    tiles.timings(CPU).learn({"key": answer})
 
     def fits(found):
         return isinstance(found, list) and len(found) == 2
@@ -115,7 +115,7 @@ mine, name = Timings("cpu"), sys.argv[1]
 print("ready", flush=True)
 sys.stdin.readline()
 for index in range(60):
-    mine.add(f"{name} {index}", [float(index), None])
+    mine.learn({f"{name} {index}": [float(index), None]})
 """
 
 
@@ -155,8 +155,8 @@ def test_a_system_without_locks_keeps_its_timings(timed, monkeypatch):
 def test_what_others_wrote_meanwhile_is_kept(timed):
     ran, _ = timed
     mine, other = tiles.Timings("cpu"), tiles.Timings("cpu")
-    mine.add("a", "large")
-    other.add("b", [1.5, None])
+    mine.learn({"a": "large"})
+    other.learn({"b": [1.5, None]})
     assert tiles.Timings("cpu").known == {"a": "large", "b": [1.5, None]}
 
 
