@@ -28,8 +28,7 @@ from ras_compile.passes.rules.registry import RULES, Call, Gather, Step, Use, na
 
 aten = torch.ops.aten
 
-SLICES = (aten.slice.Tensor, aten.narrow.default)
-CUTS = (*SLICES, *SPLITS)
+CUTS = (aten.slice.Tensor, *SPLITS)
 JOINS = (*CONCATENATIONS, aten.slice_scatter.default)
 SAME_PLACE = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
 HEAVY = (
@@ -265,7 +264,7 @@ class Together:
 def cut_of(node: fx.Node) -> Part | None:
     """What a slice, or a piece of a split, is a part of; None for any other value."""
     cut, index = (node.args[0], node.args[1]) if node.target is operator.getitem else (node, None)
-    if not isinstance(cut, fx.Node) or cut.target not in (SLICES if index is None else SPLITS):
+    if not isinstance(cut, fx.Node) or cut.target not in (CUTS[:1] if index is None else SPLITS):
         return None
     args, source = named_arguments(cut), cut.args[0]
     assert isinstance(source, fx.Node)
@@ -274,8 +273,6 @@ def cut_of(node: fx.Node) -> Part | None:
     length = node.meta["val"].shape[dim]
     if index is not None:
         start = sum(piece.shape[dim] for piece in cut.meta["val"][:index])
-    elif cut.target is aten.narrow.default:
-        start = args["start"] % shape[dim]
     else:
         start, _, step = slice(args["start"], args["end"], args["step"]).indices(shape[dim])
         if step != 1:

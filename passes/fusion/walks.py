@@ -25,7 +25,7 @@ Digits = tuple[tuple[int, int], ...]  # (size, stride) of a mixed radix, outermo
 
 # Ops that put entries elsewhere and change none; and those that only look at memory in another way.
 VIEWS = frozenset([
-    aten.alias.default, aten.detach.default, aten.movedim.int, aten.permute.default, aten.select.int, aten.slice.Tensor,
+    aten.alias.default, aten.detach.default, aten.permute.default, aten.select.int, aten.slice.Tensor,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.t.default, aten.transpose.int,
     aten.unflatten.int, aten.unsqueeze.default, aten.view.default,
 ])  # fmt: skip

@@ -243,26 +243,6 @@ def moved(call: Call, dim: Dim, start: int, stop: int, sizes: Sizes):
     return call.with_args(start=sparse_offset(dim, start, sizes), end=sparse_offset(dim, stop, sizes))
 
 
-@rule_for(aten.narrow.default)
-def narrow(call: Call) -> Step:
-    """`b (t | n) c -> b n c`"""
-    layout, dim = along(call)
-    length, start = call.args["length"], call.args["start"]
-    start += layout.shape[dim] if start < 0 else 0
-    clipped = call.frame.clip(layout.dims[dim], length) if start == 0 else None
-    if clipped is not None:
-        return call.whole(layout.replace(dim, clipped))
-    possible, out = piece(call, layout, dim, start, start + length)
-    if not possible:
-        return call.whole()
-
-    def rewrite(sizes: Sizes):
-        first, last = (sparse_offset(layout.dims[dim], place, sizes) for place in (start, start + length))
-        return call.with_args(start=first, length=last - first)
-
-    return Step(out, call.uses(), rewrite=rewrite)
-
-
 @rule_for(*SPLITS)
 def split(call: Call) -> Step:
     """`b (t | n) c -> b t c, b n c`"""

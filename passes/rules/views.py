@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ras_compile._torch import schema_of
 from ras_compile.passes.algebra.layout import Axis, Layout, Sizes, ViewError, atoms_of, opaque
 from ras_compile.passes.rules.contraction import grid_atoms
 from ras_compile.passes.rules.registry import Call, Step, Use, rule_for
@@ -78,35 +77,15 @@ def squeeze(call: Call) -> Step:
     return call.as_view(out)
 
 
-@rule_for(
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.movedim.int,
-    aten.movedim.intlist,
-    aten.moveaxis.int,
-    aten.moveaxis.intlist,
-    aten.numpy_T.default,
-)
-@rule_for(aten.swapaxes.default, aten.swapdims.default, aten.mT.default)
+@rule_for(aten.permute.default, aten.transpose.int, aten.t.default)
 def permute(call: Call) -> Step:
     """`a b c -> a c b`"""
     layout = only_layout(call)
-    rank, args, name = len(layout.dims), call.args, schema_of(call.node.target).name
-    order = list(range(rank))
-    if "dims" in args:
-        order = [dim % rank for dim in args["dims"]]
-    elif "source" in args:
-        pairs = [[x] if isinstance(x, int) else x for x in (args["source"], args["destination"])]
-        moved = {to % rank: start % rank for start, to in zip(*pairs, strict=True)}
-        stay = iter([dim for dim in order if dim not in moved.values()])
-        order = [moved[dim] if dim in moved else next(stay) for dim in order]
-    else:
-        last = (-2, -1) if name in ("aten::mT", "aten::t") and rank > 1 else (0, -1)
-        first, second = (args.get(f"dim{k}", args.get(f"axis{k}", last[k])) for k in (0, 1))
-        order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
-        if name == "aten::numpy_T":
-            order = list(range(rank))[::-1]
+    order = call.args.get("dims")
+    if order is None:  # of two dimensions; `t` names none
+        order = list(range(len(layout.dims)))
+        first, second = call.args.get("dim0", 0), call.args.get("dim1", -1)
+        order[first], order[second] = order[second], order[first]
     return Step(layout.permute(order), call.uses())
 
 

@@ -60,10 +60,8 @@ def check_roles(graph: fx.Graph, inside: bool = False) -> None:
             demand(counts, node, "rows that do not say which tokens they count, or more of them than there are")
     many = len(of_role(graph, Role.ROWS))
     demand(many <= 1, next(iter(graph.nodes)), f"{many} inputs are the active rows")
-    sparse = many == 1 or inside
-    demand(
-        sparse or not of_role(graph, Role.CACHE), next(iter(graph.nodes)), "a cache in a program without active rows"
-    )
+    sparse = many == 1 or inside or not of_role(graph, Role.CACHE)
+    demand(sparse, next(iter(graph.nodes)), "a cache in a program without active rows")
 
 
 def check_alive(graph: fx.Graph) -> None:

@@ -97,10 +97,9 @@ class Step:
                     env[node] = self._memory(node)
             elif node.op == "output":
                 for value in _known(node, env):
-                    reason = (
-                        f"returns memory of `{value.memory.owner.name}`, a cache" if isinstance(value, Shown) else ""
-                    )
-                    demand(not isinstance(value, Shown) or not value.memory.is_cache, node, reason)
+                    if isinstance(value, Shown):
+                        owner = value.memory.owner
+                        demand(not value.memory.is_cache, node, f"returns memory of `{owner.name}`, a cache")
 
     def _input(self, node: fx.Node) -> Any:
         role = role_of(node)
@@ -348,13 +347,10 @@ def check_memory(program: fx.GraphModule) -> None:
         step = Step(draw)
         step.follow(program.graph)
         for memory in step.memories:
-            demand(
-                not memory.away, memory.owner, "is brought in from the host's memory, and what is written not sent back"
-            )
+            owner = memory.owner
+            demand(not memory.away, owner, "is brought in from the host's memory, and what is written not sent back")
             if memory.is_cache:
-                counts[memory.owner] = (
-                    counts.get(memory.owner, torch.zeros(1, dtype=torch.int64)) + memory.written.long()
-                )
+                counts[owner] = counts.get(owner, torch.zeros(1, dtype=torch.int64)) + memory.written.long()
     for cache, count in counts.items():
         demand(bool(count.any()), cache, "a cache that is never written")
         if all_tokens and rows.meta["context"]:

@@ -99,9 +99,8 @@ def check_layouts(node: fx.Node, layouts: Any, frame: Frame) -> None:
         if layout is not None:
             known = frame if frame.carries(layout) else frame.everyone
             demand(layout.shape == tuple(item.shape), node, f"layout {layout} for a value of shape {tuple(item.shape)}")
-            demand(
-                holds_grid(layout.dims, known, layout.raw), node, f"layout {layout} does not hold the grid exactly once"
-            )
+            once = holds_grid(layout.dims, known, layout.raw)
+            demand(once, node, f"layout {layout} does not hold the grid exactly once")
 
 
 def holds_grid(dims: Sequence[Dim], frame: Frame, raw: bool = False) -> bool:
@@ -138,22 +137,13 @@ def check_step(analysis: Analysis, node: fx.Node, step: Step) -> None:
     demand(len(step.uses) == len(taking), node, f"{len(step.uses)} uses for {len(taking)} operands")
     for operand, use in zip(taking, step.uses, strict=True):
         carries = layouts.get(operand) is not None
-        demand(
-            (use in (Use.ROWS, Use.WHOLE)) == carries,
-            node,
-            f"`{operand.name}` {'has' if carries else 'has no'} tokens: {use}",
-        )
-        demand(
-            not step.whole or use in (Use.WHOLE, Use.SAME),
-            node,
-            f"a node that runs whole takes `{operand.name}` as {use}",
-        )
+        has, fits = "has" if carries else "has no", (use in (Use.ROWS, Use.WHOLE)) == carries
+        demand(fits, node, f"`{operand.name}` {has} tokens: {use}")
+        fits = not step.whole or use in (Use.WHOLE, Use.SAME)
+        demand(fits, node, f"a node that runs whole takes `{operand.name}` as {use}")
         if isinstance(use, Gather):
-            demand(
-                holds_grid(use.layout.dims, frame),
-                node,
-                f"gathers `{operand.name}` by a part of the grid, {use.layout}",
-            )
+            fits = holds_grid(use.layout.dims, frame)
+            demand(fits, node, f"gathers `{operand.name}` by a part of the grid, {use.layout}")
 
 
 def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan) -> None:
@@ -169,17 +159,11 @@ def check_dense(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan)
     last = program.graph.output_node()
     results, wanted = list(last.args[0]), analysis.output_nodes
     kept = [*(splice.node for splice in sparse.splices if not splice.is_output), *sparse.frozen]
-    demand(
-        len(results) == len(wanted) + len(kept),
-        last,
-        f"{len(results)} results: {len(wanted)} outputs, {len(kept)} caches",
-    )
+    fits = len(results) == len(wanted) + len(kept)
+    demand(fits, last, f"{len(results)} results: {len(wanted)} outputs, {len(kept)} caches")
     for found, node in zip(results, wanted, strict=False):
-        demand(
-            getattr(found, "name", found) == getattr(node, "name", node),
-            last,
-            f"returns {found} in place of output {node}",
-        )
+        fits = getattr(found, "name", found) == getattr(node, "name", node)
+        demand(fits, last, f"returns {found} in place of output {node}")
     for cache, node in zip(results[len(wanted) :], kept, strict=True):
         held = cache.args[0] if cache.target is aten.clone.default and cache.name != node.name else cache
         demand(held.name == node.name, cache, f"the cache of `{node.name}` is another value")
@@ -198,11 +182,8 @@ def check_sparse(program: fx.GraphModule, analysis: Analysis, sparse: SparsePlan
     graph = program.graph
     inputs = graph.find_nodes(op="placeholder")
     given = analysis.graph.find_nodes(op="placeholder")
-    demand(
-        len(inputs) == len(given) + 1 + len(sparse.splices) + len(sparse.frozen),
-        inputs[-1],
-        "not the inputs, the rows, one cache per splice and the values of a frozen context",
-    )
+    fits = len(inputs) == len(given) + 1 + len(sparse.splices) + len(sparse.frozen)
+    demand(fits, inputs[-1], "not the inputs, the rows, one cache per splice and the values of a frozen context")
     rows, caches = inputs[len(given)], inputs[len(given) + 1 :][: len(sparse.splices)]
     value = rows.meta["val"]
     demand(value.dtype == torch.int64 and value.ndim == 2, rows, "rows are int64 [B, A]")
@@ -267,19 +248,15 @@ def check_parts(cache: fx.Node, targets: Sequence[fx.Node], whole: bool = True) 
     if not slices:
         demand(len(targets) == 1, cache, f"a cache that is written {len(targets)} times")
         return
-    demand(
-        len(slices) == len(targets) and len({dim for dim, _, _ in slices}) == 1,
-        cache,
-        "overlapping writes into a cache",
-    )
+    one_dim = len(slices) == len(targets) and len({dim for dim, _, _ in slices}) == 1
+    demand(one_dim, cache, "overlapping writes into a cache")
     place = 0
     for dim, start, stop in sorted(slices):
         fits = start == place if whole else start >= place
         demand(fits, cache, f"entries {place} to {start} of dimension {dim} are written twice or never")
         place = stop
-    demand(
-        not whole or place == cache.meta["val"].shape[slices[0][0]], cache, f"entries from {place} on are never written"
-    )
+    covered = not whole or place == cache.meta["val"].shape[slices[0][0]]
+    demand(covered, cache, f"entries from {place} on are never written")
 
 
 def sliced(node: fx.Node) -> tuple[int, int, int] | None:

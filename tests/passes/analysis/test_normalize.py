@@ -41,6 +41,14 @@ SPELLED = {
     aten.broadcast_tensors.default: lambda x, w: torch.broadcast_tensors(x, x[:, :1]),
     aten.trapezoid.dx: lambda x, w: torch.trapezoid(x, dim=-1),
     aten.msort.default: lambda x, w: torch.msort(x),
+    aten.narrow.default: lambda x, w: torch.narrow(x, 1, -3, 2),
+    aten.movedim.int: lambda x, w: torch.movedim(x, -1, 1),
+    aten.movedim.intlist: lambda x, w: torch.movedim(x, [2, 0], [0, 1]),
+    aten.moveaxis.int: lambda x, w: torch.moveaxis(x, 0, -1),
+    aten.numpy_T.default: lambda x, w: x[0].T,
+    aten.swapaxes.default: lambda x, w: torch.swapaxes(x, 0, 1),
+    aten.swapdims.default: lambda x, w: torch.swapdims(x, 1, -1),
+    aten.mT.default: lambda x, w: x.mT,
     aten.cosine_similarity.default: lambda x, w: F.cosine_similarity(x[:, :, None], x[:, None], -1),
 }
 

@@ -263,14 +263,6 @@ def views() -> list[Row]:
         Row(aten.transpose.int, lambda s: s(s.tokens, 1, -1)),
         Row(aten.t.default, lambda s: s(s.flat)),
         Row(aten.t.default, lambda s: s(s.marks)),
-        Row(aten.movedim.int, lambda s: s(s.x, -1, 1)),
-        Row(aten.movedim.int, lambda s: s(s.x, 1, -1)),
-        Row(aten.movedim.int, lambda s: s(s.x, 0, 2)),
-        Row(aten.numpy_T.default, lambda s: s(s.flat)),
-        Row(aten.numpy_T.default, lambda s: s(s.x)),
-        Row(aten.swapaxes.default, lambda s: s(s.x, -1, 0)),
-        Row(aten.swapdims.default, lambda s: s(s.x, 1, 2)),
-        Row(aten.mT.default, lambda s: s(s.tokens)),
         *[
             row
             for target in (aten.expand.default, aten.broadcast_to.default)
@@ -457,13 +449,6 @@ def concatenation() -> list[Row]:
         Row(aten.slice.Tensor, lambda s: s(s.tokens)),
         Row(aten.slice.Tensor, lambda s: s(s.tokens, 0, 0, 1)),
         Row(aten.slice.Tensor, lambda s: s(s.also(aten.repeat.default, s.joint, [1, 2, 1]), 1, 0, 3), "whole"),
-        Row(aten.narrow.default, lambda s: s(s.joint, 1, TEXT, n)),
-        Row(aten.narrow.default, lambda s: s(s.joint, 1, -n, n)),
-        Row(aten.narrow.default, lambda s: s(s.joint, -2, 2, n + 1)),
-        Row(aten.narrow.default, lambda s: s(s.joint, 1, 0, TEXT), "apart"),
-        Row(aten.narrow.default, lambda s: s(s.joint, 1, 1, TEXT), "whole"),
-        Row(aten.narrow.default, lambda s: s(s.tokens, 1, 0, 0), "apart"),
-        Row(aten.narrow.default, lambda s: s(s.tokens, -1, 1, 2)),
         Row(aten.split.Tensor, lambda s: s.pieces(s.joint, 3, 1), "whole"),
         Row(aten.split.Tensor, lambda s: s.pieces(s.tokens, 4, -1)),
         Row(aten.split.Tensor, lambda s: s.pieces(s.tokens, 1)),
@@ -551,7 +536,6 @@ def concatenation() -> list[Row]:
             grid=(2, 2),
         ),
         Row(aten.slice.Tensor, lambda s: s(unpatched(s), 2, 0, HEIGHT), "whole", grid=(2, 2)),
-        Row(aten.narrow.default, lambda s: s(unpatched(s), 2, 0, HEIGHT), "whole", grid=(2, 2)),
     ]
 
 
@@ -559,7 +543,7 @@ def contraction() -> list[Row]:
     n, c = TOKENS, CHANNELS
     column = lambda s: s.also(aten.unsqueeze.default, s.tokens, -1)  # noqa: E731
     square = lambda s: s.also(aten.mm.default, s.flat, s.given(c, s.batch * n))  # noqa: E731
-    first = lambda s: s.also(aten.movedim.int, s.tokens, 0, 1)  # noqa: E731 -- `n b c`
+    first = lambda s: s.also(aten.transpose.int, s.tokens, 0, 1)  # noqa: E731 -- `n b c`
     return [
         Row(aten.linear.default, lambda s: s(s.tokens, s.given(5, c), s.given(5))),
         Row(aten.linear.default, lambda s: s(s.joint, s.given(5, c))),
@@ -581,9 +565,9 @@ def contraction() -> list[Row]:
         Row(aten.matmul.default, lambda s: s(s.given(n), s.tokens), "whole"),
         Row(aten.matmul.default, lambda s: s(s.columns, s.given(n, 5)), "whole"),
         Row(aten.matmul.default, lambda s: s(s.columns, s.tokens), "whole"),
-        Row(aten.matmul.default, lambda s: s(s.heads, s.also(aten.mT.default, s.heads))),
+        Row(aten.matmul.default, lambda s: s(s.heads, s.also(aten.transpose.int, s.heads, -2, -1))),
         Row(aten.matmul.default, lambda s: s(s.scores, s.tokens)),
-        Row(aten.matmul.default, lambda s: s(s.also(aten.mT.default, s.scores), s.tokens), "whole"),
+        Row(aten.matmul.default, lambda s: s(s.also(aten.transpose.int, s.scores, -2, -1), s.tokens), "whole"),
         Row(aten.matmul.default, lambda s: s(s.heads, s.given(2, 3, 5))),
         Row(aten.matmul.default, lambda s: s(s.heads, s.given(s.batch, 1, 3, 5))),
         Row(aten.matmul.default, lambda s: s(s.x, s.given(HEIGHT, c, 5)), "whole"),
@@ -591,7 +575,7 @@ def contraction() -> list[Row]:
         Row(aten.matmul.default, lambda s: s(s.given(7, 3), s.pairs)),
         Row(aten.matmul.default, lambda s: s(s.given(4, s.batch), first(s))),
         Row(aten.matmul.default, lambda s: s(s.given(5, 1, 1, n, c), s.columns)),
-        Row(aten.matmul.default, lambda s: s(s.joint, s.also(aten.mT.default, s.joint))),
+        Row(aten.matmul.default, lambda s: s(s.joint, s.also(aten.transpose.int, s.joint, -2, -1))),
         Row(aten.bmm.default, lambda s: s(s.tokens, s.given(s.batch, c, 5))),
         Row(aten.bmm.default, lambda s: s(s.scores, s.tokens)),
         Row(aten.bmm.default, lambda s: s(s.given(s.batch, 5, n), s.tokens), "whole"),
@@ -634,7 +618,7 @@ def contraction() -> list[Row]:
         Row(aten.einsum.default, lambda s: s("bnc,ab->anc", [s.tokens, s.given(s.batch, s.batch)])),
         Row(aten.einsum.default, lambda s: s("anc,bnc->abn", [s.tokens, s.tokens]), "whole", single="rows"),
         Row(aten.einsum.default, lambda s: s("bnc,bnc->bn", [s.tokens, s.turned]), "whole"),
-        Row(aten.einsum.default, lambda s: s("bnc,bmn->bnm", [s.tokens, s.also(aten.mT.default, s.scores)])),
+        Row(aten.einsum.default, lambda s: s("bnc,bmn->bnm", [s.tokens, s.also(aten.transpose.int, s.scores, -2, -1)])),
         Row(aten.einsum.default, lambda s: s("bnc,bmn->bnm", [s.tokens, s.scores]), "whole"),
     ]  # fmt: skip
 
@@ -668,7 +652,7 @@ def convolution() -> list[Row]:
         Row(aten.conv1d.default, lambda s: s(wide(s), s.given(2, 1, 3), None, [2], [1])),
         Row(aten.conv1d.default, lambda s: s(s.tokens, s.given(5, n, 1)), "no token grid"),
         Row(aten.conv1d.default, lambda s: s(s.columns, s.also(aten.reshape.default, s.flat, [s.batch * n, c, 1])), "whole"),
-        Row(aten.conv1d.default, lambda s: s(s.also(aten.cat.default, [s.also(aten.mT.default, s.text), s.columns], 2),
+        Row(aten.conv1d.default, lambda s: s(s.also(aten.cat.default, [s.also(aten.transpose.int, s.text, -2, -1), s.columns], 2),
                                              s.given(5, c, 1))),
         Row(aten.conv1d.padding, lambda s: s(s.columns, s.given(5, c, 3), None, [1], "same"), "whole"),
         Row(aten.conv1d.padding, lambda s: s(s.columns, s.given(5, c, 1), None, [1], "valid")),
@@ -844,9 +828,6 @@ def indexing() -> list[Row]:
         Row(aten.cdist.default, lambda s: s(s.text, s.tokens)),
         Row(aten.instance_norm.default, lambda s: s(s.image, None, None, None, None, True, 0.1, 1e-5, False), "whole"),
         Row(aten.grid_sampler.default, lambda s: s(s.image, s.given(s.batch, 2, 3, 2), 0, 0, False), "whole"),
-        Row(aten.moveaxis.int, lambda s: s(s.x, -1, 1)),
-        Row(aten.moveaxis.intlist, lambda s: s(s.x, [1, 2], [3, 0])),
-        Row(aten.movedim.intlist, lambda s: s(s.x, [3, 0], [0, 2])),
         Row(aten.flip.default, lambda s: s(s.pairs, [2, -1])),
         Row(aten.flip.default, lambda s: s(s.x, [2])),
         Row(aten.flip.default, lambda s: s(s.tokens, [0]), "whole", single="rows"),
