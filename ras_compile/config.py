@@ -87,7 +87,7 @@ class RASConfig:
             the tokens with which the drift of the others, summed, stays below that share. This reads one number from the
             device in each step. Needs "drift"; `sample_ratio`, `ratio_schedule`, `reset_interval` and `reset_from` are not used.
         metric: what tells which tokens need computing: "drift" (how far the noise that a token holds should be off by
-            now, from how much it last changed: see `ras_compile.sampling.drift`), "std" (the paper's: how its noise
+            now, from how much it last changed: see `ras_compile.sampling.selection`), "std" (the paper's: how its noise
             spreads over channels), "l2norm", "random", or a callable ``(noise [B, N, P * C], info) -> [B, N]``,
             non-negative. The defaults of `sample_ratio`, `reset_interval`, `reset_from`, `ratio_schedule`,
             `noise_reuse` and `starvation_scale` are those that measured best with "drift" or with the others.

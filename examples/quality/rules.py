@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ras_compile.sampling.drift import FLOOR, UNKNOWN, expected, learned
-from ras_compile.sampling.selection import SelectionInfo
+from ras_compile.sampling.selection import FLOOR, UNKNOWN, SelectionInfo, expected, learned
 
 __all__ = ["Changes", "Drift", "Heterogeneous", "Unaged"]
 

@@ -14,9 +14,9 @@ from ras_compile.execute.replay import Function, Replayed
 from ras_compile.passes.algebra.layout import Group
 from ras_compile.passes.algebra.tokens import TokenView
 from ras_compile.plans.spread import largest
-from ras_compile.sampling.drift import Drift, spread
 from ras_compile.sampling.reuse import active_tokens, continued
 from ras_compile.sampling.selection import (
+    Drift,
     Measure,
     SelectionInfo,
     checked_rows,
@@ -26,6 +26,7 @@ from ras_compile.sampling.selection import (
     rated,
     sample_groups,
     settle,
+    spread,
     token_metric,
     update_counts,
 )

@@ -17,9 +17,8 @@ from scripts import EXAMPLES, load
 
 import ras_compile
 from ras_compile.config import fitting
-from ras_compile.sampling.drift import expected
 from ras_compile.sampling.schedule import Schedule
-from ras_compile.sampling.selection import SelectionInfo
+from ras_compile.sampling.selection import SelectionInfo, expected
 
 names = ("data", "measure", "models", "others", "rules", "run", "sampler", "settings", "tables", "objects", "frontier")
 data, measure, models, others, rules, run, sampler, chosen, tables, objects, frontier = load(

@@ -13,9 +13,8 @@ from recorded import Recorded
 import ras_compile
 from ras_compile import RASConfig
 from ras_compile.execute import replay
-from ras_compile.sampling.drift import FLOOR
 from ras_compile.sampling.rows import NEAR, RowChooser
-from ras_compile.sampling.selection import SelectionInfo
+from ras_compile.sampling.selection import FLOOR, SelectionInfo
 
 INFO = SelectionInfo()
 BATCH, TOKENS, PIXELS, CHANNELS = 2, 24, 2, 4
