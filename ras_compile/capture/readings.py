@@ -71,10 +71,6 @@ class Closed:
     owner: dict[str, Any] | None = None
     name: str = ""
 
-    def now(self) -> Tensor:
-        """The tensor, looked up."""
-        return self.tensor if self.owner is None else self.owner[self.name]
-
 
 class Readings(TorchFunctionMode):
     """Sees every PyTorch function that Python code calls, and handles those that read values.

@@ -91,7 +91,7 @@ class TracedEntry(Entry):
 
 def inputs_of(trace: Trace, given: Sequence[Any]) -> list[Any]:
     """The inputs of a traced graph for a call: the leaves of its arguments, then the tensors that are no arguments."""
-    return [*given, *[closed.now() for closed in trace.closed]]
+    return [*given, *[c.tensor if c.owner is None else c.owner[c.name] for c in trace.closed]]
 
 
 class _Here(threading.local):
