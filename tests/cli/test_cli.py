@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import types
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -118,24 +119,26 @@ def test_a_folder_is_explained():
     assert found["words"].startswith("In a run of 12 steps")
 
 
-def test_the_last_line_names_what_was_written(tmp_path):
-    last = call("generate", EMOJI, "a cat", "--steps", "5", "--output", tmp_path, *SMALL).stdout.splitlines()[-1]
-    assert last == f"written to {tmp_path}: dense.png, ras.png, report.html, focus.png"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.png", "focus.png", "ras.png", "report.html"]
-
-
 def test_a_video_is_written_as_an_animation(tmp_path):
     path = save([picture(), picture().transpose(Image.Transpose.ROTATE_90)], tmp_path / "dense")
     assert path.name == "dense.gif" and Image.open(path).n_frames == 2
 
 
-def test_a_prompt_is_drawn_both_ways(tmp_path):
+def test_a_prompt_is_drawn_both_ways_and_presets_are_timed(monkeypatch, tmp_path):
+    """Three commands in one test: the pipeline, loaded once for all of them, is captured once."""
+    monkeypatch.setattr("ras_compile.cli.app.load", cache(load))
     found = data("generate", EMOJI, "a <b>cat</b>", "--steps", "6", "--output", tmp_path / "new", *SMALL)
     assert found["steps"] == 6 and found["flop_speedup"] > 1 and 5 < found["psnr"] < 100
     html = Path(found["report"]).read_text()
     assert "data:image/png" in html and "<b>cat" not in html
     assert Image.open(found["focus"]).width > 1000
     assert Image.open(found["dense"]).size == Image.open(found["ras"]).size == (64, 64)
+    last = call("generate", EMOJI, "a cat", "--steps", "5", "--output", tmp_path, *SMALL).stdout.splitlines()[-1]
+    assert last == f"written to {tmp_path}: dense.png, ras.png, report.html, focus.png"
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"new", "dense.png", "focus.png", "ras.png", "report.html"}
+    timed = data("bench", EMOJI, "--steps", "6", "--turns", "1", "--preset", "fast", *SMALL)
+    assert [row["way"] for row in timed] == ["dense", "fast"] and timed[1]["flop_speedup"] > 1
 
 
 def test_presets_are_measured_on_ones_own_weights(tmp_path):
@@ -147,11 +150,6 @@ def test_presets_are_measured_on_ones_own_weights(tmp_path):
     assert all(way["seconds"] > 0 and way["psnr"] > 5 and 0 < way["ssim"] <= 1 for way in found["ways"])
     assert found == {**json.loads((tmp_path / "evaluation.json").read_text()), "page": found["page"]}
     assert "a red apple" in Path(found["page"]).read_text()
-
-
-def test_presets_are_timed():
-    found = data("bench", EMOJI, "--steps", "6", "--turns", "1", "--preset", "fast", *SMALL)
-    assert [row["way"] for row in found] == ["dense", "fast"] and found[1]["flop_speedup"] > 1
 
 
 def test_a_saved_run_becomes_a_page(tmp_path):

@@ -119,27 +119,19 @@ def test_an_aborted_picture_leaves_nothing_behind(pipe):
 
 
 def test_a_batch_is_its_pictures_and_sizes_differ(pipe):
-    """Rows are chosen per picture: a batch of two prompts is not far from the two alone, and no square is needed."""
-    with ras_compile.attach(pipe, **EAGER) as handle:
-        both = pipe(
-            ["a red apple", "a cat"], num_inference_steps=4, guidance_scale=4.0, max_sequence_length=1,
-            generator=[torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)], output_type="latent",
-            height=64, width=64,
-        ).images  # fmt: skip
-        rows = ras_compile.trace(handle)[-1].rows
-        assert torch.equal(rows[:2], rows[2:]) and not torch.equal(rows[0], rows[1])
-        assert error([both[:1]], [draw(pipe, steps=4)]) < 1e-2
-        wide = draw(pipe, steps=3, height=64, width=96)
-        assert wide.shape[-2:] == (16, 24) and ras_compile.trace(handle)[-1].kind == "sparse"
-
-
-def test_many_pictures_of_a_prompt(pipe):
-    """In one batch about as alone: guidance's halves share rows, pictures do not."""
+    """Rows are chosen per picture, of which guidance's halves share theirs: in a batch, of two prompts or of one, pictures
+    are not far from those drawn alone, and no square is needed."""
     given = {"num_inference_steps": 4, "guidance_scale": 4.0, "max_sequence_length": 1, "output_type": "latent"}
     given |= {"height": 64, "width": 64}
+    alone = {}
     with ras_compile.attach(pipe, **EAGER) as handle:
-        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-        together = pipe("a red apple", num_images_per_prompt=2, generator=generators, **given).images
-        rows = ras_compile.trace(handle)[-1].rows
-        assert rows.shape == (4, 128) and torch.equal(rows[:2], rows[2:]) and not torch.equal(rows[0], rows[1])
-        assert error([together[1:]], [draw(pipe, steps=4, seed=1)]) < 1e-2
+        for prompts, several, seed in ((["a red apple", "a cat"], 1, 0), ("a red apple", 2, 1)):
+            generator = [torch.Generator().manual_seed(number) for number in range(2)]
+            both = pipe(prompts, num_images_per_prompt=several, generator=generator, **given).images
+            rows = ras_compile.trace(handle)[-1].rows
+            assert rows.shape == (4, 128) and torch.equal(rows[:2], rows[2:]) and not torch.equal(rows[0], rows[1])
+            alone[seed] = both[seed : seed + 1]
+        for seed, picture in alone.items():
+            assert error([picture], [draw(pipe, steps=4, seed=seed)]) < 1e-2
+        wide = draw(pipe, steps=3, height=64, width=96)
+        assert wide.shape[-2:] == (16, 24) and ras_compile.trace(handle)[-1].kind == "sparse"
