@@ -303,9 +303,9 @@ KILLED = """
 import os, sys
 from ras_compile.kernels.tiles import Timings
 mine = Timings("cpu")
-mine.add("before", [1.0])
+mine.learn({"before": [1.0]})
 os.replace = lambda *given: os._exit(9)
-mine.add("lost", [2.0])
+mine.learn({"lost": [2.0]})
 """
 
 
@@ -315,7 +315,7 @@ def test_a_process_that_is_killed_while_it_writes(tmp_path, monkeypatch):
     assert subprocess.run([sys.executable, "-P", "-c", KILLED]).returncode == 9
     here = tiles.Timings("cpu")
     assert here.known == {"before": [1.0]}
-    here.add("after", [3.0])
+    here.learn({"after": [3.0]})
     assert tiles.Timings("cpu").known == {"before": [1.0], "after": [3.0]}
 
 
@@ -323,7 +323,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     """Nothing is left of the file that could not be written, and what was known stays known."""
     monkeypatch.setenv("RAS_COMPILE_CACHE_DIR", str(tmp_path))
     here = tiles.Timings("cpu")
-    here.add("before", [1.0])
+    here.learn({"before": [1.0]})
 
     def full(handle, *given):
         os.close(handle)
@@ -331,7 +331,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(tiles.os, "fdopen", full)
-        here.add("more", [2.0])
+        here.learn({"more": [2.0]})
     assert here.known == {"before": [1.0], "more": [2.0]} and tiles.Timings("cpu").known == {"before": [1.0]}
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".lock"]
     assert counted() == {"timings of kernels kept by this process alone": 1}

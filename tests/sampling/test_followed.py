@@ -507,5 +507,5 @@ def test_what_is_told_of_a_call():
         "sparse",
         decision.active,
     ) and last.rows is decision.rows
-    assert (decision.num_steps, decision.of.last_step, decision.of.kept, decision.run.pending) == (20, 2, True, None)
+    assert (decision.of.last_step, decision.of.kept, decision.run.pending) == (2, True, None)
     assert decision.active == decision.rows.shape[1] == pipe.state.records[-1].active < TOKENS
