@@ -131,6 +131,19 @@ def test_a_latent_of_one_dimension_beside_its_channels_has_tokens_there_if_they_
     assert (of(Mixed(), torch.randn(2, 6, 4)).frame.tokens, of(Mixed(), torch.randn(2, 6, 4)).frame.samples) == (6, 2)
 
 
+class Projected(nn.Module):
+    """Its channels are known to be some before its tokens are known to meet."""
+
+    def forward(self, latent: Tensor, weight: Tensor) -> Tensor:
+        found = latent @ weight
+        return torch.softmax(found @ found.transpose(-1, -2), -1) @ found
+
+
+def test_what_is_left_of_a_latent_without_channels_is_tokens_if_they_meet():
+    found = of(Projected(), torch.randn(6, 4), torch.randn(4, 4)).frame
+    assert (found.batch, found.tokens) == (None, 6)
+
+
 def test_a_latent_that_nobody_pads_is_not_looked_at_as_padded():
     assert not of(Mixed(), torch.randn(2, 6, 4)).frame.padded
 
@@ -167,14 +180,20 @@ def test_samples_that_meet_nowhere_are_no_tokens():
 class Parts(nn.Module):
     """Tokens are worked in two parts, and joined again."""
 
+    def __init__(self, sliced: bool) -> None:
+        super().__init__()
+        self.sliced = sliced
+
     def forward(self, latent: Tensor, weight: Tensor) -> Tensor:
-        parts = [torch.relu(part @ weight) for part in latent.chunk(2, 1)]
+        cut = [latent[:, :3], latent[:, 3:]] if self.sliced else latent.chunk(2, 1)
+        parts = [torch.relu(part @ weight) for part in cut]
         joined = torch.cat(parts, 1)
         return nn.functional.scaled_dot_product_attention(joined, joined, joined)
 
 
-def test_of_parts_that_are_worked_together_nothing_is_left():
-    found = of(Parts(), torch.randn(1, 6, 4), torch.randn(4, 4))
+@pytest.mark.parametrize("sliced", [False, True])
+def test_of_parts_that_are_worked_together_nothing_is_left(sliced):
+    found = of(Parts(sliced), torch.randn(1, 6, 4), torch.randn(4, 4))
     there = set(found.graph.nodes)
     assert found.layouts.keys() <= there and found.steps.keys() <= there
     assert found.frame.tokens == 6 and not found.graph.find_nodes(op="call_function", target=aten.cat.default)

@@ -208,6 +208,26 @@ def size_of(layout: Layout, atom: Atom) -> int:
 def test_active_rows_stand_where_their_factors_count_them(name, frame):
     dims = [[factor for factor in dim if frame is GRID or factor is not PICTURE] for dim in LAYOUTS[name]]
     layout = Layout(tuple(map(tuple, dims)))
+    check(frame, layout)
+
+
+SMALL = Frame((1, 3, 4, 2), ((1,), (3,), (2, 2), (2,)))  # all of it is tokens
+D, (I, i), (J,) = SMALL.atoms(1)[0], SMALL.atoms(2), SMALL.atoms(3)
+APART = Order.of(((D.atom, 3), (J.atom, 2)), torch.tensor([4, 1, 5, 0, 3, 2]))
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [[[I, J], [i], [D]], [[I, i], [whole(APART)]], [[J, D], [i, I]]],
+    ids=["apart", "in an order", "turned"],
+)
+def test_neighbours_of_one_size_that_do_not_follow_each_other(dims):
+    check(SMALL, Layout(tuple(map(tuple, dims))))
+
+
+def check(frame: Frame, layout: Layout) -> None:
+    """The positions of some rows are those that the definition says."""
+    dims = layout.dims
     emit = Emitter(contextlib.nullcontext())  # type: ignore[arg-type]  # tensors here have values
     chosen = torch.stack([SHUFFLED[:7].sort().values, SHUFFLED[7:14].sort().values])[: frame.samples]
     tables = []
