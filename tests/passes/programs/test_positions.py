@@ -212,13 +212,13 @@ def test_active_rows_stand_where_their_factors_count_them(name, frame):
 
 
 SMALL = Frame((1, 3, 4, 2), ((1,), (3,), (2, 2), (2,)))  # all of it is tokens
-D, (I, i), (J,) = SMALL.atoms(1)[0], SMALL.atoms(2), SMALL.atoms(3)
-APART = Order.of(((D.atom, 3), (J.atom, 2)), torch.tensor([4, 1, 5, 0, 3, 2]))
+DEPTH, (OUTER, INNER), (COLUMN,) = SMALL.atoms(1)[0], SMALL.atoms(2), SMALL.atoms(3)
+APART = Order.of(((DEPTH.atom, 3), (COLUMN.atom, 2)), torch.tensor([4, 1, 5, 0, 3, 2]))
 
 
 @pytest.mark.parametrize(
     "dims",
-    [[[I, J], [i], [D]], [[I, i], [whole(APART)]], [[J, D], [i, I]]],
+    [[[OUTER, COLUMN], [INNER], [DEPTH]], [[OUTER, INNER], [whole(APART)]], [[COLUMN, DEPTH], [INNER, OUTER]]],
     ids=["apart", "in an order", "turned"],
 )
 def test_neighbours_of_one_size_that_do_not_follow_each_other(dims):
