@@ -68,7 +68,7 @@ class Entry:
 
     def _takes(self, plan: Plan) -> None:
         self.plan, frame = plan, plan.analysis.frame
-        self._sizes = frame.samples, frame.tokens, frame.grid
+        self._sizes, self._group = (frame.samples, frame.tokens, frame.grid), frame.group
         # the sizes that Dynamo hands over beside the tensors tell no more than those do
         told = [
             index for index in self._users if not self.inputs[index].size or self.inputs[index].argument is not None
@@ -93,13 +93,12 @@ class Entry:
             own: the same as the user's own objects; Python numbers are tensors among ``given`` alone.
             weights: they say which transformer it is.
         """
-        group = self.plan.analysis.frame.group
         try:
             return self._run(given, own, weights, place)
         except RuntimeError as error:
-            if group is None or isinstance(error, RASError):
+            if self._group is None or isinstance(error, RASError):
                 raise
-            raise disconnected(error, group) from error
+            raise disconnected(error, self._group) from error
 
     def _run(self, given: Sequence[Any], own: Sequence[Any], weights: Sequence[Tensor], place: Place) -> list[Any]:
         plan, info, state = self.plan, self.info(own, weights), self.state_of(weights)
@@ -152,7 +151,7 @@ class Entry:
         plan, time = self.plan, self.timestep
         return CallInfo(
             plan.identity, own[plan.latent], self.context(own), None if time is None else own[time], *self._sizes,
-            plan.latent_view, self.cost, weights, plan.spread, plan.analysis.frame.group,
+            plan.latent_view, self.cost, weights, plan.spread, self._group,
         )  # fmt: skip
 
     def state_of(self, weights: Sequence[Tensor]) -> TransformerState:

@@ -233,7 +233,12 @@ class RowChooser:
         tensors, measures, drifts = _gathered(seen)
         counts = self._counts_of(key, latent.device)
         groups = self._grouping(key, latent)
-        settings = *self._settings, self._longest(active, key[1])
+        # For how many steps in a row a token may be left out. One that is left out again and again lags in the same direction each
+        # time, and a run adds that up: where half are computed, and dense steps are far apart, to take turns measures better than
+        # what drift says of the next step alone (docs/quality.md).
+        far = config.reset_interval is None or config.reset_interval > NEAR
+        longest = 1 if config.metric == "drift" and 2 * active >= key[1] and far else config.max_absence
+        settings = *self._settings, longest
         if config.selector is None:
             if known is None:
                 if self._nothing is None:
@@ -254,16 +259,6 @@ class RowChooser:
             drift.last, drift.state = kept[2 * place : 2 * place + 2]
             drift.step, drift.pending = self._step, False
         return rows
-
-    def _longest(self, active: int, tokens: int) -> int:
-        """For how many steps in a row a token may be left out: once by drift where half are computed, dense steps being far apart.
-
-        A token that is left out again and again lags in the same direction each time, and a run adds that up. Where turns are as
-        short as that, taking them measures better than what drift says of the next step alone (docs/quality.md).
-        """
-        config = self._config
-        far = config.reset_interval is None or config.reset_interval > NEAR
-        return 1 if config.metric == "drift" and 2 * active >= tokens and far else config.max_absence
 
     def _grouping(self, key: _Key, latent: Tensor) -> Tensor:
         """Averages over the samples that share a latent [B, B]; empty for a single sample. Made at the first choice."""
