@@ -78,6 +78,7 @@ class Summary:
         splices: values that are made whole from caches and active rows, with the user's source lines.
         fallbacks: what this process has done in a slower way so far, because the faster one failed; refused models left out.
         exchanged: the name of a transformer in whose place another one has worked since, whose steps are not told here.
+        passed: model calls that never reached the backend, and are not told either.
     """
 
     steps: tuple[Step, ...] = ()
@@ -87,6 +88,7 @@ class Summary:
     splices: tuple[SplicePoint, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
     exchanged: str = ""
+    passed: int = 0
 
     @property
     def seconds(self) -> float | None:
@@ -131,7 +133,7 @@ class Summary:
         return times
 
     def __str__(self) -> str:
-        if not self.steps and not self.exchanged:
+        if not self.steps and not self.exchanged and not self.passed:
             return "no picture yet: call the pipeline, then ask again"
         count = f"{len(self.steps)} step{'s' * (len(self.steps) > 1)}"
         lines = ["; ".join([f"{count}{self._took}: {self._kinds}", *self._parts])]
@@ -150,6 +152,11 @@ class Summary:
             lines.append(
                 f"another module took the place of the attached {self.exchanged}: its steps are dense and not told here; "
                 "call detach() on the handle, and attach again"
+            )
+        if self.passed:
+            lines.append(
+                f"{self.passed} call{'s' * (self.passed > 1)} of a transformer ran past the backend, dense, and are not told here: "
+                "torch.compile is disabled, or Dynamo gave up at its recompile limit (run with TORCH_LOGS=recompiles)"
             )
         broken = next((step.number for step in self.steps if not isfinite(step.change or 0.0)), None)
         if broken is not None:
@@ -207,6 +214,7 @@ def summarise(
     compiled: Sequence[float] = (),
     changes: Sequence[float | None] = (),
     exchanged: str = "",
+    passed: int = 0,
 ) -> Summary:
     """The summary of a generation."""
     steps = [
@@ -227,6 +235,7 @@ def summarise(
         points_of(plan) if plan else (),
         slower(),
         exchanged,
+        passed,
     )
 
 

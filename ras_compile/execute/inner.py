@@ -88,13 +88,25 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) 
         with tracing(TracingContext(fake)), caches.patch(cache_key_tag=tag):
             compiled = compile_fx(module, examples, config_patches=options)
         return compiled
+    return known_backend(config)(module, list(inputs), **config.inner_options)
+
+
+def known_backend(config: RASConfig) -> Callable[..., Any]:
+    """The inner backend that the options name, if it is not Inductor itself.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
     try:
-        backend = lookup_backend(config.inner_backend)
+        return lookup_backend(config.inner_backend)
     except InvalidBackend:
-        others = ["eager", "aot_eager", *(name for name in torch.compiler.list_backends() if name != "ras")]
-        names = ", ".join(map(repr, others))
-        raise ConfigError(f"option inner_backend={config.inner_backend!r} is no backend; it takes {names}.") from None
-    return backend(module, list(inputs), **config.inner_options)
+        known = ["eager", "aot_eager", *(name for name in torch.compiler.list_backends() if name != "ras")]
+        near = difflib.get_close_matches(str(config.inner_backend), known, 1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        names = ", ".join(map(repr, known))
+        raise ConfigError(
+            f"option inner_backend={config.inner_backend!r} is no backend{meant}; it takes {names}."
+        ) from None
 
 
 def compile_or_run(make: Callable[[], fx.GraphModule], inputs: Sequence[Any], config: RASConfig) -> Compiled:

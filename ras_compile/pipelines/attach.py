@@ -22,11 +22,13 @@ from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import PRESETS, RASConfig
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.errors import ConfigError
-from ras_compile.history import past_of
+from ras_compile.execute.inner import known_backend
+from ras_compile.history import Past, past_of
 from ras_compile.notices import first_time, warn_once
 from ras_compile.options import Options, RuntimeOptions
 from ras_compile.pipelines.bars import follow_bars, unfollow_bars
 from ras_compile.pipelines.casting import cast_by_hooks, cast_in_graph
+from ras_compile.pipelines.clock import Clock
 from ras_compile.pipelines.follow import (
     SchedulerFollower,
     follow_branches,
@@ -121,9 +123,12 @@ class Handle:
         """
         if not self._attached:
             return self._ended
-        clock, past = self.follower.clock, past_of(self.transformers, released=True)
+        follower, past = self.follower, past_of(self.transformers, released=True)
+        clock = follower.clock
+        if (follower.exchanged or follower.passed) and not follower.reached:
+            clock, past = Clock(), Past([], past.cache_bytes)  # what is known is of an earlier generation
         times = clock.seconds(), clock.compiled(), clock.changes()
-        return summarise(past, self.config, *times, self.follower.exchanged)
+        return summarise(past, self.config, *times, follower.exchanged, follower.passed)
 
     def report(self, path: str | PathLike[str], *, image: Any = None, dense: Any = None, prompt: str = "") -> Path:
         """Writes what the last generation did as one file that needs nothing else; waits for the device.
@@ -261,6 +266,7 @@ def attach(
         if meant is not None:
             raise ConfigError(f"{name} is no option, but an argument of the pipeline: pipe(..., {meant}=...).")
     config = RASConfig.from_options(chosen)
+    known_backend(config)
     if isinstance(pipe, type):
         name = pipe.__name__
         raise ConfigError(f"attach takes a loaded pipeline, and {name} is a class: give {name}.from_pretrained(...).")
@@ -359,7 +365,9 @@ class _Followed(Exchangeable):
         call = AttachedCall(self._follower, self._name, present_branch(), None if aside else said, aside)
         with translate_dynamo_errors(args, kwargs), attached_call(call):
             result = self.compiled(*args, **kwargs)
+        self._follower.reached |= call.reached
         if not call.reached:
+            self._follower.passed += 1
             warn_once(
                 f"ras_compile: a call of {self._kind} ran uncompiled, past the attached backend. Either torch.compile is "
                 "disabled, or Dynamo gave up at its recompile limit (run with TORCH_LOGS=recompiles)."

@@ -68,6 +68,10 @@ class SchedulerFollower:
         self._runner: weakref.ref | None = None
         self.picture: Any = None
         self.exchanged = ""  # the name of a transformer that took an attached one's place since the generation began
+        self.reached, self.passed = (
+            False,
+            0,
+        )  # whether a call of this generation reached the backend; those that ran past it
         self._left = False
         self._begin()
         self._watch(getattr(pipe, "scheduler", None))
@@ -207,6 +211,7 @@ class SchedulerFollower:
         self._handed_on = self._missed = False
         self._runner, self._left = None, False
         self.picture, self.video, self.exchanged = None, False, ""
+        self.reached, self.passed = False, 0
 
     def pictured(self, picture: Any, video: bool) -> None:
         """The pipeline has decoded what it drew: it is held, as it is, until the next generation begins."""

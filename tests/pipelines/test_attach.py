@@ -348,6 +348,25 @@ def test_a_call_past_the_backend_is_told_once():
             draw(pipe, steps=2)
 
 
+def test_a_picture_past_the_backend_is_not_told_as_the_one_before():
+    pipe = sd3()
+    with ras_compile.attach(pipe, inner_backend="eager") as handle:
+        draw(pipe, steps=3)
+        assert len(handle.summary().steps) == 3
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RASWarning)
+            draw(pipe, steps=2)
+        told = handle.summary()
+        assert not told.steps and told.passed == 2 and "2 calls of a transformer ran past the backend" in str(told)
+        draw(pipe, steps=3)
+        assert len(handle.summary().steps) == 3 and "past the backend" not in str(handle)
+
+
+def test_an_inner_backend_that_is_none_is_said_by_attach():
+    with pytest.raises(ValueError, match=r"inner_backend='inducter' is no backend \(did you mean 'inductor'\?\)"):
+        ras_compile.attach(sd3(), inner_backend="inducter")
+
+
 def test_another_transformer_in_the_place_of_the_attached_one_is_told():
     pipe, other = sd3(), sd3().transformer
     with ras_compile.attach(pipe) as handle:
