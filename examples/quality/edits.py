@@ -31,11 +31,17 @@ EDITS = [
     ("two bananas on a yellow background", "two cats on a yellow background"),
     ("a dog on a red background", "a blue house on a red background"),
 ]
+QUARTER = {
+    "ratio_schedule": "constant",
+    "sample_ratio": 0.25,
+}  # of inpainting: all that is drawn anew, and nothing else
 WAYS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "metric std": {"metric": "std"},
+    "sample_ratio 0.15": {"sample_ratio": 0.15},
+    "a quarter, dense every 3": QUARTER,
+    "a quarter, dense every 6": {**QUARTER, "reset_interval": 6},
     "tolerance 0.05": {"tolerance": 0.05},
-    "tolerance 0.1": {"tolerance": 0.1},
 }
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -441,3 +442,15 @@ def test_the_shipped_report_has_marks_for_every_table(tmp_path):
     text = (EXAMPLES / "quality" / "report.md").read_text()
     assert {name.partition("_")[0] for _, name in tables.MARK.findall(text)} == {*chosen.TABLES, *models.MODELS}
     assert "{{" not in tables.page(text, tmp_path)
+
+
+def test_what_is_computed_inside_of_an_edit_and_how_near_it_is():
+    (edits,) = load(["quality"], ["edits"])
+    inside = torch.zeros(1, 2, 4, dtype=torch.bool)
+    inside[:, :, :2] = True  # tokens 0, 1, 4 and 5 of eight
+    dense, sparse = (SimpleNamespace(rows=rows) for rows in (None, torch.tensor([[0, 1, 6]]).repeat(2, 1)))
+    assert edits.shares([dense, sparse], inside) == (0.75, 0.625)
+    exact = torch.zeros(1, 3, 4, 8)  # two pixels for each of the latent's
+    found = exact + 0.1 * inside.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert edits.psnr(found, exact, inside) == pytest.approx(20.0)
+    assert edits.psnr(found, exact, ~inside) == pytest.approx(100.0)
