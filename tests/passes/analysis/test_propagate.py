@@ -99,6 +99,8 @@ def test_beside_its_own_tokens_a_process_takes_those_of_all_for_any_values():
     assert known(own, mine, everyones, other) == {mine: OWN}
     assert known(own, everyones, other) == {everyones: ALL}
     assert known(SimpleNamespace(stretch=None), mine, everyones, other) is layouts
+    assert module.holds_region((OWN, None), own) and module.holds_region((ALL, OWN), own)
+    assert not module.holds_region((ALL, None), own) and module.holds_region(None, SimpleNamespace(stretch=None))
 
 
 @pytest.mark.parametrize("results", [1, 2])
@@ -197,6 +199,8 @@ def test_of_parts_that_are_worked_together_nothing_is_left(sliced):
     there = set(found.graph.nodes)
     assert found.layouts.keys() <= there and found.steps.keys() <= there
     assert found.frame.tokens == 6 and not found.graph.find_nodes(op="call_function", target=aten.cat.default)
+    (attention,) = found.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    assert found.steps[attention].uses == (Use.ROWS, Use.WHOLE, Use.WHOLE)
 
 
 def test_a_value_whose_parts_are_apart_is_looked_at_again_when_another_s_are_joined(monkeypatch):
