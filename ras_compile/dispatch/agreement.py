@@ -34,7 +34,7 @@ def agree(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any], confi
     """Compares what decides about steps with the other processes of a plan's group; nothing where it has none.
 
     Raises:
-        RASError: the options, the model or its weights differ, or a process did not come within the time-out that
+        RASError: the options, the model, its weights or the whole latents differ, or a process did not come within the time-out that
             `torch.distributed.init_process_group` was given; the same sentence in every process that came.
     """
     frame = plan.analysis.frame
@@ -50,17 +50,21 @@ def agree(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any], confi
         # where only features are added up, each process has its own part of the weights
         "weights": _digest([_sample(weight) for weight in weights]) if frame.shards else "",
     }
-    found = _exchanged(group, json.dumps(own))
-    for what in own:
-        for rank, other in enumerate(found):
-            if other[what] != found[0][what]:
+    # a scheduler steps the whole latent in each process; an encoder may have rounded a part of it otherwise
+    whole = frame.stretch is not None or frame.shards is None
+    noise = _sample(values[plan.latent])[1] if whole else []
+    found = _exchanged(group, json.dumps([own, noise]))
+    (first, begun), *_ = found
+    for what in (*own, "noise to start from"):
+        for rank, (other, latent) in enumerate(found):
+            if other[what] != first[what] if what in own else _apart(begun, latent):
                 raise RASError(
                     f"the processes of this model disagree: process {rank} of {group.size} has other {what} than process 0; "
-                    "give all of them the same options, weights and sizes."
+                    "give all of them the same options, weights, sizes and seeds."
                 )
 
 
-def _exchanged(group: Group, own: str) -> list[dict[str, str]]:
+def _exchanged(group: Group, own: str) -> list[Any]:
     """What each process of a group wrote, in order."""
     store, (members, _) = process_store(), process_group(group.name)
     name = f"ras_compile/{'-'.join(map(str, members))}"
@@ -99,8 +103,13 @@ def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+def _apart(one: list[float], other: list[float]) -> bool:
+    """Whether two latents, some entries of each, differ by more than rounding: by a tenth of what they are together."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.1 * sum(map(abs, [*one, *other]))
+
+
 def _sample(weight: Tensor) -> tuple:
-    """Some entries of a weight, evenly spread, and its shape."""
+    """Some entries of a tensor, evenly spread, and its shape."""
     flat = weight.detach().reshape(-1)
     taken = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED]
     numbers = taken.to(torch.float64) if taken.is_floating_point() else taken

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from across import Transformer, Ulysses, on_ranks
+from across import Split, Transformer, Ulysses, on_ranks
 
 import ras_compile
 from ras_compile.errors import RASError
@@ -65,6 +65,21 @@ def test_who_differs_is_named_everywhere(what, given):
     for error in on_ranks(2, lambda rank: generation(rank, **given[rank])):
         assert isinstance(error, RASError), error
         assert f"process 1 of 2 has other {what} than process 0; give all of them the same" in str(error)
+
+
+def test_another_noise_to_start_from_is_named_everywhere():
+    """Each process holds the whole latent: with another seed each would draw a picture of both noises."""
+
+    def work(rank: int) -> Any:
+        torch.manual_seed(7)
+        model = Split(Transformer(lambda: Ulysses(16, 4, dist.group.WORLD)), dist.group.WORLD).eval()
+        model.compile(backend="ras", options=OPTIONS)
+        latent = torch.randn(1, 24, 4, generator=torch.Generator().manual_seed(rank))
+        with torch.no_grad():
+            return model(latent=latent, places=torch.ones(24, 16), time=torch.ones(1))
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, RASError) and "process 1 of 2 has other noise to start from than process 0" in str(error)
 
 
 def test_one_that_ends_does_not_hang_the_other():
