@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,12 +169,16 @@ class Explanation:
 
         Raises:
             UnsupportedGraph: the call is not supported.
-            ConfigError: a number that is not above 0.
+            ConfigError: a number that is not above 0, or a ratio above 1.
         """
-        for name, value in (("ranks", ranks), ("tflops", tflops), ("gigabytes", gigabytes)):
-            if not value > 0:
-                raise ConfigError(f"{name}={value!r} is not allowed; it takes a number above 0.")
-        active = max(1, round((self.config.ratio if ratio is None else ratio) * self.tokens))
+        ratio = self.config.ratio if ratio is None else ratio
+        for name, value, most in (
+            ("ranks", ranks, math.inf), ("tflops", tflops, math.inf), ("gigabytes", gigabytes, math.inf), ("ratio", ratio, 1),
+        ):  # fmt: skip
+            if not 0 < value <= most:
+                upper = "" if most == math.inf else f" and at most {most}"
+                raise ConfigError(f"{name}={value!r} is not allowed; it takes a number above 0{upper}.")
+        active = max(1, round(ratio * self.tokens))
         return self._price.seconds(active, ranks, 1e12 * tflops, 1e9 * gigabytes)
 
     def _planned(self, num_steps: int) -> str:

@@ -108,3 +108,7 @@ def test_seconds_of_a_step_that_processes_share():
     assert shared == pytest.approx((alone[0] / 4 + moved, alone[1] / 4 + active / cost.tokens * moved))
     with pytest.raises(ras_compile.ConfigError, match="ranks=0 is not allowed; it takes a number above 0"):
         told.seconds(0, tflops=1.0, gigabytes=1.0)
+    with pytest.raises(
+        ras_compile.ConfigError, match="ratio=2 is not allowed; it takes a number above 0 and at most 1"
+    ):
+        told.seconds(2, tflops=1.0, gigabytes=1.0, ratio=2)

@@ -1,5 +1,6 @@
 """Guidance over two GPUs: one process computes the branch with the prompt, the other one that without it.
 
+    pip install imageio imageio-ffmpeg    # what writes the video
     torchrun --nproc-per-node 2 examples/distributed/guidance.py "a cat walks on the grass" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
 For pipelines that call their transformer once for each branch, as Wan's does. Both processes hold the same video at the end.
@@ -66,6 +67,8 @@ def main() -> None:
         "--options", type=json.loads, default={}, help='of ras_compile, as JSON: {"sample_ratio": 0.25}'
     )
     args = parser.parse_args()
+    import imageio  # noqa: F401  what writes the video: where it is missing, that is told before anything is drawn
+
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", dist.get_rank()) if cuda else torch.device("cpu")

@@ -34,7 +34,7 @@ def agree(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any], confi
     """Compares what decides about steps with the other processes of a plan's group; nothing where it has none.
 
     Raises:
-        RASError: the options, the model, its weights or the whole latents differ, or a process did not come within the time-out that
+        RASError: options, model, weights or whole latents differ, or a process did not come within the time-out that
             `torch.distributed.init_process_group` was given; the same sentence in every process that came.
     """
     frame = plan.analysis.frame

@@ -79,7 +79,9 @@ def test_another_noise_to_start_from_is_named_everywhere():
             return model(latent=latent, places=torch.ones(24, 16), time=torch.ones(1))
 
     for error in on_ranks(2, work):
-        assert isinstance(error, RASError) and "process 1 of 2 has other noise to start from than process 0" in str(error)
+        assert isinstance(error, RASError) and "process 1 of 2 has other noise to start from than process 0" in str(
+            error
+        )
 
 
 def test_one_that_ends_does_not_hang_the_other():
