@@ -170,7 +170,7 @@ def breaking():
             error = mine.pop(0) if mine else None
             if error is not None:
                 graph(*given)  # what it writes is written
-                raise error
+                raise type(error)(*error.args)  # anew: the parameter would keep the frames, and with them the model
             return graph(*given)
 
         return program
