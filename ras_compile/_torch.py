@@ -33,6 +33,10 @@ try:
     from torch._dynamo.eval_frame import _TorchDynamoContext as DynamoContext  # its methods call what was compiled
     from torch._dynamo import exc as _exc  # what restarts a capture
     from torch._dynamo import symbolic_convert as _symbolic_convert  # the code that is being captured
+    from torch._dynamo import convert_frame as _convert_frame  # which frames were compiled, and how often
+    from torch._dynamo import guards as _guards  # what stands in the place of guards that are gone
+    from torch._dynamo import types as _dynamo_types  # what is done with a frame: compile it, or pass it over
+    from torch._C._dynamo import eval_frame as _eval_frame  # what was compiled of a frame
     from torch._dynamo import pgo as _pgo  # which numbers of a call were the same so far, and are constants for Dynamo
     from torch._dynamo.exc import InvalidBackend  # an unknown name of a backend; without it the error is Dynamo's own
     from torch._dynamo.exc import TorchRuntimeError  # a model that fails while it is traced; as above
@@ -149,6 +153,31 @@ version_of = attrgetter("_version")
 def at_reset(backend: Callable[..., Any], forget: Callable[[], None]) -> None:
     """Calls ``forget`` at Dynamo's reset, if ``backend`` was used before; without it, plans from before a reset serve behind it."""
     vars(backend)["reset"] = forget
+
+
+def compilations() -> dict:
+    """How often each frame has been compiled so far; for :func:`forget_compilations`."""
+    return dict(_convert_frame.FRAME_COMPILE_COUNTER)
+
+
+def forget_compilations(before: dict) -> None:
+    """Drops what Dynamo compiled since :func:`compilations` said `before`; what it compiled earlier stays.
+
+    A call that raises while it is captured leaves a part of a graph, under guards that other calls may meet, too, or has Dynamo
+    pass over the frame from now on: those calls would then run in parts for good. Frames that are passed over for another
+    reason are looked at once more.
+    """
+    action = _dynamo_types.FrameAction.DEFAULT
+    for seen in list(_convert_frame.input_codes.seen):
+        code = seen()
+        if code is None:
+            continue
+        _eval_frame.set_code_exec_strategy(code, _dynamo_types.FrameExecStrategy(action, action))
+        for entry in _eval_frame._debug_get_cache_entry_list(code):
+            made, guards = entry.compile_id, entry.guard_manager
+            if made.frame_compile_id >= before.get(made.frame_id, 0) and guards.extra_state is not None:
+                gone = _guards.DeletedGuardManagerWrapper("the call that it was compiled in raised an error")
+                guards.extra_state.invalidate(entry, gone)
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:

@@ -197,6 +197,24 @@ def test_a_module_calls_what_it_was_compiled_to(name):
     assert torch.equal(module(x), module.forward(x)) and seen == [1, 1]
 
 
+@canary("compilations", "forget_compilations")
+def test_what_was_compiled_since_is_dropped_and_the_rest_stays(name):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(inputs[0].shape)
+        return graph
+
+    run = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+    run(torch.ones(2))
+    before = _torch.compilations()
+    run(torch.ones(3))
+    _torch.forget_compilations(before)
+    for size in (2, 3, 3):
+        run(torch.ones(size))
+    assert [list(shape) for shape in compiled] == [[2], [3], [3]]
+
+
 @canary("DynamoContext")
 def test_its_methods_call_what_was_compiled(name):
     called = []

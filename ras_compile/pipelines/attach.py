@@ -12,16 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
-from torch import nn
+from torch import OutOfMemoryError, nn
 
-from ras_compile._torch import OptimizedModule, compiled_call, set_compiled_call
+from ras_compile._torch import OptimizedModule, compilations, compiled_call, forget_compilations, set_compiled_call
 from ras_compile.backend import ras
 from ras_compile.capture.inputs import check_timestep
 from ras_compile.capture.sharding import settle_sharding_hooks
 from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import PRESETS, RASConfig
 from ras_compile.dispatch.traced import Exchangeable
-from ras_compile.errors import ConfigError
+from ras_compile.errors import ConfigError, RASError
 from ras_compile.execute.inner import known_backend
 from ras_compile.history import Past, past_of
 from ras_compile.notices import first_time, warn_once
@@ -363,8 +363,15 @@ class _Followed(Exchangeable):
         said = self._follower.locate()
         aside = not self._follower.sites.is_loop(self._name, sys._getframe(1))
         call = AttachedCall(self._follower, self._name, present_branch(), None if aside else said, aside)
-        with translate_dynamo_errors(args, kwargs), attached_call(call):
-            result = self.compiled(*args, **kwargs)
+        before, compiled = compilations(), self.compiled
+        try:
+            with translate_dynamo_errors(args, kwargs), attached_call(call):
+                result = self.compiled(*args, **kwargs)
+        except Exception as error:
+            if not isinstance(error, (RASError, OutOfMemoryError)):
+                forget_compilations(before)  # else one bad call would make good ones dense
+                self.compiled = compiled
+            raise
         self._follower.reached |= call.reached
         if not call.reached:
             self._follower.passed += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipelines import EAGER, normal, sd3, seeded, vae
+from pipelines import EAGER, draw_sd3, normal, sd3, seeded, vae
 
 import ras_compile
 from ras_compile.report.pictures import from_uri
@@ -125,3 +125,21 @@ def test_a_report_shows_what_the_pipeline_returned(tmp_path):
     handle.report(tmp_path / "out.html", image=drawn)
     with pytest.raises(ras_compile.ConfigError, match="is no picture"):
         handle.report(tmp_path / "out.html", image=torch.zeros(1, 16, 8, 8))
+
+
+def test_an_error_within_a_call_leaves_nothing_behind():
+    """A hook that refuses a size, as diffusers' context parallel does: good sizes run sparse before and after it."""
+    pipe, plain = sd3(), sd3()
+
+    def refuse(block, args, given):
+        assert given["hidden_states"].shape[1] % 16 == 0, "sixteen does not divide the tokens"
+
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(refuse, with_kwargs=True)
+    with ras_compile.attach(pipe, inner_backend="eager", sample_ratio=1.0) as handle:
+        for width in (64, 48, 64, 128):
+            if width == 48:
+                with pytest.raises(AssertionError, match="sixteen"):
+                    draw_sd3(pipe, width=width)
+            else:
+                assert torch.allclose(draw_sd3(pipe, width=width), draw_sd3(plain, width=width), atol=1e-5)
+                assert "sparse" in [record.kind for record in ras_compile.trace(handle)], width
