@@ -252,7 +252,7 @@ def cancelled(bench: Bench, args: argparse.Namespace) -> dict:
     last = bench.run(setup)
     setup.close()
     apart = slowest(float((last - wanted).abs().max()))
-    return {"cancel": dict(pictures=args.cancel, stopped=stopped, apart=apart, same=same(last), hung=0)}
+    return {"cancel": dict(pictures=args.cancel, stopped=stopped, apart=apart, same=same(last))}
 
 
 def stop_at(step: int, by: int, flags: Any) -> Callable[[int], None]:
