@@ -34,18 +34,21 @@ class Told:
 
 
 def entry(monkeypatch, *, rows=None, time=None, spread=False, error=None, group=None) -> tuple[Entry, Told, Any]:
-    told, made = Told(error), Entry.__new__(Entry)
+    told = Told(error)
     decision = SimpleNamespace(
         rows=rows, time=time, slots={"half": "written"}, spare=None, kind="sparse", active=2, reason=""
     )
-    monkeypatch.setattr(Entry, "info", lambda *given: SimpleNamespace(tokens=8))
+    monkeypatch.setattr(Entry, "info", lambda *given: SimpleNamespace(tokens=8, group=group))
     monkeypatch.setattr(Entry, "state_of", lambda *given: told)
+    monkeypatch.setattr(dispatcher, "agree", lambda *given: None)
     told.decide = lambda *given: decision  # type: ignore[attr-defined]  # the one answer that is no list
-    made.plan = SimpleNamespace(  # type: ignore[assignment]  # as much of one as is asked for
-        dense=told.dense, run_sparse=told.run_sparse, bare=told.bare, noise=0, noise_view="view",
-        cached_noise=lambda slots: "noise", analysis=SimpleNamespace(frame=SimpleNamespace(group=group)),
+    frame = SimpleNamespace(samples=1, tokens=8, grid=(8,), group=group)
+    plan: Any = SimpleNamespace(  # as much of one as is asked for
+        dense=told.dense, run_sparse=told.run_sparse, bare=told.bare, noise=0, noise_view="view", latent=0,
+        cached_noise=lambda slots: "noise", analysis=SimpleNamespace(frame=frame),
         spread=SimpleNamespace(share=told.share) if spread else None,
     )  # fmt: skip
+    made = Entry(plan, [GraphInput("latent", "latent")], ["the latent"], [0], RASConfig())
     return made, told, decision
 
 
@@ -116,7 +119,7 @@ def test_an_entry_agrees_with_the_other_processes_and_tells_branches_by_what_the
     monkeypatch.setattr(dispatcher, "agree", lambda *given: agreed.append(given))
     names = [("latent", False), ("timestep", False), ("text", False), (None, True), ("count", True)]
     inputs = [GraphInput(name, name or "s0", size=size) for name, size in names]
-    frame = SimpleNamespace(samples=2, tokens=6, grid=(2, 3))
+    frame = SimpleNamespace(samples=2, tokens=6, grid=(2, 3), group=None)
     plan: Any = SimpleNamespace(analysis=SimpleNamespace(frame=frame), latent=0)
     values, config = ["the latent", torch.tensor(0.5), "the text", 7, 3], RASConfig()
     made = Entry(plan, inputs, values, range(5), config)
@@ -129,7 +132,7 @@ def test_an_entry_agrees_with_the_other_processes_and_tells_branches_by_what_the
     assert (told.batch, told.tokens, told.grid, told.view, told.spread) == (2, 6, (2, 3), "view", "spread")
     assert told.weights == ["a weight"] and told.cost is not None and told.cost() == "cost"
     another = SimpleNamespace(
-        **vars(plan) | {"analysis": SimpleNamespace(frame=SimpleNamespace(samples=1, tokens=4, grid=(4,)))}
+        **vars(plan) | {"analysis": SimpleNamespace(frame=SimpleNamespace(samples=1, tokens=4, grid=(4,), group=None))}
     )
     other: Any = made.with_plan(another).info(values, [])
     assert (other.batch, other.tokens, other.grid) == (1, 4, (4,)) and made.info(values, []).tokens == 6
@@ -147,7 +150,7 @@ def test_a_transformer_s_state_is_looked_up_once_and_anew_for_other_weights(monk
 
     monkeypatch.setattr(dispatcher, "state_for", state_for)
     monkeypatch.setattr(dispatcher, "agree", lambda *given: None)
-    frame = SimpleNamespace(samples=1, tokens=4, grid=(4,))
+    frame = SimpleNamespace(samples=1, tokens=4, grid=(4,), group=None)
     plan: Any = SimpleNamespace(analysis=SimpleNamespace(frame=frame), latent=0)
     made = Entry(plan, [GraphInput("latent", "latent")], ["the latent"], [0], RASConfig())
     weights = [torch.zeros(1) for _ in range(count)]
