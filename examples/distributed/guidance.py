@@ -50,7 +50,11 @@ class OneBranch(nn.Module):
         self.noises.append(noise)
         if len(self.noises) == self.branches:
             for rank, each in enumerate(self.noises):
-                dist.broadcast(each, rank)
+                try:
+                    dist.broadcast(each, rank)
+                except RuntimeError as error:
+                    what = "the other process has stopped, or did not come in time; its own message says why: start both again."
+                    raise RuntimeError(what) from error
             self.noises = []
         return (noise,)
 
