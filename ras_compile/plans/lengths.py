@@ -9,7 +9,7 @@ not, `[B, C, H, W]`, so may their *sides*: all resolutions then share programs. 
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -29,6 +29,24 @@ class Region(enum.Enum):
     TOKENS = enum.auto()  # the second size of [B, N, C]
     SIDES = enum.auto()  # what follows the channels in [B, C, H, W] and [B, C, T, H, W]
     NOTHING = enum.auto()
+
+
+def _tied(examples: Sequence[Any], known: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Lengths that are one: equal ones of which Dynamo assumed together that they add up, as a text's and its positions' do.
+
+    That is no more than a guess, as every call is asked whether its sizes are those that its lengths say (:meth:`Lengths.fits`).
+    """
+    sizes = (size for example in examples if isinstance(example, Tensor) for size in example.shape)
+    symbolic: Any = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
+    tied: dict[sympy.Symbol, sympy.Symbol] = {}
+    for guard in () if symbolic is None else symbolic.node.shape_env.guards:
+        if isinstance(guard.expr, sympy.Eq):
+            first: dict[int, sympy.Symbol] = {}
+            for symbol in sorted(guard.expr.free_symbols & known.keys(), key=str):
+                tied_to = first.setdefault(known[symbol], tied.get(symbol, symbol))
+                if tied_to != symbol:
+                    tied[symbol] = tied_to
+    return tied
 
 
 class Lengths:
@@ -82,18 +100,23 @@ class Lengths:
             sizes[index] = expressions(example)
             now = value.shape if isinstance(value, Tensor) else [value]
             known.update({e: int(v) for e, v in zip(sizes[index], now, strict=True) if e.is_Symbol})
-        returned = [node.meta.get("example_value") for node in graph.graph.output_node().all_input_nodes]
-        fixed = {symbol for example in returned for e in expressions(example) for symbol in e.free_symbols}
+        tied = _tied(examples, known)
+        sizes = {index: [e.xreplace(tied) for e in found] for index, found in sizes.items()}
+        returned = [
+            [e.xreplace(tied) for e in expressions(node.meta.get("example_value"))]
+            for node in graph.graph.output_node().all_input_nodes
+        ]
+        fixed = {symbol for found in returned for e in found for symbol in e.free_symbols}
         tensors = [index for index in sizes if isinstance(values[index], Tensor)]
         sides: list[sympy.Expr] = []
         if region is Region.TOKENS:
             given = {sizes[index][1] for index in tensors if len(sizes[index]) == 3}
-            tokens = given & {found[1] for found in map(expressions, returned) if len(found) == 3} & fixed
+            tokens = given & {found[1] for found in returned if len(found) == 3} & fixed
             if not tokens:
                 return None
             fixed -= tokens
         elif region is Region.SIDES:
-            grids = [found[2:] for found in map(expressions, returned) if len(found) > 3]
+            grids = [found[2:] for found in returned if len(found) > 3]
             there = {symbol for found in grids for e in found for symbol in e.free_symbols}
             latents = [sizes[index][2:] for index in tensors if len(sizes[index]) > 3]
             sides = next((found for found in latents if there & set(found)), [])
@@ -113,6 +136,7 @@ class Lengths:
         }
         same = {**{e: sympy.Integer(v) for e, v in known.items() if e not in symbols}, **same}
         same = {e: sympy.Integer(known[e]) if e in fixed else length for e, length in same.items()}
+        same |= {e: other.xreplace(same) for e, other in tied.items()}
         sizes = {index: [e.xreplace(same) for e in sizes[index]] for index in sizes}
         sizes = {index: found for index, found in sizes.items() if any(e.free_symbols for e in found)}
         strides = {
@@ -132,8 +156,8 @@ class Lengths:
         return tuple(int(values[index].shape[dim]) for index, dim in self._places)
 
     def key_without_lengths(self, values: Sequence[Any], users: Sequence[int]) -> Hashable:
-        """What calls have in common that differ in their lengths alone."""
-        return tuple(self._key_of(index, values[index]) for index in users)
+        """What calls have in common that differ in their lengths alone; which sizes are one length is part of that."""
+        return tuple(self._places), tuple(self._key_of(index, values[index]) for index in users)
 
     def _key_of(self, index: int, value: Any) -> Hashable:
         if not isinstance(value, Tensor):

@@ -12,6 +12,7 @@ import pytest
 import sympy
 import torch
 from contract import Subject, error, widen, widest
+from pipelines import draw_flux, flux, normal
 from tiny import EAGER, TinyDiT, kinds
 from torch import fx, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -772,3 +773,16 @@ def test_a_pipeline_is_attached_for_all_sizes_at_once(compiled_programs):
                     given["hidden_states"] = pipe.scheduler.step(noise, t, given["hidden_states"])[0]
             assert [record.kind[0] for record in ras_compile.trace(handle)] == [*"dsss"]
             assert sorted(compiled_programs.values()) == [1, 1, 1]
+
+
+def test_a_size_and_a_prompt_that_change_at_once_share_programs():
+    """A text and its positions are one length; where the picture's tokens are as many by chance, nothing wrong comes of it."""
+    pipe, plain = flux(), flux()
+    for each in (pipe, plain):
+        each.set_progress_bar_config(disable=True)
+    with ras_compile.attach(pipe, inner_backend="eager", sample_ratio=1.0) as handle:
+        for height, length in ((8, 5), (12, 24), (16, 9), (20, 7)):
+            given = {"height": height, "width": 8, "prompt_embeds": normal(1, length, 16, seed=1)}
+            assert torch.allclose(draw_flux(pipe, 6, **given), draw_flux(plain, 6, **given), atol=1e-5)
+            assert "sparse" in [record.kind for record in ras_compile.trace(handle)]
+    assert not ras_compile.notices.fallbacks(), "a plan for each length is counted there"
