@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--solver", choices=("euler", "dpm++"), default="dpm++", help="of region-adaptive runs")
     parser.add_argument("--modes", nargs="*", default=MODES, choices=MODES, help="which lines, see above")
     parser.add_argument("--steps", type=int, nargs="*", default=[28, 20], help="of region-adaptive runs")
-    parser.add_argument("--plain", type=int, nargs="*", default=PLAIN, help="steps of plain runs")
+    parser.add_argument("--plain", type=int, nargs="*", default=PLAIN, help="steps of plain runs, two or more")
     parser.add_argument("--exact-steps", type=int, default=150)
     parser.add_argument(
         "--settings", nargs="*", default=list(SETTINGS)[:6], choices=SETTINGS, help="the first six, or others"
@@ -189,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of parts_MODEL.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if len(set(args.plain)) < 2:
+        parser.error("--plain takes two numbers of steps or more, between which others are read off")
     torch.set_float32_matmul_precision("high")
     kind = MODELS[args.model]()
     captions, _ = kind.asked(args.n, 2024, args.device)
