@@ -72,6 +72,7 @@ try:
     # in a graph; left out of captures
     from torch.autograd.grad_mode import _enter_inference_mode as enter_inference_mode
     from torch.autograd.grad_mode import _exit_inference_mode as exit_inference_mode  # as above
+    from torch._C import DisableTorchFunction as no_torch_function  # what runs within is no op of the model's
     from torch._C import _set_grad_enabled as set_grad_mode  # both ends of no_grad in a graph; left out of captures
     from torch.fx.experimental.symbolic_shapes import DimDynamic  # says that a length varies
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # as DataDependentOutputException

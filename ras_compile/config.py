@@ -49,6 +49,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quality": dict(metric="drift", **{**_WITH_DRIFT, "reset_interval": 2}),
 }  # fmt: skip
 
+# Up to so many steps from one dense step, which ends all lags, to the next, drift decides alone which tokens are left out.
+NEAR = 4
+_ABSENCE = 8
 _STARVATION = 2.0  # of any metric but "drift", which has a factor of age in it
 
 
@@ -103,8 +106,8 @@ class RASConfig:
             the metric, 0 with "drift", which has a factor of its own that grows with each drop, and 2 with all others,
             where that measured best on the trained model (examples/quality). 0.1 in the authors' code, which computes
             the lowest values of eq. 1 (docs/paper.md).
-        max_absence: D_max: a token that was left out of so many sparse steps goes first; at least 1. With "drift" it is 1 where
-            a step computes at least half of the tokens and dense steps are more than four steps apart (docs/quality.md).
+        max_absence: D_max: a token that was left out of so many sparse steps goes first; at least 1. None is 8; with "drift" it
+            is 1 in a step that computes at least half of the tokens, where dense steps are more than four steps apart.
         selector: None, or a callable ``(metric [B, N], drops [B, N], k, info) -> rows [B, k]`` for research.
         region: None (inferred), or the slice of the latent's tokens that is the picture; a pair (start, stop) will do.
         context: "fresh", or "frozen": text and reference tokens are computed in dense steps only.
@@ -146,7 +149,7 @@ class RASConfig:
     metric: str | Callable[..., Any] = "drift"
     focus: str | float = "high"
     starvation_scale: float | None = None
-    max_absence: int = 8
+    max_absence: int | None = None
     selector: Callable[..., Any] | None = None
     region: slice | None = field(default=None, hash=False)  # a slice has no hash before Python 3.12
     context: str = "fresh"
@@ -197,7 +200,7 @@ class RASConfig:
                 why = "excludes speedup" if self.speedup is not None else "needs metric='drift', whose errors it bounds"
                 raise ConfigError(f"option tolerance={self.tolerance:g} {why}.")
         for name, low in (("warmup_steps", 1), ("max_absence", 1), ("cache_budget", 0), ("reset_interval", 1)):
-            if getattr(self, name) is not None or name in ("warmup_steps", "max_absence"):
+            if getattr(self, name) is not None or name == "warmup_steps":
                 put(self, name, _integer(self, name, low))
         put(self, "reset_steps", _steps(self.reset_steps))
         for name in ("reset_from", "ratio_schedule", "context", "noise_reuse", "cache_reuse", "unsupported"):
@@ -298,6 +301,17 @@ class RASConfig:
         if self.starvation_scale is not None:
             return self.starvation_scale
         return 0.0 if self.metric == "drift" else _STARVATION
+
+    def longest_absence(self, active: int, tokens: int) -> int:
+        """`max_absence`, or what measured best for a step that computes `active` of the tokens (docs/quality.md).
+
+        A token that is left out again and again lags in the same direction each time, and a run adds that up. Where half are
+        computed, and dense steps are far apart, taking turns is better than what drift says of the next step alone.
+        """
+        if self.max_absence is not None:
+            return self.max_absence
+        far = self.reset_interval is None or self.reset_interval > NEAR
+        return 1 if self.metric == "drift" and 2 * active >= tokens and far else _ABSENCE
 
     @property
     def caches_are(self) -> str:

@@ -29,7 +29,7 @@ class RuntimeOptions(TypedDict, total=False):
     metric: Literal["drift", "std", "l2norm", "random"] | Metric
     focus: Literal["low", "high"] | float
     starvation_scale: float | None
-    max_absence: int
+    max_absence: int | None
     selector: Selector | None
     noise_reuse: Literal["hold", "linear", "forecast", "x0"]
     cache_reuse: Literal["hold", "forecast"]

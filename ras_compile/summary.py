@@ -136,7 +136,8 @@ class Summary:
         if not self.steps and not self.exchanged and not self.passed:
             return "no picture yet: call the pipeline, then ask again"
         count = f"{len(self.steps)} step{'s' * (len(self.steps) > 1)}"
-        lines = ["; ".join([f"{count}{self._took}: {self._kinds}", *self._parts])]
+        told = f"{count}{self._took}: {self._kinds}" if self.steps else "no step of this picture is known"
+        lines = ["; ".join([told, *self._parts])]
         lines += [f"not as planned: {line}" for line in self.unplanned]
         return "\n".join(lines)
 

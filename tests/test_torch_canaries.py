@@ -447,6 +447,23 @@ def test_functional_tensors_answer_for_themselves(name):
     assert issubclass(_torch.FunctionalTensor, torch.Tensor) and "tolist" in vars(_torch.FunctionalTensor)
 
 
+@canary("no_torch_function")
+def test_modes_do_not_see_what_runs_without_them(name):
+    class Seen(torch.overrides.TorchFunctionMode):
+        ops = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.ops += 1
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        with _torch.no_torch_function():
+            assert torch.add(torch.ones(1), 1) == 2
+        before = seen.ops
+        torch.add(torch.ones(1), 1)
+    assert not before and seen.ops == 2
+
+
 @canary("set_grad_mode")
 def test_gradient_modes_stand_in_a_graph(name):
     class Within(nn.Module):

@@ -47,7 +47,8 @@ PLAIN = (10, 12, 14, 16, 18, 20, 22, 25, 28)
 HALF: dict[str, Any] = dict(
     sample_ratio=0.5, ratio_schedule="constant", reset_interval=8, reset_from="start", noise_reuse="hold"
 )
-ALONE = dict(HALF, metric=Drift(), starvation_scale=0.0)
+ALONE = dict(HALF, metric="drift", max_absence=8)
+OWN = dict(ALONE, starvation_scale=0.0)  # for metrics of our own
 SETTINGS: dict[str, dict[str, Any]] = {
     "quality": dict(preset="quality"),
     "quality, counted from the start": dict(preset="quality", reset_from="start"),
@@ -58,9 +59,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "half, std": dict(HALF, metric="std"),
     "half, drift": dict(HALF, metric="drift"),
     "half, drift alone": ALONE,
-    "half, drift alone, floor 1": dict(ALONE, metric=Drift(floor=1.0)),
-    "half, drift alone, floor 4": dict(ALONE, metric=Drift(floor=4.0)),
-    "half, drift alone, age squared": dict(ALONE, metric=Drift(power=2.0)),
+    "half, drift alone, floor 1": dict(OWN, metric=Drift(floor=1.0)),
+    "half, drift alone, floor 4": dict(OWN, metric=Drift(floor=4.0)),
+    "half, drift alone, age squared": dict(OWN, metric=Drift(power=2.0)),
     "half, drift alone, left out once": dict(ALONE, max_absence=1),
     "half, drift alone, left out twice": dict(ALONE, max_absence=2),
     "half, drift alone, forecast": dict(ALONE, noise_reuse="forecast"),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ras_compile._torch import no_torch_function
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.rules.token_wise import here, number_of, token_wise, weights_of
 
@@ -68,7 +69,7 @@ class Opaque:
                 raise self._refused(part, "is called with something else than one tensor [..., tokens, channels]")
             weights, number = list(weights_of(part).values()), number_of(part)
             if part not in self.widths:
-                with torch._C.DisableTorchFunction():  # what is tried is no reading of the model's
+                with no_torch_function():  # what is tried is no reading of the model's
                     self.widths[part] = self._tried(part, args[0], weights)
             return token_wise(args[0], weights, number, self.widths[part])
 

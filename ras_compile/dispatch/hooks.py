@@ -57,7 +57,7 @@ def _hooked_by(module: nn.Module) -> str:
     if names and names[0].startswith("cp_"):
         return (
             f"shares tokens with other processes by a hook ({names[0]}), which Dynamo traces only where their number divides the "
-            "tokens of the picture and of the text; after a call that failed, torch._dynamo.reset() is needed, too"
+            "tokens of the picture and of the text"
         )
     if names:
         return (

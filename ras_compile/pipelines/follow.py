@@ -68,10 +68,8 @@ class SchedulerFollower:
         self._runner: weakref.ref | None = None
         self.picture: Any = None
         self.exchanged = ""  # the name of a transformer that took an attached one's place since the generation began
-        self.reached, self.passed = (
-            False,
-            0,
-        )  # whether a call of this generation reached the backend; those that ran past it
+        # whether a call of this generation has reached the backend, and how many ran past it
+        self.reached, self.passed = False, 0
         self._left = False
         self._begin()
         self._watch(getattr(pipe, "scheduler", None))

@@ -32,20 +32,23 @@ class Region(enum.Enum):
 
 
 def _tied(examples: Sequence[Any], known: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Lengths that are one: equal ones of which Dynamo assumed together that they add up, as a text's and its positions' do.
+    """Lengths that are one, as a text's and that of its positions are: equal ones with which what Dynamo assumed is always true.
 
-    That is no more than a guess, as every call is asked whether its sizes are those that its lengths say (:meth:`Lengths.fits`).
+        text + picture == positions + pixels     holds for all lengths where text is positions, and picture is pixels
+
+    It is no more than a guess: every call is asked whether its sizes are those that its lengths say (:meth:`Lengths.fits`).
     """
     sizes = (size for example in examples if isinstance(example, Tensor) for size in example.shape)
     symbolic: Any = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
     tied: dict[sympy.Symbol, sympy.Symbol] = {}
     for guard in () if symbolic is None else symbolic.node.shape_env.guards:
-        if isinstance(guard.expr, sympy.Eq):
-            first: dict[int, sympy.Symbol] = {}
-            for symbol in sorted(guard.expr.free_symbols & known.keys(), key=str):
-                tied_to = first.setdefault(known[symbol], tied.get(symbol, symbol))
-                if tied_to != symbol:
-                    tied[symbol] = tied_to
+        first: dict[int, sympy.Symbol] = {}
+        equal = {
+            symbol: first.setdefault(known[symbol], tied.get(symbol, symbol))
+            for symbol in sorted(guard.expr.free_symbols & known.keys(), key=str)
+        }
+        if guard.expr.xreplace(equal) == sympy.true:
+            tied |= {symbol: other for symbol, other in equal.items() if other != symbol}
     return tied
 
 

@@ -40,9 +40,6 @@ _FUNCTIONS = {function: Replayed(function) for function in _KNOWN}
 # their places among what a branch keeps
 _OBSERVED, _DRIFT = "observed noise", "drift"
 
-# Up to so many steps from one dense step, which ends all lags, to the next, drift decides alone.
-NEAR = 4
-
 _Key = tuple[int, int]  # batch and tokens of a call
 
 
@@ -233,12 +230,7 @@ class RowChooser:
         tensors, measures, drifts = _gathered(seen)
         counts = self._counts_of(key, latent.device)
         groups = self._grouping(key, latent)
-        # For how many steps in a row a token may be left out. One that is left out again and again lags in the same direction each
-        # time, and a run adds that up: where half are computed, and dense steps are far apart, to take turns measures better than
-        # what drift says of the next step alone (docs/quality.md).
-        far = config.reset_interval is None or config.reset_interval > NEAR
-        longest = 1 if config.metric == "drift" and 2 * active >= key[1] and far else config.max_absence
-        settings = *self._settings, longest
+        settings = *self._settings, config.longest_absence(active, key[1])
         if config.selector is None:
             if known is None:
                 if self._nothing is None:

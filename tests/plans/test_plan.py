@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -42,6 +43,19 @@ def test_a_dense_call_returns_what_the_model_does_and_keeps_copies():
     outputs[0].zero_()
     assert torch.equal(plan.cached_noise(slots), wanted[0]), "who got the noise may write it"
     assert plan.cached_noise({}) is None
+
+
+def test_the_caches_before_are_free_when_a_dense_program_begins(monkeypatch):
+    plan, values = made()
+    slots = Slots()
+    plan.dense(values, slots)
+    seen, run = [weakref.ref(cache) for cache in slots["caches"]], plan.run
+    alive = []
+    monkeypatch.setattr(
+        plan, "run", lambda *given: alive.extend(each for each in seen if each() is not None) or run(*given)
+    )
+    plan.dense(values, slots)
+    assert seen and not alive and slots["caches"]
 
 
 def test_a_sparse_call_computes_its_rows_and_returns_copies():

@@ -36,7 +36,9 @@ def select(metric, k, drops=None, absence=None, **options):
 
 
 def by_options(metric, drops, absence, k, config):
-    return select_rows(metric, drops, absence, k, config.high_share, config.starvation, config.max_absence)
+    return select_rows(
+        metric, drops, absence, k, config.high_share, config.starvation, config.longest_absence(k, metric.shape[1])
+    )
 
 
 def test_metrics_by_definition():
