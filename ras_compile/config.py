@@ -302,16 +302,17 @@ class RASConfig:
             return self.starvation_scale
         return 0.0 if self.metric == "drift" else _STARVATION
 
-    def longest_absence(self, active: int, tokens: int) -> int:
-        """`max_absence`, or what measured best for a step that computes `active` of the tokens (docs/quality.md).
+    @property
+    def longest_absences(self) -> tuple[int, int]:
+        """`max_absence`, or what measured best (docs/quality.md): where fewer than half of the tokens are computed, and elsewhere.
 
         A token that is left out again and again lags in the same direction each time, and a run adds that up. Where half are
         computed, and dense steps are far apart, taking turns is better than what drift says of the next step alone.
         """
         if self.max_absence is not None:
-            return self.max_absence
+            return self.max_absence, self.max_absence
         far = self.reset_interval is None or self.reset_interval > NEAR
-        return 1 if self.metric == "drift" and 2 * active >= tokens and far else _ABSENCE
+        return _ABSENCE, 1 if self.metric == "drift" and far else _ABSENCE
 
     @property
     def caches_are(self) -> str:

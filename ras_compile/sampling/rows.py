@@ -73,6 +73,7 @@ class RowChooser:
     def __init__(self, config: RASConfig, selection: Selection | None = None) -> None:
         self._config, self._selection = config, selection or Selection()
         self._settings = config.high_share, config.starvation
+        self._absences = config.longest_absences
         self._step = 0
         self._loose: dict[tuple, dict] = {}  # what branches keep that say no place for it
         self._seen: dict[_Key, list[tuple[dict, Measure]]] = {}
@@ -230,7 +231,7 @@ class RowChooser:
         tensors, measures, drifts = _gathered(seen)
         counts = self._counts_of(key, latent.device)
         groups = self._grouping(key, latent)
-        settings = *self._settings, config.longest_absence(active, key[1])
+        settings = *self._settings, self._absences[2 * active >= key[1]]
         if config.selector is None:
             if known is None:
                 if self._nothing is None:

@@ -36,9 +36,8 @@ def select(metric, k, drops=None, absence=None, **options):
 
 
 def by_options(metric, drops, absence, k, config):
-    return select_rows(
-        metric, drops, absence, k, config.high_share, config.starvation, config.longest_absence(k, metric.shape[1])
-    )
+    longest = config.longest_absences[2 * k >= metric.shape[1]]
+    return select_rows(metric, drops, absence, k, config.high_share, config.starvation, longest)
 
 
 def test_metrics_by_definition():
