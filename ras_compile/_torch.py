@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
@@ -283,13 +283,14 @@ def is_transform(target: Any) -> bool:
     return (getattr(target, "__module__", None) or "").startswith(("torch._functorch", "torch._dynamo._trace_wrapped"))
 
 
-def vary_numbers(wanted: Callable[[str, Any], bool]) -> None:
-    """Restarts the present capture where Dynamo took numbers for constants that ``wanted`` wants as inputs.
+def vary_inputs(number: Callable[[str, Any], bool], sizes: Mapping[str | None, Collection[int]]) -> None:
+    """Restarts the present capture where Dynamo took for constants, or for one symbol, what is to vary from call to call.
 
-    Without it Dynamo finds out at the second call that a number varies, and makes another graph.
+    Without it Dynamo finds out at a later call that a number or a size varies, and makes another graph.
 
     Args:
-        wanted: takes Dynamo's expression of a number, and its value.
+        number: whether a number is to be an input; takes Dynamo's expression of it, and its value.
+        sizes: dimensions of tensors, by Dynamo's expressions of them, whose sizes are to be symbols of their own.
     """
     capture, found = getattr(_symbolic_convert.tls, "current_tx", None), False
     if capture is None:  # somebody else's graph
@@ -298,10 +299,15 @@ def vary_numbers(wanted: Callable[[str, Any], bool]) -> None:
     for known, state in _pgo.get_code_state().items():
         if (known.filename, known.firstlineno, known.name) == place:
             for name, entry in state.automatic_dynamic.items():
-                if isinstance(entry.scalar, int | float) and wanted(name, entry.scalar):
+                if isinstance(entry.scalar, int | float) and number(name, entry.scalar):
                     entry.scalar, found = _pgo.auto_dynamic, True
+                of, base, _ = name.partition("._base")  # what a view is one of has sizes for itself
+                vary = sizes.get(of)
+                if vary and isinstance(entry.size, tuple):
+                    varied = tuple(_pgo.auto_dynamic if base or dim in vary else n for dim, n in enumerate(entry.size))
+                    entry.size, found = varied, found or varied != entry.size
     if found:
-        raise _exc.TensorifyScalarRestartAnalysis(restart_reason="a number that varies from call to call is an input")
+        raise _exc.TensorifyScalarRestartAnalysis(restart_reason="what varies from call to call is an input")
 
 
 def raise_recompile_limit(count: int) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from ras_compile._torch import at_recompile_limit, at_reset, original, raise_recompile_limit
 from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.attributes import PerAttributes, attribute_positions
-from ras_compile.capture.inputs import check_timestep, describe_inputs, find_timestep, vary_time
+from ras_compile.capture.inputs import check_timestep, describe_inputs, find_timestep, vary_time_and_sides
 from ras_compile.capture.numbers import as_tensors, number_positions
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.config import RASConfig
@@ -76,7 +76,7 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
         return _raising(error)
     part = graph_break(graph)
     if part is None or part.to_the_end:
-        vary_time(graph.graph, config.timestep)
+        vary_time_and_sides(graph.graph, config.timestep)
     start_workers(example_inputs, config)
 
     def make(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledGraph:

@@ -90,12 +90,13 @@ def test_a_backend_is_told_of_a_reset(name):
     assert told
 
 
-@canary("vary_numbers")
-def test_a_number_becomes_an_input_at_the_first_call(name):
+@canary("vary_inputs")
+def test_a_number_and_sizes_become_inputs_at_the_first_call(name):
     seen, graphs = [], []
 
     def backend(graph, inputs):
-        _torch.vary_numbers(lambda source, number: seen.append((source, number)) or source.startswith("L['time']"))
+        wanted = {"L['x']": {1, 2}}
+        _torch.vary_inputs(lambda source, number: seen.append((source, number)) or source == "L['time'][0]", wanted)
         graphs.append(graph)
         return graph.forward
 
@@ -104,7 +105,15 @@ def test_a_number_becomes_an_input_at_the_first_call(name):
     results = [compiled(torch.ones(2), [time], 3).tolist() for time in (0.5, 0.25)]
     assert results == [[3.5, 3.5], [3.25, 3.25]] and len(graphs) == 1
     assert ("L['time'][0]", 0.5) in seen and ("L['count']", 3) in seen
-    _torch.vary_numbers(lambda source, number: True)  # nothing is captured here
+    _torch.vary_inputs(lambda source, number: True, {})  # nothing is captured here
+    for dynamic in (True, None):
+        for view in (False, True):
+            torch._dynamo.reset()
+            graphs.clear()
+            compiled = torch.compile(lambda x: x.sin(), backend=backend, dynamic=dynamic)
+            for sides in ((6, 6), (6, 8), (10, 8)):
+                compiled(torch.ones(1, *sides).expand(2, *sides) if view else torch.ones(2, *sides))
+            assert len(graphs) == 1, "equal sizes are two symbols, of what a view is one of as well"
 
 
 # Ops

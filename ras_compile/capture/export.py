@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -121,13 +121,16 @@ class _Bound(nn.Module):
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = False) -> fx.GraphModule:
+def capture(
+    graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: Callable[[Any], Any] | None = None
+) -> fx.GraphModule:
     """Normalises a Dynamo graph for the concrete ``inputs``.
 
     Args:
         graph: the graph that Dynamo gives to a backend; sizes may be symbolic.
         inputs: concrete inputs, in order; those that are no tensors are specialised on.
-        symbolic: the inputs are fake, with symbolic sizes; spelling things in one way is left for when they are static.
+        symbolic: given where the inputs are fake, with symbolic sizes: spelling things in one way is left for when they are
+            static. Takes a fake tensor of Dynamo's and returns it with sizes in the symbols of the inputs.
 
     Returns:
         A graph whose placeholders are the tensor inputs in order (then constants of the graph, see
@@ -142,29 +145,33 @@ def capture(graph: fx.GraphModule, inputs: Sequence[Any], *, symbolic: bool = Fa
             refuse_function_transforms(part.graph)
     given = [pair for pair in zip(describe_inputs(graph.graph), inputs, strict=True) if isinstance(pair[1], Tensor)]
     names, tensors = [described.path for described, _ in given], [value for _, value in given]
-    if not symbolic:
-        try:
-            return by_blocks(graph, inputs, tensors)
-        except NotRepeated as error:
-            log.debug("the graph is captured whole: %s", error)
-        except Exception as error:  # of whatever kind, the whole graph says it better
-            fell_back("a graph captured whole and not by its blocks", error)
-    return export(_Bound(graph, inputs), tensors, names, symbolic=symbolic)
+    try:
+        return by_blocks(graph, inputs, tensors, symbolic)
+    except NotRepeated as error:
+        log.debug("the graph is captured whole: %s", error)
+    except Exception as error:  # of whatever kind, the whole graph says it better
+        fell_back("a graph captured whole and not by its blocks", error)
+    return export(_Bound(graph, inputs), tensors, names, symbolic=symbolic is not None)
 
 
-def by_blocks(graph: fx.GraphModule, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> fx.GraphModule:
+def by_blocks(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    tensors: Sequence[Tensor],
+    symbolic: Callable[[Any], Any] | None = None,
+) -> fx.GraphModule:
     """:func:`capture` of a graph with repeated blocks, each of which is traced once.
 
     Raises:
         NotRepeated: the graph has to be captured whole; so it has after any other error.
     """
-    short, blocks = shortened(graph)
+    short, blocks = shortened(graph, symbolic)
     try:
         captured = traced(_Bound(short, inputs), tensors)
         written_out(captured, blocks, lambda block, operands: traced(_Bound(block, operands), operands))
     finally:
         forget(blocks)
-    return normalized(captured)
+    return captured if symbolic else normalized(captured)
 
 
 def export(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile._torch import pytree, source_of, vary_numbers
+from ras_compile._torch import pytree, source_of, vary_inputs
+from ras_compile.capture.sizes import sides_that_vary
 from ras_compile.errors import ConfigError
 
 _TIMES = (
@@ -155,13 +156,14 @@ def latent_candidates(inputs: Sequence[GraphInput], values: Sequence[Any], name:
     return named
 
 
-def vary_time(graph: fx.Graph, name: str | None) -> None:
-    """Restarts Dynamo's capture where it took the timestep, a Python number or some in a list, for a constant.
+def vary_time_and_sides(graph: fx.Graph, name: str | None) -> None:
+    """Restarts Dynamo's capture where it took the timestep, a Python number or some in a list, for a constant, or sides wrongly.
 
-    Dynamo itself would find out at the second call, with another graph: that step would be dense in the first picture alone.
+    Dynamo itself would find out at a later call, with another graph: a timestep's step would be dense in the first picture
+    alone, and a picture of another shape would be compiled anew.
     """
     names, extra = _names(graph)
-    vary_numbers(lambda source, number: varies(_user_input(source, names, extra), number, name))
+    vary_inputs(lambda source, number: varies(_user_input(source, names, extra), number, name), sides_that_vary(graph))
 
 
 def varies(given: GraphInput, value: Any, name: str | None) -> bool:

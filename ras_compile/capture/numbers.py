@@ -6,7 +6,7 @@ Both become 0-d tensors here, so that one captured graph serves every value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,9 @@ def _dtypes(graph: fx.GraphModule, key: str) -> list[torch.dtype]:
     return [value.dtype for value in values if isinstance(value, torch.Tensor)]
 
 
-def capture_numbers(graph: fx.GraphModule, values: Sequence[Any], *, symbolic: bool = False) -> fx.GraphModule:
+def capture_numbers(
+    graph: fx.GraphModule, values: Sequence[Any], *, symbolic: Callable[[Any], Any] | None = None
+) -> fx.GraphModule:
     """Captures a graph whose float arguments stay variable; see :func:`capture`.
 
     Raises:

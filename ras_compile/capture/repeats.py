@@ -29,6 +29,7 @@ _ENTRY = re.compile(r"(?:\.|\[)['\"]?\d+['\"]?\]?$")  # the path of an entry of 
 _LEVELS = 3  # lists in lists
 _numbers = itertools.count()
 _results: dict[int, list[Tensor]] = {}  # what the calls of a block return, by its number, while it is captured
+_lengths: dict[str, Any] = {}  # symbolic numbers that Dynamo graphs use, by what they are, while one is captured
 
 
 class NotRepeated(Exception):
@@ -80,13 +81,20 @@ class Block:
         return fx.GraphModule(nn.Module(), graph)
 
 
-def shortened(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Block]]:
+def shortened(
+    graph: fx.GraphModule, symbolic: Callable[[Any], Any] | None = None
+) -> tuple[fx.GraphModule, list[Block]]:
     """The Dynamo graph with a call in place of every stretch of a repeated block, and the blocks.
+
+    Args:
+        symbolic: see :func:`~ras_compile.capture.export.capture`.
 
     Raises:
         NotRepeated: there is none, or the graph changes a mode.
     """
-    nodes = list(graph.graph.nodes)
+    nodes, numbers = list(graph.graph.nodes), dict[str, Any]()
+    if symbolic is not None:
+        nodes, numbers = _without_numbers(nodes, symbolic)
     for node in nodes:
         if node.op.startswith("call") and "example_value" not in node.meta and node.target is not operator.setitem:
             raise NotRepeated(f"{node.target} returns no value: it may change a mode")
@@ -95,8 +103,19 @@ def shortened(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Block]]:
         raise NotRepeated("no two modules of a list agree")
     starts = {stretch[0]: (found, at) for found in blocks for at, stretch in enumerate(found.stretches)}
     inside = {node for found in blocks for stretch in found.stretches for node in stretch}
+    telling = [
+        node for node in nodes if node.op == "placeholder" and not _static(node)
+    ]  # what has the symbols as sizes
     for found in blocks:
-        _results[found.number] = [found.stretches[0][place].meta["example_value"] for place in found.outputs]
+        outputs = [found.stretches[0][place] for place in found.outputs]
+        if symbolic is None and not all(map(_static, outputs)):
+            raise NotRepeated("a block's sizes are symbols")
+        results = _examples(outputs)
+        _results[found.number] = results if symbolic is None else list(map(symbolic, results))
+        found.operands = (
+            [[*dict.fromkeys([*operands, *telling])] for operands in found.operands] if numbers else found.operands
+        )
+    _lengths.update(numbers)
 
     short = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -114,6 +133,36 @@ def shortened(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Block]]:
 
 def _item(results: Sequence[Tensor], index: int) -> Tensor:
     return results[index]
+
+
+def _known(number: str) -> Any:
+    return _lengths[number]
+
+
+def _without_numbers(nodes: Iterable[fx.Node], symbolic: Callable[[Any], Any]) -> tuple[list[fx.Node], dict[str, Any]]:
+    """A Dynamo graph's nodes in which each user of a symbolic number looks it up, and the numbers by what is looked up.
+
+    Else the first of some blocks would compute a number for all of them.
+    """
+    new, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    numbers, spelled = dict[str, Any](), dict[fx.Node, str]()
+    for node in nodes:
+        value = node.meta.get("example_value")
+        number = symbolic(value) if isinstance(value, torch.SymInt) else None
+        if number is not None:
+            spelled[node] = str(number)
+            numbers[spelled[node]] = number
+
+        def given(operand: fx.Node, user: fx.Node = node) -> fx.Node:
+            if operand not in spelled:
+                return env[operand]
+            look = new.call_function(_known, (spelled[operand],))
+            look.meta = {**user.meta, "example_value": operand.meta["example_value"]}
+            return look
+
+        if number is None or node.op == "placeholder":
+            env[node] = new.node_copy(node, given)
+    return list(new.nodes), numbers
 
 
 def written_out(captured: fx.GraphModule, blocks: Sequence[Block], capture: Callable[..., fx.GraphModule]) -> None:
@@ -172,6 +221,7 @@ def _values(nodes: Any) -> list[Any]:
 
 def forget(blocks: Sequence[Block]) -> None:
     """Nothing captures these blocks any more."""
+    _lengths.clear()
     for found in blocks:
         _results.pop(found.number, None)
 
@@ -259,9 +309,13 @@ class _Reference:
     place: int
 
 
-def _plain(node: fx.Node) -> bool:
-    """Whether a node is a tensor with sizes that are numbers, and with the values that its memory holds."""
+def _static(node: fx.Node) -> bool:
+    """Whether a node is no tensor of symbolic sizes."""
     value = node.meta.get("example_value")
-    if not isinstance(value, Tensor) or value.is_conj() or value.is_neg():
-        return False
-    return all(isinstance(number, int) for number in (*value.shape, *value.stride(), value.storage_offset()))
+    return not isinstance(value, Tensor) or all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+
+
+def _plain(node: fx.Node) -> bool:
+    """Whether a node is a tensor with the values that its memory holds."""
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and not (value.is_conj() or value.is_neg())

@@ -84,7 +84,9 @@ class Family:
         # later plans are of the same kind, whatever else may look like a latent at another length
         context = config.context if first.sparse.live else "fresh"
         self._as_static = replace(self._as_static, latent=inputs[first.latent].path, context=context)
-        self.samples = [first, *(self.exact(point, proved=False) for point in self.points[1:])]
+        # the plans between the first and the farthest one are held to those two, as those of members are to all of them
+        *between, last = self.points[1:]
+        self.samples = [first, *map(self.exact, between), self.exact(last, proved=False)]
         alike = {(plan.latent, plan.noise, len(plan.sparse.splices), len(plan.sparse.frozen)) for plan in self.samples}
         if len(alike) > 1:
             raise UnsupportedGraph("other values are spliced at another length")
@@ -119,7 +121,7 @@ class Family:
         if not (self.graph.lengths.fits(values, lengths) and self.graph.holds(lengths) and self.grid.fits(lengths)):
             return None
         member = Member(self, self.grid.point_at(lengths), values)
-        if self.grows or self.graph.orders:
+        if member.point != self.points[0] and (self.grows or self.graph.orders):
             try:
                 self.check(member)
             except NotAffine as error:
@@ -353,8 +355,9 @@ class Member(Plan):
 
     @cached_property
     def exact(self) -> Plan:
-        """The plan for this member's lengths alone, made when it is needed."""
-        return self.family.exact(self.point)
+        """The plan for this member's lengths alone, made when it is needed; that of the family's own lengths is there."""
+        family = self.family
+        return family.samples[0] if self.point == family.points[0] else family.exact(self.point)
 
     def static_graph(self) -> fx.GraphModule:
         return self.captured if self.family.grows else self.family.graph.at(self.point)

@@ -5,7 +5,8 @@ lengths are sides divided by a *unit*, 1, 2, 4 or 8, the first one in which ever
 
     96 x 64 by a unit of 2: lengths 48 and 32; the patches are 48 * 32, and the half of 96 is 48
 
-Sides that leave another rest make another family. A *point* of a family has its program's lengths.
+A side that nothing cuts, such as a video's frames, has a unit of 1. Sides that leave another rest make another family. A *point*
+of a family has its program's lengths.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Grid:
         sides = graph.lengths.sides
         why = None  # of the first unit: the others are tried because of it
         for unit in UNITS if any(sides) else UNITS[:1]:
-            self.units = tuple(unit if times else 1 for times in sides)
+            cut = zip(sides, graph.cut, strict=True)
+            self.units = tuple(unit if times and is_cut else 1 for times, is_cut in cut)
             self.rests = tuple(length % unit for length, unit in zip(lengths, self.units, strict=True))
             try:
                 self.points = self.find_points(self.point_at(lengths))

@@ -20,7 +20,10 @@ from ras_compile.capture.inputs import GraphInput
 from ras_compile.capture.sizes import expression, expressions
 from ras_compile.passes.lowering.interpolate import Point
 
-MOST = 3  # more lengths that change independently are compiled one by one
+MOST = (
+    4  # a video's three sides and a text; of more lengths that change independently, the others are compiled one by one
+)
+FAR = 5040  # what divides it has the same rest at a length and so far behind it
 
 
 class Region(enum.Enum):
@@ -31,23 +34,34 @@ class Region(enum.Enum):
     NOTHING = enum.auto()
 
 
-def _tied(examples: Sequence[Any], known: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Symbol]:
+def _guards(examples: Sequence[Any]) -> list[sympy.Basic]:
+    """What Dynamo has assumed of its symbols."""
+    sizes = (size for example in examples if isinstance(example, Tensor) for size in example.shape)
+    symbolic: Any = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
+    return [] if symbolic is None else [guard.expr for guard in symbolic.node.shape_env.guards]
+
+
+def _pinned(guards: Sequence[sympy.Basic], known: Mapping[sympy.Symbol, int]) -> set[sympy.Symbol]:
+    """Symbols that something assumed holds where they are, as a side is for which a model has code of its own."""
+    alone = ((guard, *guard.free_symbols) for guard in guards if guard.is_Equality and len(guard.free_symbols) == 1)
+    return {s for guard, s in alone if s in known and guard.xreplace({s: sympy.Integer(known[s] + FAR)}) == sympy.false}
+
+
+def _tied(guards: Sequence[sympy.Basic], known: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Symbol]:
     """Lengths that are one, as a text's and that of its positions are: equal ones with which what Dynamo assumed is always true.
 
         text + picture == positions + pixels     holds for all lengths where text is positions, and picture is pixels
 
     It is no more than a guess: every call is asked whether its sizes are those that its lengths say (:meth:`Lengths.fits`).
     """
-    sizes = (size for example in examples if isinstance(example, Tensor) for size in example.shape)
-    symbolic: Any = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
     tied: dict[sympy.Symbol, sympy.Symbol] = {}
-    for guard in () if symbolic is None else symbolic.node.shape_env.guards:
+    for guard in guards:
         first: dict[int, sympy.Symbol] = {}
         equal = {
             symbol: first.setdefault(known[symbol], tied.get(symbol, symbol))
-            for symbol in sorted(guard.expr.free_symbols & known.keys(), key=str)
+            for symbol in sorted(guard.free_symbols & known.keys(), key=str)
         }
-        if guard.expr.xreplace(equal) == sympy.true:
+        if guard.xreplace(equal) == sympy.true:
             tied |= {symbol: other for symbol, other in equal.items() if other != symbol}
     return tied
 
@@ -61,6 +75,7 @@ class Lengths:
         strides: likewise, a tensor's strides.
         guards: what Dynamo has assumed of the lengths.
         sides: for each length how many sides of the latent it is: two where height and width are one symbol, none if none are told.
+        known: Dynamo's other symbols as expressions in the lengths.
     """
 
     def __init__(
@@ -70,8 +85,9 @@ class Lengths:
         strides: dict[int, list[sympy.Expr]],
         guards: Sequence[Any],
         sides: Point = (),
+        known: Mapping[sympy.Symbol, sympy.Expr] | None = None,
     ) -> None:
-        self.sides = sides or (0,) * len(symbols)
+        self.known, self.sides = known or {}, sides or (0,) * len(symbols)
         self.symbols, self.sizes, self.strides, self._guards = list(symbols), sizes, strides, list(guards)
         self._places = [
             next((index, dim) for index in strides for dim, size in enumerate(sizes[index]) if size == symbol)
@@ -103,7 +119,8 @@ class Lengths:
             sizes[index] = expressions(example)
             now = value.shape if isinstance(value, Tensor) else [value]
             known.update({e: int(v) for e, v in zip(sizes[index], now, strict=True) if e.is_Symbol})
-        tied = _tied(examples, known)
+        guards = _guards(examples)
+        tied = _tied(guards, known)
         sizes = {index: [e.xreplace(tied) for e in found] for index, found in sizes.items()}
         returned = [
             [e.xreplace(tied) for e in expressions(node.meta.get("example_value"))]
@@ -112,23 +129,27 @@ class Lengths:
         fixed = {symbol for found in returned for e in found for symbol in e.free_symbols}
         tensors = [index for index in sizes if isinstance(values[index], Tensor)]
         sides: list[sympy.Expr] = []
+        moved: set[sympy.Expr] = set()  # lengths of the latent
         if region is Region.TOKENS:
             given = {sizes[index][1] for index in tensors if len(sizes[index]) == 3}
             tokens = given & {found[1] for found in returned if len(found) == 3} & fixed
             if not tokens:
                 return None
-            fixed -= tokens
+            moved = tokens
         elif region is Region.SIDES:
             grids = [found[2:] for found in returned if len(found) > 3]
             there = {symbol for found in grids for e in found for symbol in e.free_symbols}
-            latents = [sizes[index][2:] for index in tensors if len(sizes[index]) > 3]
-            sides = next((found for found in latents if there & set(found)), [])
-            if not sides:
+            latents = [sizes[index] for index in tensors if len(sizes[index]) > 3]
+            latent = next((found for found in latents if there & set(found[2:])), [])
+            if not latent:
                 return None
-            fixed -= {e for e in sides if e.is_Symbol}
+            sides = latent[2:]
+            fixed.add(latent[1])  # the channels
+            moved = {e for e in sides if e.is_Symbol}
+        fixed = (fixed - moved) | _pinned(guards, known)
         symbols = [e for index in tensors for e in sizes[index] if e.is_Symbol and e not in fixed]
-        symbols = list(dict.fromkeys(symbols))
-        if not 0 < len(symbols) <= MOST:
+        symbols = sorted(dict.fromkeys(symbols), key=lambda symbol: symbol not in moved)[:MOST]
+        if not symbols or (moved and moved.isdisjoint(symbols)):
             return None
         # an integer argument that is as large as a length (of a prompt, given beside it) is taken for that length
         same: dict[Any, Any] = {
@@ -150,9 +171,8 @@ class Lengths:
         free = {symbol for found in (*sizes.values(), *strides.values()) for e in found for symbol in e.free_symbols}
         if not free <= set(symbols):
             return None
-        env = next(size for i in strides for size in examples[i].shape if isinstance(size, torch.SymInt)).node.shape_env
-        guards = [guard.expr.xreplace(same) for guard in env.guards]
-        return cls(symbols, sizes, strides, guards, tuple(sides.count(symbol) for symbol in symbols))
+        guards = [guard.xreplace(same) for guard in guards]
+        return cls(symbols, sizes, strides, guards, tuple(map(sides.count, symbols)), same)
 
     def at(self, values: Sequence[Any]) -> Point:
         """The lengths of a call."""

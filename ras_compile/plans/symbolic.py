@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ras_compile._torch import ConstantSource, DimDynamic, FakeTensorMode, ShapeEnv, pytree
+from ras_compile._torch import ConstantSource, DimDynamic, FakeTensor, FakeTensorMode, ShapeEnv, pytree
 from ras_compile.capture.flex import is_flex, is_transform
 from ras_compile.capture.numbers import capture_numbers
 from ras_compile.capture.sizes import expression, expressions
@@ -67,6 +67,7 @@ class SymbolicGraph:
 
     Attributes:
         sizes: every size, and every number that an op is given, that depends on the lengths.
+        cut: for each length whether a size is no sum of its multiples and powers: whether it is halved, say.
         orders: whether tensors of whole numbers depend on the lengths, which may say what stands where.
     """
 
@@ -77,28 +78,44 @@ class SymbolicGraph:
             )
         self.lengths, self.base = lengths, lengths.at(values)
         self.symbols = Symbols(self.base)
-        self.module = capture_numbers(graph, [self._input(*pair) for pair in enumerate(values)], symbolic=True)
+        self._own = dict(zip(lengths.symbols, self.symbols.symbols, strict=True))
+        given = [self._input(*pair) for pair in enumerate(values)]
+        self.module = capture_numbers(graph, given, symbolic=self._ours)
         self._masks = self._masks_of_lengths()
         self._open = self._open_masks(self.base)
         if not self.holds(self.base):
             raise UnsupportedGraph("capturing it has fixed the length of the context")
         self.sizes = self._sizes()
+        self.cut = [not all(e.is_polynomial(symbol) for e in self.sizes) for symbol in self.symbols.symbols]
         self.orders = self._orders()
         if not any(lengths.sides):
             self._check_affine()
 
+    def _number(self, e: sympy.Expr) -> Any:
+        """A number that is an expression in Dynamo's symbols of the lengths."""
+        return self.symbols.env.create_symintnode(e.xreplace(self._own), hint=None) if e.free_symbols else int(e)
+
     def _input(self, index: int, value: Any) -> Any:
         if index not in self.lengths.sizes:
             return self.symbols.fake(value) if isinstance(value, Tensor) else value
-        own = dict(zip(self.lengths.symbols, self.symbols.symbols, strict=True))
-
-        def number(e: sympy.Expr) -> Any:
-            return self.symbols.env.create_symintnode(e.xreplace(own), hint=None) if e.free_symbols else int(e)
-
-        sizes = [number(e) for e in self.lengths.sizes[index]]
+        sizes = [self._number(e) for e in self.lengths.sizes[index]]
         if not isinstance(value, Tensor):
             return sizes[0]
-        return self.symbols.tensor(sizes, [number(e) for e in self.lengths.strides[index]], value)
+        return self.symbols.tensor(sizes, [self._number(e) for e in self.lengths.strides[index]], value)
+
+    def _ours(self, value: Any) -> Any:
+        """A number or a tensor of Dynamo's with sizes in our symbols; None where that knows others than the lengths.
+
+        A tensor stands in its memory as Dynamo's does.
+        """
+        if isinstance(value, Tensor):
+            count = value.untyped_storage().nbytes() // value.element_size()
+            sizes, strides = map(self._ours, value.shape), map(self._ours, value.stride())
+            with self.symbols.mode:
+                memory = torch.empty(self._ours(count), dtype=value.dtype, device=value.device)
+                return memory.as_strided(list(sizes), list(strides), self._ours(value.storage_offset()))
+        e = expression(value).xreplace(self.lengths.known)
+        return self._number(e) if e.free_symbols <= self._own.keys() else None
 
     def _sizes(self) -> list[sympy.Expr]:
         wanted = set()
@@ -193,9 +210,8 @@ class SymbolicGraph:
                 sizes, strides = ([static(part) for part in parts] for parts in (value.shape, value.stride()))
                 begin = static(value.storage_offset())
                 span = begin + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-                with mode:
-                    memory = torch.empty(max(span, 0), dtype=value.dtype, device=value.device)
-                    return memory.as_strided(sizes, strides, begin)
+                memory = torch.empty(max(span, 0), dtype=value.dtype, device="meta")  # past the mode, which takes long
+                return FakeTensor(mode, memory.as_strided(sizes, strides, begin), value.device)
             return value
 
         new = fx.Graph()

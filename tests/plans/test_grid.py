@@ -19,10 +19,11 @@ def graph(
     sides: tuple = (),
     sizes_at: Callable = lambda point: [],
     cuts: Callable = lambda point: [],
+    cut: tuple = (),
 ) -> Any:
     """Stands for a graph of so many lengths."""
     lengths = SimpleNamespace(allows=allows, sides=sides or (0,) * axes)
-    return SimpleNamespace(lengths=lengths, holds=holds, sizes_at=sizes_at, cuts=cuts)
+    return SimpleNamespace(lengths=lengths, holds=holds, sizes_at=sizes_at, cuts=cuts, cut=cut or (True,) * axes)
 
 
 POINTS = {  # the present lengths, those that are allowed, those at which the graph holds, and the points
@@ -79,6 +80,14 @@ def test_sides_are_counted_in_the_first_unit_that_does(name):
     if unit > 1:
         assert not made.takes((49, 64)) and not made.fits((49, 64))
         assert Grid(made.graph, (49, 64)).takes((49, 72))
+
+
+def test_a_side_that_nothing_cuts_is_counted_in_ones():
+    """Three frames of a video would be one pair of frames, too few to find others from."""
+    made = Grid(
+        graph(2, sides=(1, 1), sizes_at=lambda lengths: [lengths[0] * (lengths[1] // 2)], cut=(False, True)), (3, 20)
+    )
+    assert made.units == (1, 2) and made.takes((4, 20)) and not made.takes((3, 21))
 
 
 def test_what_fits_no_unit_has_no_grid():

@@ -4,7 +4,7 @@ of each program."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import diffusers
@@ -184,7 +184,7 @@ def test_calls_that_differ_in_their_lengths_alone_have_one_key():
     assert first not in [key(*other) for other in others]
 
 
-def dynamo_graphs(module: nn.Module, calls: Sequence[dict]) -> list:
+def dynamo_graphs(module: Callable, calls: Sequence[dict], dynamic: bool | None = None) -> list:
     """The graph of each call, and its inputs."""
     found = []
 
@@ -195,7 +195,7 @@ def dynamo_graphs(module: nn.Module, calls: Sequence[dict]) -> list:
 
         return run
 
-    compiled = torch.compile(module, backend=backend)
+    compiled = torch.compile(module, backend=backend, dynamic=dynamic)
     with torch.no_grad():
         for given in calls:
             compiled(**given)
@@ -597,8 +597,8 @@ def test_a_model_that_keeps_a_length_is_refused_in_words():
 class Placed(TinyDiT):
     """Adds places as SD3 does, cut out of a table about its middle, and as PixArt does, of numbers divided by the size."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, layers: int = 2):
+        super().__init__(layers=layers)
         self.table = nn.Parameter(torch.randn(1, 32, 32, 4))
 
     def forward(self, hidden_states, timestep, text):
@@ -759,20 +759,47 @@ class Pipe:
         self.transformer, self.scheduler = transformer, diffusers.FlowMatchEulerDiscreteScheduler()
 
 
-def test_a_pipeline_is_attached_for_all_sizes_at_once(compiled_programs):
-    """The first picture compiles what the second one of another size runs."""
-    module = packed()
+def of_sides(words: int, *sides: int) -> dict:
+    latent = torch.randn(1, 4, *sides, generator=torch.Generator().manual_seed(sides[-1]))
+    return dict(hidden_states=latent, timestep=torch.ones(1), text=torch.ones(1, words, 6))
+
+
+FIRST = {  # a module, and calls of which the first one compiles what the others run; the sizes of most are equal by chance
+    "packed": (packed, [{**of_size(26), "text": torch.ones(1, 26, 3)}, of_size(20)]),
+    "a square": (lambda: Placed(1), [of_sides(16, 16, 16), of_sides(5, 16, 24), of_sides(7, 28, 28)]),
+}
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_a_pipeline_is_attached_for_all_sizes_at_once(kind, compiled_programs):
+    """The first picture compiles what those of other sizes run."""
+    module, calls = FIRST[kind][0]().eval(), FIRST[kind][1]
     pipe = Pipe(module)
     with ras_compile.attach(pipe, dynamic=True, **{**OPTIONS, "sample_ratio": 0.5}) as handle:
-        for tokens in SIZES[:2]:
-            given = of_size(tokens)
+        for given in calls:
+            call = dict(given)
             pipe.scheduler.set_timesteps(4)
             with torch.no_grad():
                 for t in pipe.scheduler.timesteps:
-                    noise = module(**{**given, "timestep": t.expand(1)})
-                    given["hidden_states"] = pipe.scheduler.step(noise, t, given["hidden_states"])[0]
+                    noise = module(**{**call, "timestep": t.expand(1)})
+                    call["hidden_states"] = pipe.scheduler.step(noise, t, call["hidden_states"])[0]
             assert [record.kind[0] for record in ras_compile.trace(handle)] == [*"dsss"]
             assert sorted(compiled_programs.values()) == [1, 1, 1]
+
+
+def test_a_videos_sides_and_its_text_are_lengths_and_what_is_held_is_not():
+    """Its channels are none, nor is a side for which code has a case of its own; a second text is taken as it is."""
+
+    def model(hidden_states, one, two):
+        known = 2 if hidden_states.shape[-1] // 2 == 12 else 1
+        return hidden_states.sin() + known * one.mean() + two.mean()
+
+    for width, point, sides in ((20, (5, 16, 20, 7), (1, 1, 1, 0)), (24, (5, 16, 7, 9), (1, 1, 0, 0))):
+        torch._dynamo.reset()
+        call = dict(hidden_states=torch.ones(1, 3, 5, 16, width), one=torch.ones(1, 7, 1), two=torch.ones(1, 9, 1))
+        graph, values = dynamo_graphs(model, [call], dynamic=True)[0]
+        lengths = Lengths.of(graph, describe_inputs(graph.graph), values, [], Region.SIDES)
+        assert (lengths.sides, lengths.at(values)) == (sides, point)
 
 
 def test_a_size_and_a_prompt_that_change_at_once_share_programs():

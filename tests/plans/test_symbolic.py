@@ -216,7 +216,7 @@ def test_sizes_of_what_is_given_and_not_returned_are_lengths():
     assert told({1: (1,)}, *shapes) == ((6,), (0,))
     assert sorted(told({1: (1,), 2: (0,)}, *shapes)[0]) == [6, 7]
     assert sorted(told({1: (1,), 2: (0, 1)}, *shapes)[0]) == [6, 7, 9]
-    assert told({1: (1, 2), 2: (0, 1)}, *shapes) is None, "more than can be followed"
+    assert sorted(told({1: (1, 2), 2: (0, 1)}, *shapes)[0]) == [3, 6, 7, 9]
     assert told({0: (1,)}, *shapes) is None, "it is returned"
     assert told({0: (1,), 1: (1,)}, *shapes) == ((6,), (0,)), "the text's alone"
 
@@ -242,3 +242,7 @@ def test_sides_of_a_latent_are_lengths_where_they_are_asked_for():
     assert told({0: (1,)}, torch.randn(2, 5, 4), *others, region=Region.SIDES) is None, "it is packed"
     video = torch.randn(2, 4, 3, 5, 8)
     assert sorted(told({0: (2, 3, 4)}, video, *others, region=Region.SIDES)[0]) == [3, 5, 8]
+    more = told({0: (2, 3, 4), 1: (1,), 2: (0,)}, video, *others, region=Region.SIDES)
+    assert sorted(zip(*more, strict=True))[:3] == [(3, 1), (5, 1), (6, 0)], (
+        "more than four: the sides, and one of the others"
+    )
