@@ -57,13 +57,22 @@ QUICK = {"pipelines/test_follow.py", "kernels/test_tiles.py"}  # the quick ones 
 
 
 def pytest_configure():
-    # Graphs are full of cycles: to look for them at every 700th object took 8 % of the time.
-    gc.set_threshold(100_000, 10, 10)
+    # Graphs are full of cycles: to look for them at every 700th object took 8 % of the time, and to look through all that
+    # has lived for long, as often as Python does, took 10 %.
+    gc.set_threshold(100_000, 20, 100)
+    # After each graph Dynamo collects once more, and to time the graph's guards it empties the processor's caches.
+    torch._dynamo.config.run_gc_after_compile = False
+    torch._dynamo.guards.profile_guard_manager = lambda *given: 0.0
 
 
 def pytest_collection_finish():
     # What was imported stays: to look through it again at each collection took 5 % of the time.
     gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    # pytest collects five times at the end, for errors of finalizers; what lives until then has none that matter.
     gc.freeze()
 
 
@@ -128,6 +137,13 @@ def no_violation_is_passed_over(request, monkeypatch):
     monkeypatch.setattr(legal, "check_program", watched)
     yield
     assert not found or request.node.get_closest_marker("violates"), found[0]
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """For files whose tests collect often: what is here already need not be looked through each time."""
+    gc.collect()
+    gc.freeze()  # for good: to give it back would give back what was imported, too
 
 
 @pytest.fixture(scope="session")

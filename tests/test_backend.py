@@ -17,6 +17,8 @@ import ras_compile
 import ras_compile.plans.plan
 from ras_compile.errors import UnsupportedGraph
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 
 def test_by_its_name_alone():
     compiled = torch.compile(model(), backend="ras", options=EAGER)

@@ -302,6 +302,8 @@ def test_an_exception_at_any_point_of_a_step(error, step):
 KILLED = """
 import os, sys
 from ras_compile.kernels.tiles import Timings
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
 mine = Timings("cpu")
 mine.learn({"before": [1.0]})
 os.replace = lambda *given: os._exit(9)

@@ -7,6 +7,7 @@ one call and a copy in the next, and their schemas do not say so: who asks with 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -47,10 +48,9 @@ def writes(node: fx.Node) -> list[fx.Node]:
     if block is not None:
         given = zip(block.graph.find_nodes(op="placeholder"), node.args[2:], strict=True)
         return [operand for inner, operand in given if isinstance(operand, fx.Node) and written(inner)]
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, OpOverload) or not schema_of(target).is_mutable:
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return []
-    return nodes_in([*_marked(node, writing=True)])
+    return _given(node, _marks(node.target)[1])
 
 
 def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
@@ -60,19 +60,34 @@ def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
         return node.all_input_nodes[:1]
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return []
-    if any(result.alias_info is not None for result in schema_of(target).returns):
-        return nodes_in([*_marked(node)])
-    if not may or schema_of(target).name not in MAY_BE_VIEWS:
+    shown, _, silent = _marks(target)
+    if shown or not (may and silent):
+        return _given(node, shown)
         return []
     given = node.all_input_nodes
     return [] if target is torch.ops.aten.einsum.default and len(given) > 1 else given  # products are new
 
 
-def _marked(node: fx.Node, *, writing: bool = False) -> Iterator[Any]:
-    """What a node is given for the arguments that its op's schema marks as shown, or as written into."""
-    for index, argument in enumerate(schema_of(node.target).arguments):
-        if argument.alias_info is not None and (argument.alias_info.is_write or not writing):
-            yield node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+Marks = tuple[tuple[int, str], ...]
+
+
+@functools.cache
+def _marks(target: OpOverload) -> tuple[Marks, Marks, bool]:
+    """Places and names of the arguments that an op's schema says its results show, of those that it is said to write into, and
+    whether it may return a view though its schema does not say so."""
+    schema = schema_of(target)
+    marked = [(place, one) for place, one in enumerate(schema.arguments) if one.alias_info is not None]
+    shown = [(place, one.name) for place, one in marked if any(result.alias_info for result in schema.returns)]
+    written = [(place, one.name) for place, one in marked if one.alias_info.is_write]
+    return tuple(shown), tuple(written), schema.name in MAY_BE_VIEWS
+
+
+def _given(node: fx.Node, marks: Marks) -> list[fx.Node]:
+    """The nodes that a node is given for the marked arguments of its op."""
+    if not marks:
+        return []
+    args = node.args
+    return nodes_in([args[place] if place < len(args) else node.kwargs.get(name) for place, name in marks])
 
 
 def is_view(node: fx.Node) -> bool:

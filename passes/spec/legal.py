@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 
 import torch
 from torch import fx
@@ -22,7 +22,9 @@ aten = torch.ops.aten
 EVERY_PASS = os.environ.get("RAS_SPEC", "") not in ("", "0")
 
 
-def check_program(program: fx.GraphModule, done: Collection[str] = (), changed: bool = True) -> None:
+def check_program(
+    program: fx.GraphModule, done: Collection[str] = (), changed: bool = True, known: Container[fx.Node] = ()
+) -> None:
     """A program is legal, whichever passes have been through it.
 
     Args:
@@ -30,13 +32,15 @@ def check_program(program: fx.GraphModule, done: Collection[str] = (), changed: 
         done: the names of the passes that have run, as `pipeline.py` has them.
         changed: False for a program that the last pass left as it was: what all passes keep is then known to hold.
 
+        known: the nodes that it left as they were.
+
     Raises:
         SpecViolation: it is not.
     """
     if changed:
         for graph in graphs(program):
             check_roles(graph, inside=graph is not program.graph)
-            check_values(graph)
+            check_values(graph, known)
             check_alive(graph)
         check_memory(program)
         check_blocks(program)

@@ -76,6 +76,8 @@ class Step:
     memories: list[Memory] = field(default_factory=list)
     # By its identity, an index tensor that was clamped to the last entry, and where it was beyond it.
     clamped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # What only computes with values that are not known, whichever the rows: found in the first draw, passed over in others.
+    idle: set[fx.Node] = field(default_factory=set)
 
     def follow(self, graph: fx.Graph, given: dict[fx.Node, Any] | None = None) -> None:
         """Follows a graph, or a repeated block whose placeholders are ``given``.
@@ -86,12 +88,21 @@ class Step:
         env: dict[fx.Node, Any] = dict(given or {})
         made = {root(target) for node in graph.nodes if not _only_computes(node.target) for target in writes(node)}
         for node in graph.nodes:
+            if given is None and node in self.idle:
+                continue
             if node.op == "placeholder" and given is None:
                 env[node] = self._input(node)
             elif node.op == "get_attr":
                 env[node] = _table(node)
             elif node.op == "call_function":
-                env[node] = None if node.target in AMBIENT else self._call(node, env)
+                operands = node.all_input_nodes
+                if operands and _only_computes(node.target) and all(env.get(one) is None for one in operands):
+                    if given is None and node not in made:
+                        self.idle.add(node)
+                        continue
+                    env[node] = None
+                else:
+                    env[node] = None if node.target in AMBIENT else self._call(node, env)
                 if node in made and env[node] is None:
                     demand(node.target is aten.empty.memory_format, node, "is written into, and is no cache")
                     env[node] = self._memory(node)
@@ -116,12 +127,6 @@ class Step:
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         target = node.target
-        if (
-            _only_computes(target)
-            and node.all_input_nodes
-            and all(env.get(one) is None for one in node.all_input_nodes)
-        ):
-            return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.get)
         block = subgraph(node)
         if block is not None:
@@ -343,8 +348,9 @@ def check_memory(program: fx.GraphModule) -> None:
     (rows,) = given
     chosen, all_tokens = draws(rows)
     counts: dict[fx.Node, Tensor] = {}
+    idle: set[fx.Node] = set()
     for draw in chosen:
-        step = Step(draw)
+        step = Step(draw, idle=idle)
         step.follow(program.graph)
         for memory in step.memories:
             owner = memory.owner

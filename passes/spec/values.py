@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,11 @@ MOST = 1 << 14  # results that are remembered
 _known: dict[Any, tuple[str, tuple[int, ...]]] = {}
 
 
-def check_values(graph: fx.Graph) -> None:
-    """Raises SpecViolation where a node is no op, or gives something else than it says."""
+def check_values(graph: fx.Graph, known: Container[fx.Node] = ()) -> None:
+    """Raises SpecViolation where a node is no op, or gives something else than it says.
+
+    ``known``: the nodes that are as they were when this was last found true, in a graph without regions of autocast.
+    """
     mode = Emitter.of(graph).mode
     regions: list[Any] = []
     try:
@@ -41,6 +44,8 @@ def check_values(graph: fx.Graph) -> None:
             if node.op == "placeholder":
                 demand("val" in node.meta, node, "no value in its meta")
             if node.op != "call_function":
+                continue
+            if node in known and all(operand in known for operand in node.all_input_nodes):
                 continue
             if node.target in AMBIENT:
                 _enter_or_exit(node, regions)
@@ -71,7 +76,8 @@ def _run_again(node: fx.Node, mode: Any, regions: str) -> None:
     operands = node.all_input_nodes
     if node.target in HIGHER or any("val" not in operand.meta for operand in operands):
         return
-    kinds = repr(fx.node.map_arg((node.args, node.kwargs), lambda operand: described(operand.meta["val"])))
+    found = [described(operand.meta["val"]) for operand in operands]
+    kinds = tuple(one if isinstance(one, tuple) else repr(one) for one in found)  # of numbers 1, 1.0 and True differ
     key = node.target, kinds, regions, _pattern(node)
     if key not in _known:
         while len(_known) >= MOST:

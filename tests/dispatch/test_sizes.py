@@ -10,6 +10,8 @@ from tiny import EAGER, TinyDiT, kinds, run
 from ras_compile.dispatch import dispatcher
 from ras_compile.dispatch.dispatcher import Dispatcher
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 TEXT = torch.randn(1, 3, 6)
 
 

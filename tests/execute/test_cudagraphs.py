@@ -16,6 +16,8 @@ import ras_compile
 from ras_compile.execute import cudagraphs, replay
 from ras_compile.sampling.registry import states_of
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 pytestmark = pytest.mark.filterwarnings("error::ras_compile.notices.RASWarning")
 # the fewest launches beside the model's, which these tests count
 OPTIONS = {

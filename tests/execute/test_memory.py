@@ -17,6 +17,8 @@ from ras_compile.execute import cudagraphs, memory, replay
 from ras_compile.execute.homes import listed
 from ras_compile.plans.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 WIDE = torch.randn(2, 4, 8, 16)
 OTHERS: weakref.WeakSet[memory.Keeper] = weakref.WeakSet()  # of models that tests before have left
 
@@ -25,9 +27,6 @@ OTHERS: weakref.WeakSet[memory.Keeper] = weakref.WeakSet()  # of models that tes
 def fresh():
     gc.collect()
     OTHERS.update(memory.keepers)
-    gc.freeze()  # what is here already need not be looked through at each of the many collections
-    yield
-    gc.unfreeze()
 
 
 def compiled_model(**options):

@@ -17,6 +17,8 @@ from ras_compile.sampling.branches import (
     tensor_mark,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 
 def step(branches, *calls, alone=False):
     """Run one step's calls (each a context) through; returns (label, sure) of each."""

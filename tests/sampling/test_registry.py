@@ -13,6 +13,8 @@ from ras_compile.errors import RASWarning
 from ras_compile.sampling.calls import CallInfo
 from ras_compile.sampling.registry import instances, state_for, states_of
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 CONFIG = RASConfig()
 
 

@@ -15,6 +15,8 @@ from ras_compile.history import past_of
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.models import modules_of
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 OPTIONS = {"inner_backend": "eager", "sample_ratio": 0.5, "warmup_steps": 2, "unsupported": "error"}
 
 

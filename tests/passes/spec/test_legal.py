@@ -98,7 +98,7 @@ def test_a_violation_names_the_pass(monkeypatch):
 def test_a_pass_that_does_nothing_is_held_to_what_it_should_leave(monkeypatch):
     """What all passes keep is looked at where something has changed alone, and what this one leaves behind in any case."""
     program = prepare_plain(made("base"))
-    monkeypatch.setattr(legal, "check_values", lambda graph: looked.append(graph))
+    monkeypatch.setattr(legal, "check_values", lambda graph, known: looked.append(graph))
     monkeypatch.setitem(
         legal.LEFT, "idle", lambda graph: demand(False, next(iter(graph.nodes)), "is not what it should be")
     )
@@ -106,6 +106,21 @@ def test_a_pass_that_does_nothing_is_held_to_what_it_should_leave(monkeypatch):
     with pytest.raises(SpecViolation, match="after the pass idle: .* is not what it should be"):
         pipeline.run(program, [pipeline.Pass("idle", lambda given: None)])
     assert looked == [program.graph]  # before the pass
+
+
+@pytest.mark.violates
+def test_a_node_that_a_pass_left_alone_is_run_again_where_its_operand_changed():
+    def narrow(program: torch.fx.GraphModule) -> None:
+        weight = program.graph.find_nodes(op="placeholder")[0]
+        (user, *_) = weight.users
+        with weight.meta["val"].fake_mode:
+            weight.meta["val"] = weight.meta["val"].half()
+        changed.append(user.name)
+
+    changed: list[str] = []
+    with pytest.raises(SpecViolation, match="after the pass narrow") as found:
+        pipeline.run(prepare_plain(made("base")), [pipeline.Pass("narrow", narrow)])
+    assert changed[0] in str(found.value)
 
 
 def test_without_the_switch_nothing_is_checked(monkeypatch):
