@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from symbols import dynamic_graph
 from torch import Tensor, fx, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
+from ras_compile.capture import export
 from ras_compile.capture.inputs import describe_inputs
+from ras_compile.capture.repeats import NotRepeated
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.plans import symbolic
+from ras_compile.plans.equal import _text
 from ras_compile.plans.lengths import Lengths, Region
 from ras_compile.plans.symbolic import SymbolicGraph, Symbols, takes_all
 
@@ -195,6 +200,52 @@ def test_slices_that_leave_something_out_at_some_sizes_are_told():
     assert lengths is not None and lengths.sides == (1, 1) and lengths.at(values) == (6, 8)
     found = SymbolicGraph(graph, lengths, values)
     assert any(found.cuts((6, 8))) and found.cuts((6, 8)) == found.cuts((10, 4))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, height: int) -> Tensor:
+        rows = self.norm(x).reshape(x.shape[0], height, x.shape[1] // height, 4)
+        return x + self.down((rows + rows.mean(2, keepdim=True)).flatten(1, 2).mul(2).sin() @ self.up.weight.T)
+
+
+class Layers(nn.Module):
+    """Repeated blocks, each of which is told the height of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(4)])
+
+    def forward(self, picture: Tensor) -> Tensor:
+        height = picture.shape[2] // 2
+        x = picture.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x, height)
+        return x.transpose(1, 2).unflatten(2, picture.shape[2:])
+
+
+def test_blocks_that_repeat_are_captured_once_for_all_lengths(monkeypatch):
+    """The graph is the one that a capture of the whole gives, though blocks take numbers from outside."""
+    graph, values = dynamic_graph(Layers(), torch.randn(1, 4, 6, 8), dims={0: (2, 3)})
+    lengths = Lengths.of(graph, describe_inputs(graph.graph), values, [], Region.SIDES)
+    assert lengths is not None
+    traced: list[int] = []
+
+    def tracing(module: Any, *given: Any, trace: Callable = export.traced) -> fx.GraphModule:
+        traced.append(len(module.graph_module.graph.nodes))
+        return trace(module, *given)
+
+    monkeypatch.setattr(export, "traced", tracing)
+    found = SymbolicGraph(graph, lengths, values)
+    assert len(traced) == 2 and sum(traced) < len(graph.graph.nodes)
+    monkeypatch.setattr(export, "by_blocks", Mock(side_effect=NotRepeated))
+    whole = SymbolicGraph(graph, lengths, values)
+    for point in ((6, 8), (10, 4)):
+        assert found.holds(point) and _text(found.at(point).graph) == _text(whole.at(point).graph)
+    assert found.holds((7, 8)) == whole.holds((7, 8))
 
 
 class Text(nn.Module):
