@@ -6,7 +6,8 @@
 Of FLUX, whose latents are packed, or of another model of `sizes.py` (`--model sd3-medium`), whose latents have height and
 width in patches of two: `--sides` are tokens. *Cold* are the seconds of a size's first picture over those of its second
 one, by the clock and of the processors (all of them, if TORCHINDUCTOR_COMPILE_THREADS=1 keeps compilers from living on).
-`--dynamic` attaches with `dynamic=True`, `--no-dynamic` with `dynamic=False`: each size has programs of its own.
+`--layers 12` takes fewer blocks; `--dynamic` attaches with `dynamic=True`, `--no-dynamic` with `dynamic=False`: each size has
+programs of its own.
 """
 
 from __future__ import annotations
@@ -84,12 +85,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--model", choices=sorted(MODELS), default="flux-dev")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", choices=SIZES, default="real")
+    parser.add_argument("--layers", type=int, help="so many blocks of each kind; all, if it is not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--inner-backend", default="inductor")
     parser.add_argument("--dynamic", action=argparse.BooleanOptionalAction, help="as torch.compile takes it")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    work = build(args.model, args.size, device, dtype_of(device))
+    work = build(args.model, args.size, device, dtype_of(device), args.layers)
     packed = "img_ids" in work.inputs
     pipe = Pipe(work.transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0) if packed else work.scheduler())
     names = counted()

@@ -94,9 +94,11 @@ def _model(name: str, kind: str, real: dict, tiny: dict):
     """Registers a maker of the parts of a Workload, with the class and its two configurations."""
 
     def register(parts: Callable[..., dict]):
-        def make(size: str, device: torch.device, dtype: torch.dtype) -> Workload:
+        def make(size: str, device: torch.device, dtype: torch.dtype, layers: int | None) -> Workload:
             narrow = {key: value for key, value in tiny.items() if size == "tiny" or not key.endswith("_layers")}
             config = real if size == "real" else real | narrow
+            if layers is not None:
+                config = config | dict.fromkeys((key for key in config if key.endswith("_layers")), layers)
             transformer = _transformer(getattr(diffusers, kind), config, device, dtype)
             draw = _Draw(device, dtype)
             return Workload(name, transformer, **parts(transformer, size != "real", draw))
@@ -107,7 +109,7 @@ def _model(name: str, kind: str, real: dict, tiny: dict):
     return register
 
 
-def build(name: str, size: str, device: torch.device, dtype: torch.dtype) -> Workload:
+def build(name: str, size: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Workload:
     """The workload of that name.
 
     Args:
@@ -115,6 +117,7 @@ def build(name: str, size: str, device: torch.device, dtype: torch.dtype) -> Wor
         size: "real", "tiny" for a CPU in seconds, or "thin" for as many blocks as real ones have, of a tiny width.
         device: where the weights are drawn.
         dtype: their type; modules that the class keeps in fp32 stay so.
+        layers: so many blocks of each kind; None: as many as there are.
 
     Raises:
         ValueError: an unknown name or size; the text says what there is.
@@ -123,7 +126,7 @@ def build(name: str, size: str, device: torch.device, dtype: torch.dtype) -> Wor
         raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
-    return MODELS[name](size, device, dtype)
+    return MODELS[name](size, device, dtype, layers)
 
 
 def _transformer(kind: type, config: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:

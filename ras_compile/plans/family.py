@@ -84,13 +84,11 @@ class Family:
         # later plans are of the same kind, whatever else may look like a latent at another length
         context = config.context if first.sparse.live else "fresh"
         self._as_static = replace(self._as_static, latent=inputs[first.latent].path, context=context)
-        # the plans between the first and the farthest one are held to those two, as those of members are to all of them
-        *between, last = self.points[1:]
-        self.samples = [first, *map(self.exact, between), self.exact(last, proved=False)]
+        self.samples = [first, *(self.exact(point, proved=False) for point in self.points[1:])]
         alike = {(plan.latent, plan.noise, len(plan.sparse.splices), len(plan.sparse.frozen)) for plan in self.samples}
         if len(alike) > 1:
             raise UnsupportedGraph("other values are spliced at another length")
-        dense = [plan.dense_graph() for plan in self.samples]
+        self._dense = dense = [plan.dense_graph() for plan in self.samples]
         interpolate(dense, self.points)
         self._caches = [
             plan.caches_among([node.meta["val"] for node in nodes_in(program.graph.output_node().args)])
@@ -121,7 +119,7 @@ class Family:
         if not (self.graph.lengths.fits(values, lengths) and self.graph.holds(lengths) and self.grid.fits(lengths)):
             return None
         member = Member(self, self.grid.point_at(lengths), values)
-        if member.point != self.points[0] and (self.grows or self.graph.orders):
+        if self.grows or self.graph.orders:
             try:
                 self.check(member)
             except NotAffine as error:
@@ -138,19 +136,21 @@ class Family:
         Raises:
             NotAffine: they differ.
         """
+        if member.point == self.points[0]:  # a sample itself
+            return
         # a member whose tokens are no length needs no analysis of its own, and keeps none
         exact = member.exact if self.grows else self.exact(member.point)
         points = [*self.points[:-1], member.point]
-        for known, own in zip(self._known, self._looked_at(exact), strict=True):
-            interpolate([*known[:-1], own], points)
+        interpolate([*self._dense[:-1], exact.dense_graph()], points)
+        interpolate([*self._sparse[:-1], self._of_few_rows(exact)], points)
 
     @cached_property
-    def _known(self) -> list[tuple[fx.GraphModule, ...]]:
-        return list(zip(*map(self._looked_at, self.samples), strict=True))
+    def _sparse(self) -> list[fx.GraphModule]:
+        return list(map(self._of_few_rows, self.samples))
 
-    def _looked_at(self, plan: Plan) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """A plan's programs before the passes, the sparse one for as few rows as all plans have."""
-        return plan.dense_graph(), plan.sparse_graph(min(2, *(each.analysis.frame.tokens for each in self.samples)))
+    def _of_few_rows(self, plan: Plan) -> fx.GraphModule:
+        """A plan's sparse program before the passes, for as few rows as all plans have."""
+        return plan.sparse_graph(min(2, *(each.analysis.frame.tokens for each in self.samples)))
 
     def entering(self, member: Member) -> None:
         """A member runs a dense step: of those that ran before, the ones used longest ago give up what they keep."""
