@@ -85,15 +85,15 @@ OPTIONS = {**EAGER, "warmup_steps": 1, "unsupported": "error"}
 
 
 @pytest.mark.parametrize("name", ["Flux", "Lumina-Next"])  # a joint sequence and cross attention, each with rotary ids
-def test_twenty_lengths_cost_two_compilations_of_each_program(name, compiled_programs):
+def test_all_lengths_cost_two_compilations_of_each_program(name, compiled_programs):
     module, given = redraw(ZOO[name].build()).eval(), ZOO[name].inputs()
     compiled = torch.compile(module, backend="ras", options=OPTIONS)
-    found = [sampled(compiled, lengthened(given, MODELS[name], length)) for length in TWENTY]
+    found = [sampled(compiled, lengthened(given, MODELS[name], length)) for length in TWENTY[:7]]
     assert kinds(compiled) == "dsss"
     assert len(compiled_programs) == 3 and set(compiled_programs.values()) == {2}
     torch._dynamo.reset()
     alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
-    assert torch.equal(sampled(alone, lengthened(given, MODELS[name], TWENTY[13])), found[13])
+    assert torch.equal(sampled(alone, lengthened(given, MODELS[name], TWENTY[6])), found[6])
 
 
 @pytest.mark.gpu
@@ -129,23 +129,23 @@ def test_joined_linears_are_shared_by_all_lengths(compiled_programs, monkeypatch
     monkeypatch.setattr(ras_compile.plans.family, "compile_inner", counting)
     module, given = redraw(ZOO["SD3"].build()).eval(), ZOO["SD3"].inputs()
     compiled = torch.compile(module, backend="ras", options=OPTIONS)
-    found = [sampled(compiled, lengthened(given, 5, length)) for length in TWENTY[:6]]
+    found = [sampled(compiled, lengthened(given, 5, length)) for length in TWENTY[:4]]
     assert set(compiled_programs.values()) == {2} and joined == [[5], [5]]
     torch._dynamo.reset()
     monkeypatch.setattr(ras_compile.kernels, "many_pays", lambda *given: False)
     alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
-    assert torch.equal(sampled(alone, lengthened(given, 5, TWENTY[5])), found[5])
+    assert torch.equal(sampled(alone, lengthened(given, 5, TWENTY[3])), found[3])
 
 
 def test_a_frozen_context_and_a_new_ratio(compiled_programs):
     options = {**OPTIONS, "context": "frozen", "ratio_schedule": "linear"}
     module, given = redraw(ZOO["SD3"].build()).eval(), ZOO["SD3"].inputs()
     compiled = torch.compile(module, backend="ras", options=options)
-    found = [sampled(compiled, lengthened(given, 5, length)) for length in TWENTY[:6]]
+    found = [sampled(compiled, lengthened(given, 5, length)) for length in TWENTY[:4]]
     assert len(compiled_programs) > 3 and set(compiled_programs.values()) == {2}
     torch._dynamo.reset()
     alone = torch.compile(module, backend="ras", dynamic=False, options=options)
-    assert torch.equal(sampled(alone, lengthened(given, 5, TWENTY[5])), found[5])
+    assert torch.equal(sampled(alone, lengthened(given, 5, TWENTY[3])), found[3])
 
 
 def test_lengths_of_a_call():
@@ -383,11 +383,12 @@ def test_two_lengths_that_change_apart(compiled_programs):
     calls = [(text(a), text(b, 1)) for a, b in ((5, 9), (7, 4), (3, 14), (12, 12), (8, 2), (6, 31))]
     module = TwoTexts().eval()
     compiled = torch.compile(module, backend="ras", options=OPTIONS)
-    for call in calls:
-        tiny(compiled, *call)
+    found = [tiny(compiled, *call) for call in calls]
     assert set(compiled_programs.values()) == {2}
-    for found, wanted in both(module, calls):
-        assert torch.equal(found, wanted)
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options=OPTIONS)
+    for call, picture in zip(calls, found, strict=True):
+        assert torch.equal(picture, tiny(alone, *call))
 
 
 def test_what_the_inner_compiler_assumes_is_checked(monkeypatch, compiled_programs):
@@ -630,7 +631,7 @@ def test_pictures_of_all_sides_share_programs_from_the_second_one_on(compiled_pr
     assert torch.equal(drawn(alone, 20, 36), found[20, 36])
 
 
-SIZES = [26, 20, 35, 12, 48, 15, 9, 63, 7, 30, 8, 28, 40, 18, 77, 10, 21, 54, 33, 25]  # tokens of packed latents
+SIZES = [26, 20, 35, 12, 48, 15, 9, 63]  # tokens of packed latents
 
 
 def waves(ids: torch.Tensor, theta: float = 100.0) -> torch.Tensor:
@@ -671,7 +672,7 @@ def as_they_are(module: nn.Module, inputs: dict, options: dict) -> torch.Tensor:
     return sampled(torch.compile(module, backend="ras", dynamic=False, options=options), inputs)
 
 
-def test_twenty_sizes_cost_two_compilations_of_each_program(compiled_programs):
+def test_all_sizes_cost_two_compilations_of_each_program(compiled_programs):
     """Two programs for the first size, two for all others, whatever their tokens; and the caches of a few sizes."""
     module, options = packed(), {**OPTIONS, "sample_ratio": 0.5}
     compiled, found, before = torch.compile(module, backend="ras", options=options), [], {id(one) for one in keepers}
@@ -682,7 +683,7 @@ def test_twenty_sizes_cost_two_compilations_of_each_program(compiled_programs):
     assert sum(compiled_programs.values()) == 2, "all numbers of active tokens share one"
     kept = [one for one in list(keepers) if id(one) not in before and one.bytes]
     assert 0 < len(kept) <= KEPT + 1, "the first size has a plan of its own"
-    for at in (4, 19):
+    for at in (4, 7):
         assert torch.equal(as_they_are(module, of_size(SIZES[at]), options), found[at])
 
 
