@@ -197,6 +197,16 @@ def points() -> list[Setting]:
     return adaptive + [Setting("dense", steps, sampler) for sampler, counts in plain for steps in counts]
 
 
+def few() -> list[Setting]:
+    """The presets with fewer tokens in sparse steps than they have by default, and more steps in the same time."""
+    tenth = dict(quality=(15, 20, 24, 28, 32, 36), balanced=(20, 28, 36, 40))
+    return [
+        replace(row, options={**row.options, "sample_ratio": 0.1}, variant=f"{row.variant}, a tenth of the tokens")
+        for name, counts in tenth.items()
+        for row in (preset(name, steps) for steps in counts)
+    ]
+
+
 def slopes() -> list[Setting]:
     """Region-adaptive rows whose cached keys and values go on between dense steps."""
 
@@ -294,7 +304,8 @@ def sweep() -> list[Setting]:
 
 
 FRONTIER: dict[str, Callable[[], list[Setting]]] = {
-    "points": points, "slopes": slopes, "caches": caches, "solvers": solvers, "presets": presets, "sweep": sweep,
+    "points": points, "few": few, "slopes": slopes, "caches": caches, "solvers": solvers, "presets": presets,
+    "sweep": sweep,
 }  # fmt: skip
 
 
