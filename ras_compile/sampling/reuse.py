@@ -89,8 +89,8 @@ class Extrapolation:
     one's. Where lines tell nothing of the noise, alpha is near 0, and tokens hold their noise.
 
     What a forecast gets wrong has a direction, and would add up: a token that bends away from its line lags in the same way each
-    time that it is held. So "forecast" keeps account. Once a token is computed again, the line between its two computed noises tells
-    what it should have returned in the calls between, each for as long as until the next call; what is missing is returned in
+    time that it is held. So "forecast" keeps account. Once a token is computed again, the line between its two computed noises
+    says what it should have returned in the calls between, each for as long as until the next call; what is missing is returned in
     the next call that holds the token, alpha times:
 
         owed = sum_k (u_(k+1) - u_k) * (n_s + (n_t - n_s) / (t - s) * (u_k - s) - returned_k)
