@@ -199,11 +199,13 @@ def points() -> list[Setting]:
 
 def few() -> list[Setting]:
     """The presets with fewer tokens in sparse steps than they have by default, and more steps in the same time."""
-    tenth = dict(quality=(15, 20, 24, 28, 32, 36), balanced=(20, 28, 36, 40))
+    counts = dict(quality=(15, 20, 24, 28, 32, 36), balanced=(14, 20, 28, 36, 40))
+    tenth = dict(sample_ratio=0.1), "a tenth of the tokens"
+    rows = [(preset(name, steps), *tenth) for name in counts for steps in counts[name]]
+    rows.append((preset("fast", 14, "euler"), dict(noise_reuse="forecast"), "forecasts"))
     return [
-        replace(row, options={**row.options, "sample_ratio": 0.1}, variant=f"{row.variant}, a tenth of the tokens")
-        for name, counts in tenth.items()
-        for row in (preset(name, steps) for steps in counts)
+        replace(row, options={**row.options, **options}, variant=f"{row.variant}, {said}")
+        for row, options, said in rows
     ]
 
 
