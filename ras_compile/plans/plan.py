@@ -178,12 +178,13 @@ class Plan:
             check_dense(programs[0], self.analysis, self.sparse)
             check_sparse(programs[1], self.analysis, self.sparse)
             if legal.EVERY_PASS:
-                for active in {1, tokens} - {few}:
+                counts = [few, *({1, tokens} - {few} if legal.EVERY_COUNT else ())]
+                for active in counts[1:]:
                     programs.append(sparse_program(self.analysis, active, self.sparse))
                     check_sparse(programs[-1], self.analysis, self.sparse)
                 for program in programs:
                     legal.check_program(program)
-                self._proved = dict(zip([few, *({1, tokens} - {few})], programs[1:], strict=True))
+                self._proved = dict(zip(counts, programs[1:], strict=True))
         self.noise_view  # noqa: B018  (what it refuses is known before the first step)
         price = cost(self.analysis, self.sparse)
         if price.dense_flops and price.flop_ratio(few) >= 1:

@@ -375,7 +375,7 @@ class TwoTexts(TinyDiT):
 @pytest.mark.parametrize("kind", [PaddedText, AtLeast, LongText, MeanText, NearText, NearByBlocks])
 def test_a_model_that_reads_the_length_comes_out_right(kind):
     """Lengths on both sides of each model's limit, with every remainder of four, and after the second one."""
-    for found, wanted in both(kind().eval(), [(text(length),) for length in (5, 7, 12, 6, 30)]):
+    for found, wanted in both(kind().eval(), [(text(length),) for length in (5, 7, 32, 6)]):
         assert torch.equal(found, wanted)
 
 
