@@ -26,6 +26,7 @@ from ras_compile.kernels import tiles
 from ras_compile.plans import plan as plans
 from ras_compile.plans.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
 NO_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB."
 RUN = "ddssss"
 
@@ -302,8 +303,6 @@ def test_an_exception_at_any_point_of_a_step(error, step):
 KILLED = """
 import os, sys
 from ras_compile.kernels.tiles import Timings
-
-pytestmark = pytest.mark.usefixtures("quick_collections")
 mine = Timings("cpu")
 mine.learn({"before": [1.0]})
 os.replace = lambda *given: os._exit(9)

@@ -16,9 +16,10 @@ import ras_compile
 from ras_compile.execute import cudagraphs, replay
 from ras_compile.sampling.registry import states_of
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
-pytestmark = pytest.mark.filterwarnings("error::ras_compile.notices.RASWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("error::ras_compile.notices.RASWarning"),
+    pytest.mark.usefixtures("quick_collections"),
+]
 # the fewest launches beside the model's, which these tests count
 OPTIONS = {
     "inner_backend": "eager", "metric": "std", "sample_ratio": 0.5, "warmup_steps": 2, "reset_interval": None
