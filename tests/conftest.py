@@ -54,7 +54,6 @@ LANES = {
     "test_faults.py": "slow",
     "test_imports.py": "slow",
 }
-PROVED_AT_ALL_COUNTS = ("capture", "contract", "fuzz", "golden", "passes", "plans")
 QUICK = {"pipelines/test_follow.py", "kernels/test_tiles.py"}  # the quick ones among those
 
 
@@ -115,8 +114,6 @@ def pytest_runtest_setup(item):
     """A test finds the same alone, in any order and in any process: random numbers, compiled code, what was said once."""
     torch._dynamo.reset()
     notices.reset()
-    # The contract, the random models and the passes prove each plan for one row and for all; elsewhere the same models return.
-    legal.EVERY_COUNT = item.path.relative_to(Path(__file__).parent).parts[0] in PROVED_AT_ALL_COUNTS
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)

@@ -20,7 +20,6 @@ aten = torch.ops.aten
 
 # Whether each program is checked after each of its passes: always in our tests, and for a user with RAS_SPEC=1.
 EVERY_PASS = os.environ.get("RAS_SPEC", "") not in ("", "0")
-EVERY_COUNT = EVERY_PASS  # and whether each plan is also proved for one active row, and for all
 
 
 def check_program(

@@ -178,7 +178,7 @@ class Plan:
             check_dense(programs[0], self.analysis, self.sparse)
             check_sparse(programs[1], self.analysis, self.sparse)
             if legal.EVERY_PASS:
-                counts = [few, *({1, tokens} - {few} if legal.EVERY_COUNT else ())]
+                counts = [few, *({1, tokens} - {few})]
                 for active in counts[1:]:
                     programs.append(sparse_program(self.analysis, active, self.sparse))
                     check_sparse(programs[-1], self.analysis, self.sparse)
