@@ -133,7 +133,8 @@ class RASConfig:
         cache_device: None (the device that computes), or "cpu": these values wait in the host's memory, each copied in for
             its layer of a sparse step and back behind it. Without CUDA graphs. With "float8" half as much is copied.
         unsupported: "dense": warn and run dense; "error": refuse.
-        latent: name of the forward argument that is the latent, where inference cannot tell.
+        latent: name of the forward argument that is the latent, where inference cannot tell; or of what one holds, such as
+            ``inputs['x']``.
         timestep: name of the forward argument that is the timestep, where inference cannot tell.
 
     Raises:
@@ -247,8 +248,10 @@ class RASConfig:
             )
         for name in ("latent", "timestep"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value.isidentifier()):
-                raise _bad(self, name, "None or the name of a forward argument")
+            if value is not None and not (isinstance(value, str) and value.partition("[")[0].isidentifier()):
+                raise _bad(
+                    self, name, "None or the name of a forward argument, or of what one holds, such as \"inputs['x']\""
+                )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None) -> RASConfig:

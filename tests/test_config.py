@@ -72,7 +72,7 @@ BAD = {
     "cache_budget": [-1, 1.5, "1GB", True],
     "cache_dtype": ["bfloat16", 8, True],
     "cache_device": ["cuda", "host", True],
-    "latent": ["", "two words", 3],
+    "latent": ["", "two words", "['x']", 3],
     "timestep": [0, "a.b"],
     "tolerance": [0, 0.0, -1.0, float("nan"), float("inf"), "0.1", True],
     "speedup": [0.9, 0, "2", True, float("nan")],

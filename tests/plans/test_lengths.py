@@ -638,6 +638,40 @@ def test_pictures_of_all_sides_share_programs_from_the_second_one_on(compiled_pr
     assert torch.equal(drawn(alone, 20, 36), found[20, 36])
 
 
+class Held(nn.Module):
+    """A model whose latent is in a list of a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = TinyDiT(layers=1)
+
+    def forward(self, inputs, timestep, text):
+        return self.model(inputs["x"][0], timestep, text)
+
+
+def test_sizes_of_a_latent_in_a_dictionary_share_programs(compiled_programs):
+    module, text, found = Held().eval(), torch.randn(1, 3, 6), {}
+    compiled = torch.compile(module, backend="ras", options={**OPTIONS, "sample_ratio": 0.5})
+
+    def drawn(compiled, *sides: int) -> torch.Tensor:
+        latent = torch.randn(1, 4, *sides, generator=torch.Generator().manual_seed(sides[1]))
+        given = dict(inputs={"x": [latent]}, timestep=torch.ones(1), text=text)
+        with torch.no_grad(), ras_compile.generation(num_steps=4) as gen:
+            for _ in range(4):
+                gen.step()
+                latent = latent + 0.1 * compiled(**given)
+                given["inputs"] = {"x": [latent]}
+        return latent
+
+    for width in (8, 12, 20):
+        found[width] = drawn(compiled, 8, width)
+    assert kinds(compiled) == "dsss"
+    assert compiled_programs["dense"] == 2, "one for the first size, one for all others"
+    torch._dynamo.reset()
+    alone = torch.compile(module, backend="ras", dynamic=False, options={**OPTIONS, "sample_ratio": 0.5})
+    assert torch.equal(drawn(alone, 8, 20), found[20])
+
+
 SIZES = [26, 20, 35, 12, 48, 15, 9, 63, 7, 30, 8, 28, 40, 18, 77, 10, 21, 54, 33, 25]  # tokens of packed latents
 
 
