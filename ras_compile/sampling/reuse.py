@@ -23,52 +23,31 @@ def active_tokens(rows: Tensor, tokens: int) -> Tensor:
     return torch.zeros(len(rows), tokens, dtype=torch.bool, device=rows.device).scatter_(1, rows, True)
 
 
-def continued(*given: Any) -> tuple[Tensor, ...]:
-    """``(returned, slope, owed, held, sums, clock)``: one call of :class:`Extrapolation`, as a pure function.
+def continued(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(returned, slope, since, sums)``: one call of :class:`Extrapolation`, as a pure function.
 
     Args:
-        given: noise [B, N, P, C], that of inactive tokens as last computed; the same at the call before; then what is known of
-            each token, float32 [B, N, P, C]: the slope of its line, and by how much less it has returned than it should have,
-            times how long; float64 [2, B, N, 1, 1]: when it was computed, and the moment of the calls at which it has been
-            held since then, how far each was from that time, times how long; float32 [3, B]: sums over the tokens computed
-            so far, their change times the line's, the line's squared, and the share of the line that was followed last;
-            float64 [2, B]: the time of the call before, and how long after the one before that; the active tokens, bool
-            [B, N, 1, 1]; the time now, float64 [B] or [1]; and whether the line is followed only as far as it has come true.
+        given: noise [B, N, P, C], that of inactive tokens as last computed; the same at the call before; the slope of each
+            token's line, float32 [B, N, P, C]; when each token was computed, float64 [B, N, 1, 1]; sums over the tokens
+            computed so far, float32 [2, B]: their change times the line's, and the line's squared; the active tokens,
+            bool [B, N, 1, 1]; the time now, float64 [B] or [1]; and whether the line is followed only as far as it has
+            come true.
     """
-    noise, last, slope, owed, held, sums, clock, computed, now, fitted = given
-    since, moment = held
-    before, gap = clock.reshape(2, -1, 1, 1, 1)
+    noise, last, slope, since, sums, computed, now, fitted = given
     now = now.reshape(-1, 1, 1, 1)
-    passed, step = now - since, now - before
+    passed = now - since
     moved = computed & (passed != 0)
     change = noise.float() - last.float()
     line = slope * passed.float()
-    found = change * torch.where(passed == 0, 0.0, 1 / passed).float()
-    found = found.nan_to_num(0.0, 0.0, 0.0)
-    share = torch.ones_like(sums[2])
+    share = torch.ones((), device=noise.device)
     if fitted:
-        # what the call before returned of tokens that it held is what they have had for as long as until now
-        waited = before - since
-        returned = slope * waited.float() + _paid(owed, moment, gap)
-        owed = torch.where(waited != 0, owed - step.float() * sums[2].reshape(-1, 1, 1, 1) * returned, owed)
-        moment = moment + step * waited
-        owed = torch.where(moved, owed + moment.float() * found, owed)
-        moment = torch.where(computed, 0.0, moment)
         products = torch.stack([change * line, line * line]).nan_to_num(0.0, 0.0, 0.0)
-        totals = DECAY * sums[:2] + torch.where(moved, products, 0.0).sum((2, 3, 4))
-        share = (totals[0] / totals[1].clamp_min(_LEAST)).clamp(0, 1)
-        sums = torch.stack([*totals, share])
-        line = line + _paid(owed, moment, step)
-    ahead = noise + (share.reshape(-1, 1, 1, 1) * line).to(noise.dtype)  # where nothing is added, the very noise
-    slope = torch.where(moved, found, slope)
-    held = torch.stack([torch.where(computed, now, since), moment])
-    clock = torch.stack([now.flatten().expand(clock.shape[1]), step.flatten()])
-    return torch.where(computed, noise, ahead), slope, owed, held, sums, clock
-
-
-def _paid(owed: Tensor, moment: Tensor, step: Tensor) -> Tensor:
-    """What a token that has just begun to be held returns beside its line, in a call that counts for as long as `step`."""
-    return owed * torch.where((moment == 0) & (step != 0), 1 / step, 0.0).float()
+        sums = DECAY * sums + torch.where(moved, products, 0.0).sum((2, 3, 4))
+        share = (sums[0] / sums[1].clamp_min(_LEAST)).clamp(0, 1).reshape(-1, 1, 1, 1)
+    ahead = noise + (share * line).to(noise.dtype)  # where nothing is added, the very noise
+    found = change * torch.where(passed == 0, 0.0, 1 / passed).float()
+    slope = torch.where(moved, found.nan_to_num(0.0, 0.0, 0.0), slope)
+    return torch.where(computed, noise, ahead), slope, torch.where(computed, now, since), sums
 
 
 class Extrapolation:
@@ -88,14 +67,6 @@ class Extrapolation:
     over all tokens that were computed up to now, those of each step before weighing `DECAY` times as much as the next
     one's. Where lines tell nothing of the noise, alpha is near 0, and tokens hold their noise.
 
-    What a forecast gets wrong has a direction, and would add up: a token that bends away from its line lags in the same way each
-    time that it is held. So "forecast" keeps account. Once a token is computed again, the line between its two computed noises
-    says what it should have returned in the calls between, each for as long as until the next call; what is missing is returned in
-    the next call that holds the token, alpha times:
-
-        owed = sum_k (u_(k+1) - u_k) * (n_s + (n_t - n_s) / (t - s) * (u_k - s) - returned_k)
-        returned = n_t + alpha * ((n_t - n_s) / (t - s) * (u - t) + owed / (u - the time of the call before))
-
     Args:
         fitted: "forecast" rather than "linear".
         run: what runs :func:`continued`, given its tensors as a list.
@@ -107,7 +78,7 @@ class Extrapolation:
         self._fitted = fitted
         self._run = run or (lambda tensors, fitted: continued(*tensors, fitted))
         self._last: Tensor | None = None  # [B, N, P, C], as computed
-        self._line: list[Tensor] = []  # slope, owed, held, sums and clock
+        self._line: list[Tensor] = []  # slope, since and sums
 
     def __call__(self, noise: Tensor, rows: Tensor | None, time: Any) -> Tensor:
         """Take what a call computed and return what its tokens are to return.
@@ -124,12 +95,9 @@ class Extrapolation:
         now = torch.as_tensor(time, dtype=torch.float64, device=noise.device).reshape(-1)
         last, self._last = self._last, noise.clone()
         if last is None:
-            since = now.repeat(batch // len(now))
+            since = now.reshape(-1, 1, 1, 1).repeat(batch // len(now), tokens, 1, 1)
             slope = torch.zeros_like(self._last, dtype=torch.float32)
-            held = torch.stack([since, torch.zeros_like(since)])
-            clock = held.clone()
-            held = held.reshape(2, batch, 1, 1, 1).repeat(1, 1, tokens, 1, 1)
-            self._line = [slope, slope.clone(), held, torch.zeros(3, batch, device=noise.device), clock]
+            self._line = [slope, since, torch.zeros(2, batch, device=noise.device)]
             return noise
         if rows is None:
             computed = torch.ones(batch, tokens, dtype=torch.bool, device=noise.device)

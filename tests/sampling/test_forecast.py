@@ -26,17 +26,6 @@ class Reference:
         self.points = [[[] for _ in range(TOKENS)] for _ in range(BATCH)]  # (time, noise) at which each was computed
         self.slopes = np.zeros((BATCH, TOKENS, PIXELS, CHANNELS))
         self.products = [[] for _ in range(BATCH)]  # of each step: change times line, line squared
-        self.owed = np.zeros((BATCH, TOKENS, PIXELS, CHANNELS))
-        self.held = [[[] for _ in range(TOKENS)] for _ in range(BATCH)]  # (time, returned) since each was computed
-        self.before = None  # times of the call before
-
-    def settle(self, sample: int, token: int, slope: np.ndarray, now: float) -> None:
-        """What was returned for a token while it was held, beside the line between the two times that it was computed."""
-        begin, noise = self.points[sample][token][-1]
-        held = self.held[sample][token]
-        for (at, returned), until in zip(held, [at for at, _ in held[1:]] + [now], strict=False):
-            self.owed[sample, token] += (until - at) * (noise + slope * (at - begin) - returned)
-        held.clear()
 
     def __call__(self, truth: np.ndarray, active: np.ndarray, times: list[float]) -> tuple[np.ndarray, list[float]]:
         returned, alphas = truth.copy(), []
@@ -49,7 +38,6 @@ class Reference:
                         lines.append(self.slopes[sample, token] * (now - time))
                         changes.append(truth[sample, token] - noise)
                         self.slopes[sample, token] = changes[-1] / (now - time)
-                        self.settle(sample, token, self.slopes[sample, token], now)
                 points[token].append((now, truth[sample, token].copy()))
             self.products[sample].append((np.sum(np.multiply(changes, lines)), np.sum(np.square(lines))))
             weights = DECAY ** np.arange(len(self.products[sample]))[::-1]
@@ -57,13 +45,7 @@ class Reference:
             alphas.append(float(np.clip(over / under, 0, 1)) if under else 0.0)
             for token in np.flatnonzero(~active[sample]):
                 time, noise = points[token][-1]
-                line = self.slopes[sample, token] * (now - time)
-                passed = now - self.before[sample]
-                if not self.held[sample][token] and passed:
-                    line = line + self.owed[sample, token] / passed
-                returned[sample, token] = noise + alphas[-1] * line
-                self.held[sample][token].append((now, returned[sample, token]))
-        self.before = times
+                returned[sample, token] = noise + alphas[-1] * self.slopes[sample, token] * (now - time)
         return returned, alphas
 
 
