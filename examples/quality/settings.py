@@ -198,7 +198,7 @@ def points() -> list[Setting]:
 
 
 def few() -> list[Setting]:
-    """The presets with fewer tokens in sparse steps than they have by default, and more steps in the same time."""
+    """The presets with fewer tokens in sparse steps than they have by default, in more steps; and "fast" with forecasts."""
     counts = dict(quality=(15, 20, 24, 28, 32, 36), balanced=(14, 20, 28, 36, 40))
     tenth = dict(sample_ratio=0.1), "a tenth of the tokens"
     rows = [(preset(name, steps), *tenth) for name in counts for steps in counts[name]]

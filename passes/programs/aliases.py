@@ -63,7 +63,6 @@ def shows(node: fx.Node, *, may: bool = False) -> list[fx.Node]:
     shown, _, silent = _marks(target)
     if shown or not (may and silent):
         return _given(node, shown)
-        return []
     given = node.all_input_nodes
     return [] if target is torch.ops.aten.einsum.default and len(given) > 1 else given  # products are new
 

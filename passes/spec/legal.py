@@ -31,7 +31,6 @@ def check_program(
         program: dense or sparse, with blocks outlined or not.
         done: the names of the passes that have run, as `pipeline.py` has them.
         changed: False for a program that the last pass left as it was: what all passes keep is then known to hold.
-
         known: the nodes that it left as they were.
 
     Raises:

@@ -29,7 +29,9 @@ _ENTRY = re.compile(r"(?:\.|\[)['\"]?\d+['\"]?\]?$")  # the path of an entry of 
 _LEVELS = 3  # lists in lists
 _numbers = itertools.count()
 _results: dict[int, list[Tensor]] = {}  # what the calls of a block return, by its number, while it is captured
-_lengths: dict[str, Any] = {}  # symbolic numbers that Dynamo graphs use, by what they are, while one is captured
+_lengths: dict[
+    str, Any
+] = {}  # symbolic numbers that a Dynamo graph uses, by the capture and what they are, while it lasts
 
 
 class NotRepeated(Exception):
@@ -67,6 +69,7 @@ class Block:
     operands: list[list[fx.Node]] = field(default_factory=list)
     # places of the nodes whose values are used outside, by any of the stretches
     outputs: list[int] = field(default_factory=list)
+    lengths: Sequence[str] = ()  # what is looked up while it is captured
 
     def module(self) -> fx.GraphModule:
         """The block alone, as a Dynamo graph."""
@@ -103,18 +106,17 @@ def shortened(
         raise NotRepeated("no two modules of a list agree")
     starts = {stretch[0]: (found, at) for found in blocks for at, stretch in enumerate(found.stretches)}
     inside = {node for found in blocks for stretch in found.stretches for node in stretch}
-    telling = [
-        node for node in nodes if node.op == "placeholder" and not _static(node)
-    ]  # what has the symbols as sizes
+    # what has the symbols as sizes
+    telling = [node for node in nodes if node.op == "placeholder" and not _static(node)]
     for found in blocks:
         outputs = [found.stretches[0][place] for place in found.outputs]
         if symbolic is None and not all(map(_static, outputs)):
             raise NotRepeated("a block's sizes are symbols")
         results = _examples(outputs)
         _results[found.number] = results if symbolic is None else list(map(symbolic, results))
-        found.operands = (
-            [[*dict.fromkeys([*operands, *telling])] for operands in found.operands] if numbers else found.operands
-        )
+        if numbers:
+            found.operands = [[*dict.fromkeys([*operands, *telling])] for operands in found.operands]
+        found.lengths = list(numbers)
     _lengths.update(numbers)
 
     short = fx.Graph()
@@ -145,12 +147,13 @@ def _without_numbers(nodes: Iterable[fx.Node], symbolic: Callable[[Any], Any]) -
     Else the first of some blocks would compute a number for all of them.
     """
     new, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    capture = next(_numbers)  # another thread may capture another graph meanwhile
     numbers, spelled = dict[str, Any](), dict[fx.Node, str]()
     for node in nodes:
         value = node.meta.get("example_value")
         number = symbolic(value) if isinstance(value, torch.SymInt) else None
         if number is not None:
-            spelled[node] = str(number)
+            spelled[node] = f"{capture}: {number}"
             numbers[spelled[node]] = number
 
         def given(operand: fx.Node, user: fx.Node = node) -> fx.Node:
@@ -221,9 +224,10 @@ def _values(nodes: Any) -> list[Any]:
 
 def forget(blocks: Sequence[Block]) -> None:
     """Nothing captures these blocks any more."""
-    _lengths.clear()
     for found in blocks:
         _results.pop(found.number, None)
+        for number in found.lengths:
+            _lengths.pop(number, None)
 
 
 def _saved(blocks: Sequence[Block]) -> int:

@@ -20,9 +20,8 @@ from ras_compile.capture.inputs import GraphInput
 from ras_compile.capture.sizes import expression, expressions
 from ras_compile.passes.lowering.interpolate import Point
 
-MOST = (
-    4  # a video's three sides and a text; of more lengths that change independently, the others are compiled one by one
-)
+# A video's three sides and a text; of more lengths that change independently, the others are compiled one by one.
+MOST = 4
 FAR = 5040  # what divides it has the same rest at a length and so far behind it
 
 

@@ -13,6 +13,7 @@ from symbols import dynamic_graph
 from torch import Tensor, fx, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
+from ras_compile import notices
 from ras_compile.capture import export
 from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated
@@ -251,6 +252,24 @@ def test_blocks_that_repeat_are_captured_once_for_all_lengths(monkeypatch):
         ]
         assert torch.equal(one(*given)[0], other(*given)[0])
     assert found.holds((7, 8)) == whole.holds((7, 8))
+
+
+def test_another_graph_may_be_captured_meanwhile(monkeypatch):
+    """As another thread does: each capture has numbers of its own."""
+    graph, values = dynamic_graph(Layers(), torch.randn(1, 4, 6, 8), dims={0: (2, 3)})
+    lengths = Lengths.of(graph, describe_inputs(graph.graph), values, [], Region.SIDES)
+    assert lengths is not None
+    others: list[SymbolicGraph] = []
+
+    def tracing(*given: Any, trace: Callable = export.traced) -> fx.GraphModule:
+        if not others:
+            monkeypatch.setattr(export, "traced", trace)
+            others.append(SymbolicGraph(graph, lengths, values))
+        return trace(*given)
+
+    monkeypatch.setattr(export, "traced", tracing)
+    found = SymbolicGraph(graph, lengths, values)
+    assert not notices.fallbacks() and found.holds((10, 4)) and others[0].holds((10, 4))
 
 
 class Text(nn.Module):
