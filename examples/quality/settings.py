@@ -190,8 +190,8 @@ def points() -> list[Setting]:
     """Region-adaptive rows from 0.9 to 3.2 ms (of the first model, on an H200), and plain steps of about the same times."""
     adaptive = [
         preset("fast", 14, "euler"),
-        *(preset("quality", steps) for steps in (14, 17, 19, 22, 25, 29, 36, 40)),
-        *(preset("balanced", steps) for steps in (20, 28)),
+        *(preset("quality", steps) for steps in (14, 17, 20, 24, 28, 31, 36, 40, 43)),
+        *(preset("balanced", steps) for steps in (14, 20, 28)),
     ]
     plain = (("dpm++", (7, 9, 10, 12, 14, 16, 18, 22, 25, 28)), ("even", (7, 10, 14)), ("unipc", (10, 20)))
     return adaptive + [Setting("dense", steps, sampler) for sampler, counts in plain for steps in counts]
@@ -199,10 +199,23 @@ def points() -> list[Setting]:
 
 def few() -> list[Setting]:
     """The presets with fewer tokens in sparse steps than they have by default, in more steps; and "fast" with forecasts."""
-    counts = dict(quality=(15, 20, 24, 28, 32, 36), balanced=(14, 20, 28, 36, 40))
-    tenth = dict(sample_ratio=0.1), "a tenth of the tokens"
-    rows = [(preset(name, steps), *tenth) for name in counts for steps in counts[name]]
-    rows.append((preset("fast", 14, "euler"), dict(noise_reuse="forecast"), "forecasts"))
+    counts: dict[float, dict[str, tuple[int, ...]]] = {
+        0.15: dict(quality=(24, 28, 32)),
+        0.1: dict(quality=(15, 20, 24, 28, 32, 36), balanced=(14, 20, 28, 36, 40)),
+        0.05: dict(quality=(20, 28, 34), balanced=(28, 40)),
+        0.02: dict(quality=(14, 20, 28, 34)),
+    }
+    rows = [
+        (preset(name, steps), dict(sample_ratio=ratio), "fewer tokens")
+        for ratio in counts
+        for name in counts[ratio]
+        for steps in counts[ratio][name]
+    ]
+    rows += [
+        (preset("quality", 30), dict(sample_ratio=0.1, warmup_steps=2), "fewer tokens, two dense steps first"),
+        (preset("fast", 14, "euler"), dict(noise_reuse="forecast"), "forecasts"),
+        (preset("fast", 14, "euler"), dict(noise_reuse="forecast", sample_ratio=0.06), "fewer tokens, forecasts"),
+    ]
     return [
         replace(row, options={**row.options, **options}, variant=f"{row.variant}, {said}")
         for row, options, said in rows
