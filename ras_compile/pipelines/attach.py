@@ -7,6 +7,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import PRESETS, RASConfig
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.errors import ConfigError, RASError
+from ras_compile.execute.compiling import uncollected
 from ras_compile.execute.inner import known_backend
 from ras_compile.history import Past, past_of
 from ras_compile.notices import first_time, warn_once
@@ -358,6 +360,7 @@ class _Followed(Exchangeable):
 
     def __init__(self, compiled: Callable[..., Any], follower: SchedulerFollower, name: str, kind: str) -> None:
         self.compiled, self._follower, self._name, self._kind = compiled, follower, name, kind
+        self._captured = False  # a call has come to its end, and so Dynamo has captured the model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         said = self._follower.locate()
@@ -365,8 +368,10 @@ class _Followed(Exchangeable):
         call = AttachedCall(self._follower, self._name, present_branch(), None if aside else said, aside)
         before, compiled = compilations(), self.compiled
         try:
-            with translate_dynamo_errors(args, kwargs), attached_call(call):
+            first = nullcontext() if self._captured else uncollected()
+            with first, translate_dynamo_errors(args, kwargs), attached_call(call):
                 result = self.compiled(*args, **kwargs)
+            self._captured = True
         except Exception as error:
             if not isinstance(error, (RASError, OutOfMemoryError)):
                 forget_compilations(before)  # else one bad call would make good ones dense

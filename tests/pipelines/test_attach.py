@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import inspect
 import warnings
 
@@ -96,6 +97,21 @@ def test_a_pipeline_is_followed():
         draw(pipe, steps=6)
         assert kinds(handle) == "ddddss"
     torch.testing.assert_close(pictures, expected)
+
+
+def test_no_garbage_is_collected_while_the_first_call_is_captured(monkeypatch):
+    collects = []
+
+    def noting(*given, **options):
+        collects.append(gc.isenabled())
+        run = spy(*given, **options)
+        return lambda *values: (collects.append(gc.isenabled()), run(*values))[1]
+
+    monkeypatch.setattr(inspect.getmodule(attach_function), "ras", noting)
+    pipe = sd3()
+    with ras_compile.attach(pipe, **EIGHT):
+        draw(pipe, steps=3)
+    assert collects == [False, False, True, True] and gc.isenabled()
 
 
 def test_steps_are_told_without_reading_the_timestep(monkeypatch):
