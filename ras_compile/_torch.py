@@ -48,7 +48,8 @@ try:
     from torch._dynamo.source import ConstantSource
 
     # Capture. Without: no graph is captured.
-    from torch._functorch.aot_autograd import aot_export_module  # from a module to functional ATen before dispatch
+    from torch._dispatch.python import enable_python_dispatcher as python_dispatcher  # sizes that are symbols stay so
+    from torch._dynamo.utils import preserve_rng_state  # a model that seeds itself seeds nothing while it is captured
     from torch._functorch.compile_utils import fx_graph_cse  # equal nodes become one: facts are computed once
 
     # ends a vmap, as flex_attention's masks have
@@ -64,8 +65,8 @@ try:
     from torch._subclasses.fake_tensor import FakeTensor  # a tensor with sizes and without values
     from torch._subclasses.fake_tensor import FakeTensorMode  # makes them; all shapes of nodes come from it
 
-    # answers `tolist` itself: readings are not noted without
-    from torch._subclasses.functional_tensor import FunctionalTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor  # what writes is captured as what it leaves
+    from torch._subclasses.functional_tensor import FunctionalTensorMode  # makes it so; both stand below the tracer
     from torch.amp.autocast_mode import _enter_autocast as enter_autocast  # begins an autocast region in a graph
     from torch.amp.autocast_mode import _exit_autocast as exit_autocast  # ends it
 
@@ -80,6 +81,7 @@ try:
 
     # writes a graph's code when it is first run; plain modules write it each time that a graph is given to them
     from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module  # and the tracer's as well
     from torch.utils import _pytree as pytree  # arguments as lists of leaves
     from torch.utils._python_dispatch import TorchDispatchMode  # sees ops run: whether a scheduler draws random numbers
 

@@ -21,13 +21,14 @@ from ras_compile.versions import TESTED, cannot_run, is_tested
 _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "ConstantSource": ("source_name",),
     "FakeTensorMode": ("shape_env", "static_shapes", "allow_non_fake_inputs"),
+    "FunctionalTensorMode": ("pre_dispatch", "export", "_allow_token_discovery"),
     "TracingContext": ("fake_mode",),
-    "aot_export_module": ("trace_joint", "pre_dispatch"),
     "compile_fx": ("config_patches",),
     "list_mode_options": ("mode",),
 }
 _ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "FakeTensorMode": ("from_tensor",),
+    "FunctionalTensor": ("to_functional", "from_functional"),
     "OpOverload": ("has_kernel_for_dispatch_key", "tags", "namespace"),
     "ShapeEnv": ("create_symbol", "create_symintnode"),
     "DimDynamic": ("DYNAMIC",),

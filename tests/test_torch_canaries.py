@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ras_compile import _torch, canaries
+from ras_compile.capture import functional as capture
 from ras_compile.kernels import _torch as for_kernels
 
 CANARIES = {}
@@ -382,21 +383,33 @@ class Writes(nn.Module):
         return (result.mul_(2),)
 
 
-@canary("aot_export_module", "enter_autocast", "exit_autocast")
-def test_export_is_functional_and_before_dispatch(name):
+def functional(module, *given):
+    """The graph of a module as it is captured, and its nodes that write into inputs."""
     with torch.no_grad():
-        captured, signature = _torch.aot_export_module(
-            Writes(), [torch.ones(2), torch.ones(2)], trace_joint=False, pre_dispatch=True
-        )
+        return capture.functional(module, given, {**dict(module.named_parameters()), **dict(module.named_buffers())})
+
+
+@canary(
+    "FunctionalTensor", "FunctionalTensorMode", "python_dispatcher", "enter_autocast", "exit_autocast", "use_lazy_graph_module"
+)  # fmt: skip
+def test_capture_is_functional_and_before_dispatch(name):
+    captured, written = functional(Writes(), torch.ones(2), torch.ones(2))
     found = targets(captured.graph)
     assert aten.linear.default in found and aten.mul.Tensor in found and aten.mul_.Tensor not in found
     assert _torch.enter_autocast in found and _torch.exit_autocast in found
-    assert sorted(signature.parameters) == ["layer.bias", "layer.weight"] and [*signature.buffers] == ["table"]
-    assert [*signature.user_inputs_to_mutate.values()] == [signature.user_inputs[1]]
-    assert not signature.buffers_to_mutate and not signature.input_tokens
+    assert [*written] == [1] and written[1].target is aten.add.Tensor
     placeholders = captured.graph.find_nodes(op="placeholder")
-    assert len(placeholders) == 3 + 2 and [node.name for node in placeholders[3:]] == [*signature.user_inputs]
-    assert all(isinstance(node.meta["val"], _torch.FakeTensor) for node in placeholders)
+    assert len(placeholders) == 2 + 3 and all(isinstance(node.meta["val"], _torch.FakeTensor) for node in placeholders)
+    assert isinstance(captured, _torch.LazyGraphModule) and not hasattr(captured, "_code")
+    assert "tolist" in vars(_torch.FunctionalTensor)  # it answers by itself
+
+
+@canary("preserve_rng_state")
+def test_what_is_seeded_within_is_as_it_was(name):
+    torch.manual_seed(1)
+    with _torch.preserve_rng_state():
+        torch.manual_seed(2)
+    assert torch.initial_seed() == 1
 
 
 @canary("fx_graph_cse")
@@ -451,11 +464,6 @@ def test_values_of_fake_tensors_are_refused(name):
         bool(torch.ones(1).long().item() > 3)
 
 
-@canary("FunctionalTensor")
-def test_functional_tensors_answer_for_themselves(name):
-    assert issubclass(_torch.FunctionalTensor, torch.Tensor) and "tolist" in vars(_torch.FunctionalTensor)
-
-
 @canary("no_torch_function")
 def test_modes_do_not_see_what_runs_without_them(name):
     class Seen(torch.overrides.TorchFunctionMode):
@@ -480,8 +488,7 @@ def test_gradient_modes_stand_in_a_graph(name):
             with torch.enable_grad():
                 return (x * 2,)
 
-    with torch.no_grad():
-        captured, _ = _torch.aot_export_module(Within(), [torch.ones(2)], trace_joint=False, pre_dispatch=True)
+    captured, _ = functional(Within(), torch.ones(2))
     assert _torch.set_grad_mode in {node.target for node in captured.graph.nodes}
 
 

@@ -68,14 +68,14 @@ def test_what_is_slower_without_is_named_and_used_all_the_same(pytorch, monkeypa
     assert "_foreach_copy_" in said
 
 
-def without_pre_dispatch(mod, args, *, trace_joint):
+def without_pre_dispatch(*, export, _allow_token_discovery):
     raise AssertionError("is not called")
 
 
 @pytest.mark.parametrize(
     ("name", "replacement", "told"),
     [
-        ("aot_export_module", without_pre_dispatch, "aot_export_module takes no pre_dispatch"),
+        ("FunctionalTensorMode", without_pre_dispatch, "FunctionalTensorMode takes no pre_dispatch"),
         ("pytree", object(), "pytree has no tree_map"),
         ("version_of", lambda tensor: tensor.no_such_attribute, "version_of"),
     ],
@@ -92,15 +92,15 @@ def test_what_is_needed_and_has_changed_is_one_error(pytorch, monkeypatch, name,
 @pytest.mark.slow
 def test_a_name_that_is_gone_is_one_error():
     code = """
-import torch, torch._functorch.aot_autograd as home
-del home.aot_export_module
+import torch, torch._functorch.predispatch as home
+del home._vmap_decrement_nesting
 try:
     torch.compile(torch.nn.Linear(4, 4), backend="ras")(torch.ones(1, 4))
 except RuntimeError as error:
     print(type(error).__name__, error)
 """
     found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.startswith("RASError ras_compile cannot run on PyTorch") and "aot_export_module" in found, found
+    assert found.startswith("RASError ras_compile cannot run on PyTorch") and "_vmap_decrement" in found, found
 
 
 def test_the_front_door_needs_none_of_it():

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from ras_compile._torch import (
     FakeTensor,
-    aot_export_module,
     enter_inference_mode,
     exit_inference_mode,
     set_grad_mode,
 )
 from ras_compile.capture.flex import is_transform, spell_flex_attention
+from ras_compile.capture.functional import functional
 from ras_compile.capture.inputs import describe_inputs
 from ras_compile.capture.repeats import NotRepeated, forget, shortened, written_out
 from ras_compile.capture.shards import of_parts
@@ -197,37 +197,30 @@ def normalized(captured: fx.GraphModule) -> fx.GraphModule:
 
 def traced(bound: nn.Module, tensors: Sequence[Tensor], names: Sequence[str] = ()) -> fx.GraphModule:
     """:func:`export` without the spelling of things in one way."""
+    # constants come last, so that inputs keep their places
+    held: dict[str, Tensor] = dict(bound.named_parameters(remove_duplicate=False))
+    held |= bound.named_buffers(remove_duplicate=False)
     try:
         with torch.no_grad(), same_autocast(), preserve_node_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            captured, signature = aot_export_module(bound, list(tensors), trace_joint=False, pre_dispatch=True)
+            captured, written = functional(bound, tensors, held)
     except UnsupportedGraph:
         raise
     except Exception as error:  # whatever PyTorch raises where it cannot trace an op
         raise UnsupportedGraph(f"the graph cannot be captured: {first_line(error)}") from error
-    assert isinstance(captured, fx.GraphModule)
-    if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
-        called = dict(zip(map(str, signature.user_inputs), names, strict=False))
-        # by what is written, a node's name
-        written = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}
-        lines = [source_line(node) for node in captured.graph.nodes if node.name in written]
+    if written:
+        called = [*(names or ["an argument"] * len(tensors)), *held]
         raise UnsupportedGraph(
-            "the model writes into its inputs or buffers "
-            f"({', '.join(called.get(str(name), str(name)) for name in written.values())})",
-            source=next((line for line in lines if line), None),
+            f"the model writes into its inputs or buffers ({', '.join(called[place] for place in written)})",
+            source=next((line for node in written.values() if (line := source_line(node))), None),
         )
     refuse_lost_values(captured)
-    drop_tokens(captured.graph, signature.input_tokens)
+    refuse_effects(captured.graph)
     drop_grad_modes(captured.graph)
-    lifted = [*signature.parameters, *signature.buffers]
-    placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
-    constants = [bound.get_parameter(n) if n in signature.parameters else bound.get_buffer(n) for n in lifted]
-    for node in placeholders[: len(lifted)][::-1]:  # constants come last, so that inputs keep their places
-        placeholders[-1].append(node) if node is not placeholders[-1] else None
-    for index, node in enumerate(placeholders):
-        node.meta["role"] = Role.CONSTANT if index < len(lifted) else Role.INPUT
+    for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
+        node.meta["role"] = Role.INPUT if index < len(tensors) else Role.CONSTANT
     captured.graph.lint()
-    captured.meta["constants"] = constants
+    captured.meta["constants"] = [*held.values()]
     return captured
 
 
@@ -255,21 +248,10 @@ def refuse_lost_values(captured: fx.GraphModule) -> None:
             )
 
 
-def drop_tokens(graph: fx.Graph, tokens: Sequence[str]) -> None:
-    """Takes out the tokens that order ops with effects: checks of values (`linalg.inv`) bring one along, and do not use it.
-
-    Raises:
-        UnsupportedGraph: an op uses one.
-    """
-    if not tokens:
-        return
-    results: Any = graph.output_node().args[0]
-    graph.output_node().args = (results[len(tokens) :],)
-    for node in graph.find_nodes(op="placeholder"):
-        if node.name in tokens:
-            if node.users:
-                raise UnsupportedGraph(f"the model calls an op that has effects ({next(iter(node.users)).args[1]})")
-            graph.erase_node(node)
+def refuse_effects(graph: fx.Graph) -> None:
+    """Refuses ops that have effects, which are ordered by tokens: a step that leaves rows out would have others."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.with_effects):
+        raise UnsupportedGraph(f"the model calls an op that has effects ({node.args[1]})", source=source_line(node))
 
 
 def drop_grad_modes(graph: fx.Graph) -> None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import ras_compile
 from ras_compile import UnsupportedGraph
-from ras_compile.capture.export import capture, drop_tokens
+from ras_compile.capture.export import capture, refuse_effects
 
 
 class Plain(nn.Module):
@@ -145,7 +145,7 @@ def test_a_result_that_is_the_operand(same, written):
 
 
 class Inverse(Plain):
-    """What checks values brings a token along that orders it."""
+    """What checks values has effects, by which it is ordered."""
 
     def forward(self, x, camera):
         turned = torch.linalg.solve(camera, torch.linalg.inv(camera)).flatten(1)[:, None, :8]
@@ -185,13 +185,13 @@ def test_a_generator_of_the_model_is_refused_by_its_line(held):
             assert torch.allclose(compiled(x), compiled._orig_mod(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_token_that_an_op_uses_is_no_check():
+def test_an_op_that_has_effects_is_refused():
     graph = fx.Graph()
     token, x = graph.placeholder("token"), graph.placeholder("x")
     both = graph.call_function(torch.ops.higher_order.with_effects, (token, torch.ops.aten.neg.default, x))
     graph.output((graph.call_function(getitem, (both, 0)), graph.call_function(getitem, (both, 1))))
     with pytest.raises(UnsupportedGraph, match="an op that has effects .aten.neg.default"):
-        drop_tokens(graph, ["token"])
+        refuse_effects(graph)
 
 
 class Halves(nn.Module):
