@@ -29,7 +29,7 @@ WORDS = {name: _words(kind) for name, kind in get_type_hints(Options).items()}
 # steps, between which a forecast holds. Other metrics measured best (examples/quality) with more tokens and fewer dense
 # steps, and a forecast makes their pictures worse: the tokens that they leave out change as much as any.
 _WITH_DRIFT: Mapping[str, Any] = dict(
-    sample_ratio=0.22, ratio_schedule="ends", reset_interval=3, reset_from="end", noise_reuse="forecast"
+    sample_ratio=0.1, ratio_schedule="ends", reset_interval=3, reset_from="end", noise_reuse="forecast"
 )
 _WITH_OTHERS: Mapping[str, Any] = dict(
     sample_ratio=0.5, ratio_schedule="constant", reset_interval=8, reset_from="start", noise_reuse="hold"
@@ -68,7 +68,7 @@ class RASConfig:
         preset: a name for a set of runtime options that was measured (examples/quality), over which options that are given
             beside it rule. "fast", "balanced" (the defaults) and "quality" take more time for pictures nearer to the exact
             ones; "paper" is the published method.
-        sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1]; 0.22 where nothing is
+        sample_ratio: average share of the region's tokens that a sparse step computes, in (0, 1]; 0.1 where nothing is
             given, 0.5 with another metric than "drift". None with `speedup`, which is solved for it.
         speedup: instead of `sample_ratio`: the speed-up over dense steps that a whole run is to have, at least 1. The
             cost model solves for the ratio, so this counts FLOPs and is no promise about time; needs the number of steps.

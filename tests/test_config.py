@@ -18,7 +18,7 @@ from ras_compile.sampling.locate import Generation
 
 def test_defaults_are_the_documented_ones():
     assert dataclasses.asdict(RASConfig()) == {
-        "sample_ratio": 0.22,
+        "sample_ratio": 0.1,
         "warmup_steps": 4,
         "reset_interval": 3,
         "reset_from": "end",
@@ -161,7 +161,7 @@ def test_a_speedup_outlives_a_copy():
     for other in (pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
         assert other == config and other.with_runtime(warmup_steps=2) == RASConfig(speedup=2, warmup_steps=2)
         assert other.with_runtime(speedup=None) == RASConfig(warmup_steps=3)
-    assert config.sample_ratio is None and config.ratio == 0.22
+    assert config.sample_ratio is None and config.ratio == 0.1
     assert RASConfig(speedup=2, metric="std").ratio == 0.5
 
 

@@ -79,7 +79,7 @@ def test_the_budget_of_a_run_is_told():
     told = explained()
     budget = told.budget(14)
     assert len(budget) == 14 and budget.count(24) == told.dense_steps(14) == 8
-    assert sum(budget) == pytest.approx(8 * 24 + 6 * 24 * 0.22, abs=4)
+    assert sum(budget) == pytest.approx(8 * 24 + 6 * 24 * 0.1, abs=4)
     assert "planned   28 steps: 12 dense, 6 of " in str(told)
     short = str(replace(told, num_steps=12))
     assert "planned   12 steps: " in short and "(by FLOPs, 12 steps)" in short and "28 steps" not in short

@@ -197,28 +197,19 @@ def points() -> list[Setting]:
     return adaptive + [Setting("dense", steps, sampler) for sampler, counts in plain for steps in counts]
 
 
-def few() -> list[Setting]:
-    """The presets with fewer tokens in sparse steps than they have by default, in more steps; and "fast" with forecasts."""
+def ratios() -> list[Setting]:
+    """The presets with other shares of the tokens in sparse steps than they have by default."""
     counts: dict[float, dict[str, tuple[int, ...]]] = {
+        0.22: dict(quality=(14, 19, 25, 29, 36), balanced=(20, 28)),
         0.15: dict(quality=(24, 28, 32)),
-        0.1: dict(quality=(15, 20, 24, 28, 32, 36), balanced=(14, 20, 28, 36, 40)),
         0.05: dict(quality=(20, 28, 34), balanced=(28, 40)),
         0.02: dict(quality=(14, 20, 28, 34)),
     }
-    rows = [
-        (preset(name, steps), dict(sample_ratio=ratio), "fewer tokens")
-        for ratio in counts
-        for name in counts[ratio]
-        for steps in counts[ratio][name]
-    ]
-    rows += [
-        (preset("quality", 30), dict(sample_ratio=0.1, warmup_steps=2), "fewer tokens, two dense steps first"),
-        (preset("fast", 14, "euler"), dict(noise_reuse="forecast"), "forecasts"),
-        (preset("fast", 14, "euler"), dict(noise_reuse="forecast", sample_ratio=0.06), "fewer tokens, forecasts"),
-    ]
     return [
-        replace(row, options={**row.options, **options}, variant=f"{row.variant}, {said}")
-        for row, options, said in rows
+        replace(preset(name, steps), options=dict(preset=name, sample_ratio=ratio))
+        for ratio, presets in counts.items()
+        for name, several in presets.items()
+        for steps in several
     ]
 
 
@@ -319,7 +310,7 @@ def sweep() -> list[Setting]:
 
 
 FRONTIER: dict[str, Callable[[], list[Setting]]] = {
-    "points": points, "few": few, "slopes": slopes, "caches": caches, "solvers": solvers, "presets": presets,
+    "points": points, "ratios": ratios, "slopes": slopes, "caches": caches, "solvers": solvers, "presets": presets,
     "sweep": sweep,
 }  # fmt: skip
 
