@@ -1,8 +1,10 @@
-"""The kernels' share of what PyTorch does not promise to keep (`ras_compile/_torch.py` has the rest)."""
+"""The kernels' share of what PyTorch and Triton do not promise to keep (`ras_compile/_torch.py` has the rest)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,39 @@ def cache_folder() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # loaded when timings are first read
 
     return Path(cache_dir())
+
+
+def compiled_by_triton() -> list[Path]:
+    """Triton's files, each in a folder of its variant, of what it has compiled of this package's kernels in this process.
+
+    Without it `save` leaves them out, and another process compiles them. Code that is no binary is left out: nothing runs it.
+    """
+    from .gemm import triton  # None where there is none
+
+    if triton is None:
+        return []
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{__package__}.")]
+    held = {id(value): value for module in modules for value in vars(module).values()}
+    functions = [value for value in held.values() if isinstance(value, triton.JITFunction)]
+    variants = [each for one in functions for known, *_ in one.device_caches.values() for each in known.values()]
+    found = [Path(path) for variant in variants for path in variant.metadata_group.values()]
+    return [path for path in found if path.suffix in (".json", ".cubin", ".hsaco")]
+
+
+def give_to_triton(folder: str, files: Mapping[str, bytes], device: int) -> None:
+    """Puts the files of one folder where Triton will look for them; without it `load` leaves them out, as above.
+
+    Inductor names the folder of all for this process when it makes its first kernel, if nobody has; so it is named now.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from triton.runtime.cache import FileCacheManager
+
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device))
+    manager = FileCacheManager(folder)
+    group = {name: manager.put(content, name) for name, content in files.items()}
+    for name in files:
+        if name.endswith(".json"):  # it says what a variant is; files without are libraries, found by their names
+            manager.put_group(name, group)
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

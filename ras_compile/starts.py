@@ -1,10 +1,11 @@
 """Starts without compiling: what one process has compiled goes into a folder, and another process takes it from there.
 
-The programs are PyTorch's own artefacts (`torch.compiler.save_cache_artifacts`); beside them stand the libraries into which
-Inductor has compiled their C++ on a CPU, which PyTorch leaves out, what was measured of kernels, and a manifest that says what all
-of it is for. It is read first, so that an artefact of another version, device or
-model is told in a sentence; even without it none would be used, since PyTorch looks programs up by everything that they
-depend on. Of a model only its class and the names, shapes and types of its weights count: other values need no other program.
+The programs are PyTorch's own artefacts (`torch.compiler.save_cache_artifacts`); beside them stand what PyTorch leaves
+out, which is the libraries into which Inductor has compiled their C++ on a CPU, and on a GPU the kernels of this
+package and the libraries with which Triton launches any; what was measured of kernels; and a manifest that says what
+all of it is for. It is read first, so that an artefact of another version, device or model is told in a sentence; even
+without it none would be used, since PyTorch looks programs up by everything that they depend on. Of a model only its
+class and the names, shapes and types of its weights count: other values need no other program.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from torch import nn
 
 from ras_compile.errors import ConfigError
-from ras_compile.kernels._torch import cache_folder
+from ras_compile.kernels._torch import cache_folder, compiled_by_triton, give_to_triton
 from ras_compile.kernels.tiles import is_answer, put, timings
 from ras_compile.notices import warn_once
 from ras_compile.sampling.models import modules_of, transformers_of
@@ -37,10 +38,12 @@ from ras_compile.sampling.models import modules_of, transformers_of
 log = logging.getLogger(__name__)
 
 MANIFEST = "ras_compile.json"
-_FORMAT = 1
+_FORMAT = 2
 _ARTIFACTS = "artifacts"  # in the file of programs: PyTorch's; everything else is a library
 # A library below Inductor's folder; its name is a hash of its source.
 _LIBRARY = re.compile(r"[a-z0-9]{2}/[a-z0-9]+(\.main)?\.so")
+# A file below Triton's folder, in one that is named by a hash of what it depends on.
+_KERNEL = re.compile(r"triton/([A-Z2-7]{52})/(\w[\w.-]*\.(?:json|cubin|hsaco|so))")
 
 
 def save(compiled: Any, folder: str | os.PathLike[str]) -> Path:
@@ -72,7 +75,7 @@ def save(compiled: Any, folder: str | os.PathLike[str]) -> Path:
         raise ConfigError(
             "save() writes what was compiled, and this process has compiled nothing with Inductor; draw a picture first."
         )
-    programs = _packed({_ARTIFACTS: saved[0], **libraries()})
+    programs = _packed({_ARTIFACTS: saved[0], **libraries(), **kernels()})
     place, digest = Path(folder), hashlib.sha256(programs).hexdigest()
     place.mkdir(parents=True, exist_ok=True)
     name = f"programs-{digest[:16]}.zip"
@@ -122,7 +125,7 @@ def load(compiled: Any, folder: str | os.PathLike[str]) -> bool:
         if not why and torch.compiler.load_cache_artifacts(programs.pop(_ARTIFACTS)) is None:
             why = "PyTorch cannot read the programs in it"
         if not why:
-            _put_libraries(programs)
+            _put_files(programs, device)
     except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile) as error:
         why = f"it cannot be read ({type(error).__name__}: {error})"
     if why:
@@ -218,30 +221,47 @@ def _packed(files: dict[str, bytes]) -> bytes:
 
 def libraries() -> dict[str, bytes]:
     """What Inductor's C++ was compiled to: libraries that this process runs, and those with which it looked at the compiler."""
-    root = cache_folder()
-    try:
-        running = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
-    except OSError:  # a system without it: the libraries are compiled anew, and programs are found all the same
-        return {}
-    found = {path.relative_to(root).as_posix(): path for path in root.glob("??/*.so")}
+    root, running = cache_folder(), _running()
+    found = {path.relative_to(root).as_posix(): path for path in root.glob("??/*.so")} if running else {}
     wanted = {name: path for name, path in found.items() if ".main." not in name or str(path) in running}
     return {name: path.read_bytes() for name, path in wanted.items() if _LIBRARY.fullmatch(name)}
 
 
-def _put_libraries(libraries: dict[str, bytes]) -> None:
-    """Puts libraries where Inductor looks for them.
+def kernels() -> dict[str, bytes]:
+    """What Triton has compiled of this package's kernels, and the libraries of its own with which this process launches any."""
+    if not torch.cuda.is_available():
+        return {}
+    files = {*compiled_by_triton(), *map(Path, _running())}
+    named = {f"triton/{path.parent.name}/{path.name}": path for path in files if path.exists()}
+    return {name: path.read_bytes() for name, path in named.items() if _KERNEL.fullmatch(name)}
+
+
+def _running() -> set[str]:
+    """The files that are mapped into this process, such as libraries."""
+    try:
+        return {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:  # a system without it: libraries are compiled anew, and programs are found all the same
+        return set()
+
+
+def _put_files(files: dict[str, bytes], device: torch.device) -> None:
+    """Puts libraries and kernels where Inductor and Triton look for them.
 
     Raises:
-        OSError: its folder cannot be written.
-        ValueError: something among them is no library of Inductor's.
+        OSError: a folder of theirs cannot be written.
+        ValueError: something among them is neither.
     """
-    for name, content in libraries.items():
-        if not _LIBRARY.fullmatch(name):
-            raise ValueError(f"{name} is no library of Inductor's")
-        path = cache_folder() / name
-        if not path.exists():
+    kernels: dict[str, dict[str, bytes]] = {}
+    for name, content in files.items():
+        if kernel := _KERNEL.fullmatch(name):
+            kernels.setdefault(kernel[1], {})[kernel[2]] = content
+        elif not _LIBRARY.fullmatch(name):
+            raise ValueError(f"{name} is neither a library of Inductor's nor a kernel")
+        elif not (path := cache_folder() / name).exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             put(path, content, 0o755)
+    for folder, held in kernels.items():
+        give_to_triton(folder, held, device.index or 0)
 
 
 def _misfit(told: dict[str, Any], device: torch.device, models: list[nn.Module]) -> str:

@@ -135,10 +135,28 @@ def test_timings_travel(artefacts, tmp_path, monkeypatch):
     assert tiles.timings(cpu).known == {"a kernel": [1.0, None]}
 
 
-def test_libraries_go_nowhere_but_to_inductor(artefacts, monkeypatch, tmp_path):
-    monkeypatch.setattr(starts, "libraries", lambda: {"../evil.so": b""})
+def test_kernels_travel(artefacts, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    folder, library = "A" * 52, "B" * 52
+    held = {f"triton/{folder}/k.json": b"{}", f"triton/{folder}/k.cubin": b"code", f"triton/{library}/l.so": b"so"}
+    monkeypatch.setattr(starts, "kernels", lambda: held)
     place = ras_compile.save(TinyDiT(), tmp_path / "start")
-    refused(TinyDiT(), place, "is no library of Inductor")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    assert ras_compile.load(TinyDiT(), place)
+    assert all((tmp_path / name).read_bytes() == content for name, content in held.items())
+    assert [path.name for path in (tmp_path / "triton").glob("*/__grp__*")] == ["__grp__k.json"]
+
+
+def test_there_are_no_kernels_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert starts.kernels() == {}
+
+
+@pytest.mark.parametrize("name", ["../evil.so", "triton/../evil.so", f"triton/{'A' * 52}/../evil.so"])
+def test_libraries_go_nowhere_but_to_inductor(artefacts, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(starts, "libraries", lambda: {name: b""})
+    place = ras_compile.save(TinyDiT(), tmp_path / "start")
+    refused(TinyDiT(), place, "is neither a library of Inductor")
     assert not list(tmp_path.glob("**/evil.so"))
 
 

@@ -684,6 +684,34 @@ def test_inductor_has_a_folder(name, monkeypatch, tmp_path):
     assert for_kernels.cache_folder() == tmp_path
 
 
+def double(x, SIZE: tl.constexpr):  # noqa: F821
+    """A kernel; Triton reads its source."""
+    o_x = tl.arange(0, SIZE)  # noqa: F821
+    tl.store(x + o_x, tl.load(x + o_x) * 2)  # noqa: F821
+
+
+@canary("kernels.compiled_by_triton", "kernels.give_to_triton")
+def test_what_triton_has_compiled_is_found_and_taken(name, monkeypatch, tmp_path):
+    """It compiles for a GPU that is not here, and reads the sources of the kernel again in another folder."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setitem(globals(), "tl", triton.language)
+    made = triton.JITFunction(double)
+    source = triton.compiler.ASTSource(made, signature={"x": "*fp32", "SIZE": "constexpr"}, constexprs={(1,): 16})
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "one"))
+    variant = triton.compile(source, target=target)
+    made.device_caches[0] = ({"a key": variant}, {}, target, None, None)  # as a launch leaves it
+    monkeypatch.setattr(sys.modules["ras_compile.kernels.gemm"], "double", made, raising=False)
+    files = for_kernels.compiled_by_triton()
+    assert sorted(path.suffix for path in files) == [".cubin", ".json"]
+    (folder,) = {path.parent.name for path in files}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "two"))
+    for_kernels.give_to_triton(folder, {path.name: path.read_bytes() for path in files}, 0)
+    monkeypatch.setattr(source, "make_ir", None)  # nothing can be compiled any more
+    again = triton.compile(source, target=target)
+    assert again.kernel == variant.kernel and again.metadata == variant.metadata
+
+
 @canary("kernels.linear_gelu_tanh")
 def test_a_product_and_its_gelu(name):
     x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)

@@ -6,7 +6,7 @@
 
 *Cold* is a process on a machine that has compiled nothing yet; *warm* finds what PyTorch and Triton keep on disk; *loaded* has
 an empty disk again, and what `ras_compile.save` wrote in the cold process; *loaded, with Triton's folder* has that, too, as a
-container image may (on a GPU: the kernels that ras_compile brings along are in no other place). The clock starts when the
+container image may (on a GPU: it should be no faster, as `save` takes along what is needed of it). The clock starts when the
 weights are loaded. *Eager* is the first picture of the pipeline as it is, which compiles nothing: nobody can begin sooner.
 """
 
