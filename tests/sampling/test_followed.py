@@ -129,7 +129,7 @@ def test_steps_are_counted_from_where_a_generation_begins():
     """Also those of the schedule: the warm-up, dense steps in between, and those whose noise is looked at."""
     pipe = Pipeline(reset_steps=[2, 4])
     assert reasons(pipe, range(3, 9)) == ["warm-up", "warm-up", "error reset", "", "error reset", ""]
-    pipe = Pipeline(ratio_schedule="linear")
+    pipe = Pipeline(ratio_schedule="linear", sample_ratio=0.5)
     counts = [pipe.call(step)[0].active for step in range(10, 20)]
     alone = Schedule(pipe.config)
     assert counts == [TOKENS] * 2 + [alone.active(step, TOKENS, 10) for step in range(2, 10)]

@@ -28,8 +28,8 @@ def test_default_on_28_steps():
     assert dense_steps(28, metric="std") == [0, 1, 2, 3, 12, 20]
     schedule = Schedule(RASConfig())
     counts = [schedule.active(step, 1024, 28) for step in range(28) if schedule.kind(step, 28) == "sparse"]
-    # four steps in the first 30 % of the run and two in the last 10 % have half of the tokens
-    assert counts == [496] * 4 + [64] * 10 + [496] * 2
+    # four steps in the first 30 % of the run and two in the last 10 % have seven times the tokens of the others
+    assert counts == [224] * 4 + [32] * 10 + [224] * 2
 
 
 def test_dense_steps_are_counted_from_the_end_where_it_is_known():
