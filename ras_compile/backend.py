@@ -12,7 +12,8 @@ from ras_compile._torch import at_recompile_limit, at_reset, original, raise_rec
 from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.attributes import PerAttributes, attribute_positions
 from ras_compile.capture.inputs import check_timestep, describe_inputs, find_timestep, vary_time_and_sides
-from ras_compile.capture.numbers import as_tensors, number_positions
+from ras_compile.capture.numbers import as_tensors, capture_numbers, number_positions
+from ras_compile.capture.sizes import packed, strided_latents
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.config import RASConfig
 from ras_compile.dispatch import kinds
@@ -42,7 +43,7 @@ from ras_compile.errors import ConfigError, RASError, SpecViolation, Unsupported
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.inner import Compiled, compile_or_run, start_workers
 from ras_compile.notices import warn_once
-from ras_compile.plans.equal import first_of_its_kind, forget
+from ras_compile.plans.equal import first_of_its_kind, forget, known
 from ras_compile.plans.family import Families
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.blocks import feeds_a_block
@@ -137,6 +138,7 @@ class CompiledGraph(Dispatcher[Entry]):
         self.users = [i for i, given in enumerate(self.inputs) if not given.weight and i not in sizes & unread]
         self.users_of = entries_at(self.users)
         self.numbers = number_positions(self.inputs)
+        self.strided = strided_latents(graph.graph)  # plans take them packed, as what a scheduler makes of them is
         self.kind: Kind | None = None
         self.fixed: Fixed | None = None
         self.dense: dict[tuple, Compiled] = {}  # the graph compiled as it is, by the key of the call
@@ -148,7 +150,7 @@ class CompiledGraph(Dispatcher[Entry]):
         kind = self.kind if plain and self.kind is not None else self._kind(values)
         if kind is not kinds.WHOLE:
             return self._run_another(kind, values, held)
-        given = as_tensors(values, self.numbers) if self.numbers else values
+        given = self._given(values) if self.numbers or self.strided else values
         key = key_of(self.users_of(given))
         if self.fixed is not None:
             key = (*key, self.fixed.token(values))
@@ -239,14 +241,18 @@ class CompiledGraph(Dispatcher[Entry]):
     def _timestep(self, values: Sequence[Any]) -> int | None:
         return find_timestep(self.inputs, values, self.config.timestep)
 
+    def _given(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The values as plans take them."""
+        return packed(as_tensors(values, self.numbers), self.strided)
+
     def _make(self, values: Sequence[Any]) -> tuple[Entry, Sequence[Any]]:
-        """Makes the entry of a call: with its integers as numbers first, and as sizes if there is no such plan.
+        """Makes the entry of a call: with integers as numbers and views packed first, and as they are if there is no such plan.
 
         Raises:
             UnsupportedGraph: there is no plan.
             ConfigError: the option `timestep` names no argument.
         """
-        given = as_tensors(values, self.numbers)
+        given = self._given(values)
         key = self._key(given, values)
         if key in self.plans:  # another thread has made it
             return self.plans[key][0], given
@@ -254,9 +260,9 @@ class CompiledGraph(Dispatcher[Entry]):
         try:
             entry = Entry(self._plan(given, self.config), self.inputs, values, self.users, self.config)
         except (UnsupportedGraph, SpecViolation, TypeError):
-            if not self.numbers:
+            if not self.numbers and not self.strided:
                 raise
-            self.numbers = []
+            self.numbers, self.strided = [], []
             return self._make(values)
         self.keep(key, entry)
         return entry, given
@@ -271,9 +277,15 @@ class CompiledGraph(Dispatcher[Entry]):
     def _plan(self, values: Sequence[Any], config: RASConfig) -> Plan:
         """The plan for a call, one that it shares with an equal graph or with other lengths of the context if it can."""
         fixed = None if self.fixed is None else self.fixed.token(values)
-        shared = self._families.plan(values, config, self.numbers, fixed)
-        plan = Plan(self.graph, self.inputs, values, config) if shared is None else shared
-        return first_of_its_kind(plan, self.inputs, values, config)
+        plan = self._families.plan(values, config, self.numbers, fixed, new=False)
+        if plan is None:
+            found = known(lambda: capture_numbers(self.graph, values), self.inputs, values, config)
+            if found is not None:
+                return found
+            plan = self._families.plan(values, config, self.numbers, fixed)
+        return first_of_its_kind(
+            Plan(self.graph, self.inputs, values, config) if plan is None else plan, self.inputs, values, config
+        )
 
     def plan_for(self, entry: Entry, values: Sequence[Any], config: RASConfig) -> Plan:
         return self._plan(values, config)

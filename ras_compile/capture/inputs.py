@@ -163,7 +163,9 @@ def vary_time_and_sides(graph: fx.Graph, name: str | None) -> None:
     alone, and a picture of another shape would be compiled anew.
     """
     names, extra = _names(graph)
-    vary_inputs(lambda source, number: varies(_user_input(source, names, extra), number, name), sides_that_vary(graph))
+    pairs = zip(graph.find_nodes(op="placeholder"), describe_inputs(graph), strict=True)
+    sides = sides_that_vary(graph, {node for node, given in pairs if given.weight})
+    vary_inputs(lambda source, number: varies(_user_input(source, names, extra), number, name), sides)
 
 
 def varies(given: GraphInput, value: Any, name: str | None) -> bool:

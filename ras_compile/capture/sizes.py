@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection, Sequence
+from itertools import accumulate
 from typing import Any
 
 import sympy
@@ -23,23 +26,78 @@ def expressions(example: Any) -> list[sympy.Expr]:
     return [expression(example)] if isinstance(example, (int, torch.SymInt)) else []
 
 
-def sides_that_vary(graph: fx.Graph) -> dict[str | None, set[int]]:
+def packed_strides(sizes: Sequence[Any]) -> list[Any]:
+    """The strides of a tensor of these sizes, numbers or expressions, that was made as it is."""
+    return list(accumulate(sizes[:0:-1], operator.mul, initial=sympy.Integer(1)))[::-1]
+
+
+def without_channels(sizes: Sequence[sympy.Expr]) -> list[sympy.Expr]:
+    """The sizes of a `[B, N, C]`, `[B, C, H, W]` or `[B, C, T, H, W]` that say how many tokens there are."""
+    return [*sizes[:1], *sizes[2:]] if len(sizes) > 3 else list(sizes[:2])
+
+
+def strided_latents(graph: fx.Graph) -> list[int]:
+    """Positions of inputs of a Dynamo graph that have strides of a view, and as many tokens as what it returns.
+
+    A picture may begin with such a latent, and goes on with what a scheduler makes of it, which has others.
+    """
+    returned = [expressions(node.meta.get("example_value")) for node in graph.output_node().all_input_nodes]
+    found = []
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        example = node.meta.get("example_value")
+        if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 3:
+            continue
+        sizes = expressions(example)
+        moved = list(map(expression, example.stride())) != packed_strides(sizes)
+        if moved and any(_as_many(sizes, other) for other in returned):
+            found.append(index)
+    return found
+
+
+def _as_many(sizes: Sequence[sympy.Expr], other: Sequence[sympy.Expr]) -> bool:
+    """Whether two tensors have as many tokens, as far as symbols tell: twice the half of a side is that side."""
+    pairs = zip(without_channels(sizes), without_channels(other), strict=False)
+    return len(sizes) == len(other) and all(a == b or a.free_symbols == b.free_symbols != set() for a, b in pairs)
+
+
+def packed(values: Sequence[Any], positions: Collection[int]) -> Sequence[Any]:
+    """The values with tensors of :func:`packed_strides` at ``positions``: views of them where nothing has to be copied."""
+    if not positions:
+        return values
+    return [v.reshape(-1).view(v.shape) if index in positions else v for index, v in enumerate(values)]
+
+
+def sides_that_vary(graph: fx.Graph, weights: Collection[fx.Node] = ()) -> dict[str | None, set[int]]:
     """Which sizes of a Dynamo graph's inputs should be symbols of their own, by Dynamo's expression of the tensor.
 
     With dynamic sizes Dynamo makes equal sizes one symbol. For a batch, or for tokens and their places, that is right; a square
     picture's sides are equal by chance, as a side or a number of tokens and a text's length may be. Then all sizes of that
-    symbol are told apart; those that have to be equal the model makes one again. And where height or width varies, both do.
+    symbol are told apart; those that have to be equal the model makes one again. So are a text's length and the latent's
+    channels, which a weight has fixed, and the text with them. And where height or width varies, both do.
+
+    Args:
+        weights: inputs whose sizes never vary.
     """
     returned = [expressions(node.meta.get("example_value")) for node in graph.output_node().all_input_nodes]
     grids = [sizes[2:] if len(sizes) > 3 else sizes[1:2] for sizes in returned]
     sides = {symbol for grid in grids for size in grid for symbol in size.free_symbols}
-    given = {
-        source_of(node): expressions(example)
+    examples = {
+        source_of(node): example
         for node in graph.find_nodes(op="placeholder")
-        if isinstance(example := node.meta.get("example_value"), Tensor)
+        if isinstance(example := node.meta.get("example_value"), Tensor) and node not in weights
     }
-    counted = [size for sizes in given.values() if len(sizes) > 2 for size in sizes]
-    shared = {side for side in sides if counted.count(side) > 1}
+    given = {source: expressions(example) for source, example in examples.items()}
+    several = [sizes for sizes in given.values() if len(sizes) > 2]
+    counted = [size for sizes in several for size in sizes]
+    # Dynamo took them for symbols at first, as it does with what is a number by now
+    fixed = {
+        size
+        for source, sizes in given.items()
+        for size, now in zip(sizes, examples[source].shape, strict=True)
+        if size.is_Integer and isinstance(now, torch.SymInt)
+    }
+    counts = {size for sizes in several for size in without_channels(sizes)}
+    shared = {size for size in sides | (fixed & counts) if counted.count(size) > 1}
     found = {}
     for source, sizes in given.items():
         found[source] = {dim for dim, size in enumerate(sizes) if size in shared}

@@ -10,7 +10,7 @@ first picture; and programs that are there would be compiled again. So the plan 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,30 +19,39 @@ from torch import Tensor, fx
 
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.config import RASConfig
-from ras_compile.plans.family import Member
 from ras_compile.plans.latent import is_fixed
 from ras_compile.plans.plan import Plan
 
 made: WeakValueDictionary[Hashable, Plan] = WeakValueDictionary()
 
 
-def first_of_its_kind(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Plan:
-    """The plan that was made first for a graph that computes the same from equal inputs; ``plan`` itself, if that is it.
+def known(
+    graph: Callable[[], fx.GraphModule], inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig
+) -> Plan | None:
+    """The plan that was made first for a graph that computes the same from equal inputs; None if there was no such.
 
     Args:
+        graph: gives the captured graph; called if there was a plan for such inputs.
         inputs: description of its inputs, all of which have a path.
     """
+    first = made.get(_key(inputs, values, config))
+    return first.serving(inputs, values) if first is not None and _equal(first.static_graph(), graph()) else None
+
+
+def first_of_its_kind(plan: Plan, inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Plan:
+    """The plan that :func:`known` gives for a plan's graph; ``plan`` itself, if it is the first one."""
+    first = known(plan.static_graph, inputs, values, config)
+    if first is None:
+        made[_key(inputs, values, config)] = plan
+    return first or plan
+
+
+def _key(inputs: Sequence[GraphInput], values: Sequence[Any], config: RASConfig) -> Hashable:
     tensors = [(given, value) for given, value in zip(inputs, values, strict=True) if isinstance(value, Tensor)]
     # numbers that a plan may rest on are told by what they are now: a buffer may be written later
     rests = [v.tolist() if is_fixed(given, v) else None for given, v in tensors]
     told = [(given.path, given.weight, v.shape, v.stride(), v.dtype, v.device) for given, v in tensors]
-    key = config, *told, str(rests)
-    first = made.get(key)
-    if first is not None and _equal(first.captured, plan.static_graph()):
-        return first.serving(inputs, values)
-    if not isinstance(plan, Member):  # a family has one plan for each of its lengths as it is
-        made[key] = plan
-    return plan
+    return config, *told, str(rests)
 
 
 def forget() -> None:

@@ -296,29 +296,38 @@ class Families:
         self._found: dict[Hashable, list[Family | None]] = {}
 
     def plan(
-        self, values: Sequence[Any], config: RASConfig, numbers: Sequence[int], fixed: int | None = None
+        self,
+        values: Sequence[Any],
+        config: RASConfig,
+        numbers: Sequence[int],
+        fixed: int | None = None,
+        *,
+        new: bool = True,
     ) -> Plan | None:
         """The plan for a call as a member of a family; None where it has to have a plan of its own.
 
         Args:
             numbers: positions of integers that are tensors among the values.
             fixed: which values the whole numbers among the weights have.
+            new: whether a family may be made.
         """
         for part in Region:
             lengths = Lengths.of(self._graph, self._inputs, values, numbers, part)
             if lengths is not None and (part is Region.NOTHING or not config.region):
-                plan = self._member(lengths, values, config, fixed)
+                plan = self._member(lengths, values, config, fixed, new)
                 if plan is not None:
                     return plan
         return None
 
-    def _member(self, lengths: Lengths, values: Sequence[Any], config: RASConfig, fixed: int | None) -> Plan | None:
+    def _member(
+        self, lengths: Lengths, values: Sequence[Any], config: RASConfig, fixed: int | None, new: bool
+    ) -> Plan | None:
         key: Hashable = (lengths.key_without_lengths(values, self._users), fixed)
         region = config.region and (config.region.start, config.region.stop, config.region.step)
         known = self._found.setdefault((key, region), [])
         point = lengths.at(values)
         family = next((each for each in known if each is None or each.grid.takes(point)), None)
-        if family is None and None not in known and sum(map(len, self._found.values())) < FAMILIES:
+        if new and family is None and None not in known and sum(map(len, self._found.values())) < FAMILIES:
             family = self.make(key, lengths, values, config)
             known.append(family)
         return None if family is None else family.member(values)

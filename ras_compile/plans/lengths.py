@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.capture.inputs import GraphInput
-from ras_compile.capture.sizes import expression, expressions
+from ras_compile.capture.sizes import expression, expressions, packed_strides
 from ras_compile.passes.lowering.interpolate import Point
 
 # A video's three sides and a text; of more lengths that change independently, the others are compiled one by one.
@@ -167,6 +167,9 @@ class Lengths:
             for index in tensors
             if index in sizes
         }
+        for index in strides:  # Dynamo may have seen a view of what came here packed
+            if list(values[index].stride()) == packed_strides(values[index].shape):
+                strides[index] = packed_strides(sizes[index])
         free = {symbol for found in (*sizes.values(), *strides.values()) for e in found for symbol in e.free_symbols}
         if not free <= set(symbols):
             return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ras_compile.capture.sizes import sides_that_vary
 
@@ -30,6 +30,10 @@ def joined(x, text, ids):
     return torch.cat([text, x], 1)[:, text.shape[1] :] + ids[:, None, :1].transpose(0, 1)
 
 
+def fixed(x, text):
+    return nn.functional.conv2d(x, torch.ones(3, 3, 1, 1)) + text.mean(1).sum()
+
+
 SIZES = {  # a function, its calls, and what is to vary
     "a square": (lambda x: x.sin(), [[(2, 3, 8, 8)]], {"x": {2, 3}}),
     "a wide one": (lambda x: x.sin(), [[(2, 3, 8, 12)]], {}),
@@ -38,6 +42,9 @@ SIZES = {  # a function, its calls, and what is to vary
         lambda x, text: x + text.mean(), [[(2, 3, 8, 12), (2, 8, 5)]], {"x": {2}, "text": {1}},
     ),
     "tokens and their places": (joined, [[(2, 9, 6), (2, 5, 6), (9, 1)]], {}),
+    "a text as long as there are channels": (fixed, [[(2, 3, 8, 12), (2, 3, 5)]], {"x": {1}, "text": {1}}),
+    "as many pictures as channels": (fixed, [[(3, 3, 8, 12), (2, 7, 5)]], {"x": {0, 1}}),
+    "a text as wide as there are channels": (fixed, [[(2, 3, 8, 12), (2, 7, 3)]], {}),
     "as many words as tokens": (
         joined, [[(2, 9, 6), (2, 9, 6), (9, 1)]], {"x": {1}, "text": {1}, "ids": {0}},
     ),

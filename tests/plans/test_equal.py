@@ -76,6 +76,59 @@ def test_sizes_that_come_back_have_the_plan_that_they_had(kept):
     assert torch.equal(pictures[0], pictures[2])
 
 
+def normal(*sizes: int) -> torch.Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+
+
+VIEWS = {  # what a picture begins with; its steps are no views
+    "transposed": normal(2, 4, 12, 8).mT,
+    "channels of one": normal(1, 9, 8, 12)[:, 4:8],
+    "channels of two": normal(2, 9, 8, 12)[:, 4:8],
+    "a picture of a batch": normal(3, 4, 8, 12)[1:2],
+}
+
+
+@pytest.mark.parametrize(
+    ("view", "dynamic"),
+    [
+        ("channels of one", False),
+        ("channels of two", None),
+        ("transposed", True),
+        ("channels of one", True),
+        ("a picture of a batch", True),
+    ],
+)
+def test_a_latent_that_is_a_view_costs_no_dense_step(view, dynamic, kept):
+    """Dynamo makes a graph of the first step, and another one of the next, which has other strides or is no view."""
+    latent = VIEWS[view]
+    compiled = torch.compile(TinyDiT(8, 1).eval(), backend="ras", options=EAGER, dynamic=dynamic)
+    pictures = [run(compiled, latent, TEXTS[0][: len(latent)])]
+    assert kinds(compiled) == "ddssss" and len(set(kept)) == 1
+    pictures.append(run(compiled, latent.clone(memory_format=torch.contiguous_format), TEXTS[0][: len(latent)]))
+    assert kinds(compiled) == "ddssss" and torch.equal(*pictures) and len(set(kept)) == 1
+
+
+def test_a_model_that_wants_the_strides_of_a_view_gets_them():
+    class Flat(TinyDiT):
+        def forward(self, hidden_states, timestep, text):
+            flat = hidden_states.mT.view(len(text), -1).view(len(text), 4, 12, 8)
+            return super().forward(flat.mT, timestep, text)
+
+    torch.manual_seed(0)
+    module, latent = Flat(8, 1).eval(), normal(2, 4, 12, 8).mT
+    compiled = torch.compile(module, backend="ras", options={**EAGER, "sample_ratio": 1.0})
+    torch.testing.assert_close(run(compiled, latent, TEXTS[0]), run(module, latent, TEXTS[0]))
+    assert kinds(compiled) == "ddssss"
+
+
+def test_a_text_as_long_as_there_are_channels_costs_no_dense_step(kept):
+    """With dynamic sizes: guidance by another one, in calls of their own, and a prompt of that length after others."""
+    compiled = torch.compile(TinyDiT(8, 1).eval(), backend="ras", options=EAGER, dynamic=True)
+    texts = [torch.ones(2, 4, 6), TEXTS[0]]
+    pictures = [draw(compiled, texts, told=True) for _ in range(2)]
+    assert kinds(compiled) == "d" * 4 + "s" * 10 and len(set(kept)) == 2 and torch.equal(*pictures)
+
+
 class Scaled(TinyDiT):
     """With a number in its code."""
 
