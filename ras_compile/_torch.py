@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -122,8 +122,16 @@ copy_tensors: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = getattr(torc
 # Add a list of tensors, `alpha` times, to another one, and multiply a list by a number, each in one launch.
 add_tensors: Callable[..., Any] = torch._foreach_add_
 scale_tensors: Callable[..., Any] = torch._foreach_mul_
-# Says that PyTorch compiles, since 2.13: while FX traces, other threads could call no compiled function without.
-compile_session: Callable[[], AbstractContextManager] = getattr(torch.compiler, "_compile_session_context", nullcontext)
+
+
+@contextmanager
+def compile_session() -> Iterator[None]:
+    """`torch.compiler.is_compiling()` is True meanwhile; while FX traces, other threads could call no compiled function without."""
+    before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def clear_cublas_workspaces() -> None:
@@ -139,7 +147,6 @@ MISSING: list[str] = [
         (torch._C, "_cuda_getCurrentRawStream", torch.version.cuda),
         (torch._C, "_cuda_clearCublasWorkspaces", torch.version.cuda),
         (torch, "_foreach_copy_", True),
-        (torch.compiler, "_compile_session_context", True),
     )
     if wanted and not hasattr(home, name)
 ]
@@ -309,7 +316,13 @@ def vary_inputs(number: Callable[[str, Any], bool], sizes: Mapping[str | None, C
                     varied = tuple(_pgo.auto_dynamic if base or dim in vary else n for dim, n in enumerate(entry.size))
                     entry.size, found = varied, found or varied != entry.size
     if found:
+        capture.speculation_log.clear()  # the same code may be run by other steps where a number is a symbol
         raise _exc.TensorifyScalarRestartAnalysis(restart_reason="what varies from call to call is an input")
+
+
+def line_of_guard(guard: Any) -> str | None:
+    """The user's line because of which Dynamo assumed something of a size; a size that it holds is told without it."""
+    return getattr(getattr(guard, "sloc", None), "maybe_user_loc", None)
 
 
 def raise_recompile_limit(count: int) -> None:

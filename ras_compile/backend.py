@@ -45,6 +45,7 @@ from ras_compile.execute.inner import Compiled, compile_or_run, start_workers
 from ras_compile.notices import warn_once
 from ras_compile.plans.equal import first_of_its_kind, forget, known
 from ras_compile.plans.family import Families
+from ras_compile.plans.lengths import tell_held_size
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.blocks import feeds_a_block
 from ras_compile.sampling.locate import note_reached
@@ -137,7 +138,7 @@ class CompiledGraph(Dispatcher[Entry]):
         sizes = {index for index, given in enumerate(self.inputs) if given.size}
         self.users = [i for i, given in enumerate(self.inputs) if not given.weight and i not in sizes & unread]
         self.users_of = entries_at(self.users)
-        self.numbers = number_positions(self.inputs)
+        self.numbers = number_positions(graph.graph, self.inputs)
         self.strided = strided_latents(graph.graph)  # plans take them packed, as what a scheduler makes of them is
         self.kind: Kind | None = None
         self.fixed: Fixed | None = None
@@ -282,6 +283,7 @@ class CompiledGraph(Dispatcher[Entry]):
             found = known(lambda: capture_numbers(self.graph, values), self.inputs, values, config)
             if found is not None:
                 return found
+            tell_held_size(self.graph.graph, self.inputs)
             plan = self._families.plan(values, config, self.numbers, fixed)
         return first_of_its_kind(
             Plan(self.graph, self.inputs, values, config) if plan is None else plan, self.inputs, values, config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ras_compile._torch import pytree, source_of, vary_inputs
-from ras_compile.capture.sizes import sides_that_vary
+from ras_compile.capture.sizes import numbers_beside, sides_that_vary
 from ras_compile.errors import ConfigError
 
 _TIMES = (
@@ -160,12 +160,18 @@ def vary_time_and_sides(graph: fx.Graph, name: str | None) -> None:
     """Restarts Dynamo's capture where it took the timestep, a Python number or some in a list, for a constant, or sides wrongly.
 
     Dynamo itself would find out at a later call, with another graph: a timestep's step would be dense in the first picture
-    alone, and a picture of another shape would be compiled anew.
+    alone, and a picture of another shape would be compiled anew. Of sides that are told in numbers all vary where one does.
     """
     names, extra = _names(graph)
     pairs = zip(graph.find_nodes(op="placeholder"), describe_inputs(graph), strict=True)
     sides = sides_that_vary(graph, {node for node, given in pairs if given.weight})
-    vary_inputs(lambda source, number: varies(_user_input(source, names, extra), number, name), sides)
+    beside = numbers_beside(graph)
+
+    def number(source: str, value: Any) -> bool:
+        side = type(value) is int and 1 < value <= beside and beside % value == 0 and source.startswith("L[")
+        return side or varies(_user_input(source, names, extra), value, name)
+
+    vary_inputs(number, sides)
 
 
 def varies(given: GraphInput, value: Any, name: str | None) -> bool:

@@ -6,22 +6,32 @@ Both become 0-d tensors here, so that one captured graph serves every value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from ras_compile._torch import pytree
+from ras_compile._torch import FakeTensor, pytree, set_source, source_of
 from ras_compile.capture.export import capture
 from ras_compile.capture.inputs import GraphInput
+from ras_compile.capture.sizes import expressions
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.emit import copied
 
 
-def number_positions(inputs: Sequence[GraphInput]) -> list[int]:
-    """Positions of integers that are arguments themselves, and no sizes of tensors."""
-    return [index for index, given in enumerate(inputs) if given.size and given.argument is not None]
+def number_positions(graph: fx.Graph, inputs: Sequence[GraphInput]) -> list[int]:
+    """Positions of integers that are arguments themselves and vary, and no sizes of tensors, nor of what the graph makes."""
+    numbers = {}
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        if inputs[index].size and inputs[index].argument is not None:
+            numbers[index] = expressions(node.meta.get("example_value"))
+    tensors = (node.meta.get("example_value") for node in graph.nodes) if numbers else ()
+    sizes = {size for value in tensors if isinstance(value, torch.Tensor) for size in expressions(value)}
+    symbols = {symbol for size in sizes for symbol in size.free_symbols}
+    return [
+        index for index, found in numbers.items() if not symbols & set(found) and not any(e.is_Integer for e in found)
+    ]
 
 
 def as_tensors(values: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
@@ -33,6 +43,26 @@ def as_tensors(values: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]
         if isinstance(result[index], int):
             result[index] = torch.tensor(result[index])
     return result
+
+
+def as_sizes(graph: fx.GraphModule, positions: Collection[int]) -> fx.GraphModule:
+    """A copy of a Dynamo graph that takes a tensor `[n]` in the place of each integer n, whose size a trace can follow."""
+    known: dict[fx.Node, fx.Node] = {}
+    new, old = copied(graph.graph, known), graph.graph.find_nodes(op="placeholder")
+    examples = (node.meta.get("example_value") for node in old)
+    mode = next(value.fake_mode for value in examples if isinstance(value, FakeTensor))
+    first = next(node for node in new.nodes if node.op != "placeholder")
+    for index, node in enumerate(old):
+        place, number = known[node], node.meta.get("example_value")
+        set_source(place, source_of(node) or str(node.target))
+        if index in positions:
+            with mode:
+                place.meta["example_value"] = torch.empty(number)
+            with new.inserting_before(first):
+                size = new.call_method("size", (place, 0))
+            size.meta["example_value"] = number
+            place.replace_all_uses_with(size, {node for node in place.users if node is not size}.__contains__)
+    return fx.GraphModule(graph, new)
 
 
 def read_floats(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule | None:

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ras_compile._torch import source_of
+from ras_compile._torch import line_of_guard, source_of
 
 
 def expression(size: Any) -> sympy.Expr:
@@ -33,7 +33,11 @@ def packed_strides(sizes: Sequence[Any]) -> list[Any]:
 
 def without_channels(sizes: Sequence[sympy.Expr]) -> list[sympy.Expr]:
     """The sizes of a `[B, N, C]`, `[B, C, H, W]` or `[B, C, T, H, W]` that say how many tokens there are."""
-    return [*sizes[:1], *sizes[2:]] if len(sizes) > 3 else list(sizes[:2])
+    return [size for dim, size in enumerate(sizes) if dim != _channels(len(sizes))]
+
+
+def _channels(ndim: int) -> int:
+    return 1 if ndim > 3 else 2
 
 
 def strided_latents(graph: fx.Graph) -> list[int]:
@@ -41,17 +45,39 @@ def strided_latents(graph: fx.Graph) -> list[int]:
 
     A picture may begin with such a latent, and goes on with what a scheduler makes of it, which has others.
     """
+    return [
+        index
+        for index, example in _latents(graph)
+        if list(map(expression, example.stride())) != packed_strides(expressions(example))
+    ]
+
+
+def held_size(graph: fx.Graph) -> tuple[int, int, int, str | None] | None:
+    """A size of a latent that Dynamo was to let vary and holds as it is, since the model's code asks for its value.
+
+    Returns:
+        The position of the input, the dimension, its size, and the line of code, if that is known; None where there is none.
+    """
+    for index, example in _latents(graph):
+        for dim in range(1, example.ndim):
+            now = example.shape[dim]
+            if dim != _channels(example.ndim) and isinstance(now, torch.SymInt) and expression(now).is_Integer:
+                guards = now.node.shape_env.guards
+                lines = (line_of_guard(each) for each in guards if set(each.expr.args) > {expression(now)})
+                return index, dim, int(now), next((line for line in lines if line), None)
+    return None
+
+
+def _latents(graph: fx.Graph) -> list[tuple[int, Tensor]]:
+    """The inputs of a Dynamo graph, by their positions, that have as many tokens as what it returns."""
     returned = [expressions(node.meta.get("example_value")) for node in graph.output_node().all_input_nodes]
-    found = []
-    for index, node in enumerate(graph.find_nodes(op="placeholder")):
-        example = node.meta.get("example_value")
-        if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 3:
-            continue
-        sizes = expressions(example)
-        moved = list(map(expression, example.stride())) != packed_strides(sizes)
-        if moved and any(_as_many(sizes, other) for other in returned):
-            found.append(index)
-    return found
+    examples = enumerate(node.meta.get("example_value") for node in graph.find_nodes(op="placeholder"))
+    return [
+        (index, example)
+        for index, example in examples
+        if isinstance(example, Tensor) and example.is_floating_point() and example.ndim > 2
+        if any(_as_many(expressions(example), other) for other in returned)
+    ]
 
 
 def _as_many(sizes: Sequence[sympy.Expr], other: Sequence[sympy.Expr]) -> bool:
@@ -65,6 +91,12 @@ def packed(values: Sequence[Any], positions: Collection[int]) -> Sequence[Any]:
     if not positions:
         return values
     return [v.reshape(-1).view(v.shape) if index in positions else v for index, v in enumerate(values)]
+
+
+def numbers_beside(graph: fx.Graph) -> int:
+    """What a number of tokens is a multiple of, beside a Python number that varies: the product of those told with it; else 1."""
+    sizes = {size for _, example in _latents(graph) for size in expressions(example)[1:2] if example.ndim == 3}
+    return max((int(size.as_coeff_Mul()[0]) for size in sizes if size.is_Mul), default=1)
 
 
 def sides_that_vary(graph: fx.Graph, weights: Collection[fx.Node] = ()) -> dict[str | None, set[int]]:

@@ -1,12 +1,12 @@
 """The lengths at which a family is planned, from which its programs for all lengths are made.
 
 Models halve the sides of a latent: for their patches, and to cut what they know of places about its middle. So a program's
-lengths are sides divided by a *unit*, 1, 2, 4 or 8, the first one in which every size is a sum of products of lengths:
+lengths are sides divided by a *unit*, 1, 2, 4 and so on, the first one in which every size is a sum of products of lengths:
 
     96 x 64 by a unit of 2: lengths 48 and 32; the patches are 48 * 32, and the half of 96 is 48
 
-A side that nothing cuts, such as a video's frames, has a unit of 1. Sides that leave another rest make another family. A *point*
-of a family has its program's lengths.
+A side that nothing cuts, such as a video's frames, has a unit of 1. Sides that leave another rest make another family, and so do
+wide pictures beside tall ones where a model takes the larger side. A *point* of a family has its program's lengths.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 from itertools import product
 
 from ras_compile.errors import UnsupportedGraph
-from ras_compile.passes.lowering.interpolate import Form, Point, fit, sample_points
+from ras_compile.passes.lowering.interpolate import Point, fit, sample_points
 from ras_compile.plans.symbolic import SymbolicGraph
 
-UNITS = 1, 2, 4, 8
+UNITS = 1, 2, 4, 8, 16, 32  # sides that are told in pixels are cut by what a latent pixel is
 
 
 class Grid:
@@ -32,8 +32,9 @@ class Grid:
 
     def __init__(self, graph: SymbolicGraph, lengths: Point) -> None:
         self.graph = graph
+        self._largest = [min(places) for places in graph.largest(lengths)]
         sides = graph.lengths.sides
-        why = None  # of the first unit: the others are tried because of it
+        why: UnsupportedGraph | None = None
         for unit in UNITS if any(sides) else UNITS[:1]:
             cut = zip(sides, graph.cut, strict=True)
             self.units = tuple(unit if times and is_cut else 1 for times, is_cut in cut)
@@ -43,11 +44,15 @@ class Grid:
             except UnsupportedGraph as error:
                 why = why or error
                 continue
-            forms = self._find_forms()
-            if forms is not None:
-                self._forms = forms
+            values = zip(*(self.graph.sizes_at(self.lengths_at(point)) for point in self.points), strict=True)
+            forms = [fit(self.points, each) for each in values]
+            self._forms = [form for form in forms if form is not None]
+            if len(self._forms) == len(forms):
                 return
-        raise why or UnsupportedGraph("a size is no sum of products of the sides of the latent")
+            size = graph.spelled(graph.sizes[forms.index(None)])
+            why = UnsupportedGraph(f"a number in the model is {size}, no sum of products of lengths")
+        assert why is not None
+        raise why
 
     def lengths_at(self, point: Point) -> Point:
         """The graph's lengths at a point."""
@@ -58,19 +63,15 @@ class Grid:
         return tuple(length // unit for length, unit in zip(lengths, self.units, strict=True))
 
     def takes(self, lengths: Point) -> bool:
-        """Whether these lengths leave the rests of this grid."""
-        return self.lengths_at(self.point_at(lengths)) == lengths
+        """Whether these lengths leave the rests of this grid, and the larger ones of them are those that are so here."""
+        if self.lengths_at(self.point_at(lengths)) != lengths:
+            return False
+        return all(place in found for place, found in zip(self._largest, self.graph.largest(lengths), strict=True))
 
     def fits(self, lengths: Point) -> bool:
         """Whether every size of the graph is at these lengths what the points say."""
         point = self.point_at(lengths)
         return self.takes(lengths) and [form(point) for form in self._forms] == self.graph.sizes_at(lengths)
-
-    def _find_forms(self) -> list[Form] | None:
-        values = zip(*(self.graph.sizes_at(self.lengths_at(point)) for point in self.points), strict=True)
-        forms = [fit(self.points, each) for each in values]
-        found = [form for form in forms if form is not None]
-        return found if len(found) == len(forms) else None
 
     def find_points(self, base: Point) -> list[Point]:
         """A point, and others that the graph is right for.
@@ -83,7 +84,7 @@ class Grid:
         def right(point: Point) -> bool:
             lengths = self.lengths_at(point)
             known = min(point) > 1 and self.graph.lengths.allows(lengths) and self.graph.holds(lengths)
-            return known and self.graph.cuts(lengths) == cuts
+            return known and self.takes(lengths) and self.graph.cuts(lengths) == cuts
 
         steps: list[int] = []
         for axis in range(len(base)):
@@ -95,8 +96,8 @@ class Grid:
             (p for p in far if right(p) and all(abs(c - b) > r for c, b, r in zip(p, base, reach, strict=True))), None
         )
         if not all(steps) or check is None:
-            raise UnsupportedGraph(f"the graph is right for too few lengths beside {base}")
+            raise UnsupportedGraph(f"too few lengths near {self.lengths_at(base)} are computed in the same way")
         found = sample_points(base, steps, check, sides)
         if not all(map(right, found)):
-            raise UnsupportedGraph(f"the graph is right for too few sides of the latent beside {base}")
+            raise UnsupportedGraph(f"too few sides near {self.lengths_at(base)} are computed in the same way")
         return found

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.capture.inputs import GraphInput
-from ras_compile.capture.sizes import expression, expressions, packed_strides
+from ras_compile.capture.sizes import expression, expressions, held_size, packed_strides
+from ras_compile.errors import UnsupportedGraph
+from ras_compile.notices import fell_back
 from ras_compile.passes.lowering.interpolate import Point
 
 # A video's three sides and a text; of more lengths that change independently, the others are compiled one by one.
@@ -31,6 +33,14 @@ class Region(enum.Enum):
     TOKENS = enum.auto()  # the second size of [B, N, C]
     SIDES = enum.auto()  # what follows the channels in [B, C, H, W] and [B, C, T, H, W]
     NOTHING = enum.auto()
+
+
+def tell_held_size(graph: fx.Graph, inputs: Sequence[GraphInput]) -> None:
+    """Says, below what is not as planned, that a size of the latent is none of the lengths, and why."""
+    if (held := held_size(graph)) is not None:
+        index, dim, size, line = held
+        text = f"{inputs[index].path}.shape[{dim}] stays {size}, as code reads it as a number"
+        fell_back("a plan for each length or size", UnsupportedGraph(text, source=line))
 
 
 def _guards(examples: Sequence[Any]) -> list[sympy.Basic]:
@@ -65,6 +75,19 @@ def _tied(guards: Sequence[sympy.Basic], known: Mapping[sympy.Symbol, int]) -> d
     return tied
 
 
+def _told_in_numbers(
+    guards: Sequence[sympy.Basic], sizes: Mapping[int, Sequence[sympy.Expr]], inputs: Sequence[GraphInput]
+) -> dict[sympy.Symbol, sympy.Expr]:
+    """Sizes of tensors that are products of Python numbers, as the tokens are of a height and a width that are told beside them."""
+    numbers = {e for index, found in sizes.items() if inputs[index].size and inputs[index].argument for e in found}
+    pairs = ((guard.lhs, guard.rhs) for guard in guards if guard.is_Equality)
+    return {
+        size: told
+        for size, told in pairs
+        if size.is_Symbol and size not in numbers and not told.is_Symbol and set() != told.free_symbols <= numbers
+    }
+
+
 class Lengths:
     """The lengths of one graph, for calls that agree in everything else. Made by :meth:`of`.
 
@@ -75,6 +98,7 @@ class Lengths:
         guards: what Dynamo has assumed of the lengths.
         sides: for each length how many sides of the latent it is: two where height and width are one symbol, none if none are told.
         known: Dynamo's other symbols as expressions in the lengths.
+        names: what the user calls the inputs; by it a reason tells which length it is of.
     """
 
     def __init__(
@@ -85,12 +109,22 @@ class Lengths:
         guards: Sequence[Any],
         sides: Point = (),
         known: Mapping[sympy.Symbol, sympy.Expr] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.known, self.sides = known or {}, sides or (0,) * len(symbols)
         self.symbols, self.sizes, self.strides, self._guards = list(symbols), sizes, strides, list(guards)
-        self._places = [
-            next((index, dim) for index in strides for dim, size in enumerate(sizes[index]) if size == symbol)
+        self.places: list[tuple[int, int | None]] = [  # an input, and which of its sizes; None: a number itself
+            next(
+                (index, dim if index in strides else None)
+                for index in (*strides, *sizes)
+                for dim, size in enumerate(sizes[index])
+                if size == symbol
+            )
             for symbol in symbols
+        ]
+        self.names = [
+            (names[index] if names else "input") + ("" if dim is None else f".shape[{dim}]")
+            for index, dim in self.places
         ]
 
     @classmethod
@@ -119,7 +153,7 @@ class Lengths:
             now = value.shape if isinstance(value, Tensor) else [value]
             known.update({e: int(v) for e, v in zip(sizes[index], now, strict=True) if e.is_Symbol})
         guards = _guards(examples)
-        tied = _tied(guards, known)
+        tied: dict[sympy.Symbol, sympy.Expr] = {**_tied(guards, known), **_told_in_numbers(guards, sizes, inputs)}
         sizes = {index: [e.xreplace(tied) for e in found] for index, found in sizes.items()}
         returned = [
             [e.xreplace(tied) for e in expressions(node.meta.get("example_value"))]
@@ -131,10 +165,11 @@ class Lengths:
         moved: set[sympy.Expr] = set()  # lengths of the latent
         if region is Region.TOKENS:
             given = {sizes[index][1] for index in tensors if len(sizes[index]) == 3}
-            tokens = given & {found[1] for found in returned if len(found) == 3} & fixed
+            tokens = {e for e in given & {found[1] for found in returned if len(found) == 3} if e.free_symbols}
             if not tokens:
                 return None
-            moved = tokens
+            sides = sorted((e for found in tokens if not found.is_Symbol for e in found.free_symbols), key=str)
+            moved = {symbol for found in tokens for symbol in found.free_symbols}
         elif region is Region.SIDES:
             grids = [found[2:] for found in returned if len(found) > 3]
             there = {symbol for found in grids for e in found for symbol in e.free_symbols}
@@ -146,7 +181,8 @@ class Lengths:
             fixed.add(latent[1])  # the channels
             moved = {e for e in sides if e.is_Symbol}
         fixed = (fixed - moved) | _pinned(guards, known)
-        symbols = [e for index in tensors for e in sizes[index] if e.is_Symbol and e not in fixed]
+        symbols = [e for index in tensors for e in sizes[index] if e.is_Symbol] + [e for e in sides if e.is_Symbol]
+        symbols = [e for e in symbols if e not in fixed]
         symbols = sorted(dict.fromkeys(symbols), key=lambda symbol: symbol not in moved)[:MOST]
         if not symbols or (moved and moved.isdisjoint(symbols)):
             return None
@@ -174,15 +210,16 @@ class Lengths:
         if not free <= set(symbols):
             return None
         guards = [guard.xreplace(same) for guard in guards]
-        return cls(symbols, sizes, strides, guards, tuple(map(sides.count, symbols)), same)
+        names = [given.path for given in inputs]
+        return cls(symbols, sizes, strides, guards, tuple(map(sides.count, symbols)), same, names)
 
     def at(self, values: Sequence[Any]) -> Point:
         """The lengths of a call."""
-        return tuple(int(values[index].shape[dim]) for index, dim in self._places)
+        return tuple(int(values[index] if dim is None else values[index].shape[dim]) for index, dim in self.places)
 
     def key_without_lengths(self, values: Sequence[Any], users: Sequence[int]) -> Hashable:
         """What calls have in common that differ in their lengths alone; which sizes are one length is part of that."""
-        return tuple(self._places), tuple(self._key_of(index, values[index]) for index in users)
+        return tuple(self.places), tuple(self._key_of(index, values[index]) for index in users)
 
     def _key_of(self, index: int, value: Any) -> Hashable:
         if not isinstance(value, Tensor):

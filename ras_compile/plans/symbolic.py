@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 
 from ras_compile._torch import ConstantSource, DimDynamic, FakeTensor, FakeTensorMode, ShapeEnv, pytree
 from ras_compile.capture.flex import is_flex, is_transform
-from ras_compile.capture.numbers import capture_numbers
+from ras_compile.capture.numbers import as_sizes, capture_numbers
 from ras_compile.capture.sizes import expression, expressions
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.normalize import is_open, normalize
@@ -80,12 +81,18 @@ class SymbolicGraph:
         self.symbols = Symbols(self.base)
         self._own = dict(zip(lengths.symbols, self.symbols.symbols, strict=True))
         given = [self._input(*pair) for pair in enumerate(values)]
-        self.module = capture_numbers(graph, given, symbolic=self._ours)
+        told = {place for place, dim in lengths.places if dim is None}
+        self.module = capture_numbers(as_sizes(graph, told) if told else graph, given, symbolic=self._ours)
+        tensors = [index for index, value in enumerate(given) if isinstance(value, Tensor)]
+        pairs = zip(tensors, self.module.graph.find_nodes(op="placeholder"), strict=False)
+        self._numbers = {node for index, node in pairs if index in told}
         self._masks = self._masks_of_lengths()
         self._open = self._open_masks(self.base)
         if not self.holds(self.base):
             raise UnsupportedGraph("capturing it has fixed the length of the context")
         self.sizes = self._sizes()
+        atoms = {part for e in self.sizes for part in sympy.preorder_traversal(e)}
+        self._extremes = sorted((part for part in atoms if type(part).__name__ in ("Max", "Min")), key=str)
         self.cut = [not all(e.is_polynomial(symbol) for e in self.sizes) for symbol in self.symbols.symbols]
         self.orders = self._orders()
         if not any(lengths.sides):
@@ -100,7 +107,8 @@ class SymbolicGraph:
             return self.symbols.fake(value) if isinstance(value, Tensor) else value
         sizes = [self._number(e) for e in self.lengths.sizes[index]]
         if not isinstance(value, Tensor):
-            return sizes[0]
+            with self.symbols.mode:
+                return torch.empty(sizes[0]) if (index, None) in self.lengths.places else sizes[0]
         return self.symbols.tensor(sizes, [self._number(e) for e in self.lengths.strides[index]], value)
 
     def _ours(self, value: Any) -> Any:
@@ -143,12 +151,26 @@ class SymbolicGraph:
         now = dict(zip(self.symbols.symbols, map(sympy.Integer, point), strict=True))
         return [int(found) if found.is_Integer else float(found) for found in (e.xreplace(now) for e in self.sizes)]
 
+    def largest(self, point: Point) -> list[set[int]]:
+        """For each maximum and minimum in :attr:`sizes` which of its arguments it is at these lengths."""
+        now = dict(zip(self.symbols.symbols, map(sympy.Integer, point), strict=True))
+        found = ((e.xreplace(now), [argument.xreplace(now) for argument in e.args]) for e in self._extremes)
+        return [{place for place, argument in enumerate(given) if argument == value} for value, given in found]
+
     def _check_affine(self) -> None:
         """Whether every size is a constant plus multiples of the lengths."""
         own = self.symbols.symbols
         for e in self.sizes:
             if not (e.is_polynomial(*own) and sympy.Poly(e, *own).total_degree() <= 1):
-                raise UnsupportedGraph(f"a size is {e}, no affine function of the context's length")
+                raise UnsupportedGraph(
+                    f"a size in the model is {self.spelled(e)}, no constant plus multiples of lengths"
+                )
+
+    def spelled(self, e: sympy.Expr) -> str:
+        """A size as the user may write it."""
+        names = dict(zip(self.symbols.symbols, map(sympy.Symbol, self.lengths.names), strict=True))
+        text = str(e.xreplace(names)).replace("TruncToInt", "int").replace("FloatPow", "pow")
+        return re.sub(r"OpaqueUnaryFn_|ToFloat", "", text)
 
     def holds(self, point: Point) -> bool:
         """Whether the graph is right for these lengths, and the same masks are left out of it as hide nothing."""
@@ -223,7 +245,7 @@ class SymbolicGraph:
 
         for node in nodes:
             value = node.meta.get("val")
-            if isinstance(value, Number):
+            if isinstance(value, Number) or node in self._numbers:
                 continue
             known[node] = new.node_copy(node, operand_of)
             if "val" in node.meta:

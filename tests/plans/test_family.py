@@ -92,7 +92,8 @@ def family_of(monkeypatch):
             sides=(0,),
         )
         graph = SimpleNamespace(lengths=lengths, holds=lambda point: True, at=lambda point: point)
-        graph.cuts, graph.sizes_at, graph.cut = (lambda point: []), (lambda point: []), [False]
+        graph.cuts = graph.sizes_at = graph.largest = lambda point: []
+        graph.cut = [False]
         inputs = [GraphInput(name, name) for name in ("text", "latent", "count")]
         return Family(graph, inputs, [torch.ones(8, 4), torch.ones(2, 6), 8], RASConfig.from_options(options))
 

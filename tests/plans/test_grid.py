@@ -20,10 +20,14 @@ def graph(
     sizes_at: Callable = lambda point: [],
     cuts: Callable = lambda point: [],
     cut: tuple = (),
+    largest: Callable = lambda point: [],
 ) -> Any:
     """Stands for a graph of so many lengths."""
     lengths = SimpleNamespace(allows=allows, sides=sides or (0,) * axes)
-    return SimpleNamespace(lengths=lengths, holds=holds, sizes_at=sizes_at, cuts=cuts, cut=cut or (True,) * axes)
+    return SimpleNamespace(
+        lengths=lengths, holds=holds, sizes_at=sizes_at, cuts=cuts, cut=cut or (True,) * axes, largest=largest,
+        sizes=["height", "height"], spelled=str,
+    )  # fmt: skip
 
 
 POINTS = {  # the present lengths, those that are allowed, those at which the graph holds, and the points
@@ -46,7 +50,7 @@ def test_points_are_near_ones_and_one_far_away(name):
 
 @pytest.mark.parametrize("lengths", [[5], [5, 6], [4, 5, 6], [5, 13]])
 def test_a_graph_that_is_right_for_too_few_lengths_has_no_family(lengths):
-    with pytest.raises(UnsupportedGraph, match="too few lengths"):
+    with pytest.raises(UnsupportedGraph, match="too few lengths near"):
         Grid(graph(1, lambda point: point[0] in lengths), (5,))
 
 
@@ -58,7 +62,7 @@ def test_the_far_point_may_be_any_of_seven(base, far):
 
 def test_each_length_has_to_have_a_near_one():
     """The far point alone says nothing of how sizes grow with the second length."""
-    with pytest.raises(UnsupportedGraph, match="too few lengths"):
+    with pytest.raises(UnsupportedGraph, match="too few lengths near"):
         Grid(graph(2, lambda point: point[1] in (5, 13)), (8, 5))
 
 
@@ -91,7 +95,7 @@ def test_a_side_that_nothing_cuts_is_counted_in_ones():
 
 
 def test_what_fits_no_unit_has_no_grid():
-    with pytest.raises(UnsupportedGraph, match="no sum of products"):
+    with pytest.raises(UnsupportedGraph, match="is height, no sum of products"):
         Grid(graph(1, sides=(1,), sizes_at=lambda lengths: [lengths[0] ** 2]), (48,))
     assert Grid(graph(1, sides=(2,), sizes_at=lambda lengths: [lengths[0] ** 2]), (48,)).fits((50,)), "a square"
 
@@ -104,3 +108,14 @@ def test_sizes_that_differ_at_one_length_alone_are_seen_there():
 def test_points_leave_out_the_sizes_at_which_slices_take_all():
     made = Grid(graph(1, sides=(1,), cuts=lambda lengths: [lengths[0] < 48]), (47,))
     assert max(made.points) == (47,)
+
+
+def test_wide_pictures_and_tall_ones_are_apart_where_the_larger_side_is_taken():
+    """A square is one of either; the points are on the same side of it as the present lengths."""
+
+    def largest(lengths):
+        return [{place for place in (0, 1) if lengths[place] == max(lengths)}]
+
+    made = Grid(graph(2, sides=(1, 1), sizes_at=lambda lengths: [max(lengths)], largest=largest), (9, 9))
+    assert all(height >= width for height, width in made.points)
+    assert made.takes((7, 7)) and made.fits((8, 5)) and not made.takes((5, 8)) and not made.fits((5, 8))

@@ -3,6 +3,8 @@ of each program."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -12,7 +14,7 @@ import pytest
 import sympy
 import torch
 from contract import Subject, error, widen, widest
-from pipelines import draw_flux, flux, normal
+from pipelines import draw_flux, flux, normal, qwen
 from tiny import EAGER, TinyDiT, kinds
 from torch import fx, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -268,7 +270,7 @@ def test_the_captured_sizes_decide_and_not_a_few_samples():
     old = given["encoder_hidden_states"].shape[1]
     (graph, values), *_ = dynamo_graphs(module, [lengthened(given, old, length) for length in (old, old + 2)])[1:]
     lengths = Lengths.of(graph, describe_inputs(graph.graph), values, [])
-    with pytest.raises(ras_compile.UnsupportedGraph, match=r"Max\(2048, s\d+\), no affine function"):
+    with pytest.raises(ras_compile.UnsupportedGraph, match=r"Max\(2048, .*\.shape\[1\]\), no constant"):
         SymbolicGraph(graph, lengths, values)
 
 
@@ -736,6 +738,90 @@ def test_with_dynamic_sizes_the_first_one_is_shared_already(compiled_programs):
         found = sampled(compiled, of_size(tokens))
     assert sorted(compiled_programs.values()) == [1, 1, 1]
     assert torch.equal(as_they_are(module, of_size(SIZES[3]), options), found)
+
+
+class Told(Packed):
+    """Is told the sides of its packed latent in numbers, in latent pixels of so many pixels, and where the larger one ends."""
+
+    pixels = 1
+
+    def forward(self, hidden_states, timestep, text, shapes):
+        height, width = (side // self.pixels for side in shapes[0])
+        rows, columns = torch.arange(height)[:, None].expand(-1, width), torch.arange(width).expand(height, -1)
+        ids = torch.stack([rows, columns - width // 2], -1).flatten(0, 1) + torch.arange(64)[max(height, width) // 2]
+        return super().forward(hidden_states, timestep, text, ids.float())
+
+
+def of_told_sides(height: int, width: int, pixels: int = 1) -> dict:
+    given = of_size(height * width) | {"shapes": [(pixels * height, pixels * width)]}
+    del given["ids"]
+    return given
+
+
+@pytest.mark.parametrize(("dynamic", "pixels", "programs"), [(True, 16, 1), (None, 1, 2)])
+def test_sides_that_are_told_in_numbers_share_programs(dynamic, pixels, programs, compiled_programs):
+    """Those of which the height is the larger side; a square is one of them. From the second size on where none is said to vary."""
+    torch.manual_seed(0)
+    module, options = Told().eval(), {**OPTIONS, "sample_ratio": 0.5}
+    module.pixels = pixels
+    compiled = torch.compile(module, backend="ras", dynamic=dynamic, options=options)
+    for sides in ((8, 6), (12, 6), (12, 8), (8, 8)):
+        found = sampled(compiled, of_told_sides(*sides, pixels))
+        assert kinds(compiled) == "dsss"
+    assert compiled_programs["dense"] == programs and compiled_programs.total() == 3 * programs
+    assert torch.equal(as_they_are(module, of_told_sides(*sides, pixels), options), found)
+    if dynamic:
+        sampled(compiled, of_told_sides(6, 10, pixels))
+        assert compiled_programs["dense"] == 3, "as_they_are had one, and the wide picture has another"
+
+
+class Rooted(Told):
+    def forward(self, hidden_states, timestep, text, shapes):
+        height, width = shapes[0]
+        return super().forward(hidden_states * math.sqrt(height * width), timestep, text, shapes)
+
+
+class Logarithm(Told):
+    def forward(self, hidden_states, timestep, text, shapes):
+        return super().forward(hidden_states * math.log(hidden_states.shape[1]), timestep, text, shapes)
+
+
+ALONE = {  # what is said of a number that is not followed
+    Rooted: r"a number in the model is sqrt\(\(shapes\['0'\]\['0'\]\*shapes\['0'\]\['1'\]\)\), no sum of products of lengths",
+    Logarithm: r"hidden_states.shape\[1\] stays 48, as code reads it as a number \[at: return .*math.log\(.*test_lengths.py",
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_number_that_is_not_followed_is_told(kind):
+    torch.manual_seed(0)
+    module, options = kind().eval(), {**OPTIONS, "sample_ratio": 0.5}
+    ras_compile.notices.reset()
+    found = sampled(torch.compile(module, backend="ras", dynamic=True, options=options), of_told_sides(8, 6))
+    (why,) = ras_compile.notices.fallbacks()
+    assert re.search(ALONE[kind], why.error), why
+    assert torch.equal(as_they_are(module, of_told_sides(8, 6), options), found)
+
+
+def test_sides_of_qwen_images_share_programs(compiled_programs):
+    """`img_shapes`: a list of tuples of Python numbers."""
+    torch.manual_seed(0)
+    module, options = qwen().transformer, {**OPTIONS, "sample_ratio": 0.5}
+
+    def of_sides(height: int, width: int) -> dict:
+        given = {"hidden_states": normal(1, height * width, 16, seed=height), "timestep": torch.ones(1)}
+        text = {
+            "encoder_hidden_states": normal(1, 5, 16, seed=1),
+            "encoder_hidden_states_mask": torch.ones(1, 5).long(),
+        }
+        return {**given, **text, "img_shapes": [[(1, height, width)]], "return_dict": False}
+
+    compiled = torch.compile(module, backend="ras", dynamic=True, options=options)
+    for sides in ((8, 6), (10, 8)):
+        found = sampled(compiled, of_sides(*sides))
+        assert kinds(compiled) == "dsss"
+    assert compiled_programs["dense"] == 1 and compiled_programs.total() == 3 and not ras_compile.notices.fallbacks()
+    assert torch.equal(as_they_are(module, of_sides(*sides), options), found)
 
 
 def test_sizes_of_few_tokens_are_right():
