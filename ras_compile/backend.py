@@ -244,7 +244,10 @@ class CompiledGraph(Dispatcher[Entry]):
 
     def _given(self, values: Sequence[Any]) -> Sequence[Any]:
         """The values as plans take them."""
-        return packed(as_tensors(values, self.numbers), self.strided)
+        given = list(as_tensors(values, self.numbers))
+        for index in self.strided:
+            given[index] = packed(given[index])
+        return given
 
     def _make(self, values: Sequence[Any]) -> tuple[Entry, Sequence[Any]]:
         """Makes the entry of a call: with integers as numbers and views packed first, and as they are if there is no such plan.

@@ -28,7 +28,7 @@ def expressions(example: Any) -> list[sympy.Expr]:
 
 def packed_strides(sizes: Sequence[Any]) -> list[Any]:
     """The strides of a tensor of these sizes, numbers or expressions, that was made as it is."""
-    return list(accumulate(sizes[:0:-1], operator.mul, initial=sympy.Integer(1)))[::-1]
+    return list(accumulate(sizes[:0:-1], operator.mul, initial=1))[::-1]
 
 
 def without_channels(sizes: Sequence[sympy.Expr]) -> list[sympy.Expr]:
@@ -86,11 +86,9 @@ def _as_many(sizes: Sequence[sympy.Expr], other: Sequence[sympy.Expr]) -> bool:
     return len(sizes) == len(other) and all(a == b or a.free_symbols == b.free_symbols != set() for a, b in pairs)
 
 
-def packed(values: Sequence[Any], positions: Collection[int]) -> Sequence[Any]:
-    """The values with tensors of :func:`packed_strides` at ``positions``: views of them where nothing has to be copied."""
-    if not positions:
-        return values
-    return [v.reshape(-1).view(v.shape) if index in positions else v for index, v in enumerate(values)]
+def packed(value: Tensor) -> Tensor:
+    """A tensor with :func:`packed_strides`: another view of its memory where that can be had."""
+    return value if list(value.stride()) == packed_strides(value.shape) else value.reshape(-1).view(value.shape)
 
 
 def numbers_beside(graph: fx.Graph) -> int:

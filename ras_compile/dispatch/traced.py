@@ -21,6 +21,7 @@ from ras_compile import _torch
 from ras_compile._torch import OptimizedModule, call_uncompiled, pytree
 from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep, varies
 from ras_compile.capture.python_state import PythonState
+from ras_compile.capture.sizes import packed
 from ras_compile.capture.tracing import Trace, parts_uncompiled, trace
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.callers import compiled_call, compiled_modules
@@ -133,14 +134,14 @@ def specialise(root: nn.Module, args: tuple, kwargs: dict, leaves: Sequence[Any]
         )
     refuse_hooks(root)
     own, structure = pytree.tree_flatten((args, kwargs))
-    if any(mine is not given for mine, given in zip(own, leaves, strict=True)):
-        numbers = args, kwargs
-        args, kwargs = pytree.tree_unflatten(list(leaves), structure)
-        if not same_noise(root, numbers, (args, kwargs)):
-            raise UnsupportedGraph(
-                "the timestep is a Python number, and Dynamo broke the model's graph, which is traced instead; with a tensor in "
-                "place of the number the model computes something else: give it a tensor that it can take"
-            )
+    given = args, kwargs
+    args, kwargs = pytree.tree_unflatten(list(leaves), structure)
+    changed = any(isinstance(mine, int | float) and mine is not leaf for mine, leaf in zip(own, leaves, strict=True))
+    if changed and not same_noise(root, given, (args, kwargs)):
+        raise UnsupportedGraph(
+            "the timestep is a Python number, and Dynamo broke the model's graph, which is traced instead; with a tensor in "
+            "place of the number the model computes something else: give it a tensor that it can take"
+        )
     try:
         return _specialise(root, args, kwargs, config, runs=False)
     except UnsupportedGraph:
@@ -168,13 +169,16 @@ def same_noise(root: nn.Module, one: tuple[tuple, dict], other: tuple[tuple, dic
 
 
 def lifted(leaves: Sequence[Any], described: Sequence[GraphInput], config: RASConfig) -> list[Any]:
-    """The leaves of a call's arguments, with a tensor for each number that says the time: so one trace serves all its values."""
-    return [
-        leaf
-        if isinstance(leaf, Tensor) or not varies(given, leaf, config.timestep)
-        else torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else torch.int64)
-        for leaf, given in zip(leaves, described, strict=True)
-    ]
+    """The leaves of a call's arguments as one trace serves them all: times as tensors, and what may be a latent packed."""
+
+    def lift(leaf: Any, given: GraphInput) -> Any:
+        if isinstance(leaf, Tensor):  # what is repeated, as a mask for all heads is, stays small
+            return packed(leaf) if leaf.ndim > 2 and leaf.is_floating_point() and 0 not in leaf.stride() else leaf
+        if not varies(given, leaf, config.timestep):
+            return leaf
+        return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else torch.int64)
+
+    return list(map(lift, leaves, described))
 
 
 def _specialise(root: nn.Module, args: tuple, kwargs: dict, config: RASConfig, *, runs: bool) -> TracedEntry:

@@ -205,7 +205,7 @@ class Lengths:
         }
         for index in strides:  # Dynamo may have seen a view of what came here packed
             if list(values[index].stride()) == packed_strides(values[index].shape):
-                strides[index] = packed_strides(sizes[index])
+                strides[index] = list(map(sympy.sympify, packed_strides(sizes[index])))
         free = {symbol for found in (*sizes.values(), *strides.values()) for e in found for symbol in e.free_symbols}
         if not free <= set(symbols):
             return None

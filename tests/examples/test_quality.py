@@ -271,7 +271,13 @@ def test_a_remembering_metric_sees_what_drift_sees():
 
     passes, given = [], call(0)
     for metric in ("drift", Drift(), rules.Unaged()):
-        options = {**fitting("drift"), "metric": metric, "sample_ratio": 0.22, "reset_interval": 5, "starvation_scale": 0.0}
+        options = {
+            **fitting("drift"),
+            "metric": metric,
+            "sample_ratio": 0.22,
+            "reset_interval": 5,
+            "starvation_scale": 0.0,
+        }
         options["max_absence"] = 8  # else, with half of the tokens, drift has them take turns
         model = torch.compile(small(), backend="ras", options={**options, "inner_backend": "eager"})
         latent, found = given["hidden_states"], []

@@ -108,6 +108,16 @@ def test_a_latent_that_is_a_view_costs_no_dense_step(view, dynamic, kept):
     assert kinds(compiled) == "ddssss" and torch.equal(*pictures) and len(set(kept)) == 1
 
 
+def test_a_traced_model_is_traced_once_for_a_latent_that_is_a_view():
+    class Reading(TinyDiT):
+        def forward(self, hidden_states, timestep, text):
+            return super().forward(hidden_states, timestep, text * float(text[0, 0, 0] * 0 + 1))
+
+    compiled = torch.compile(Reading(8, 1).eval(), backend="ras", options=EAGER)
+    run(compiled, VIEWS["channels of one"], TEXTS[0][:1])
+    assert kinds(compiled) == "ddssss"
+
+
 def test_a_model_that_wants_the_strides_of_a_view_gets_them():
     class Flat(TinyDiT):
         def forward(self, hidden_states, timestep, text):
