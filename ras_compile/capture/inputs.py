@@ -165,10 +165,10 @@ def vary_time_and_sides(graph: fx.Graph, name: str | None) -> None:
     names, extra = _names(graph)
     pairs = zip(graph.find_nodes(op="placeholder"), describe_inputs(graph), strict=True)
     sides = sides_that_vary(graph, {node for node, given in pairs if given.weight})
-    beside = numbers_beside(graph)
+    beside, module = numbers_beside(graph), f"L[{own_name(_forward(graph))!r}]"
 
     def number(source: str, value: Any) -> bool:
-        side = type(value) is int and 1 < value <= beside and beside % value == 0 and source.startswith("L[")
+        side = type(value) is int and value > 1 and not beside % value and not source.startswith((module, "G["))
         return side or varies(_user_input(source, names, extra), value, name)
 
     vary_inputs(number, sides)

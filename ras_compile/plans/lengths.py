@@ -80,7 +80,7 @@ def _told_in_numbers(
 ) -> dict[sympy.Symbol, sympy.Expr]:
     """Sizes of tensors that are products of Python numbers, as the tokens are of a height and a width that are told beside them."""
     numbers = {e for index, found in sizes.items() if inputs[index].size and inputs[index].argument for e in found}
-    pairs = ((guard.lhs, guard.rhs) for guard in guards if guard.is_Equality)
+    pairs = (pair for guard in guards if guard.is_Equality for pair in (guard.args, guard.args[::-1]))
     return {
         size: told
         for size, told in pairs

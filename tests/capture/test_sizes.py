@@ -52,6 +52,9 @@ SIZES = {  # a function, its calls, and what is to vary
     "a text as long as there are channels": (fixed, [[(2, 3, 8, 12), (2, 3, 5)]], {"x": {1}, "text": {1}}),
     "as many pictures as channels": (fixed, [[(3, 3, 8, 12), (2, 7, 5)]], {"x": {0, 1}}),
     "a text as wide as there are channels": (fixed, [[(2, 3, 8, 12), (2, 7, 3)]], {}),
+    "as many tokens as a text is wide": (
+        lambda x, text: x + text @ torch.ones(9, 6), [((2, 9, 6), (2, 1, 9))], {"x": {1}, "text": {2}},
+    ),
     "as many words as tokens": (
         joined, [[(2, 9, 6), (2, 9, 6), (9, 1)]], {"x": {1}, "text": {1}, "ids": {0}},
     ),
