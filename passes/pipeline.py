@@ -108,7 +108,7 @@ def run(program: fx.GraphModule, passes: Sequence[Pass], done: Sequence[str] = (
     """Runs passes one after the other. ``done`` names those that the program has been through."""
     journal, names = Journal.of(program), list(done)
     before = sources_of(program) if legal.EVERY_PASS else {}
-    checked: list[tuple] = []
+    checked: list[tuple] = program.meta.pop(LEGAL, [])
     _check(program, names, before, checked)
     for step in passes:
         if not step.applies:
@@ -120,6 +120,19 @@ def run(program: fx.GraphModule, passes: Sequence[Pass], done: Sequence[str] = (
     program.graph.lint()
     program.recompile()
     return program
+
+
+LEGAL = "legal"  # in the meta of a program that has been checked before its first pass: what was read
+
+
+def check_built(program: fx.GraphModule) -> None:
+    """:func:`legal.check_program` of a program that no pass has been through; what it is then given to looks only at changes.
+
+    Raises:
+        SpecViolation: it is not legal.
+    """
+    legal.check_program(program)
+    program.meta[LEGAL] = _written(program)
 
 
 def _written(program: fx.GraphModule) -> list[tuple]:

@@ -33,7 +33,7 @@ from ras_compile.passes.analysis.splices import SparsePlan, plan
 from ras_compile.passes.fusion.scatter import Fusion
 from ras_compile.passes.lowering.hosted import leave_on_host
 from ras_compile.passes.lowering.narrow import DTYPES, cache_bytes, round_dense, round_sparse, rounded_rows
-from ras_compile.passes.pipeline import prepare
+from ras_compile.passes.pipeline import check_built, prepare
 from ras_compile.passes.programs.program import dense_program, sparse_program
 from ras_compile.passes.spec import legal
 from ras_compile.passes.spec.stages import check_analysis, check_captured, check_dense, check_sparse
@@ -75,7 +75,9 @@ class Plan:
         self.constants: list[Tensor] = self.captured.meta["constants"]
         self.analysis: Analysis
         self.sparse: SparsePlan
-        self._proved: dict[int, fx.GraphModule] = {}  # programs that the spec has checked already, until they are used
+        self._proved: dict[
+            int | str, fx.GraphModule
+        ] = {}  # programs that the spec has checked already, until they are used
         if like is None:
             self.analysis = analyse(self.captured.graph, inputs, values, config)
             self.sparse = plan(self.analysis, frozen=config.context == "frozen")
@@ -138,7 +140,7 @@ class Plan:
 
     def dense_graph(self) -> fx.GraphModule:
         """The dense program before the passes; it leaves caches as, and where, they are kept."""
-        program = dense_program(self.analysis, self.sparse)
+        program = self._proved.pop("dense", None) or dense_program(self.analysis, self.sparse)
         if self._rounded:
             round_dense(program, self.sparse, self._rounded, self._narrow)
         count = len(self.analysis.output_nodes)
@@ -183,8 +185,8 @@ class Plan:
                     programs.append(sparse_program(self.analysis, active, self.sparse))
                     check_sparse(programs[-1], self.analysis, self.sparse)
                 for program in programs:
-                    legal.check_program(program)
-                self._proved = dict(zip(counts, programs[1:], strict=True))
+                    check_built(program)
+                self._proved = dict(zip(["dense", *counts], programs, strict=True))
         self.noise_view  # noqa: B018  (what it refuses is known before the first step)
         price = cost(self.analysis, self.sparse)
         if price.dense_flops and price.flop_ratio(few) >= 1:

@@ -94,6 +94,21 @@ def test_a_violation_names_the_pass(monkeypatch):
         pipeline.run(program, [pipeline.Pass("broken", broken)])
 
 
+def test_a_program_that_was_checked_when_it_was_built_is_not_looked_at_again(monkeypatch):
+    plan = made("base").plan
+    dense, sparse = (
+        plan.dense_graph(),
+        plan.sparse_graph(6),
+    )  # a quarter of the tokens: one of those that prove the plan
+    looked: list = []
+    monkeypatch.setattr(legal, "check_values", lambda graph, known: looked.append(graph))
+    pipeline.run(dense, [])
+    pipeline.run(sparse, [])
+    assert not looked
+    pipeline.run(plan.sparse_graph(6), [])
+    assert len(looked) == 1, "built anew"
+
+
 @pytest.mark.violates
 def test_a_pass_that_does_nothing_is_held_to_what_it_should_leave(monkeypatch):
     """What all passes keep is looked at where something has changed alone, and what this one leaves behind in any case."""
