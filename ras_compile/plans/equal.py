@@ -1,4 +1,4 @@
-"""One plan for equal graphs: what Dynamo captures anew, since some size has changed, is often a graph that there was before.
+"""One plan for equal graphs: what Dynamo captures anew, as some size or stride has changed, is often a graph that was there before.
 
     length 7           Dynamo's first graph; its plan
     length 9           another graph, in which the length is a symbol

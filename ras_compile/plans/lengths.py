@@ -3,7 +3,8 @@
 From the second length on, Dynamo hands over a graph in which the size that has changed is a symbol. A symbol that is a
 size of the user's tensors and of nothing that the graph returns is a *length*; the others (a batch) are taken as they are in
 the present call. Where latents are packed, `[B, N, C]`, the number of their tokens may be a length, too, and where they are
-not, `[B, C, H, W]`, so may their *sides*: all resolutions then share programs. A *point* has a value for each length.
+not, `[B, C, H, W]`, so may their *sides*: all resolutions then share programs. Python numbers whose product is the number of
+tokens are sides as well. A *point* has a value for each length.
 """
 
 from __future__ import annotations
