@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -158,6 +159,22 @@ MISSING: list[str] = [
 COMPILED_CALL = "_compiled_call_impl"
 # How often a tensor was written; without it a latent that was written passes for the old.
 version_of = attrgetter("_version")
+
+
+def hash_compilers() -> threading.Thread:
+    """Reads and hashes the files of PyTorch and Triton in another thread: Inductor's caches ask for that once in a process, and
+    without it the first program waits half a second for it."""
+    from torch._inductor.codecache import torch_key
+    from torch._inductor.runtime.triton_compat import triton_key
+
+    def hash_all() -> None:
+        torch_key()
+        with suppress(Exception):  # there is no Triton
+            triton_key()
+
+    thread = threading.Thread(target=hash_all, daemon=True)
+    thread.start()
+    return thread
 
 
 def at_reset(backend: Callable[..., Any], forget: Callable[[], None]) -> None:

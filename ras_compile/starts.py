@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ras_compile._torch import hash_compilers
 from ras_compile.errors import ConfigError
 from ras_compile.kernels._torch import cache_folder, compiled_by_triton, give_to_triton
 from ras_compile.kernels.tiles import is_answer, put, timings
@@ -133,6 +134,7 @@ def load(compiled: Any, folder: str | os.PathLike[str]) -> bool:
             f"ras_compile: nothing was loaded from {place}: {why}; the first picture compiles, and save() after it mends the folder"
         )
         return False
+    hash_compilers()  # beside the capture, which comes first
     known = timings(device)
     known.learn(told["timings"])
     log.info("loaded programs from %s in %.1f s", place, time.perf_counter() - began)

@@ -617,6 +617,14 @@ def test_a_context_is_the_present_one(name):
     assert _torch.TracingContext.try_get() is None
 
 
+@canary("hash_compilers")
+def test_compilers_are_hashed_beside(name):
+    from torch._inductor.codecache import torch_key
+
+    _torch.hash_compilers().join()
+    assert torch_key() is torch_key()  # known from then on
+
+
 @canary("inductor_config", "list_mode_options", "maybe_warm_pool")
 def test_options_of_inductor(name):
     known = _torch.inductor_config.get_config_copy()

@@ -105,6 +105,14 @@ def copied(graph: fx.Graph, known: dict[fx.Node, fx.Node] | None = None, results
     return new
 
 
+def sweep(graph: fx.Graph) -> None:
+    """Takes out what nothing uses and what has no effect. `eliminate_dead_code` would ask all nodes of a graph for effects, and
+    look whether it is in order, which is done once, after the last pass."""
+    for node in reversed(graph.nodes):
+        if not node.users and not node.is_impure():
+            graph.erase_node(node)
+
+
 def origin_of(node: fx.Node) -> dict[str, Any]:
     """What a node's meta says of the user's code that it comes from."""
     return {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "source_fn_stack") if key in node.meta}

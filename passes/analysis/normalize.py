@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ras_compile._torch import OpOverload, is_composite, schema_of
 from ras_compile.passes import rules  # noqa: F401  (fills the registry)
-from ras_compile.passes.analysis.emit import Emitter, origin_of
+from ras_compile.passes.analysis.emit import Emitter, origin_of, sweep
 from ras_compile.passes.analysis.gathers import spell_collectives
 from ras_compile.passes.analysis.layers import LAYERS
 from ras_compile.passes.rules.concatenation import CONCATENATIONS
@@ -51,7 +51,7 @@ def normalize(graph: fx.Graph) -> None:
         elif node.target is aten.slice_scatter.default:
             join_writes(graph, node)
     spell_collectives(graph)
-    graph.eliminate_dead_code()
+    sweep(graph)
 
 
 def is_assertion(node: fx.Node) -> bool:

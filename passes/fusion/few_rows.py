@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.kernels.many_linears import ROWS
-from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter, sweep
 from ras_compile.passes.programs.aliases import movable
 from ras_compile.passes.programs.equals import equals
 
@@ -65,7 +65,7 @@ def join_linears(graph: fx.Graph, pays: FewRowsChoice | None, dtypes: Sequence[t
         if len(members) > 1 and pays(*fx.node.map_arg((x, weights, biases), lambda operand: operand.meta["val"])):
             join(graph, x, members)
             count += 1
-    graph.eliminate_dead_code()
+    sweep(graph)
     return count
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.notices import fell_back
-from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter, sweep
 from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.fusion.addresses import Target, draws_of, target_of
 from ras_compile.passes.fusion.choices import Asked
@@ -84,7 +84,7 @@ def fuse_gather_linear(graph: fx.Graph, fusion: Fusion) -> int:
                 y = emit(aten.reshape.default, y, list(site.last.meta["val"].shape))
             emit.replace(site.last, y)
             count += 1
-    graph.eliminate_dead_code()
+    sweep(graph)
     return count
 
 

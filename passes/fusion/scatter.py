@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.kernels.arguments import MOST_RUNS, ScatterArguments
-from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter, sweep
 from ras_compile.passes.analysis.roles import rows_of
 from ras_compile.passes.fusion.addresses import Target
 from ras_compile.passes.fusion.choices import Asked
@@ -79,7 +79,7 @@ def fuse_scatter_linear(graph: fx.Graph, fusion: Fusion) -> int:
         ops += offered
     if fusion.grouped is not None:
         join(graph, ops, fusion.grouped)
-    graph.eliminate_dead_code()
+    sweep(graph)
     return sum(op.written for op in ops)
 
 

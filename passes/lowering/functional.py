@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from ras_compile._torch import OpOverload, auto_functionalized_v2, schema_of
+from ras_compile.passes.analysis.emit import sweep
 from ras_compile.passes.programs.aliases import root
 from ras_compile.passes.rules.registry import named_arguments
 
@@ -42,7 +43,7 @@ def spell_writes(graph: fx.Graph) -> int:
                 written.meta["val"] = copied.meta["val"] = base.meta["val"]
         graph.erase_node(node)
         count += 1
-    graph.eliminate_dead_code()  # views that it wrote into
+    sweep(graph)  # views that it wrote into
     return count
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ras_compile.passes.analysis.emit import Emitter
+from ras_compile.passes.analysis.emit import Emitter, sweep
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def write_in_place(graph: fx.Graph) -> int:
                 put = emit.like(node, aten.index_put_.default, part.cache, indices, values)
             emit.replace(node, put)
             count += 1
-    graph.eliminate_dead_code()
+    sweep(graph)
     return count
 
 

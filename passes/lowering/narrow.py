@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile.passes.algebra.layout import Frame, atoms_of
-from ras_compile.passes.analysis.emit import Emitter, fake_mode
+from ras_compile.passes.analysis.emit import Emitter, fake_mode, sweep
 from ras_compile.passes.analysis.roles import Role, of_role
 from ras_compile.passes.analysis.splices import SparsePlan
 from ras_compile.passes.lowering.inplace import part_of
@@ -75,7 +75,7 @@ def round_dense(program: fx.GraphModule, sparse: SparsePlan, rows: Rows, dtype: 
                 results[at], scale = _rounded(emit, results[at], rows[index], dtype)
                 results.append(scale)
     last.args = (tuple(results),)
-    program.graph.eliminate_dead_code()  # a clone, say, that was to be the cache
+    sweep(program.graph)  # a clone, say, that was to be the cache
     return program
 
 
@@ -104,7 +104,7 @@ def round_sparse(program: fx.GraphModule, rows: Rows, dtype: torch.dtype) -> fx.
             whole = emit(aten._to_copy.default, whole, dtype=value.dtype)
         for reader in readers:
             reader.replace_input_with(cache, whole)
-    graph.eliminate_dead_code()  # views of what was written before
+    sweep(graph)  # views of what was written before
     return program
 
 

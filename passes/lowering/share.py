@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ras_compile._torch import OpOverload, schema_of
+from ras_compile.passes.analysis.emit import sweep
 from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.programs.aliases import root, writes
 from ras_compile.passes.programs.equals import equals, word
@@ -41,7 +42,7 @@ def share_tables(graph: fx.Graph) -> int:
     for node, first in twins:
         node.replace_all_uses_with(first)
         graph.erase_node(node)
-    graph.eliminate_dead_code()
+    sweep(graph)
     return len(twins)
 
 

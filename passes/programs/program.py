@@ -18,7 +18,7 @@ from torch import fx
 from ras_compile._torch import LazyGraphModule, no_modes
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Layout
-from ras_compile.passes.analysis.emit import Emitter, fake_mode
+from ras_compile.passes.analysis.emit import Emitter, fake_mode, sweep
 from ras_compile.passes.analysis.propagate import Analysis
 from ras_compile.passes.analysis.roles import Role, role_of
 from ras_compile.passes.analysis.splices import SparsePlan, joined_dim, plan
@@ -92,7 +92,7 @@ class _SparseBuilder:
                 self.whole(splice.node)
         results = [self._result(n) for i, n in enumerate(analysis.output_nodes) if i not in analysis.outputs]
         emit.graph.output(tuple(results))
-        emit.graph.eliminate_dead_code()
+        sweep(emit.graph)
         return LazyGraphModule(self.owner, emit.graph)
 
     def _table(self, name: str, value: torch.Tensor) -> fx.Node:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ras_compile.passes.analysis.emit import described, origin_of
+from ras_compile.passes.analysis.emit import described, origin_of, sweep
 from ras_compile.passes.programs.aliases import apart, memories
 
 FEWEST_NODES = 8  # shorter blocks are not worth a call
@@ -201,7 +201,7 @@ def written_out(captured: fx.GraphModule, blocks: Sequence[Block], capture: Call
             raise NotRepeated("a block has constants")
         for call in same:
             _write_out(captured.graph, call, inner.graph)
-    captured.graph.eliminate_dead_code()
+    sweep(captured.graph)
 
 
 def _write_out(graph: fx.Graph, call: fx.Node, inner: fx.Graph) -> None:
