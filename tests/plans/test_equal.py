@@ -57,7 +57,7 @@ def test_another_length_in_the_middle_of_a_picture_leaves_the_first_branch_alone
 
 
 def test_a_third_graph_leaves_the_branches_of_the_second_one_alone():
-    """Of a size that has its plan from the second graph, and then another text: Dynamo has one symbol in it, and two in the third."""
+    """Of a size that has its plan from the second graph, and then another text: Dynamo has one symbol there, two in the third."""
     compiled = torch.compile(TinyDiT(8, 1).eval(), backend="ras", options=EAGER)
     run(compiled, LATENT[..., :8].contiguous(), TEXTS[0], steps=1)
     pictures = [draw(compiled, TEXTS[:2], True, first=4) for _ in range(2)]
