@@ -22,38 +22,59 @@ OPTIONS = {"inner_backend": "eager", "unsupported": "error"}
 PROMPT = {"prompt_embeds": normal(1, 4, 16, seed=1)}  # as many tokens of text for each process
 
 
-def over_two(steps: int, scheduler: Any = None, **options: Any) -> list[Any]:
-    """What two processes draw, and the kinds of their steps."""
-    pipe = flux() if scheduler is None else flux(scheduler=scheduler)
+# Pictures that two processes draw, with options that are given while the pipeline is attached.
+DEFAULTS = ras_compile.RASConfig()
+DRAWN: dict[str, dict[str, Any]] = {
+    "all tokens": {"sample_ratio": 1.0},
+    **{reuse: {"sample_ratio": DEFAULTS.sample_ratio, "noise_reuse": reuse} for reuse in ("hold", "forecast", "x0")},
+    "adds noise": {"noise_reuse": DEFAULTS.noise_reuse},
+}
+STEPS = {name: 8 if name == "all tokens" else 10 for name in DRAWN}
+
+
+@pytest.fixture(scope="module")
+def over_two() -> list[dict[str, Any]]:
+    """What each of two processes draws, and the kinds of its steps: one pair of them draws all pictures."""
+    pipe, noisy = flux(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
 
     def work(rank: int) -> Any:
         on_a_cpu()
         pipe.transformer.set_attention_backend("native")
         pipe.transformer.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
-        with ras_compile.attach(pipe, **OPTIONS, **options) as handle:
-            picture = draw_flux(pipe, steps, **PROMPT)
-            return picture.numpy(), [record.kind for record in ras_compile.trace(handle)]
+        found = {}
+        with ras_compile.attach(pipe, **OPTIONS) as handle:
+            for name, options in DRAWN.items():
+                if name == "adds noise":
+                    pipe.scheduler = noisy
+                handle.configure(**options)
+                picture = draw_flux(pipe, STEPS[name], **PROMPT)
+                found[name] = picture.numpy(), [record.kind for record in ras_compile.trace(handle)]
+        return found
 
     return on_ranks(2, work)
 
 
 @pytest.mark.parametrize("reuse", ["hold", "forecast", "x0"])
-def test_both_hold_the_same_picture(reuse):
-    (first, kinds), (second, others) = over_two(10, noise_reuse=reuse)
+def test_both_hold_the_same_picture(reuse, over_two):
+    (first, kinds), (second, others) = (each[reuse] for each in over_two)
     assert kinds == others and set(kinds) == {"dense", "sparse"}
     assert (first == second).all()
 
 
-def test_a_scheduler_that_adds_noise():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
-    (first, kinds), (second, _) = over_two(10, scheduler)
+def test_what_is_asked_for_in_between_is_drawn(over_two):
+    assert (over_two[0]["hold"][0] != over_two[0]["x0"][0]).any()
+
+
+def test_a_scheduler_that_adds_noise(over_two):
+    (first, kinds), (second, _) = (each["adds noise"] for each in over_two)
     assert "sparse" in kinds and (first == second).all()
 
 
-def test_all_tokens_give_the_picture_of_one_process():
-    (picture, kinds), _ = over_two(8, sample_ratio=1.0)
+def test_all_tokens_give_the_picture_of_one_process(over_two):
+    picture, kinds = over_two[0]["all tokens"]
     assert "sparse" in kinds
-    torch.testing.assert_close(torch.from_numpy(picture), draw_flux(flux(), 8, **PROMPT), rtol=1e-4, atol=1e-4)
+    wanted = draw_flux(flux(), STEPS["all tokens"], **PROMPT)
+    torch.testing.assert_close(torch.from_numpy(picture), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_shared_is_told_to_everyone():
