@@ -124,8 +124,8 @@ def test_a_video_is_written_as_an_animation(tmp_path):
     assert path.name == "dense.gif" and Image.open(path).n_frames == 2
 
 
-def test_a_prompt_is_drawn_both_ways_and_presets_are_timed(monkeypatch, tmp_path):
-    """Three commands in one test: the pipeline, loaded once for all of them, is captured once."""
+def test_a_prompt_is_drawn_both_ways_and_presets_are_timed_and_measured(monkeypatch, tmp_path):
+    """Four commands in one test: the pipeline, loaded once for all of them, is captured once."""
     monkeypatch.setattr("ras_compile.cli.app.load", cache(load))
     found = data("generate", EMOJI, "a <b>cat</b>", "--steps", "6", "--output", tmp_path / "new", *SMALL)
     assert found["steps"] == 6 and found["flop_speedup"] > 1 and 5 < found["psnr"] < 100
@@ -139,16 +139,19 @@ def test_a_prompt_is_drawn_both_ways_and_presets_are_timed(monkeypatch, tmp_path
     assert written == {"new", "dense.png", "focus.png", "ras.png", "report.html"}
     timed = data("bench", EMOJI, "--steps", "6", "--turns", "1", "--preset", "fast", *SMALL)
     assert [row["way"] for row in timed] == ["dense", "fast"] and timed[1]["flop_speedup"] > 1
+    measured(tmp_path / "measured")
 
 
-def test_presets_are_measured_on_ones_own_weights(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red apple\n\n")
-    args = ["--steps", "6", "--exact-steps", "8", "--preset", "fast", "--output", tmp_path, *SMALL]
-    found = data("evaluate", EMOJI, tmp_path / "prompts.txt", *args)
+def measured(folder):
+    """Presets measured on one's own weights."""
+    folder.mkdir()
+    (folder / "prompts.txt").write_text("a red apple\n\n")
+    args = ["--steps", "6", "--exact-steps", "8", "--preset", "fast", "--output", folder, *SMALL]
+    found = data("evaluate", EMOJI, folder / "prompts.txt", *args)
     names = [way["way"] for way in found["ways"]]
     assert names[:2] == ["dense", "fast"] and any("DPM-Solver++" in name for name in names), found
     assert all(way["seconds"] > 0 and way["psnr"] > 5 and 0 < way["ssim"] <= 1 for way in found["ways"])
-    assert found == {**json.loads((tmp_path / "evaluation.json").read_text()), "page": found["page"]}
+    assert found == {**json.loads((folder / "evaluation.json").read_text()), "page": found["page"]}
     assert "a red apple" in Path(found["page"]).read_text()
 
 
