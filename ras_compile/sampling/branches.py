@@ -24,6 +24,7 @@ from ras_compile._torch import version_of
 
 # Fingerprints weigh at most about so many elements of a tensor by their position; plain sums take all of them.
 _WEIGHED = 1 << 20
+_AT_ONCE = 1 << 22  # elements
 
 
 def tensor_mark(tensor: Tensor) -> tuple[weakref.ref, int | None]:
@@ -140,7 +141,9 @@ def fingerprint(tensor: Tensor) -> tuple:
     head = (tensor.shape, tensor.dtype, tensor.device)
     few = flat[:: max(1, flat.numel() // _WEIGHED)].double()
     weights = torch.linspace(1, 2, few.numel(), dtype=torch.float64, device=few.device)
-    return head, torch.stack([flat.sum(dtype=torch.float64), few.abs().sum(), (few * weights).sum()])
+    # CUDA makes a float64 copy of what it sums: in pieces, since that of a table of positions may be as large as all caches
+    whole = torch.stack([piece.sum(dtype=torch.float64) for piece in flat.split(_AT_ONCE)]).sum()
+    return head, torch.stack([whole, few.abs().sum(), (few * weights).sum()])
 
 
 def equal_prints(first: tuple, second: tuple) -> bool:

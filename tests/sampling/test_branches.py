@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ras_compile.sampling.branches import (
     Branches,
@@ -163,6 +164,22 @@ def test_fingerprints_of_nothing_and_of_much():
     before = fingerprint(much)
     much[2_999_999] = 1
     assert not equal_prints(before, fingerprint(much))
+
+
+def test_much_is_summed_in_pieces():
+    """On CUDA each sum in float64 makes a float64 copy of what it sums."""
+    summed = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.sum.default:
+                summed.append(args[0].numel())
+            return func(*args, **kwargs or {})
+
+    much = torch.ones((1 << 23) + 3, dtype=torch.bfloat16)
+    with Noting():
+        found = fingerprint(much)
+    assert max(summed) <= 1 << 22 and found[1][0] == much.numel()
 
 
 def test_a_weight_where_another_one_was():
