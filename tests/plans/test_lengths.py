@@ -377,12 +377,12 @@ class TwoTexts(TinyDiT):
 @pytest.mark.parametrize("kind", [PaddedText, AtLeast, LongText, MeanText, NearText, NearByBlocks])
 def test_a_model_that_reads_the_length_comes_out_right(kind):
     """Lengths on both sides of each model's limit, with every remainder of four, and after the second one."""
-    for found, wanted in both(kind().eval(), [(text(length),) for length in (5, 7, 32, 6)]):
+    for found, wanted in both(kind(layers=1).eval(), [(text(length),) for length in (5, 7, 32, 6)]):
         assert torch.equal(found, wanted)
 
 
 def test_sizes_that_are_not_affine_have_plans_of_their_own(compiled_programs):
-    compiled = torch.compile(PaddedText().eval(), backend="ras", options=OPTIONS)
+    compiled = torch.compile(PaddedText(layers=1).eval(), backend="ras", options=OPTIONS)
     for length in (5, 7, 9, 6):
         tiny(compiled, text(length))
     assert compiled_programs["dense"] == 4
@@ -415,7 +415,7 @@ def test_what_the_inner_compiler_assumes_is_checked(monkeypatch, compiled_progra
         return run
 
     monkeypatch.setattr(ras_compile.plans.family, "compile_inner", assuming)
-    for found, wanted in both(TinyDiT().eval(), [(text(length),) for length in (5, 8, 6, 9, 4, 11)]):
+    for found, wanted in both(TinyDiT(layers=1).eval(), [(text(length),) for length in (5, 8, 6, 9, 4, 11)]):
         assert torch.equal(found, wanted)
     # with shared programs: the first length, the shared ones, and 9 and 11 apart; then six lengths, each alone
     assert compiled_programs["dense"] == 4 + 6 and compiled_programs["captured"] == 2 + 6
@@ -424,7 +424,7 @@ def test_what_the_inner_compiler_assumes_is_checked(monkeypatch, compiled_progra
 def test_strides_that_are_not_the_expected_ones_are_compiled_apart(monkeypatch):
     """The caches of the dense program decide; what was expected of them is checked before a program runs."""
     monkeypatch.setattr(shared.Sized, "fits", lambda self, tensor, point: False)
-    for found, wanted in both(TinyDiT().eval(), [(text(length),) for length in (5, 8, 6)]):
+    for found, wanted in both(TinyDiT(layers=1).eval(), [(text(length),) for length in (5, 8, 6)]):
         assert torch.equal(found, wanted)
 
 
@@ -445,7 +445,7 @@ def test_branches_of_other_lengths_share_a_family(compiled_programs):
         return latent
 
     pairs = [(text(a), text(b)) for a, b in ((5, 7), (6, 9), (4, 8), (10, 3))]
-    module = TinyDiT().eval()
+    module = TinyDiT(layers=1).eval()
     compiled = torch.compile(module, backend="ras", options=OPTIONS)
     found = [guided(compiled, *pair) for pair in pairs]
     assert kinds(compiled) == "ddssssss"
@@ -460,7 +460,7 @@ def test_few_lengths_keep_caches_and_graphs(monkeypatch):
     """The others give them up, those that were used longest ago first."""
     released = []
     monkeypatch.setattr(Plan, "release_graphs", lambda plan: released.append(plan.point[0]))
-    compiled = torch.compile(TinyDiT().eval(), backend="ras", options=OPTIONS)
+    compiled = torch.compile(TinyDiT(layers=1).eval(), backend="ras", options=OPTIONS)
     before = {id(keeper) for keeper in keepers}
     for length in (2, 3, 4, 5, 6, 3, 7, 8):  # the first one has programs and a plan of its own
         tiny(compiled, text(length))
@@ -471,8 +471,8 @@ def test_few_lengths_keep_caches_and_graphs(monkeypatch):
 
 def test_a_speedup_is_solved_for_at_each_length(compiled_programs):
     options = {key: value for key, value in OPTIONS.items() if key != "sample_ratio"}
-    compiled = torch.compile(TinyDiT().eval(), backend="ras", options={**options, "speedup": 1.2})
-    alone = torch.compile(TinyDiT().eval(), backend="ras", dynamic=False, options={**options, "speedup": 1.2})
+    compiled = torch.compile(TinyDiT(layers=1).eval(), backend="ras", options={**options, "speedup": 1.2})
+    alone = torch.compile(TinyDiT(layers=1).eval(), backend="ras", dynamic=False, options={**options, "speedup": 1.2})
     for length in (5, 7, 40):
         tiny(compiled, text(length), steps=6)
         shared = [record.active for record in ras_compile.trace(compiled)]
