@@ -21,7 +21,7 @@ from properties import (  # noqa: F401  (the properties, run here on these model
     test_semantics,
 )
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from zoo import NOT_RUN, ZOO
 
 from ras_compile.errors import UnsupportedGraph
@@ -79,8 +79,18 @@ def flops(program: fx.GraphModule) -> int:
         query, key, value = (operand.meta["val"].shape for operand in node.args[:3])
         total += 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     with FlopCounterMode(display=False) as counter, fake_mode(program.graph), torch.no_grad():
-        program(*[node.meta["val"] for node in program.graph.find_nodes(op="placeholder")])
+        for node in filter(may_count, program.graph.nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+            node.target(*args, **kwargs)
     return total + counter.get_total_flops()
+
+
+def may_count(node: fx.Node) -> bool:
+    """Whether a node is an op with FLOPs of its own, or one that PyTorch puts together from others."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    together = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return together or node.target.overloadpacket in flop_registry
 
 
 def test_sparse_steps_cost_less(model: Subject):
