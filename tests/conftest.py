@@ -64,6 +64,8 @@ def pytest_configure():
     # After each graph Dynamo collects once more, and to time the graph's guards it empties the processor's caches.
     torch._dynamo.config.run_gc_after_compile = False
     torch._dynamo.guards.profile_guard_manager = lambda *given: 0.0
+    # For words of its log that name a line's function it tokenises whole files, each anew in every process of a model.
+    torch._dynamo.symbolic_convert.get_funcname = lambda *given: None
 
 
 def pytest_collection_finish():
