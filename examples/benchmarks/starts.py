@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as place:
         disk, before = Path(place, "disk"), Path(place, "before")
         for start in starts:
-            if start.startswith("loaded"):  # the same place, empty: Inductor asks for what it chose by the path of its files
+            if start.startswith("loaded"):
+                # the same place, empty: Inductor asks for what it chose by the path of its files
                 disk.rename(Path(place, f"not for {start}") if before.exists() else before)
             triton = before if start.endswith("folder") else disk
             folders = {"TORCHINDUCTOR_CACHE_DIR": disk, "TRITON_CACHE_DIR": triton / "triton"}
