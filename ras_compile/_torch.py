@@ -13,8 +13,9 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
@@ -169,7 +170,7 @@ def hash_compilers() -> threading.Thread:
 
     def hash_all() -> None:
         torch_key()
-        with suppress(Exception):  # there is no Triton
+        if find_spec("triton"):
             triton_key()
 
     thread = threading.Thread(target=hash_all, daemon=True)

@@ -13,7 +13,7 @@ from ras_compile.canaries import check as check_pytorch
 from ras_compile.capture.attributes import PerAttributes, attribute_positions
 from ras_compile.capture.inputs import check_timestep, describe_inputs, find_timestep, vary_time_and_sides
 from ras_compile.capture.numbers import as_tensors, capture_numbers, number_positions
-from ras_compile.capture.sizes import packed, strided_latents
+from ras_compile.capture.sizes import strided_latents
 from ras_compile.capture.subclasses import Entrance
 from ras_compile.config import RASConfig
 from ras_compile.dispatch import kinds
@@ -24,6 +24,7 @@ from ras_compile.dispatch.dispatcher import (
     Refusal,
     entries_at,
     key_of,
+    packed,
     without_traceback,
     worth_tracing,
 )

@@ -209,7 +209,10 @@ def _programs(place: Path, told: dict[str, Any]) -> dict[str, bytes]:
     if hashlib.sha256(programs).hexdigest() != named.get("sha256"):
         raise ValueError(f"{file} is not what was saved")
     with zipfile.ZipFile(io.BytesIO(programs)) as packed:
-        return {name: packed.read(name) for name in packed.namelist()}
+        try:
+            return {name: packed.read(name) for name in packed.namelist()}
+        except RuntimeError as error:  # a zip that is encrypted, or compressed in a way that Python does not know
+            raise ValueError(str(error)) from error
 
 
 def _packed(files: dict[str, bytes]) -> bytes:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_a_manifest_names_no_file_elsewhere(artefacts, tmp_path):
     told["programs"]["file"] = "../start/" + told["programs"]["file"]
     (place / starts.MANIFEST).write_text(json.dumps(told))
     refused(TinyDiT(), place, "names no file of programs")
+
+
+def test_programs_in_a_zip_of_another_kind(artefacts, monkeypatch, tmp_path):
+    def locked(*given):
+        raise RuntimeError("File is encrypted")
+
+    place = ras_compile.save(TinyDiT(), tmp_path)
+    monkeypatch.setattr(zipfile.ZipFile, "read", locked)
+    refused(TinyDiT(), place, "it cannot be read .ValueError: File is encrypted")
 
 
 def test_programs_that_pytorch_cannot_read(artefacts, monkeypatch, tmp_path):

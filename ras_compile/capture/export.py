@@ -6,7 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from ras_compile._torch import (
     FakeTensor,
+    enter_autocast,
     enter_inference_mode,
+    exit_autocast,
     exit_inference_mode,
     set_grad_mode,
 )
@@ -44,12 +46,45 @@ _PARTS = {
 
 # They return their operand where they drop nothing.
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+# With the place of `train`, which has no default.
+_ATEN_DROPOUTS = {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout}
 
 
 def _drops(target: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    if target in _ATEN_DROPOUTS:
+        return bool(kwargs["train"] if "train" in kwargs else args[2])
     given = inspect.signature(target).bind(*args, **kwargs)
     given.apply_defaults()
     return bool(given.arguments["training"])
+
+
+_AT_LEAST = {torch.atleast_1d, torch.atleast_2d, torch.atleast_3d}
+
+
+def _as_views(target: Any, args: tuple) -> Any:
+    """What a function returns that only shows its operand here, by ops that say so; None for all other calls."""
+    several = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) else args
+    if target in _AT_LEAST and several is not args:
+        return tuple(target(tensor) for tensor in several)
+    if target is torch.meshgrid and len(several) == 1:
+        return (several[0].view(-1),)  # one without dimensions has one
+    if target is torch.einsum and len(args) == 2:
+        operand = args[1][0] if isinstance(args[1], (list, tuple)) and len(args[1]) == 1 else args[1]
+        order = _permutation(args[0], operand.dim()) if isinstance(operand, Tensor) else None
+        return None if order is None else operand.permute(order)
+    return None
+
+
+def _permutation(equation: str, dims: int) -> list[int] | None:
+    """The order of dimensions that an einsum of one operand returns; None where it does more than that."""
+    given, arrow, wanted = equation.replace(" ", "").replace("...", ".").partition("->")
+    spelled = [*given.replace(".", "")]
+    rest = [f".{index}" for index in range(dims - len(spelled))]
+    names = [name for letter in given for name in (rest if letter == "." else [letter])]
+    found = [name for letter in wanted for name in (rest if letter == "." else [letter])]
+    if not arrow or len(set(names)) < len(names) or sorted(found) != sorted(names):
+        return None
+    return [names.index(name) for name in found]
 
 
 class _Interpreter(fx.Interpreter):
@@ -66,8 +101,11 @@ class _Interpreter(fx.Interpreter):
             return None
         if target in _PARTS:
             return _Interpreter(args[0]).run(*args[_PARTS[target] :])
-        if target in _DROPOUTS and not _drops(target, args, kwargs):
+        if target in _DROPOUTS | _ATEN_DROPOUTS and not _drops(target, args, kwargs):
             return args[0] if args else kwargs["input"]
+        views = _as_views(target, args)
+        if views is not None:
+            return views
         # a subclass's plain tensor: no op says it
         if target is Tensor and len(args) == 1 and isinstance(args[0], Tensor):
             return args[0].detach()
@@ -83,6 +121,10 @@ class _Interpreter(fx.Interpreter):
         if target == "fill_diagonal_" and args[0].dim() == 2 and not any([*args[2:], *kwargs.values()]):
             args[0].diagonal().fill_(args[1])
             return args[0]
+        if target == "sum_to_size":
+            size = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+            if args[0].shape == torch.Size(size):
+                return args[0]
         if target == "type_as" and isinstance(args[0], Tensor) and not kwargs:
             return args[0].to(args[1].device, args[1].dtype)
         made = filled(getattr(Tensor, target, None), args, kwargs)
@@ -171,6 +213,7 @@ def by_blocks(
         written_out(captured, blocks, lambda block, operands: traced(_Bound(block, operands), operands))
     finally:
         forget(blocks)
+    refuse_autocast(captured.graph)
     return captured if symbolic else normalized(captured)
 
 
@@ -186,6 +229,7 @@ def export(
         UnsupportedGraph: it writes into its inputs, or cannot be traced.
     """
     captured = traced(bound, tensors, names)
+    refuse_autocast(captured.graph)
     return captured if symbolic else normalized(captured)
 
 
@@ -252,6 +296,32 @@ def refuse_effects(graph: fx.Graph) -> None:
     """Refuses ops that have effects, which are ordered by tokens: a step that leaves rows out would have others."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.with_effects):
         raise UnsupportedGraph(f"the model calls an op that has effects ({node.args[1]})", source=source_line(node))
+
+
+def refuse_autocast(graph: fx.Graph) -> None:
+    """Refuses autocast regions that give a result another type: the trace records their borders and does not enter them.
+
+    What comes behind them was traced with the types that the results have without, so that a cast back may be missing.
+    """
+    open_regions: dict[fx.Node, tuple] = {}
+    for node in graph.nodes:
+        if node.target is enter_autocast:
+            open_regions[node] = node.args
+        elif node.target is exit_autocast:
+            open_regions.pop(node.args[0], None)
+        elif open_regions and node.op == "call_function" and isinstance(node.meta.get("val"), FakeTensor):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda given: given.meta.get("val"))
+            with node.meta["val"].fake_mode, same_autocast(), ExitStack() as regions, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a device that is not here
+                for given in open_regions.values():
+                    regions.enter_context(torch.amp.autocast(*given))
+                found = node.target(*args, **kwargs)
+            if found.dtype != node.meta["val"].dtype:
+                raise UnsupportedGraph(
+                    f"torch.autocast inside of the model makes {node.target} compute in {found.dtype}, which cannot be followed; "
+                    "put autocast around the whole call, or cast by `.to(...)`",
+                    source=source_line(node),
+                )
 
 
 def drop_grad_modes(graph: fx.Graph) -> None:

@@ -86,11 +86,6 @@ def _as_many(sizes: Sequence[sympy.Expr], other: Sequence[sympy.Expr]) -> bool:
     return len(sizes) == len(other) and all(a == b or a.free_symbols == b.free_symbols != set() for a, b in pairs)
 
 
-def packed(value: Tensor) -> Tensor:
-    """A tensor with :func:`packed_strides`: another view of its memory where that can be had."""
-    return value if list(value.stride()) == packed_strides(value.shape) else value.reshape(-1).view(value.shape)
-
-
 def numbers_beside(graph: fx.Graph) -> int:
     """What a number of tokens is a multiple of, beside a Python number that varies: the product of those told with it; else 1."""
     sizes = {size for _, example in _latents(graph) for size in expressions(example)[1:2] if example.ndim == 3}

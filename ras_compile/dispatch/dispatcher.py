@@ -279,6 +279,17 @@ def key_of(values: Iterable[Any]) -> tuple:
     )
 
 
+def packed(value: Tensor) -> Tensor:
+    """A tensor with the strides of one that was made as it is: another view of its memory where that can be had."""
+    step = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if stride != step:
+            # contiguous first: what has one stride throughout, as every second channel, is flat with that stride
+            return value.contiguous().reshape(-1).view(value.shape)
+        step *= max(size, 1)
+    return value
+
+
 def entries_at(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """What takes the entries at ``places`` out of a sequence; without Python for each of them: a call has hundreds of weights."""
     if len(places) > 1:

@@ -21,7 +21,6 @@ from ras_compile import _torch
 from ras_compile._torch import OptimizedModule, call_uncompiled, pytree
 from ras_compile.capture.inputs import GraphInput, describe_arguments, find_timestep, varies
 from ras_compile.capture.python_state import PythonState
-from ras_compile.capture.sizes import packed
 from ras_compile.capture.tracing import Trace, parts_uncompiled, trace
 from ras_compile.config import RASConfig
 from ras_compile.dispatch.callers import compiled_call, compiled_modules
@@ -31,6 +30,7 @@ from ras_compile.dispatch.dispatcher import (
     Refusal,
     entries_at,
     key_of,
+    packed,
     places_given,
     without_traceback,
 )

@@ -122,6 +122,14 @@ SAME = {
     "broadcast_tensors": lambda x: torch.broadcast_tensors(x, torch.ones(1))[0],
     "to": lambda x: x.to(torch.ones(1)),
     "contiguous": lambda x: x.contiguous(),
+    "torch.dropout": lambda x: torch.dropout(x, 0.5, False),
+    "torch.dropout by name": lambda x: torch.dropout(x, p=0.5, train=False),
+    "sum_to_size": lambda x: x.sum_to_size(x.shape),
+    "sum_to_size of numbers": lambda x: x.sum_to_size(*x.shape),
+    "atleast_3d": lambda x: torch.atleast_3d([x, x])[0],
+    "meshgrid": lambda x: torch.meshgrid(x.flatten(), indexing="ij")[0].view(x.shape),
+    "einsum": lambda x: torch.einsum("abcd -> bacd", x).transpose(0, 1),
+    "einsum of a list": lambda x: torch.einsum("...d->d...", [x]).movedim(0, -1),
 }
 
 
@@ -142,6 +150,35 @@ def test_a_result_that_is_the_operand(same, written):
     x = torch.randn(2, 3, 4, 5)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
+
+
+class Within(Plain):
+    """Another type than the trace follows, cast back behind it."""
+
+    def forward(self, x, enabled=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = x @ torch.eye(8)
+        return super().forward(x + y.float())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_inside_of_a_model_is_refused_where_it_changes_types(enabled):
+    def backend(graph, inputs):
+        return lambda *given: capture(graph, given)(*given)
+
+    x, model = torch.randn(2, 12, 8), Within().eval()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        if enabled:
+            with pytest.raises(UnsupportedGraph, match="torch.autocast inside of the model makes aten.matmul"):
+                compiled(x)
+        else:
+            torch.testing.assert_close(compiled(x, False), model(x, False))
+            with (
+                torch.autocast("cpu", torch.bfloat16),
+                pytest.raises(UnsupportedGraph, match="compute in torch.float32"),
+            ):
+                compiled(x, False)
 
 
 class Inverse(Plain):

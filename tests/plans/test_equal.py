@@ -94,6 +94,7 @@ VIEWS = {  # what a picture begins with; its steps are no views
     "channels of one": normal(1, 9, 8, 12)[:, 4:8],
     "channels of two": normal(2, 9, 8, 12)[:, 4:8],
     "a picture of a batch": normal(3, 4, 8, 12)[1:2],
+    "every second column": normal(2, 4, 8, 24)[..., ::2],
 }
 
 
@@ -102,6 +103,7 @@ VIEWS = {  # what a picture begins with; its steps are no views
     [
         ("channels of one", False),
         ("channels of two", None),
+        ("every second column", None),
         ("transposed", True),
         ("channels of one", True),
         ("a picture of a batch", True),
