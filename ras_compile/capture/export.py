@@ -6,7 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -17,9 +17,7 @@ from torch.nn import functional as F
 
 from ras_compile._torch import (
     FakeTensor,
-    enter_autocast,
     enter_inference_mode,
-    exit_autocast,
     exit_inference_mode,
     set_grad_mode,
 )
@@ -87,6 +85,23 @@ def _permutation(equation: str, dims: int) -> list[int] | None:
     return [names.index(name) for name in found]
 
 
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
+
+
+def refuse_lost_cast(node: fx.Node, operand: fx.Node, before: Any, after: Any) -> None:
+    """Refuses a cast that changes a type as Dynamo knows it, and none in the trace, which would leave it out.
+
+    So it is behind `torch.autocast` inside of a model: the trace records its borders and does not enter it.
+    """
+    was, now = (each.meta.get("example_value") for each in (operand, node))
+    if isinstance(was, Tensor) and isinstance(now, Tensor) and was.dtype != now.dtype and before.dtype == after.dtype:
+        raise UnsupportedGraph(
+            f"torch.autocast inside of the model makes a value {was.dtype} that is cast to {now.dtype}, which cannot be followed; "
+            "put autocast around the whole call",
+            source=source_line(node),
+        )
+
+
 class _Interpreter(fx.Interpreter):
     """Runs a Dynamo graph as it can be traced.
 
@@ -95,6 +110,12 @@ class _Interpreter(fx.Interpreter):
     spelled so that it can. Ops that may return their very operand, though their schema does not say so, are spelled by such
     whose schema does: tracing would take the two for different tensors, and a write into one would not be seen in the other.
     """
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op.startswith("call") and n.args and isinstance(n.args[0], fx.Node) and n.target in _CASTS:
+            refuse_lost_cast(n, n.args[0], self.env.get(n.args[0]), result)
+        return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in (enter_inference_mode, exit_inference_mode):
@@ -213,7 +234,6 @@ def by_blocks(
         written_out(captured, blocks, lambda block, operands: traced(_Bound(block, operands), operands))
     finally:
         forget(blocks)
-    refuse_autocast(captured.graph)
     return captured if symbolic else normalized(captured)
 
 
@@ -229,7 +249,6 @@ def export(
         UnsupportedGraph: it writes into its inputs, or cannot be traced.
     """
     captured = traced(bound, tensors, names)
-    refuse_autocast(captured.graph)
     return captured if symbolic else normalized(captured)
 
 
@@ -296,32 +315,6 @@ def refuse_effects(graph: fx.Graph) -> None:
     """Refuses ops that have effects, which are ordered by tokens: a step that leaves rows out would have others."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.with_effects):
         raise UnsupportedGraph(f"the model calls an op that has effects ({node.args[1]})", source=source_line(node))
-
-
-def refuse_autocast(graph: fx.Graph) -> None:
-    """Refuses autocast regions that give a result another type: the trace records their borders and does not enter them.
-
-    What comes behind them was traced with the types that the results have without, so that a cast back may be missing.
-    """
-    open_regions: dict[fx.Node, tuple] = {}
-    for node in graph.nodes:
-        if node.target is enter_autocast:
-            open_regions[node] = node.args
-        elif node.target is exit_autocast:
-            open_regions.pop(node.args[0], None)
-        elif open_regions and node.op == "call_function" and isinstance(node.meta.get("val"), FakeTensor):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda given: given.meta.get("val"))
-            with node.meta["val"].fake_mode, same_autocast(), ExitStack() as regions, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a device that is not here
-                for given in open_regions.values():
-                    regions.enter_context(torch.amp.autocast(*given))
-                found = node.target(*args, **kwargs)
-            if found.dtype != node.meta["val"].dtype:
-                raise UnsupportedGraph(
-                    f"torch.autocast inside of the model makes {node.target} compute in {found.dtype}, which cannot be followed; "
-                    "put autocast around the whole call, or cast by `.to(...)`",
-                    source=source_line(node),
-                )
 
 
 def drop_grad_modes(graph: fx.Graph) -> None:

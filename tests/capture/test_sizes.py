@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ras_compile.capture.sizes import held_size, numbers_beside, packed, sides_that_vary, strided_latents
+from ras_compile.capture.sizes import held_size, numbers_beside, sides_that_vary, strided_latents
+from ras_compile.dispatch.dispatcher import packed
 
 
 def graph_of(function: Callable, calls: list[tuple], dynamic: bool | None = True) -> fx.Graph:
