@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ras_compile._torch import (
     FakeTensor,
+    enter_autocast,
     enter_inference_mode,
     exit_inference_mode,
     set_grad_mode,
@@ -94,7 +95,9 @@ def refuse_lost_cast(node: fx.Node, operand: fx.Node, before: Any, after: Any) -
     So it is behind `torch.autocast` inside of a model: the trace records its borders and does not enter it.
     """
     was, now = (each.meta.get("example_value") for each in (operand, node))
-    if isinstance(was, Tensor) and isinstance(now, Tensor) and was.dtype != now.dtype and before.dtype == after.dtype:
+    if not (isinstance(was, Tensor) and isinstance(now, Tensor) and before.dtype == after.dtype == now.dtype != was.dtype):
+        return
+    if any(each.target is enter_autocast for each in node.graph.nodes):
         raise UnsupportedGraph(
             f"torch.autocast inside of the model makes a value {was.dtype} that is cast to {now.dtype}, which cannot be followed; "
             "put autocast around the whole call",
