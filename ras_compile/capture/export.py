@@ -95,9 +95,10 @@ def refuse_lost_cast(node: fx.Node, operand: fx.Node, before: Any, after: Any) -
     So it is behind `torch.autocast` inside of a model: the trace records its borders and does not enter it.
     """
     was, now = (each.meta.get("example_value") for each in (operand, node))
-    if not (isinstance(was, Tensor) and isinstance(now, Tensor) and before.dtype == after.dtype == now.dtype != was.dtype):
+    if not isinstance(was, Tensor) or not isinstance(now, Tensor) or was.dtype not in (torch.bfloat16, torch.float16):
         return
-    if any(each.target is enter_autocast for each in node.graph.nodes):
+    within = any(each.target is enter_autocast for each in node.graph.nodes)
+    if within and before.dtype == after.dtype == now.dtype != was.dtype:
         raise UnsupportedGraph(
             f"torch.autocast inside of the model makes a value {was.dtype} that is cast to {now.dtype}, which cannot be followed; "
             "put autocast around the whole call",
