@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "ras_compile.json"
 _FORMAT = 2
-_ARTIFACTS = "artifacts"  # in the file of programs: PyTorch's; everything else is a library
+_ARTIFACTS = "artifacts"  # in the file of programs: PyTorch's; everything else is a library or a kernel
 # A library below Inductor's folder; its name is a hash of its source.
 _LIBRARY = re.compile(r"[a-z0-9]{2}/[a-z0-9]+(\.main)?\.so")
 # A file below Triton's folder, in one that is named by a hash of what it depends on.

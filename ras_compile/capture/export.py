@@ -45,7 +45,7 @@ _PARTS = {
 
 # They return their operand where they drop nothing.
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-# With the place of `train`, which has no default.
+# PyTorch's own: they must be given `train`, by its name or as the third argument.
 _ATEN_DROPOUTS = {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout}
 
 
@@ -86,6 +86,7 @@ def _permutation(equation: str, dims: int) -> list[int] | None:
     return [names.index(name) for name in found]
 
 
+# Methods that give a tensor another type.
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 
 

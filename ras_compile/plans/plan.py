@@ -75,9 +75,8 @@ class Plan:
         self.constants: list[Tensor] = self.captured.meta["constants"]
         self.analysis: Analysis
         self.sparse: SparsePlan
-        self._proved: dict[
-            int | str, fx.GraphModule
-        ] = {}  # programs that the spec has checked already, until they are used
+        # Programs that the spec has checked already, until they are used: by their active rows, and "dense".
+        self._proved: dict[int | str, fx.GraphModule] = {}
         if like is None:
             self.analysis = analyse(self.captured.graph, inputs, values, config)
             self.sparse = plan(self.analysis, frozen=config.context == "frozen")
