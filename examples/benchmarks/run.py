@@ -66,6 +66,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--inner-backend", default="inductor", help="eager: nothing is compiled, to try things out")
     parser.add_argument("--options", type=json.loads, default={}, help="further options of RAS, as JSON")
+    parser.add_argument(
+        "--brief", action="store_true", help="no host time and no waiting calls, which take runs of their own"
+    )
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further row is begun")
     parser.add_argument("--out", type=Path, default=Path("benchmark_output"), help="folder of the JSON")
     parser.add_argument("--merge", action="store_true", help="keep the rows of an existing file that are not measured")
@@ -326,7 +329,7 @@ class Bench:
 
     def _look_inside(self, way: Way, row: dict, setup: Setup) -> None:
         """Host time and waiting calls, in runs of their own."""
-        if way.method not in ("ras", "compile", "reduce-overhead"):
+        if self.args.brief or way.method not in ("ras", "compile", "reduce-overhead"):
             return
         if self.device.type != "cuda":
             return  # a call returns when its work is done: the host has no time apart
