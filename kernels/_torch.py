@@ -36,6 +36,25 @@ def compiled_by_triton() -> list[Path]:
     return [path for path in found if path.suffix in (".json", ".cubin", ".hsaco")]
 
 
+def launched_by_inductor() -> list[Path]:
+    """Triton's files of the variants that Inductor launches in this process: what it compiled beyond those that its own cache
+    holds, such as one with smaller blocks. Without it another process compiles these."""
+    from .gemm import triton  # None where there is none
+
+    if triton is None:
+        return []
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from triton.runtime.cache import FileCacheManager
+
+    held = [value for module in PyCodeCache.modules for value in vars(module).values()]
+    launchers = [each for one in held if isinstance(one, CachingAutotuner) for each in one.launchers]
+    names = {name for each in launchers if (name := getattr(each, "cache_hash", None))}
+    folders = [Path(FileCacheManager(name).cache_dir) for name in sorted(names)]
+    found = [path for folder in folders for path in folder.glob("*") if path.suffix in (".json", ".cubin", ".hsaco")]
+    return [path for path in found if not path.name.startswith("__grp__")]  # Triton's own lists of files
+
+
 def give_to_triton(folder: str, files: Mapping[str, bytes], device: int) -> None:
     """Puts the files of one folder where Triton will look for them; without it `load` leaves them out, as above.
 

@@ -10,6 +10,7 @@ not been tested; ``tests/test_torch_canaries.py`` holds each of them to what is 
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from operator import attrgetter
+from types import CodeType
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from ras_compile.versions import cannot_run
 
 try:
     # What ops are. Without: no rule finds its op.
+    from torch._ops import OperatorBase  # an op of any kind, those that take graphs among them
     from torch._ops import OpOverload  # one overload of an op: the target of every node of a captured graph
 
     # Dynamo. Without: a graph's inputs, its breaks and its caller are not known.
@@ -100,11 +103,25 @@ try:
     from torch._inductor import list_mode_options  # what torch.compile's `mode` stands for
     from torch._inductor.async_compile import maybe_warm_pool  # starts the processes that compile kernels early
     from torch._inductor.compile_fx import compile_fx  # compiles one program
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # by which Inductor's caches know our sources
 except ImportError as error:
     raise cannot_run(str(error).split(" (")[0]) from error  # without the file
 
 
 # What PyTorch has in some builds or versions only, and what is done where it is missing.
+
+try:
+    # Capture ahead of the first call, with guards that can be written to disk. Without: a loaded start captures anew.
+    from torch._dynamo.aot_compile import aot_compile_fullgraph as capture_ahead
+    from torch._dynamo.aot_compile_types import SerializableCallable  # what a backend returns to it
+    from torch._dynamo.hooks import Hooks  # chooses the guards
+    from torch._dynamo.output_graph import (
+        get_builtins_dict as builtins_of,
+    )  # what a function's globals hold of Python's own
+    from torch._dynamo.package import SerializedCode  # bytecode on disk
+    from torch._dynamo.package import load_guard_manager  # guards from disk
+except ImportError:
+    capture_ahead: Any = None  # type: ignore[no-redef]
 
 
 def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -233,6 +250,11 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that run before and after a module's forward; without it a loaded capture leaves them out."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def tables_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """The dictionaries of a module's own parameters and buffers; without it weights that are exchanged go unseen."""
     return module._parameters, module._buffers
@@ -336,6 +358,51 @@ def vary_inputs(number: Callable[[str, Any], bool], sizes: Mapping[str | None, C
     if found:
         capture.speculation_log.clear()  # the same code may be run by other steps where a number is a symbol
         raise _exc.TensorifyScalarRestartAnalysis(restart_reason="what varies from call to call is an input")
+
+
+def unwritable_guards() -> frozenset[str]:
+    """Kinds of guards that cannot be written to disk: of functions, classes and modules, which are others in each process."""
+    return frozenset(_guards.CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES)
+
+
+def guards_on_disk(content: bytes) -> Any:
+    """Guards as capture ahead of time has written them. PyTorch's own function for it imports all of FSDP first, which takes a
+    second, to hold its modules still."""
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch._dynamo.package import load_guards_state
+
+        return load_guards_state(content)
+    return pickle.loads(content)
+
+
+def names_in_guards() -> dict[str, Any]:
+    """What Dynamo's expressions may speak of beside arguments and globals, such as `torch`."""
+    return dict(_guards._get_closure_vars())
+
+
+def sizes_seen(code: CodeType) -> dict[str, Any]:
+    """What Dynamo has seen of the arguments of a function's calls so far, by its expressions; may be written to, and pickled."""
+    return _pgo.get_code_state()[_pgo.CodeId.make(code)].automatic_dynamic
+
+
+def runs_plain() -> bool:
+    """Whether the user wants what was compiled to run uncompiled, or other than it says (`torch.compiler.set_stance`)."""
+    config: Any = torch._dynamo.config
+    return bool(config.disable) or torch._dynamo.eval_frame._stance.stance != "default"
+
+
+def globally_hooked() -> bool:
+    """Whether hooks are set that run around each module's forward."""
+    known = torch.nn.modules.module
+    return bool(known._global_forward_hooks or known._global_forward_pre_hooks)
+
+
+def backend_of(compiled: OptimizedModule) -> Callable[..., Any]:
+    """What `torch.compile` was told to call with a graph and its inputs, options included."""
+    found: Any = compiled.dynamo_ctx.callback
+    while (inner := getattr(found, "_torchdynamo_orig_backend", None)) is not None:
+        found = inner
+    return found
 
 
 def line_of_guard(guard: Any) -> str | None:

@@ -29,6 +29,7 @@ from ras_compile.dispatch.dispatcher import (
     worth_tracing,
 )
 from ras_compile.dispatch.fixed import Fixed
+from ras_compile.dispatch.kept import remember
 from ras_compile.dispatch.kinds import (
     GraphBreak,
     Kind,
@@ -81,6 +82,11 @@ def ras(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappin
     if part is None or part.to_the_end:
         vary_time_and_sides(graph.graph, config.timestep)
     start_workers(example_inputs, config)
+    return compiled_graph(graph, example_inputs, config)
+
+
+def compiled_graph(graph: fx.GraphModule, example_inputs: Sequence[Any], config: RASConfig) -> Callable[..., Any]:
+    """What runs in the place of a graph of Dynamo's."""
 
     def make(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledGraph:
         return CompiledGraph(graph, inputs, config)
@@ -270,6 +276,8 @@ class CompiledGraph(Dispatcher[Entry]):
             self.numbers, self.strided = [], []
             return self._make(values)
         self.keep(key, entry)
+        if not self.numbers and not any(described.size for described in self.inputs):
+            remember()
         return entry, given
 
     def _check_timestep(self, values: Sequence[Any]) -> None:

@@ -1,10 +1,11 @@
 """Starts without compiling: what one process has compiled goes into a folder, and another process takes it from there.
 
-The programs are PyTorch's own artefacts (`torch.compiler.save_cache_artifacts`); beside them stand what PyTorch leaves
-out, which is the libraries into which Inductor has compiled their C++ on a CPU, and on a GPU the kernels of this
-package and the libraries with which Triton launches any; what was measured of kernels; and a manifest that says what
-all of it is for. It is read first, so that an artefact of another version, device or model is told in a sentence; even
-without it none would be used, since PyTorch looks programs up by everything that they depend on. Of a model only its
+The programs are PyTorch's own artefacts (`torch.compiler.save_cache_artifacts`); beside them stand what Dynamo captured of
+the models (`capture/kept.py`), the graphs that the passes have made of that (`execute/shelf.py`), and what PyTorch leaves
+out: the libraries into which Inductor has compiled their C++ on a CPU, and on a GPU the kernels of this package and the
+libraries with which Triton launches any; what was measured of kernels; and a manifest that says what all of it is for. It
+is read first, so that an artefact of another version, device or model is told in a sentence; even without it none would be
+used, since PyTorch looks programs up by everything that they depend on. Of a model only its
 class and the names, shapes and types of its weights count: other values need no other program.
 """
 
@@ -23,15 +24,20 @@ import re
 import sys
 import time
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ras_compile._torch import hash_compilers
+import ras_compile.kernels
+import ras_compile.passes
+from ras_compile._torch import OptimizedModule, hash_compilers
+from ras_compile.dispatch.kept import captures, give, use_loaded
 from ras_compile.errors import ConfigError
-from ras_compile.kernels._torch import cache_folder, compiled_by_triton, give_to_triton
+from ras_compile.execute.shelf import shelf
+from ras_compile.kernels._torch import cache_folder, compiled_by_triton, give_to_triton, launched_by_inductor
 from ras_compile.kernels.tiles import is_answer, put, timings
 from ras_compile.notices import warn_once
 from ras_compile.sampling.models import modules_of, transformers_of
@@ -39,12 +45,12 @@ from ras_compile.sampling.models import modules_of, transformers_of
 log = logging.getLogger(__name__)
 
 MANIFEST = "ras_compile.json"
-_FORMAT = 2
+_FORMAT = 3
 _ARTIFACTS = "artifacts"  # in the file of programs: PyTorch's; everything else is a library or a kernel
 # A library below Inductor's folder; its name is a hash of its source.
 _LIBRARY = re.compile(r"[a-z0-9]{2}/[a-z0-9]+(\.main)?\.so")
-# A file below Triton's folder, in one that is named by a hash of what it depends on.
-_KERNEL = re.compile(r"triton/([A-Z2-7]{52})/(\w[\w.-]*\.(?:json|cubin|hsaco|so))")
+# A file below Triton's folder, in one that is named by a hash of what it depends on; its lists of files are written anew.
+_KERNEL = re.compile(r"triton/([A-Z2-7]{52})/((?!__grp__)\w[\w.-]*\.(?:json|cubin|hsaco|so))")
 
 
 def save(compiled: Any, folder: str | os.PathLike[str]) -> Path:
@@ -76,7 +82,9 @@ def save(compiled: Any, folder: str | os.PathLike[str]) -> Path:
         raise ConfigError(
             "save() writes what was compiled, and this process has compiled nothing with Inductor; draw a picture first."
         )
-    programs = _packed({_ARTIFACTS: saved[0], **libraries(), **kernels()})
+    kept = {f"captures/{_key(model)}/{name}": each for model in models for name, each in captures(model).items()}
+    graphs = {f"graphs/{name}": content for name, content in shelf.all().items()}
+    programs = _packed({_ARTIFACTS: saved[0], **libraries(), **kernels(), **kept, **graphs})
     place, digest = Path(folder), hashlib.sha256(programs).hexdigest()
     place.mkdir(parents=True, exist_ok=True)
     name = f"programs-{digest[:16]}.zip"
@@ -126,7 +134,14 @@ def load(compiled: Any, folder: str | os.PathLike[str]) -> bool:
         if not why and torch.compiler.load_cache_artifacts(programs.pop(_ARTIFACTS)) is None:
             why = "PyTorch cannot read the programs in it"
         if not why:
+            kept = {key: _taken(programs, f"captures/{key}/") for key in set(map(_key, models))}
+            graphs, _ = _taken(programs, "graphs/"), _taken(programs, "captures/")
             _put_files(programs, device)
+            shelf.load(graphs)
+            for model in models:
+                give(model, kept[_key(model)])
+            if isinstance(compiled, OptimizedModule):
+                use_loaded(compiled)
     except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile) as error:
         why = f"it cannot be read ({type(error).__name__}: {error})"
     if why:
@@ -166,8 +181,20 @@ def _surroundings(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "python": ".".join(map(str, sys.version_info[:2])),
+        "code": _package(),
         "device": " ".join(words),
     }
+
+
+@cache
+def _package() -> str:
+    """A hash of this package's files: what other passes made of a graph is another program."""
+    digest = hashlib.sha256()
+    modules = (ras_compile, ras_compile.kernels, ras_compile.passes)
+    for folder in sorted({Path(module.__file__ or "").parent for module in modules}):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _fingerprint(model: nn.Module) -> dict[str, str]:
@@ -176,6 +203,17 @@ def _fingerprint(model: nn.Module) -> dict[str, str]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {type(tensor).__name__} {tensor.dtype} {list(tensor.shape)}\n".encode())
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "weights": digest.hexdigest()}
+
+
+def _key(model: nn.Module) -> str:
+    """A name for what :func:`_fingerprint` says."""
+    return hashlib.sha256(json.dumps(_fingerprint(model), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _taken(programs: dict[str, bytes], place: str) -> dict[str, bytes]:
+    """Takes the files of one place out of all, by their names there."""
+    names = [name for name in programs if name.startswith(place)]
+    return {name.removeprefix(place): programs.pop(name) for name in names}
 
 
 def _manifest(place: Path) -> dict[str, Any]:
@@ -236,7 +274,7 @@ def kernels() -> dict[str, bytes]:
     """What Triton has compiled of this package's kernels, and the libraries of its own with which this process launches any."""
     if not torch.cuda.is_available():
         return {}
-    files = {*compiled_by_triton(), *map(Path, _running())}
+    files = {*compiled_by_triton(), *launched_by_inductor(), *map(Path, _running())}
     named = {f"triton/{path.parent.name}/{path.name}": path for path in files if path.exists()}
     return {name: path.read_bytes() for name, path in named.items() if _KERNEL.fullmatch(name)}
 

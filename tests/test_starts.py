@@ -59,7 +59,7 @@ def test_a_compiled_model_is_the_model(artefacts, tmp_path):
     assert ras_compile.load(TinyDiT(), place)
 
 
-@pytest.mark.parametrize("part", ["torch", "triton", "ras_compile", "python", "device"])
+@pytest.mark.parametrize("part", ["torch", "triton", "ras_compile", "python", "device", "code"])
 def test_another_version_or_device(artefacts, tmp_path, part):
     place = ras_compile.save(TinyDiT(), tmp_path)
     told = json.loads((place / starts.MANIFEST).read_text())
@@ -183,12 +183,13 @@ if sys.argv[1] == "load":
 picture = run(compiled, latent, text, steps=4)
 if sys.argv[1] == "save":
     ras_compile.save(compiled, sys.argv[2])
-print(picture.sum().item(), counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["autograd_cache_miss"])
+missed = counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["autograd_cache_miss"]
+print(picture.sum().item(), missed, counters["stats"]["unique_graphs"])
 """
 
 
 @pytest.mark.slow
-def test_another_process_compiles_nothing(tmp_path, monkeypatch):
+def test_another_process_captures_and_compiles_nothing(tmp_path, monkeypatch):
     told = []
     for what in ("save", "load"):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / what))
@@ -197,8 +198,9 @@ def test_another_process_compiles_nothing(tmp_path, monkeypatch):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert not done.returncode, done.stderr
         told.append(done.stdout.split())
-    (picture, missed), (again, missed_again) = told
+    (picture, missed, captured), (again, missed_again, captured_again) = told
     assert picture == again and int(missed) > 0 and int(missed_again) == 0
+    assert int(captured) > 0 and int(captured_again) == 0
     libraries = [{path.name for path in (tmp_path / what).glob("??/*.so")} for what in ("save", "load")]
     assert libraries[0] == libraries[1]
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sympy
@@ -656,6 +657,97 @@ def test_lists_of_tensors_are_added_and_scaled(name):
     _torch.scale_tensors(targets, 0.5)
     _torch.add_tensors(targets, [torch.ones(2), torch.ones(3, dtype=torch.bfloat16)], alpha=2.0)
     assert all(target.tolist() == [2.5] * len(target) for target in targets)
+
+
+class Doubled(nn.Module):
+    """What is captured ahead of time below."""
+
+    def forward(self, x, y=2):
+        return x * y + FACTOR
+
+
+FACTOR = 1
+
+
+@canary(
+    "capture_ahead", "SerializableCallable", "Hooks", "SerializedCode", "load_guard_manager", "guards_on_disk", "unwritable_guards",
+    "names_in_guards", "builtins_of", "sizes_seen",
+)  # fmt: skip
+def test_a_capture_is_kept(name):
+    from ras_compile.capture.kept import Kept, keep
+
+    model, x = Doubled(), torch.ones(3)
+    content = keep(model, (x,), {})
+    kept = Kept(model, content, (x,), {}, lambda graph, values: graph)
+    assert kept.fits(model, (x,), {}) and torch.equal(kept(model, (x,), {}), 2 * x + 1)
+    assert not kept.fits(model, (torch.ones(4),), {}) and not kept.fits(model, (x, 3), {})
+    assert "FUNCTION_MATCH" in _torch.unwritable_guards() and _torch.names_in_guards()["torch"] is torch
+    assert isinstance(_torch.sizes_seen(Doubled.forward.__code__), dict)
+    assert _torch.builtins_of(globals())["len"] is len
+
+
+@canary("forward_hooks", "globally_hooked")
+def test_hooks_are_seen(name):
+    module, hook = nn.Identity(), lambda *given: None
+    assert not _torch.forward_hooks(module) and not _torch.globally_hooked()
+    module.register_forward_hook(hook)
+    assert _torch.forward_hooks(module) == [hook]
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    assert _torch.globally_hooked()
+    handle.remove()
+
+
+@canary("runs_plain")
+def test_a_stance_is_seen(name):
+    assert not _torch.runs_plain()
+    with torch.compiler.set_stance("force_eager"):
+        assert _torch.runs_plain()
+
+
+@canary("backend_of")
+def test_the_backend_behind_what_was_compiled(name):
+    seen = []
+    compiled = torch.compile(
+        nn.Identity(), backend=lambda graph, inputs, options: seen.append(options), options={"a": 1}
+    )
+    _torch.backend_of(compiled)(None, [])
+    assert seen == [{"a": 1}]
+
+
+@canary("CustomGraphPass")
+def test_a_pass_is_known_by_what_it_says(name):
+    class Pass(_torch.CustomGraphPass):
+        def __call__(self, graph):
+            pass
+
+        def uuid(self):
+            return "known"
+
+    graph, x = make_fx(lambda x: (x - 1,))(torch.ones(4)), torch.ones(4)
+    compiled = _torch.compile_fx(graph, [x], config_patches={"post_grad_custom_post_pass": Pass()})
+    assert torch.equal(compiled(x)[0], x - 1)
+
+
+@canary("OperatorBase")
+def test_ops_of_any_kind(name):
+    assert isinstance(aten.add.Tensor, _torch.OperatorBase)
+    assert isinstance(torch.ops.higher_order.invoke_subgraph, _torch.OperatorBase)
+
+
+@canary("kernels.launched_by_inductor")
+def test_what_inductor_launches(name, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tuner, folder = CachingAutotuner.__new__(CachingAutotuner), tmp_path / ("A" * 52)
+    tuner.launchers = [SimpleNamespace(cache_hash=folder.name)]
+    folder.mkdir()
+    for file in ("k.cubin", "k.json", "__grp__k.json", "k.ttir"):
+        (folder / file).write_bytes(b"{}")
+    monkeypatch.setattr(PyCodeCache, "modules", [SimpleNamespace(kernel=tuner)])
+    assert sorted(for_kernels.launched_by_inductor()) == [folder / "k.cubin", folder / "k.json"]
 
 
 @canary("MISSING")

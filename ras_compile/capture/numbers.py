@@ -19,6 +19,8 @@ from ras_compile.capture.sizes import expressions
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.analysis.emit import copied
 
+_CAPTURED = "captured"  # in the meta of a graph
+
 
 def number_positions(graph: fx.Graph, inputs: Sequence[GraphInput]) -> list[int]:
     """Positions of integers that are arguments themselves and vary, and no sizes of tensors, nor of what the graph makes."""
@@ -102,6 +104,12 @@ def _dtypes(graph: fx.GraphModule, key: str) -> list[torch.dtype]:
     return [value.dtype for value in values if isinstance(value, torch.Tensor)]
 
 
+def keep_captured(graph: fx.GraphModule, captured: fx.GraphModule) -> None:
+    """Tells :func:`capture_numbers` what another process has captured of a graph; it holds no tensors."""
+    captured.meta["constants"] = []
+    graph.meta[_CAPTURED] = captured
+
+
 def capture_numbers(
     graph: fx.GraphModule, values: Sequence[Any], *, symbolic: Callable[[Any], Any] | None = None
 ) -> fx.GraphModule:
@@ -110,6 +118,9 @@ def capture_numbers(
     Raises:
         UnsupportedGraph: the graph cannot be captured, or needs the value of a float argument.
     """
+    known = graph.meta.pop(_CAPTURED, None) if symbolic is None else None
+    if known is not None:  # once: who gets it may change it
+        return known
     for dtype in (None, torch.get_default_dtype()):
         variant = read_floats(graph, dtype)
         if variant is None:

@@ -16,6 +16,8 @@ from ras_compile import _torch
 from ras_compile.notices import LIBRARIES
 
 _DYNAMO = str(Path(torch.__file__).parent / "_dynamo")
+# Code that calls a capture of another process, as Dynamo calls its own (`dispatch/kept.py`).
+kept_calls: list[CodeType] = []  # compared by identity: code that holds slices has no hash
 # What is compiled of a module, if it is not its forward alone.
 _CALLS = ("_call_impl", "_wrapped_call_impl", "__call__")
 
@@ -120,8 +122,10 @@ def _call_frame(start: Any = None) -> Any:
 
 
 def is_call(code: CodeType) -> bool:
-    """Whether in it Dynamo calls what it has compiled."""
-    return code.co_qualname.startswith(_torch.DynamoContext.__name__ + ".")
+    """Whether in it Dynamo calls what it has compiled, or a capture of another process is called in its place."""
+    return code.co_qualname.startswith(_torch.DynamoContext.__name__ + ".") or any(
+        code is known for known in kept_calls
+    )
 
 
 def owner_of(frame: Any) -> tuple[nn.Module | None, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ras_compile._torch import (
+    CustomGraphPass,
     FakeTensor,
     FakeTensorMode,
     InvalidBackend,
@@ -30,7 +31,33 @@ from ras_compile.kernels.tiles import sources
 from ras_compile.notices import fell_back, warn_once
 
 log = logging.getLogger(__name__)
+_LAST_PASS = "post_grad_custom_post_pass"  # an option of Inductor
 Compiled = Callable[..., Sequence[Any]]
+
+
+class _OurSources(CustomGraphPass):
+    """Changes nothing; with it Inductor's caches on disk know that our ops mean what their source says.
+
+    A tag of these caches (`torch.compiler.config.cache_key_tag`) would say so, too, but Inductor's worker processes do not have
+    it, and look up by it which variant of a kernel was the fastest: each process would then measure all of them anew.
+
+    Args:
+        given: a pass of the user's own, which is run.
+    """
+
+    def __init__(self, given: CustomGraphPass | None) -> None:
+        self._given = given
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self._given is not None:
+            self._given(graph)
+
+    def uuid(self) -> Any:
+        own = f"ras_compile {sources()}"
+        if self._given is None:
+            return own
+        other = self._given.uuid()
+        return other and (own, other)  # None: the user's pass is in no cache
 
 
 def start_workers(inputs: Sequence[Any], config: RASConfig) -> None:
@@ -76,16 +103,17 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Any], config: RASConfig) 
                 raise ConfigError(f"option inner_options: {name!r} is no option of Inductor; it takes {takes}.")
         options.pop("triton.cudagraphs", None)  # CUDA graphs of the programs are ours: `cuda_graphs`
         # Outside of Dynamo there is no tracing context, and without one PyTorch's caches on disk are passed over. Inputs are
-        # made fake here: with a context, others would get symbolic sizes. The tag: our ops mean what their source says.
+        # made fake here: with a context, others would get symbolic sizes.
         modes = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
         fake = next(modes, None) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
         examples = [
             fake.from_tensor(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
             for value in inputs
         ]
-        caches: Any = torch.compiler.config
-        tag = f"{caches.cache_key_tag} ras_compile {sources()}"
-        with tracing(TracingContext(fake)), caches.patch(cache_key_tag=tag):
+        known_pass = options.get(_LAST_PASS, getattr(inductor_config, _LAST_PASS))
+        if known_pass is None or isinstance(known_pass, CustomGraphPass):
+            options[_LAST_PASS] = _OurSources(known_pass)
+        with tracing(TracingContext(fake)):
             compiled = compile_fx(module, examples, config_patches=options)
         return compiled
     return known_backend(config)(module, list(inputs), **config.inner_options)

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 from torch import OutOfMemoryError, nn
 
 from ras_compile._torch import OptimizedModule, compilations, compiled_call, forget_compilations, set_compiled_call
-from ras_compile.backend import ras
+from ras_compile.backend import compiled_graph, ras
 from ras_compile.capture.inputs import check_timestep
 from ras_compile.capture.sharding import settle_sharding_hooks
 from ras_compile.capture.unusable import translate_dynamo_errors
 from ras_compile.config import PRESETS, RASConfig
+from ras_compile.dispatch.kept import with_loaded
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.errors import ConfigError, RASError
 from ras_compile.execute.compiling import uncollected
@@ -79,7 +80,7 @@ class Handle:
             module.compile(backend=ras, options=options, dynamic=dynamic)
             compiled = compiled_call(module)
             assert compiled is not None
-            set_compiled_call(module, _Followed(compiled, self.follower, name, type(module).__name__))
+            set_compiled_call(module, _Followed(compiled, self.follower, name, module, dynamic is True))
             follow_branches(module)
         self._pipe, self._kind = weakref.ref(pipe), type(pipe).__name__
         follow_pictures(pipe, self.follower)
@@ -358,8 +359,11 @@ def _say_replaced(module: nn.Module) -> None:
 class _Followed(Exchangeable):
     """The compiled call, made as a call of this pipeline; says so once when it never reaches the backend."""
 
-    def __init__(self, compiled: Callable[..., Any], follower: SchedulerFollower, name: str, kind: str) -> None:
-        self.compiled, self._follower, self._name, self._kind = compiled, follower, name, kind
+    def __init__(
+        self, compiled: Callable[..., Any], follower: SchedulerFollower, name: str, model: nn.Module, dynamic: bool
+    ) -> None:
+        self.compiled, self._follower, self._name, self._kind = compiled, follower, name, type(model).__name__
+        self._model, self._dynamic = weakref.ref(model), dynamic
         self._captured = False  # a call has come to its end, and so Dynamo has captured the model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -368,6 +372,8 @@ class _Followed(Exchangeable):
         call = AttachedCall(self._follower, self._name, present_branch(), None if aside else said, aside)
         before, compiled = compilations(), self.compiled
         try:
+            if not self._captured:
+                self.compiled = self._with_loaded()
             first = nullcontext() if self._captured else uncollected()
             with first, translate_dynamo_errors(args, kwargs), attached_call(call):
                 result = self.compiled(*args, **kwargs)
@@ -385,3 +391,10 @@ class _Followed(Exchangeable):
                 "disabled, or Dynamo gave up at its recompile limit (run with TORCH_LOGS=recompiles)."
             )
         return result
+
+    def _with_loaded(self) -> Callable[..., Any]:
+        """What is compiled, with captures of another process in front of it, if `load` has brought any."""
+        model, config = self._model(), self._follower.config
+        if model is None or self._dynamic:  # captures are of fixed sizes
+            return self.compiled
+        return with_loaded(self.compiled, model, lambda graph, inputs: compiled_graph(graph, inputs, config))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property, partial
 from itertools import compress
 from typing import Any
@@ -16,12 +17,14 @@ from torch import Tensor, fx
 from ras_compile import kernels
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.capture.numbers import capture_numbers
-from ras_compile.config import RASConfig
+from ras_compile.capture.on_disk import Unkeepable, pickled, read, text, values_of, written
+from ras_compile.config import RUNTIME_OPTIONS, RASConfig
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
 from ras_compile.execute.cudagraphs import DEVICE, ProgramGraphs, warn_without
 from ras_compile.execute.inner import Compiled, Program, compile_inner, compile_or_run
 from ras_compile.execute.memory import Keeper, default_budget
+from ras_compile.execute.shelf import name_of, shelf
 from ras_compile.execute.slopes import SLOPES, Slopes
 from ras_compile.kernels.tiles import build, postponed
 from ras_compile.notices import fell_back, warn_once
@@ -35,6 +38,7 @@ from ras_compile.passes.lowering.hosted import leave_on_host
 from ras_compile.passes.lowering.narrow import DTYPES, cache_bytes, round_dense, round_sparse, rounded_rows
 from ras_compile.passes.pipeline import check_built, prepare
 from ras_compile.passes.programs.program import dense_program, sparse_program
+from ras_compile.passes.rules.constants import FIXED
 from ras_compile.passes.spec import legal
 from ras_compile.passes.spec.stages import check_analysis, check_captured, check_dense, check_sparse
 from ras_compile.plans.latent import analyse, likeness
@@ -77,9 +81,11 @@ class Plan:
         self.sparse: SparsePlan
         # Programs that the spec has checked already, until they are used: by their active rows, and "dense".
         self._proved: dict[int | str, fx.GraphModule] = {}
+        self.name: str | None = None  # see `_named`
         if like is None:
             self.analysis = analyse(self.captured.graph, inputs, values, config)
             self.sparse = plan(self.analysis, frozen=config.context == "frozen")
+            self.name = self._named(inputs)
             if not proved:
                 self._prove_or_thaw()
         else:
@@ -150,10 +156,26 @@ class Plan:
         program = self._proved.pop(active, None) or sparse_program(self.analysis, active, self.sparse)
         return round_sparse(program, self._rounded, self._narrow) if self._rounded else program
 
+    def _named(self, inputs: Sequence[GraphInput]) -> str | None:
+        """A name for all that the analysis and the programs follow from, in any process; None where there is none."""
+        places = self.captured.graph.find_nodes(op="placeholder")
+        options = {each.name: getattr(self.config, each.name) for each in fields(self.config)}
+        compiled = {name: value for name, value in options.items() if name not in RUNTIME_OPTIONS}
+        try:
+            held = values_of([*self.constants, *[node.meta[FIXED] for node in places if FIXED in node.meta]])
+            return name_of("plan", text(self.captured), str(inputs), str(compiled), held)
+        except Unkeepable:
+            return None
+
     def _prove_or_thaw(self) -> None:
-        """Proves the plan; with a fresh context where it cannot be frozen."""
+        """Proves the plan, unless another process has; with a fresh context where it cannot be frozen."""
+        proof = None if self.name is None else f"{self.name} proved"
+        if proof is not None and shelf.get(proof) is not None:
+            return
         try:
             self.prove()
+            if proof is not None:
+                shelf.put(proof, b"")
         except UnsupportedGraph as error:
             if self.sparse.live is None:
                 raise
@@ -161,7 +183,7 @@ class Plan:
             warn_once(
                 f"ras_compile: this model's context is computed afresh in every step, it cannot be frozen: {error}"
             )
-            self.sparse = plan(self.analysis)
+            self.sparse, self.name = plan(self.analysis), None
             self.prove()
 
     def prove(self) -> None:
@@ -364,12 +386,28 @@ class Plan:
         """Compiles a program, its repeated blocks once; block by block where the inner compiler refuses that."""
         if self.config.inner_backend == "inductor":
             try:
-                return compile_inner(self.build(active), inputs, self.config)
+                return compile_inner(self.built(active), inputs, self.config)
             except SpecViolation:
                 raise
             except Exception as error:
                 fell_back("blocks compiled one by one", error)
         return compile_or_run(lambda: self.build(active, outline_blocks=False), inputs, self.config)
+
+    def built(self, active: int | str) -> fx.GraphModule:
+        """What :meth:`build` gives; what another process has built of the same program, if it was loaded."""
+        if self.name is None or self.chosen is not None:
+            return self.build(active)
+        name = f"{self.name} {active}"
+        content = shelf.get(name)
+        if content is None:
+            built = self.build(active)
+            try:
+                content = pickled(written(built, ("stack_trace",)))
+            except Unkeepable:
+                return built
+            shelf.put(name, content)
+        # read in any case: Inductor's cache asks for the order of a module's attributes, too
+        return read(pickle.loads(content))
 
     def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
         """The program's graph as the inner compiler gets it: ``"dense"``, ``"bare"`` (dense, and leaves no caches), or the
