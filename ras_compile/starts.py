@@ -181,13 +181,13 @@ def _surroundings(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "python": ".".join(map(str, sys.version_info[:2])),
-        "code": _package(),
+        "code": _own_files(),
         "device": " ".join(words),
     }
 
 
 @cache
-def _package() -> str:
+def _own_files() -> str:
     """A hash of this package's files: what other passes made of a graph is another program."""
     digest = hashlib.sha256()
     modules = (ras_compile, ras_compile.kernels, ras_compile.passes)

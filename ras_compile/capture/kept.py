@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import inspect
 import logging
-import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from torch import fx, nn
 
 from ras_compile import _torch
 from ras_compile.capture.numbers import capture_numbers, keep_captured
-from ras_compile.capture.on_disk import Unkeepable, pickled, read, written
+from ras_compile.capture.on_disk import Unkeepable, pickled, read, unpickled, written
 from ras_compile.errors import UnsupportedGraph
 
 # Expressions of what belongs to a function or a class: their values are not written with the guards.
@@ -149,7 +148,7 @@ class Kept:
         kwargs: dict[str, Any],
         backend: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     ) -> None:
-        told = pickle.loads(content)
+        told = unpickled(content)
         function = _forward_of(model)
         refuse_hooks(model)
         if fingerprint(function) != told["function"]:

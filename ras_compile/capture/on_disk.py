@@ -149,6 +149,11 @@ def pickled(content: Any) -> bytes:
         raise Unkeepable(str(error)) from error
 
 
+def unpickled(content: bytes) -> Any:
+    """What :func:`pickled` wrote. It can run code, as compiled programs do: `load` reads folders that are trusted alone."""
+    return pickle.loads(content)
+
+
 def text(graph: fx.GraphModule) -> str:
     """All of a graph of ops that tells what it computes: equal for graphs that are the same but for the values of their inputs.
 

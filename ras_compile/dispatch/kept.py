@@ -25,9 +25,11 @@ from ras_compile.capture.kept import Kept, keep
 from ras_compile.dispatch.callers import compiled_call, kept_calls
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.execute.compiling import compiling
+from ras_compile.notices import fell_back
 
 log = logging.getLogger(__name__)
 
+_ANEW = "a start that captures a model anew"
 CALLS = 8  # of one model that are remembered
 # No floats: a timestep may be one, and Dynamo takes it for a constant where it sees a single call.
 _LEAVES = (type(None), bool, int, complex, str, bytes, torch.dtype, torch.device)
@@ -114,6 +116,7 @@ def captures(model: nn.Module) -> dict[str, bytes]:
             with torch.inference_mode(call.inference), torch.no_grad(), compiling(announced=False):
                 found[call.name()] = keep(model, *call.arguments())
         except Exception as error:  # of whatever kind: a start without it is a slower one
+            fell_back(_ANEW, error)
             log.info("a call of %s is captured anew in each process: %s", type(model).__name__, error)
     return found
 
@@ -171,6 +174,7 @@ class KeptCalls(Exchangeable):
             try:
                 kept = Kept(model, content, args, kwargs, self._backend)
             except Exception as error:  # of whatever kind: Dynamo captures the call
+                fell_back(_ANEW, error)
                 log.info("%s is captured anew: %s", type(model).__name__, error)
                 del self._waiting[call.name()]
                 return None

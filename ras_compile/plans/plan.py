@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -17,7 +16,7 @@ from torch import Tensor, fx
 from ras_compile import kernels
 from ras_compile.capture.inputs import GraphInput
 from ras_compile.capture.numbers import capture_numbers
-from ras_compile.capture.on_disk import Unkeepable, pickled, read, text, values_of, written
+from ras_compile.capture.on_disk import Unkeepable, pickled, read, text, unpickled, values_of, written
 from ras_compile.config import RUNTIME_OPTIONS, RASConfig
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph
 from ras_compile.execute.compiling import compiling
@@ -407,7 +406,7 @@ class Plan:
                 return built
             shelf.put(name, content)
         # read in any case: Inductor's cache asks for the order of a module's attributes, too
-        return read(pickle.loads(content))
+        return read(unpickled(content))
 
     def build(self, active: int | str, *, outline_blocks: bool = True) -> fx.GraphModule:
         """The program's graph as the inner compiler gets it: ``"dense"``, ``"bare"`` (dense, and leaves no caches), or the

@@ -1193,7 +1193,9 @@ def same(found: Any, wanted: Any) -> None:
     else:
         if getattr(found, "dtype", None) == torch.float8_e4m3fn:
             found, wanted = found.float(), wanted.float()
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        # a product of float8 is summed in float32, in an order of the processor's own
+        close = 1e-6 if getattr(wanted, "dtype", None) == torch.float32 else 1e-10
+        torch.testing.assert_close(found, wanted, rtol=close, atol=close)
 
 
 def sparse_form(value: Any, out: Any, frame: Frame, rows: Tensor) -> Any:
