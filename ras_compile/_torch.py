@@ -112,16 +112,20 @@ except ImportError as error:
 
 try:
     # Capture ahead of the first call, with guards that can be written to disk. Without: a loaded start captures anew.
-    from torch._dynamo.aot_compile import aot_compile_fullgraph as capture_ahead
-    from torch._dynamo.aot_compile_types import SerializableCallable  # what a backend returns to it
-    from torch._dynamo.hooks import Hooks  # chooses the guards
+    from torch._dynamo.aot_compile import aot_compile_fullgraph as _aot_compile_fullgraph
+    from torch._dynamo.aot_compile_types import (
+        SerializableCallable as _SerializableCallable,
+    )  # what a backend returns to it
+    from torch._dynamo.hooks import Hooks as _Hooks  # chooses the guards
     from torch._dynamo.output_graph import (
-        get_builtins_dict as builtins_of,
+        get_builtins_dict as _builtins_of,
     )  # what a function's globals hold of Python's own
     from torch._dynamo.package import SerializedCode  # bytecode on disk
-    from torch._dynamo.package import load_guard_manager  # guards from disk
+    from torch._dynamo.package import load_guard_manager as _load_guard_manager  # guards from disk
 except ImportError:
-    capture_ahead: Any = None  # type: ignore[no-redef]
+    pass
+# Whether all of that is there.
+CAPTURES_AHEAD = "_load_guard_manager" in globals()
 
 
 def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -365,14 +369,81 @@ def unwritable_guards() -> frozenset[str]:
     return frozenset(_guards.CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES)
 
 
-def guards_on_disk(content: bytes) -> Any:
-    """Guards as capture ahead of time has written them. PyTorch's own function for it imports all of FSDP first, which takes a
-    second, to hold its modules still."""
+@dataclass(frozen=True)
+class CapturedAhead:
+    """What is captured of a call ahead of time.
+
+    Attributes:
+        guards: those that can be written.
+        code: Dynamo's code, which calls the graph.
+        backend: what that code calls the graph.
+        imports: modules by what that code and guards call them.
+        modules: those whose code was followed.
+    """
+
+    guards: bytes
+    code: CodeType
+    backend: str
+    imports: dict[str, str]
+    modules: set[str]
+
+
+def capture_ahead(
+    forward: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    chosen: Callable[[Sequence[Any]], list[bool]],
+    backend: Callable[[fx.GraphModule, Sequence[Any]], None],
+) -> CapturedAhead:
+    """Captures a call ahead of time with fixed sizes.
+
+    Args:
+        chosen: which guards are written.
+        backend: takes the graph and its inputs.
+    """
+
+    class Uncalled(_SerializableCallable):
+        """What capture ahead of time is given for a compiled graph: nobody calls it."""
+
+        @classmethod
+        def serialize_compile_artifacts(cls, fn: Any) -> bytes:
+            return b""
+
+        @classmethod
+        def deserialize_compile_artifacts(cls, data: bytes) -> Any:
+            return cls()
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError
+
+    def take(graph: fx.GraphModule, inputs: Sequence[Any]) -> Uncalled:
+        backend(graph, inputs)
+        return Uncalled()
+
+    config: Any = torch._dynamo.config
+    with config.patch(automatic_dynamic_shapes=False):
+        found = _aot_compile_fullgraph(forward, (args, kwargs), hooks=_Hooks(guard_filter_fn=chosen), backend=take)
+    told = found._artifacts
+    modules = {each.module for each in told.source_info.inlined_sources}
+    env = told.runtime_env
+    return CapturedAhead(told.guards_state, env.bytecode, told.backend_id, dict(env.import_sources), modules)
+
+
+def guards_on_disk(content: bytes, code: CodeType, scope: dict[str, Any]) -> Any:
+    """What checks the guards that capture ahead of time has written; ``scope`` gets Python's own functions by Dynamo's name.
+
+    PyTorch's own function for it imports all of FSDP first, which takes a second, to hold its modules still.
+    """
     if "torch.distributed.fsdp" in sys.modules:
         from torch._dynamo.package import load_guards_state
 
-        return load_guards_state(content)
-    return pickle.loads(content)
+        state = load_guards_state(content)
+    else:
+        state = pickle.loads(content)
+    own = state.output_graph.name_of_builtins_dict_key_in_fglobals
+    if own:
+        scope[own] = _builtins_of(scope)
+    return _load_guard_manager(state, code, scope)
 
 
 def names_in_guards() -> dict[str, Any]:

@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import builtins
 import dis
-import hashlib
 import importlib
 import inspect
-import logging
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from enum import Enum
-from functools import partial
-from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ras_compile import _torch
 from ras_compile.capture.numbers import capture_numbers, keep_captured
 from ras_compile.capture.on_disk import Unkeepable, pickled, read, unpickled, written
+from ras_compile.capture.words import PLAIN, classes_of, file_hash, fingerprint
 from ras_compile.errors import UnsupportedGraph
 
 # Expressions of what belongs to a function or a class: their values are not written with the guards.
 _OF_CODE = re.compile(r"__(?:defaults|kwdefaults|code|closure)__|__dict__\)\[")
-_PLAIN = (type(None), type(Ellipsis), bool, int, float, complex, str, bytes)
 # What is read of Dynamo's notes on a node.
 _META = ("example_value", "stack_trace", "nn_module_stack")
 
@@ -50,7 +43,7 @@ def keep(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bytes:
     Raises:
         Unkeepable: it cannot be written, or this PyTorch does not write captures.
     """
-    if _torch.capture_ahead is None:
+    if not _torch.CAPTURES_AHEAD:
         raise Unkeepable("this PyTorch does not capture ahead of time")
     refuse_hooks(model)
     graphs: list[dict[str, Any]] = []
@@ -66,29 +59,23 @@ def keep(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bytes:
                 held.add(name)
         return written
 
-    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
         told = {"graph": written(graph, _META)}
         with suppress(Unkeepable, UnsupportedGraph):
             told["captured"] = _captured(graph, inputs)
         graphs.append(told)
-        return _Uncalled()
 
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        hooks = _torch.Hooks(guard_filter_fn=chosen)
-        found = _torch.capture_ahead(model.forward, (args, kwargs), hooks=hooks, backend=backend)
-    artifacts, function = found._artifacts, _forward_of(model)
-    code = artifacts.runtime_env
-    held |= {f"G[{name!r}]" for name in _globals_of(code, artifacts.backend_id)}
-    scope, names = _Scope(function, code.import_sources), sorted(held)
+    found, function = _torch.capture_ahead(model.forward, args, kwargs, chosen, backend), _forward_of(model)
+    held |= {f"G[{name!r}]" for name in _globals_of(found)}
+    scope, names = _Scope(function, found.imports), sorted(held)
     values = scope.values(names, model, args, kwargs)
-    modules = {each.module for each in artifacts.source_info.inlined_sources}
     content = {
-        "guards": artifacts.guards_state,
-        "code": _torch.SerializedCode.from_code_object(code.bytecode),
-        "backend": artifacts.backend_id,
-        "imports": dict(code.import_sources),
+        "guards": found.guards,
+        "code": _torch.SerializedCode.from_code_object(found.code),
+        "backend": found.backend,
+        "imports": found.imports,
         "held": {name: fingerprint(value) for name, value in zip(names, values, strict=True)},
-        "files": {name: file_hash(name) for name in sorted(modules) if name.partition(".")[0] != "torch"},
+        "files": {name: file_hash(name) for name in sorted(found.modules) if name.partition(".")[0] != "torch"},
         "function": fingerprint(function),
         "classes": classes_of(model),
         "sizes": dict(_torch.sizes_seen(function.__code__)),
@@ -97,16 +84,16 @@ def keep(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bytes:
     return pickled(content)
 
 
-def _globals_of(code: Any, backend: str) -> set[str]:
+def _globals_of(found: _torch.CapturedAhead) -> set[str]:
     """The globals that Dynamo's code reads of the function's own.
 
     Raises:
         Unkeepable: it writes some, or reads what it has made itself.
     """
-    steps = list(dis.get_instructions(code.bytecode))
+    steps = list(dis.get_instructions(found.code))
     if any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in steps):
         raise Unkeepable("the model writes global variables")
-    read = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"} - {backend, *code.import_sources}
+    read = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"} - {found.backend, *found.imports}
     own = {name for name in read if name not in vars(builtins)}
     if any(name.startswith("__") for name in own):
         raise Unkeepable(f"its code uses {', '.join(sorted(own))}")
@@ -166,12 +153,8 @@ class Kept:
         self._held, self._read = [_sight(value) for value in values], self._scope.compiled(names)
         self._function = function
         self._parts = function.__code__, function.__defaults__, function.__kwdefaults__
-        state = _torch.guards_on_disk(told["guards"])
         scope = self._scope.globals()
-        own = state.output_graph.name_of_builtins_dict_key_in_fglobals
-        if own:
-            scope[own] = _torch.builtins_of(scope)
-        self._guards = _torch.load_guard_manager(state, function.__code__, scope)
+        self._guards = _torch.guards_on_disk(told["guards"], function.__code__, scope)
         graph = read(told["graph"])
         if "captured" in told:
             keep_captured(graph, read(told["captured"]))
@@ -222,21 +205,6 @@ def _forward_of(model: nn.Module) -> FunctionType:
     if not isinstance(function, FunctionType):
         raise Unkeepable("the model's forward is no function")
     return function
-
-
-class _Uncalled(_torch.SerializableCallable if _torch.capture_ahead else object):  # type: ignore[misc]
-    """What capture ahead of time is given for a compiled graph: nobody calls it."""
-
-    @classmethod
-    def serialize_compile_artifacts(cls, fn: Any) -> bytes:
-        return b""
-
-    @classmethod
-    def deserialize_compile_artifacts(cls, data: bytes) -> Any:
-        return cls()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
 
 
 class _Scope:
@@ -294,94 +262,9 @@ def refuse_hooks(model: nn.Module) -> None:
             raise Unkeepable(f"hooks run around the forward of its part {name!r}")
 
 
-def classes_of(model: nn.Module) -> str:
-    """A hash of the methods and attributes of the classes of a model's parts, which Dynamo does not guard either."""
-    kinds = {kind for part in model.modules() for kind in type(part).__mro__ if kind is not object}
-    words = []
-    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
-        for name, value in sorted(vars(kind).items()):
-            if name not in _NOTED:
-                words.append(f"{kind.__module__}.{kind.__qualname__}.{name} {_lenient(value)}")
-    return _hash("classes", *words)
-
-
-# What Python itself notes in a class, and what makes objects: Dynamo exchanges that of modules once it compiles.
-_NOTED = {
-    "__init__", "__setstate__", "___needs_generation_tag_patch",
-    "__abstractmethods__", "__annotations__", "__dict__", "__doc__", "__module__", "__weakref__", "_abc_impl",
-}  # fmt: skip
-
-
-def _lenient(value: Any) -> str:
-    """The words for a value; where there are none, those for its class."""
-    try:
-        return fingerprint(value)
-    except Unkeepable:
-        return f"a {type(value).__module__}.{type(value).__qualname__}"
-
-
-def fingerprint(value: Any, within: tuple[int, ...] = ()) -> str:
-    """Words for a value that another process has, too, if its code is the same.
-
-    Args:
-        within: the functions whose words these are a part of, by their identity.
-
-    Raises:
-        Unkeepable: there are none: nothing but its class tells such a value from another one.
-    """
-    if isinstance(value, Enum):
-        return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
-    if isinstance(value, (*_PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, slice)):
-        return f"{type(value).__name__} {value!r}"
-    if isinstance(value, ModuleType):
-        return f"module {value.__name__}"
-    if isinstance(value, CodeType):
-        words = [value.co_code.hex(), *map(str, (value.co_names, value.co_varnames, value.co_freevars))]
-        return _hash("code", *words, *[fingerprint(constant, within) for constant in value.co_consts])
-    if isinstance(value, FunctionType):
-        name = f"function {value.__module__}.{value.__qualname__}"
-        if id(value) in within:
-            return name
-        inside = (*within, id(value))
-        around = [_around(cell, inside) for cell in value.__closure__ or ()]
-        given = [fingerprint(each, inside) for each in (value.__code__, value.__defaults__, value.__kwdefaults__)]
-        return _hash(name, *given, *around)
-    if isinstance(value, type):
-        return f"class {value.__module__}.{value.__qualname__}"
-    if isinstance(value, (staticmethod, classmethod)):
-        return _hash(type(value).__name__, fingerprint(value.__func__, within))
-    if isinstance(value, property):
-        return _hash("property", *[fingerprint(each, within) for each in (value.fget, value.fset, value.fdel)])
-    if isinstance(value, partial):
-        return _hash("partial", *[fingerprint(each, within) for each in (value.func, value.args, value.keywords)])
-    if isinstance(value, (tuple, list)):
-        return _hash(type(value).__name__, *[fingerprint(each, within) for each in value])
-    if isinstance(value, (set, frozenset)):
-        return _hash(type(value).__name__, *sorted(fingerprint(each, within) for each in value))
-    if isinstance(value, Mapping):
-        return _hash(type(value).__name__, *sorted(map(str, value)))
-    if isinstance(value, logging.Logger):
-        return f"logger {value.name}"
-    named = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-    if not isinstance(named, str):
-        raise Unkeepable(f"it rests on a {type(value).__name__}, of which nothing but its class can be told")
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    return f"{kind} {getattr(value, '__module__', '')}.{named}"
-
-
-def _around(cell: Any, within: tuple[int, ...]) -> str:
-    """Words for what a function finds around it; of objects that have none the class alone."""
-    try:
-        return fingerprint(cell.cell_contents, within)
-    except ValueError:
-        return "nothing yet"
-    except Unkeepable:
-        return f"a {type(cell.cell_contents).__qualname__}"
-
-
 def _sight(value: Any) -> Any:
     """What tells in this process whether an expression has another value: equal for the same one."""
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return type(value), value
     if isinstance(value, Mapping):
         return tuple(value)
@@ -404,19 +287,3 @@ class _Same:
         return isinstance(other, _Same) and other.value is self.value
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _hash(kind: str, *words: str) -> str:
-    return f"{kind} {hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:32]}"
-
-
-def file_hash(module: str) -> str:
-    """Of a module's source.
-
-    Raises:
-        Unkeepable: it has none.
-    """
-    path = getattr(sys.modules.get(module) or importlib.import_module(module), "__file__", None)
-    if path is None or not Path(path).exists():
-        raise Unkeepable(f"{module} has no file")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

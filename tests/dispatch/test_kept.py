@@ -18,13 +18,14 @@ import ras_compile
 from ras_compile import _torch
 from ras_compile.capture import kept as keeping
 from ras_compile.capture import numbers
-from ras_compile.capture.kept import Kept, fingerprint, keep
+from ras_compile.capture.kept import Kept, keep
 from ras_compile.capture.on_disk import Unkeepable
+from ras_compile.capture.words import fingerprint
 from ras_compile.dispatch import kept
 from ras_compile.dispatch.callers import is_call, kept_calls
 from ras_compile.dispatch.kept import Call, captures, give, use_loaded
 
-pytestmark = pytest.mark.skipif(_torch.capture_ahead is None, reason="this PyTorch does not capture ahead of time")
+pytestmark = pytest.mark.skipif(not _torch.CAPTURES_AHEAD, reason="this PyTorch does not capture ahead of time")
 
 
 def drawn(model, latent=LATENT, text=TEXT, **options):

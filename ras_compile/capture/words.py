@@ -1,0 +1,122 @@
+"""Words for functions, classes, modules and plain values that are the same in every process whose code is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ras_compile.capture.on_disk import Unkeepable
+
+PLAIN = (type(None), type(Ellipsis), bool, int, float, complex, str, bytes)
+
+
+def classes_of(model: nn.Module) -> str:
+    """A hash of the methods and attributes of the classes of a model's parts, which Dynamo does not guard either."""
+    kinds = {kind for part in model.modules() for kind in type(part).__mro__ if kind is not object}
+    words = []
+    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
+        for name, value in sorted(vars(kind).items()):
+            if name not in _NOTED:
+                words.append(f"{kind.__module__}.{kind.__qualname__}.{name} {_lenient(value)}")
+    return _hash("classes", *words)
+
+
+# What Python itself notes in a class, and what makes objects: Dynamo exchanges that of modules once it compiles.
+_NOTED = {
+    "__init__", "__setstate__", "___needs_generation_tag_patch",
+    "__abstractmethods__", "__annotations__", "__dict__", "__doc__", "__module__", "__weakref__", "_abc_impl",
+}  # fmt: skip
+
+
+def _lenient(value: Any) -> str:
+    """The words for a value; where there are none, those for its class."""
+    try:
+        return fingerprint(value)
+    except Unkeepable:
+        return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def fingerprint(value: Any, within: tuple[int, ...] = ()) -> str:
+    """Words for a value that another process has, too, if its code is the same.
+
+    Args:
+        within: the functions whose words these are a part of, by their identity.
+
+    Raises:
+        Unkeepable: there are none: nothing but its class tells such a value from another one.
+    """
+    if isinstance(value, Enum):
+        return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
+    if isinstance(value, (*PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, slice)):
+        return f"{type(value).__name__} {value!r}"
+    if isinstance(value, ModuleType):
+        return f"module {value.__name__}"
+    if isinstance(value, CodeType):
+        words = [value.co_code.hex(), *map(str, (value.co_names, value.co_varnames, value.co_freevars))]
+        return _hash("code", *words, *[fingerprint(constant, within) for constant in value.co_consts])
+    if isinstance(value, FunctionType):
+        name = f"function {value.__module__}.{value.__qualname__}"
+        if id(value) in within:
+            return name
+        inside = (*within, id(value))
+        around = [_around(cell, inside) for cell in value.__closure__ or ()]
+        given = [fingerprint(each, inside) for each in (value.__code__, value.__defaults__, value.__kwdefaults__)]
+        return _hash(name, *given, *around)
+    if isinstance(value, type):
+        return f"class {value.__module__}.{value.__qualname__}"
+    if isinstance(value, (staticmethod, classmethod)):
+        return _hash(type(value).__name__, fingerprint(value.__func__, within))
+    if isinstance(value, property):
+        return _hash("property", *[fingerprint(each, within) for each in (value.fget, value.fset, value.fdel)])
+    if isinstance(value, partial):
+        return _hash("partial", *[fingerprint(each, within) for each in (value.func, value.args, value.keywords)])
+    if isinstance(value, (tuple, list)):
+        return _hash(type(value).__name__, *[fingerprint(each, within) for each in value])
+    if isinstance(value, (set, frozenset)):
+        return _hash(type(value).__name__, *sorted(fingerprint(each, within) for each in value))
+    if isinstance(value, Mapping):
+        return _hash(type(value).__name__, *sorted(map(str, value)))
+    if isinstance(value, logging.Logger):
+        return f"logger {value.name}"
+    named = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    if not isinstance(named, str):
+        raise Unkeepable(f"it rests on a {type(value).__name__}, of which nothing but its class can be told")
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return f"{kind} {getattr(value, '__module__', '')}.{named}"
+
+
+def _around(cell: Any, within: tuple[int, ...]) -> str:
+    """Words for what a function finds around it; of objects that have none the class alone."""
+    try:
+        return fingerprint(cell.cell_contents, within)
+    except ValueError:
+        return "nothing yet"
+    except Unkeepable:
+        return f"a {type(cell.cell_contents).__qualname__}"
+
+
+def _hash(kind: str, *words: str) -> str:
+    return f"{kind} {hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:32]}"
+
+
+def file_hash(module: str) -> str:
+    """Of a module's source.
+
+    Raises:
+        Unkeepable: it has none.
+    """
+    path = getattr(sys.modules.get(module) or importlib.import_module(module), "__file__", None)
+    if path is None or not Path(path).exists():
+        raise Unkeepable(f"{module} has no file")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
