@@ -4,6 +4,7 @@
     sd3.5-large   38 joint blocks, width 2432, the same tokens
     lumina-next   24 blocks, width 2304, 4096 image tokens, text in cross-attention, guidance in one batch of 2, 30 steps
     flux-dev      19 joint + 38 single blocks, width 3072, 4096 image + 512 text tokens, distilled guidance, 28 steps
+    flux-kontext  the same, and the 4096 tokens of a reference picture behind those of the image
     wan-1.3b      30 blocks, width 1536, 832x480x81 video: 32760 tokens, two calls a step, 20 steps
 
 Speed does not depend on the weights. They are drawn large enough for every token to matter: nothing is left at zero.
@@ -220,19 +221,19 @@ def _sd3(transformer: Any, tiny: bool, draw: _Draw) -> dict:
     )
 
 
-@_model(
-    "flux-dev", "FluxTransformer2DModel",
-    dict(
-        patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
-        num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
-        axes_dims_rope=(16, 56, 56),
-    ),
-    dict(
-        in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
-    ),
+_FLUX = dict(
+    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
+    num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+    axes_dims_rope=(16, 56, 56),
 )  # fmt: skip
-def _flux(transformer: Any, tiny: bool, draw: _Draw) -> dict:
+_FLUX_TINY = dict(
+    in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+    joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+)  # fmt: skip
+
+
+@_model("flux-dev", "FluxTransformer2DModel", _FLUX, _FLUX_TINY)
+def _flux(transformer: Any, tiny: bool, draw: _Draw, references: int = 0) -> dict:
     config = transformer.config
     side = 8 if tiny else 64
     text = draw(1, 4 if tiny else 512, config.joint_attention_dim)
@@ -241,18 +242,23 @@ def _flux(transformer: Any, tiny: bool, draw: _Draw) -> dict:
     ids[..., 1] += torch.arange(side, device=draw.device)[:, None]
     ids[..., 2] += torch.arange(side, device=draw.device)[None]
     ids, text_ids = ids.reshape(-1, 3), torch.zeros(text.shape[1], 3, device=draw.device, dtype=draw.dtype)
+    behind = ids + torch.tensor(
+        [1, 0, 0], device=draw.device, dtype=draw.dtype
+    )  # as the pipeline numbers a reference's places
+    ids, pictures = torch.cat([ids, *[behind] * references]), draw(1, references * side * side, config.in_channels)
     guidance = torch.full([1], 3.5, device=draw.device, dtype=torch.float32)
 
     def call(latents: Tensor, t: Tensor) -> dict:
         return dict(
-            hidden_states=latents, timestep=t.expand(1).to(latents.dtype) / 1000, guidance=guidance,
+            hidden_states=torch.cat([latents, pictures], 1) if references else latents,
+            timestep=t.expand(1).to(latents.dtype) / 1000, guidance=guidance,
             pooled_projections=pooled, encoder_hidden_states=text, txt_ids=text_ids, img_ids=ids,
             joint_attention_kwargs=None, return_dict=False,
         )  # fmt: skip
 
     def predict(transformer, latents, t, index, steps, scheduler):
         with _branch(transformer, "cond"):
-            return transformer(**call(latents, t))[0]
+            return transformer(**call(latents, t))[0][:, : latents.shape[1]]
 
     def set_timesteps(scheduler, steps, device):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=1.15)
@@ -266,6 +272,11 @@ def _flux(transformer: Any, tiny: bool, draw: _Draw) -> dict:
         steps=28,
         inputs=call(latents, torch.tensor(1000.0, device=latents.device)),
     )
+
+
+@_model("flux-kontext", "FluxTransformer2DModel", _FLUX, _FLUX_TINY)
+def _kontext(transformer: Any, tiny: bool, draw: _Draw) -> dict:
+    return _flux(transformer, tiny, draw, references=1)
 
 
 @_model(

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=["real", "tiny"], default="real", help="of the models of sizes.py")
     parser.add_argument("--steps", type=int, help="of a picture; by default the model's, 8 of the shipped one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep", type=Path, help="an empty folder, where what the processes write stays for a look")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(draw(*args.inside, args)))
         return
     starts = ["eager", "cold", "warm", "loaded"] + ["loaded, with Triton's folder"] * (args.device == "cuda")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep) as place:
         disk, before = Path(place, "disk"), Path(place, "before")
         for start in starts:
             if start.startswith("loaded"):

@@ -74,7 +74,7 @@ def keep(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bytes:
         "code": _torch.SerializedCode.from_code_object(found.code),
         "backend": found.backend,
         "imports": found.imports,
-        "held": {name: fingerprint(value) for name, value in zip(names, values, strict=True)},
+        "held": dict(zip(names, map(_words, names, values), strict=True)),
         "files": {name: file_hash(name) for name in sorted(found.modules) if name.partition(".")[0] != "torch"},
         "function": fingerprint(function),
         "classes": classes_of(model),
@@ -148,7 +148,7 @@ class Kept:
         self._scope, names = _Scope(function, told["imports"]), sorted(told["held"])
         values = self._scope.values(names, model, args, kwargs)
         for name, value in zip(names, values, strict=True):
-            if fingerprint(value) != told["held"][name]:
+            if _words(name, value) != told["held"][name]:
                 raise Unkeepable(f"{name} is another one")
         self._held, self._read = [_sight(value) for value in values], self._scope.compiled(names)
         self._function = function
@@ -260,6 +260,18 @@ def refuse_hooks(model: nn.Module) -> None:
     for name, part in model.named_modules():
         if _torch.has_forward_hooks(part) or "forward" in vars(part):
             raise Unkeepable(f"hooks run around the forward of its part {name!r}")
+
+
+def _words(name: str, value: Any) -> str:
+    """Words for the value of an expression.
+
+    Raises:
+        Unkeepable: there are none.
+    """
+    try:
+        return fingerprint(value)
+    except Unkeepable as error:
+        raise Unkeepable(f"of {name}: {error}") from error
 
 
 def _sight(value: Any) -> Any:

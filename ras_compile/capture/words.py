@@ -89,6 +89,8 @@ def fingerprint(value: Any, within: tuple[int, ...] = ()) -> str:
         return _hash(type(value).__name__, *sorted(map(str, value)))
     if isinstance(value, logging.Logger):
         return f"logger {value.name}"
+    if type(value) is object:  # a sentinel: one is like another, and which it is is compared at each call
+        return "object"
     named = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
     if not isinstance(named, str):
         raise Unkeepable(f"it rests on a {type(value).__name__}, of which nothing but its class can be told")

@@ -25,7 +25,7 @@ from ras_compile.capture.kept import Kept, keep
 from ras_compile.dispatch.callers import compiled_call, kept_calls
 from ras_compile.dispatch.traced import Exchangeable
 from ras_compile.execute.compiling import compiling
-from ras_compile.notices import fell_back
+from ras_compile.notices import fell_back, warn_once
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,10 @@ def captures(model: nn.Module) -> dict[str, bytes]:
                 found[call.name()] = keep(model, *call.arguments())
         except Exception as error:  # of whatever kind: a start without it is a slower one
             fell_back(_ANEW, error)
-            log.info("a call of %s is captured anew in each process: %s", type(model).__name__, error)
+            warn_once(
+                f"a call of {type(model).__name__} cannot be written, so that each process that loads this captures it anew, "
+                f"which takes seconds: {error}"
+            )
     return found
 
 
@@ -180,7 +183,10 @@ class KeptCalls(Exchangeable):
                 return None
             self._known.append(kept)
             del self._waiting[call.name()]
-            return kept if kept.fits(model, args, kwargs) else None
+            if kept.fits(model, args, kwargs):
+                return kept
+            log.info("%s is captured anew: its guards say that this call is another one", type(model).__name__)
+            return None
 
     def _run(self, kept: Kept, model: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Its arguments have the names by which `dispatch/callers.py` finds what is called."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import pickle
 import sys
+import threading
 import weakref
 from types import ModuleType
 
@@ -336,6 +337,55 @@ def test_writing_a_global_is_not_kept():
         keep(model, (LATENT, torch.ones(2), TEXT), {})
 
 
+MISSING = object()
+
+
+class WithSentinel(TinyDiT):
+    """Compares an argument with an object that is nothing but itself, as Dynamo's own code for Python's functions does."""
+
+    def forward(self, hidden_states, timestep, text):
+        found = super().forward(hidden_states, timestep, text)
+        return found if text is MISSING else 2 * found
+
+
+def test_a_sentinel_is_another_one_in_each_process(monkeypatch):
+    torch.manual_seed(0)
+    model = WithSentinel().eval()
+    found = saved(model)
+    monkeypatch.setitem(globals(), "MISSING", object())
+    give(model, found)
+    compiled, _, graphs = drawn(model)
+    assert len(found) == 1 and graphs == 0
+    monkeypatch.setitem(globals(), "MISSING", TEXT)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        compiled(LATENT, torch.ones(2), TEXT)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class Unnamed:
+    """Of its objects nothing but the class can be told."""
+
+    width = 2.0
+
+
+UNNAMED = Unnamed()
+
+
+class WithObject(TinyDiT):
+    """Reads a number of a global object."""
+
+    def forward(self, hidden_states, timestep, text):
+        return UNNAMED.width * super().forward(hidden_states, timestep, text)
+
+
+def test_what_cannot_be_written_is_said_once():
+    model = WithObject().eval()
+    drawn(model)
+    with pytest.warns(ras_compile.RASWarning, match=r"a call of WithObject .*UNNAMED.*Unnamed"):
+        assert captures(model) == {}
+
+
 def test_arguments_are_not_kept_alive(model):
     give(model, saved(model))
     compiled = torch.compile(model, backend="ras", options=EAGER)
@@ -448,7 +498,8 @@ def test_words_for_values():
     assert len(set(map(fingerprint, values))) == len(values)
     assert fingerprint(one) == fingerprint(one) and fingerprint(recursive()) == fingerprint(recursive())
     with pytest.raises(Unkeepable):
-        fingerprint(object())
+        fingerprint(threading.Lock())
+    assert fingerprint(object()) == fingerprint(object())
     assert fingerprint(ModuleType("torch")) == fingerprint(torch)
 
 

@@ -27,7 +27,7 @@ def bench(tmp_path, *more, model="sd3-medium"):
     return run.main([*command, "--out", str(tmp_path), *more])
 
 
-@pytest.mark.parametrize("model", ["flux-dev", "lumina-next", "wan-1.3b"])
+@pytest.mark.parametrize("model", ["flux-dev", "flux-kontext", "lumina-next", "wan-1.3b"])
 def test_every_model_is_sampled_adaptively(tmp_path, model):
     more = ["--methods", "ras", "--ratios", "0.5", "--contexts", "fresh", "--steps", "14"]
     (row,) = bench(tmp_path, *more, model=model)["rows"]
