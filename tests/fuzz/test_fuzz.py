@@ -12,7 +12,7 @@ from corpus import CORPUS, SHARES
 from laws import TIGHT, judged, off, simpler, smallest
 from random_models import BLOCKS, RandomModel, Recipe, random_recipe
 
-SEEDS, TOGETHER = 300, 10
+SEEDS, TOGETHER = 150, 10
 FIRST = int(os.environ.get("FUZZ_SEED", "0"))
 
 
