@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import gc
 import pickle
 import sys
 import threading
@@ -396,6 +397,7 @@ def test_arguments_are_not_kept_alive(model):
         compiled(LATENT, torch.ones(2), text)
     del text
     ras_compile.release(compiled)
+    gc.collect()  # frames of the capture on PyTorch 2.11
     assert seen() is None
 
 
@@ -529,6 +531,7 @@ def test_what_is_attached_again_has_its_captures(model):
         torch._dynamo.reset()
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11"), reason="PyTorch 2.11 writes no call that returns one")
 def test_an_object_may_be_returned():
     """Dynamo's code then calls functions that are Python's own."""
     case = ZOO["SD3"]
