@@ -15,7 +15,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import fx, nn
@@ -66,14 +66,16 @@ def keep(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bytes:
         graphs.append(told)
 
     found, function = _torch.capture_ahead(model.forward, args, kwargs, chosen, backend), _forward_of(model)
-    held |= {f"G[{name!r}]" for name in _globals_of(found)}
-    scope, names = _Scope(function, found.imports), sorted(held)
+    read, modules = _globals_of(found, function)
+    imports = {**found.imports, **modules}
+    held |= {f"G[{name!r}]" for name in read}
+    scope, names = _Scope(function, imports), sorted(held)
     values = scope.values(names, model, args, kwargs)
     content = {
         "guards": found.guards,
         "code": _torch.SerializedCode.from_code_object(found.code),
         "backend": found.backend,
-        "imports": found.imports,
+        "imports": imports,
         "held": dict(zip(names, map(_words, names, values), strict=True)),
         "files": {name: file_hash(name) for name in sorted(found.modules) if name.partition(".")[0] != "torch"},
         "function": fingerprint(function),
@@ -84,20 +86,22 @@ def keep(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bytes:
     return pickled(content)
 
 
-def _globals_of(found: _torch.CapturedAhead) -> set[str]:
-    """The globals that Dynamo's code reads of the function's own.
+def _globals_of(found: _torch.CapturedAhead, function: FunctionType) -> tuple[set[str], dict[str, str]]:
+    """The globals that Dynamo's code reads of the function's own, and what modules are called that Dynamo has put among them.
 
     Raises:
-        Unkeepable: it writes some, or reads what it has made itself.
+        Unkeepable: it writes some, or reads what else Dynamo has made.
     """
     steps = list(dis.get_instructions(found.code))
     if any(step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for step in steps):
         raise Unkeepable("the model writes global variables")
-    read = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"} - {found.backend, *found.imports}
-    own = {name for name in read if name not in vars(builtins)}
-    if any(name.startswith("__") for name in own):
-        raise Unkeepable(f"its code uses {', '.join(sorted(own))}")
-    return own
+    read = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"}
+    read -= {found.backend, *found.imports, *vars(builtins)}
+    put = {name: function.__globals__.get(name) for name in read if name.startswith("__")}
+    modules = {name: value.__name__ for name, value in put.items() if isinstance(value, ModuleType)}
+    if put.keys() - modules.keys():
+        raise Unkeepable(f"its code uses {', '.join(sorted(put.keys() - modules.keys()))}")
+    return read - modules.keys(), modules
 
 
 def _captured(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[tuple]:
@@ -225,7 +229,7 @@ class _Scope:
         """G as it is now."""
         numbered = "__builtins_dict__"  # by Dynamo, in each process in its own way
         found = {name: value for name, value in self._function.__globals__.items() if not name.startswith(numbered)}
-        return {**self._imported, **found}
+        return {**found, **self._imported}
 
     def compiled(self, names: Sequence[str]) -> Callable[[Mapping[str, Any]], tuple]:
         """What gives the values of some expressions, for a call's arguments."""

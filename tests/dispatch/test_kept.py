@@ -532,9 +532,10 @@ def test_what_is_attached_again_has_its_captures(model):
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.11"), reason="PyTorch 2.11 writes no call that returns one")
-def test_an_object_may_be_returned():
-    """Dynamo's code then calls functions that are Python's own."""
-    case = ZOO["SD3"]
+@pytest.mark.parametrize("name", ["SD3", "DiT"])
+def test_an_object_may_be_returned(name):
+    """Dynamo's code then calls functions that are Python's own, or of a module that it has put among the globals."""
+    case = ZOO[name]
     model, given = case.build().eval(), {**case.inputs(), "return_dict": True}
     with torch.no_grad():
         one = Kept(model, keep(model, (), given), (), given, lambda graph, values: graph)
