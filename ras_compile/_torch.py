@@ -181,6 +181,8 @@ MISSING: list[str] = [
 COMPILED_CALL = "_compiled_call_impl"
 # How often a tensor was written; without it a latent that was written passes for the old.
 version_of = attrgetter("_version")
+# What a tensor is a view of, or None; without it a table of places is compiled anew where rows and columns were equal at first.
+base_of = attrgetter("_base")
 
 
 def hash_compilers() -> threading.Thread:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ras_compile._torch import original
+from ras_compile._torch import compiled_call, original
 from ras_compile.capture.inputs import check_timestep
 from ras_compile.config import RASConfig, is_whole
 from ras_compile.errors import ConfigError, SpecViolation, UnsupportedGraph, UnusableInput
@@ -189,7 +189,8 @@ class Explanation:
             return str(error)
         whole = counts.pop(self.tokens, 0)
         sparse = ", ".join(f"{steps} of {tokens} tokens" for tokens, steps in sorted(counts.items(), reverse=True))
-        return f"{num_steps} steps: {whole} dense" + (f", {sparse}" if sparse else "")
+        faster = f", {self.speedup(num_steps=num_steps):.2f}x by FLOPs" if sparse else ""
+        return f"{num_steps} steps: {whole} dense" + (f", {sparse}" if sparse else "") + faster
 
     @property
     def _price(self) -> Cost:
@@ -273,7 +274,8 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **inp
     Args:
         model: a transformer, compiled or not, or a pipeline, which is called up to its first call of a transformer: its
             text encoders run, and a generator among the inputs is drawn from.
-        options: options as for the backend; see :class:`RASConfig`.
+        options: options as for the backend; see :class:`RASConfig`. None: those of the handle, where `attach` has compiled
+            the model, and else the defaults.
         *args, **inputs: the arguments of one call.
 
     Raises:
@@ -294,6 +296,8 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **inp
         model, inputs = first_call(model, found, inputs)
     transformer: nn.Module = model
     module: nn.Module = original(transformer)
+    if options is None:
+        config = getattr(compiled_call(module), "config", config)
     inputs = named(module.forward, args, inputs) if args and transformer is given else inputs
     check_timestep(config.timestep, type(module))
     try:

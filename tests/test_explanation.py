@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pipelines import sd3, sd3_prompt
 from tiny import EAGER, LATENT, TEXT, model, run
 
 import ras_compile
@@ -95,6 +96,17 @@ def test_the_budget_of_a_run_is_told():
         tolerant.budget()
     with pytest.raises(ras_compile.ConfigError, match="num_steps=0"):
         told.budget(0)
+
+
+def test_an_attached_model_is_explained_with_its_own_options():
+    pipe = sd3()
+    given = {**sd3_prompt(), "height": 64, "width": 64, "num_inference_steps": 14}
+    plain = ras_compile.explain(pipe, **given)
+    with ras_compile.attach(pipe, preset="fast", inner_backend="eager") as handle:
+        told = ras_compile.explain(pipe, **given)
+        assert told.config == handle.config and told.budget(14) != plain.budget(14)
+        assert ras_compile.explain(pipe, options={}, **given).budget(14) == plain.budget(14)
+    assert f", {told.speedup(num_steps=14):.2f}x by FLOPs" in str(told)
 
 
 def test_seconds_of_a_step_that_processes_share():

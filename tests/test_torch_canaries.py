@@ -607,6 +607,12 @@ def test_writes_are_counted(name):
     assert _torch.version_of(tensor) > before
 
 
+@canary("base_of")
+def test_a_view_has_a_base(name):
+    tensor = torch.zeros(2, 3)
+    assert _torch.base_of(tensor) is None and _torch.base_of(tensor.view(6)) is tensor
+
+
 # Inductor, and CUDA
 
 

@@ -93,6 +93,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     device = torch.device(args.device)
     work = build(args.model, args.size, device, dtype_of(device), args.layers)
     packed = "img_ids" in work.inputs
+    if packed and work.inputs["hidden_states"].shape != work.latents.shape:
+        parser.error(f"{args.model} has reference tokens, and --sides say nothing of these; take another --model")
     pipe = Pipe(work.transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0) if packed else work.scheduler())
     names = counted()
     handle = ras_compile.attach(pipe, dynamic=args.dynamic, inner_backend=args.inner_backend, unsupported="error")

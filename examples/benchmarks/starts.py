@@ -77,7 +77,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="emoji", help="the shipped one (emoji), or one of sizes.py")
-    parser.add_argument("--size", choices=["real", "tiny"], default="real", help="of the models of sizes.py")
+    parser.add_argument("--size", choices=["real", "thin", "tiny"], default="real", help="of the models of sizes.py")
     parser.add_argument("--steps", type=int, help="of a picture; by default the model's, 8 of the shipped one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep", type=Path, help="an empty folder, where what the processes write stays for a look")

@@ -1,4 +1,4 @@
-"""Inpainting: half of a picture is drawn anew, and no sparse step computes the other half.
+"""Inpainting: half of a picture is drawn anew, whose tokens come first in each sparse step.
 
 python examples/pipelines/inpainting.py
 """

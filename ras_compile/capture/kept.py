@@ -76,7 +76,7 @@ def keep(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bytes:
         "code": _torch.SerializedCode.from_code_object(found.code),
         "backend": found.backend,
         "imports": imports,
-        "held": dict(zip(names, map(_words, names, values), strict=True)),
+        "held": _words(names, values),
         "files": {name: file_hash(name) for name in sorted(found.modules) if name.partition(".")[0] != "torch"},
         "function": fingerprint(function),
         "classes": classes_of(model),
@@ -151,8 +151,8 @@ class Kept:
                 raise Unkeepable(f"the file of {name} is another one")
         self._scope, names = _Scope(function, told["imports"]), sorted(told["held"])
         values = self._scope.values(names, model, args, kwargs)
-        for name, value in zip(names, values, strict=True):
-            if _words(name, value) != told["held"][name]:
+        for name, words in _words(names, values).items():
+            if words != told["held"][name]:
                 raise Unkeepable(f"{name} is another one")
         self._held, self._read = [_sight(value) for value in values], self._scope.compiled(names)
         self._function = function
@@ -266,16 +266,19 @@ def refuse_hooks(model: nn.Module) -> None:
             raise Unkeepable(f"hooks run around the forward of its part {name!r}")
 
 
-def _words(name: str, value: Any) -> str:
-    """Words for the value of an expression.
+def _words(names: Sequence[str], values: Sequence[Any]) -> dict[str, str]:
+    """Words for the values of expressions, by the expressions.
 
     Raises:
-        Unkeepable: there are none.
+        Unkeepable: there are none for one of them.
     """
-    try:
-        return fingerprint(value)
-    except Unkeepable as error:
-        raise Unkeepable(f"of {name}: {error}") from error
+    found, marks = {}, dict[int, int]()
+    for name, value in zip(names, values, strict=True):
+        try:
+            found[name] = fingerprint(value, marks=marks)
+        except Unkeepable as error:
+            raise Unkeepable(f"of {name}: {error}") from error
+    return found
 
 
 def _sight(value: Any) -> Any:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, DynamicClassAttribute, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ras_compile.capture.on_disk import Unkeepable
 
@@ -22,8 +22,12 @@ PLAIN = (type(None), type(Ellipsis), bool, int, float, complex, str, bytes)
 
 
 def classes_of(model: nn.Module) -> str:
-    """A hash of the methods and attributes of the classes of a model's parts, which Dynamo does not guard either."""
-    kinds = {kind for part in model.modules() for kind in type(part).__mro__ if kind is not object}
+    """A hash of the methods and attributes of classes, which Dynamo does not guard either: of a model's parts, of the objects
+    that parts hold, and of tensors."""
+    parts = [*model.modules()]
+    held = {type(value) for part in parts for value in vars(part).values()}
+    outside = {kind for kind in held if kind.__module__.partition(".")[0] not in ("builtins", "torch")}
+    kinds = {kind for one in {*map(type, parts), *outside, Tensor} for kind in one.__mro__ if kind is not object}
     words = []
     for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
         for name, value in sorted(vars(kind).items()):
@@ -32,10 +36,11 @@ def classes_of(model: nn.Module) -> str:
     return _hash("classes", *words)
 
 
-# What Python itself notes in a class, and what makes objects: Dynamo exchanges that of modules once it compiles.
+# What Python itself notes in a class (a copy does, too), and what makes objects: Dynamo exchanges that of modules once it compiles.
 _NOTED = {
     "__init__", "__setstate__", "___needs_generation_tag_patch",
-    "__abstractmethods__", "__annotations__", "__dict__", "__doc__", "__module__", "__weakref__", "_abc_impl",
+    "__abstractmethods__", "__annotations__", "__dict__", "__doc__", "__module__", "__slotnames__", "__weakref__",
+    "_abc_impl",
 }  # fmt: skip
 
 
@@ -47,11 +52,13 @@ def _lenient(value: Any) -> str:
         return f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
-def fingerprint(value: Any, within: tuple[int, ...] = ()) -> str:
+def fingerprint(value: Any, within: tuple[int, ...] = (), marks: dict[int, int] | None = None) -> str:
     """Words for a value that another process has, too, if its code is the same.
 
     Args:
         within: the functions whose words these are a part of, by their identity.
+        marks: numbers of the sentinels so far, by their identity; one for all values of which it counts which are the same
+            sentinel. The values have to live as long.
 
     Raises:
         Unkeepable: there are none: nothing but its class tells such a value from another one.
@@ -64,33 +71,37 @@ def fingerprint(value: Any, within: tuple[int, ...] = ()) -> str:
         return f"module {value.__name__}"
     if isinstance(value, CodeType):
         words = [value.co_code.hex(), *map(str, (value.co_names, value.co_varnames, value.co_freevars))]
-        return _hash("code", *words, *[fingerprint(constant, within) for constant in value.co_consts])
+        return _hash("code", *words, *[fingerprint(constant, within, marks) for constant in value.co_consts])
     if isinstance(value, FunctionType):
         name = f"function {value.__module__}.{value.__qualname__}"
         if id(value) in within:
             return name
         inside = (*within, id(value))
-        around = [_around(cell, inside) for cell in value.__closure__ or ()]
-        given = [fingerprint(each, inside) for each in (value.__code__, value.__defaults__, value.__kwdefaults__)]
+        around = [_around(cell, inside, marks) for cell in value.__closure__ or ()]
+        given = [
+            fingerprint(each, inside, marks) for each in (value.__code__, value.__defaults__, value.__kwdefaults__)
+        ]
         return _hash(name, *given, *around)
     if isinstance(value, type):
         return f"class {value.__module__}.{value.__qualname__}"
     if isinstance(value, (staticmethod, classmethod)):
-        return _hash(type(value).__name__, fingerprint(value.__func__, within))
-    if isinstance(value, property):
-        return _hash("property", *[fingerprint(each, within) for each in (value.fget, value.fset, value.fdel)])
+        return _hash(type(value).__name__, fingerprint(value.__func__, within, marks))
+    if isinstance(value, (property, DynamicClassAttribute)):  # the other one is what enumerations have
+        return _hash("property", *[fingerprint(each, within, marks) for each in (value.fget, value.fset, value.fdel)])
     if isinstance(value, partial):
-        return _hash("partial", *[fingerprint(each, within) for each in (value.func, value.args, value.keywords)])
+        return _hash(
+            "partial", *[fingerprint(each, within, marks) for each in (value.func, value.args, value.keywords)]
+        )
     if isinstance(value, (tuple, list)):
-        return _hash(type(value).__name__, *[fingerprint(each, within) for each in value])
+        return _hash(type(value).__name__, *[fingerprint(each, within, marks) for each in value])
     if isinstance(value, (set, frozenset)):
         return _hash(type(value).__name__, *sorted(fingerprint(each, within) for each in value))
     if isinstance(value, Mapping):
         return _hash(type(value).__name__, *sorted(map(str, value)))
     if isinstance(value, logging.Logger):
         return f"logger {value.name}"
-    if type(value) is object:  # a sentinel: one is like another, and which it is is compared at each call
-        return "object"
+    if type(value) is object:  # a sentinel: all that tells one from another is which it is
+        return "object" if marks is None else f"object {marks.setdefault(id(value), len(marks))}"
     named = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
     if not isinstance(named, str):
         raise Unkeepable(f"it rests on a {type(value).__name__}, of which nothing but its class can be told")
@@ -98,10 +109,10 @@ def fingerprint(value: Any, within: tuple[int, ...] = ()) -> str:
     return f"{kind} {getattr(value, '__module__', '')}.{named}"
 
 
-def _around(cell: Any, within: tuple[int, ...]) -> str:
+def _around(cell: Any, within: tuple[int, ...], marks: dict[int, int] | None) -> str:
     """Words for what a function finds around it; of objects that have none the class alone."""
     try:
-        return fingerprint(cell.cell_contents, within)
+        return fingerprint(cell.cell_contents, within, marks)
     except ValueError:
         return "nothing yet"
     except Unkeepable:

@@ -153,12 +153,13 @@ class KeptCalls(Exchangeable):
     ) -> None:
         self.compiled, self._model, self._backend = compiled, weakref.ref(model), backend
         self._waiting, self._known = dict(kept), list[Kept]()
+        self._told: set[str | None] = set()  # calls, by their names, of which it was said that they are captured anew
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         if model is not None and runs_its_class(model) and not runs_plain():
             kept = next((one for one in self._known if one.fits(model, args, kwargs)), None)
-            if kept is None and self._waiting:
+            if kept is None and (self._waiting or not self._told):
                 kept = self._made(model, args, kwargs)
             if kept is not None:
                 return self._run(kept, model, model.forward, args, kwargs)
@@ -167,22 +168,30 @@ class KeptCalls(Exchangeable):
     def _made(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Kept | None:
         """The capture for a call that is the first one of its kind; None where there is none, or it is not right here."""
         call = Call.of(args, kwargs)
+        name = None if call is None else call.name()
+        if name not in self._waiting:
+            kept = next(
+                (one for one in self._known if one.fits(model, args, kwargs)), None
+            )  # another thread has made it
+            if kept is None and name not in self._told:
+                self._told.add(name)
+                log.info("a call of %s is captured anew: nothing that was loaded is of its kind", type(model).__name__)
+            return kept
         with compiling(announced=False):
             for known in self._known:  # another thread has made it
                 if known.fits(model, args, kwargs):
                     return known
-            content = None if call is None else self._waiting.get(call.name())
-            if call is None or content is None:
+            content = self._waiting.pop(name, None)
+            if content is None:
                 return None
+            self._told.add(name)
             try:
                 kept = Kept(model, content, args, kwargs, self._backend)
             except Exception as error:  # of whatever kind: Dynamo captures the call
                 fell_back(_ANEW, error)
                 log.info("%s is captured anew: %s", type(model).__name__, error)
-                del self._waiting[call.name()]
                 return None
             self._known.append(kept)
-            del self._waiting[call.name()]
             if kept.fits(model, args, kwargs):
                 return kept
             log.info("%s is captured anew: its guards say that this call is another one", type(model).__name__)
@@ -203,7 +212,7 @@ def with_loaded(
 ) -> Callable[..., Any]:
     """What is compiled of a model, with the captures in front of it that it was given."""
     kept = _loaded.get(model)
-    return KeptCalls(compiled, model, kept, backend) if kept else compiled
+    return compiled if kept is None else KeptCalls(compiled, model, kept, backend)
 
 
 def use_loaded(compiled: OptimizedModule) -> None:

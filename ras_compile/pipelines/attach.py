@@ -48,6 +48,7 @@ from ras_compile.summary import Summary, summarise
 
 # Deterministic solvers of first order, and the one that measured best in their place (examples/quality).
 _FIRST_ORDER, _SECOND_ORDER = ("EulerDiscreteScheduler", "DDIMScheduler"), "DPMSolverMultistepScheduler"
+_FLOW = "FlowMatchEulerDiscreteScheduler"  # of first order, too; diffusers names no other that may take its place, and one may
 
 log = logging.getLogger(__name__)
 
@@ -312,13 +313,22 @@ def attach(
 
 def _advise(scheduler: Any) -> None:
     """Log once, at level INFO, that a solver of second order may be put in the place of this scheduler of first order."""
-    name = type(scheduler).__name__
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     known = {kind.__name__ for kind in getattr(scheduler, "compatibles", None) or ()}
-    if name in _FIRST_ORDER and _SECOND_ORDER in known and first_time((_SECOND_ORDER, name)):
+    told = name in _FIRST_ORDER and _SECOND_ORDER in known
+    flow = name == _FLOW and not config.get(
+        "use_dynamic_shifting"
+    )  # else the pipeline hands it noise levels of its own
+    shift = (
+        f', use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift={config.get("shift", 1.0)}'
+        if flow
+        else ""
+    )
+    if (told or flow) and first_time((_SECOND_ORDER, name)):
         log.info(
             "%s needs fewer steps for the same quality than %s, and may take its place here: pipe.scheduler = "
-            "diffusers.%s.from_config(pipe.scheduler.config)",
-            *(_SECOND_ORDER, name, _SECOND_ORDER),
+            "diffusers.%s.from_config(pipe.scheduler.config%s)",
+            *(_SECOND_ORDER, name, _SECOND_ORDER, shift),
         )
 
 
@@ -365,6 +375,11 @@ class _Followed(Exchangeable):
         self.compiled, self._follower, self._name, self._kind = compiled, follower, name, type(model).__name__
         self._model, self._dynamic = weakref.ref(model), dynamic
         self._captured = False  # a call has come to its end, and so Dynamo has captured the model
+
+    @property
+    def config(self) -> RASConfig:
+        """The options of generations that begin now."""
+        return self._follower.config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         said = self._follower.locate()

@@ -119,9 +119,23 @@ def closing(factor):
         found = self.more(twice(TinyDiT.forward(self, hidden_states, timestep, text)))
         if self.mode is Mode.TWICE:
             found = found * 2
-        return found * FACTOR * self.scale * self.table["x"] * self.own * factor * times
+        found = kept_or_halved(found).positive()
+        return found * FACTOR * self.scale * self.table["x"] * self.own * self.helper.factor * factor * times
 
     return forward
+
+
+class Helper:
+    """What a model holds and is no module, such as a processor of attention."""
+
+    factor = 1.0
+
+
+NOTHING = object()
+
+
+def kept_or_halved(x, given=NOTHING):
+    return x if given is NOTHING else x / 2
 
 
 class Switched(TinyDiT):
@@ -132,7 +146,7 @@ class Switched(TinyDiT):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.own, self.mode = {"x": 1.0}, 1.0, Mode.ONCE
+        self.table, self.own, self.mode, self.helper = {"x": 1.0}, 1.0, Mode.ONCE, Helper()
 
     def more(self, x):
         return x
@@ -208,6 +222,21 @@ def change_forward_of_class(model, patch):
     patch.setattr(Switched, "forward", lambda self, *given: 2 * own(self, *given))
 
 
+def change_sentinel(model, patch):
+    patch.setattr(kept_or_halved, "__defaults__", (object(),))
+
+
+def change_helper(model, patch):
+    own = object.__getattribute__
+    patch.setattr(
+        Helper, "__getattribute__", lambda self, name: 2.0 if name == "factor" else own(self, name), raising=False
+    )
+
+
+def change_tensor(model, patch):
+    patch.setattr(torch.Tensor, "positive", lambda self: 2 * self)
+
+
 def change_cell(model, patch):
     patch.setattr(Switched.forward.__closure__[0], "cell_contents", 3.0)
 
@@ -215,9 +244,10 @@ def change_cell(model, patch):
 CHANGES = [
     change_attribute, change_table, change_global, change_function, change_layer, change_hook, change_root_hook, change_forward,
     change_class, change_method, change_part_method, change_member, change_defaults, change_forward_of_class, change_cell,
+    change_sentinel, change_helper, change_tensor,
 ]  # fmt: skip
 # What plain torch.compile does not see either, once a call is compiled.
-UNSEEN = [change_hook, change_method, change_part_method, change_class]
+UNSEEN = [change_hook, change_method, change_part_method, change_class, change_helper, change_tensor]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -267,6 +297,13 @@ def test_a_capture_that_is_damaged(model, caplog):
     with caplog.at_level("INFO", "ras_compile"):
         assert drawn(model)[2] == 1
     assert "is captured anew" in caplog.text
+
+
+def test_a_call_of_another_kind_is_told(model, caplog):
+    give(model, {})
+    with caplog.at_level("INFO", "ras_compile"):
+        assert drawn(model)[2] == 1
+    assert caplog.text.count("nothing that was loaded is of its kind") == 1
 
 
 def test_other_source_code(model, monkeypatch):

@@ -198,10 +198,14 @@ def test_a_compilation_is_told(caplog):
 def test_a_solver_of_second_order_is_advised_once_and_never_taken(caplog):
     notices.reset()
     for scheduler, told in (
-        (diffusers.FlowMatchEulerDiscreteScheduler(), 0),  # diffusers names no other that may take its place
-        (diffusers.DPMSolverMultistepScheduler(), 0),
-        (diffusers.DDIMScheduler(), 1),
-        (diffusers.DDIMScheduler(), 1),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 1),  # diffusers names no other, and one may be taken
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            1,
+        ),  # pipelines give it noise levels of theirs
+        (diffusers.DPMSolverMultistepScheduler(), 1),
+        (diffusers.DDIMScheduler(), 2),
+        (diffusers.DDIMScheduler(), 2),
     ):
         pipe = sd3()
         pipe.scheduler, kind = scheduler, type(scheduler)
@@ -209,4 +213,9 @@ def test_a_solver_of_second_order_is_advised_once_and_never_taken(caplog):
             assert isinstance(pipe.scheduler, kind)
         advice = [record.getMessage() for record in caplog.records if "needs fewer steps" in record.getMessage()]
         assert len(advice) == told
-    assert "pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)" in advice[0]
+    assert "pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)" in advice[1]
+    pipe = sd3()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    exec(advice[0].partition("here: ")[2], {"pipe": pipe, "diffusers": diffusers})
+    assert type(pipe.scheduler) is diffusers.DPMSolverMultistepScheduler and pipe.scheduler.config.flow_shift == 3.0
+    assert draw_sd3(pipe, 4).isfinite().all()

@@ -915,6 +915,17 @@ def test_a_pipeline_is_attached_for_all_sizes_at_once(kind, compiled_programs):
             assert sorted(compiled_programs.values()) == [1, 1, 1]
 
 
+def test_places_that_are_a_view_of_a_square_serve_all_sides(compiled_programs):
+    """As FLUX has them: a table of rows and columns, of which equal numbers are one only by chance."""
+    pipe = flux()
+    pipe.set_progress_bar_config(disable=True)
+    with ras_compile.attach(pipe, dynamic=True, inner_backend="eager", sample_ratio=0.5) as handle:
+        for height, width in ((12, 12), (8, 16), (16, 20)):
+            draw_flux(pipe, 6, height=height, width=width)
+            assert "sparse" in [record.kind for record in ras_compile.trace(handle)]
+            assert set(compiled_programs.values()) == {1}
+
+
 def test_a_videos_sides_and_its_text_are_lengths_and_what_is_held_is_not():
     """Its channels are none, nor is a side for which code has a case of its own; a second text is taken as it is."""
 
