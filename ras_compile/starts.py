@@ -34,7 +34,7 @@ from torch import nn
 import ras_compile.kernels
 import ras_compile.passes
 from ras_compile._torch import OptimizedModule, hash_compilers
-from ras_compile.dispatch.kept import captures, give, use_loaded
+from ras_compile.dispatch.kept import captures, give, use_loaded, weights_hash
 from ras_compile.errors import ConfigError
 from ras_compile.execute.shelf import shelf
 from ras_compile.kernels._torch import cache_folder, compiled_by_triton, give_to_triton, launched_by_inductor
@@ -199,10 +199,8 @@ def _own_files() -> str:
 
 def _fingerprint(model: nn.Module) -> dict[str, str]:
     """A model's class, and a hash of the names, types and shapes of its weights."""
-    kind, digest = type(model), hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {type(tensor).__name__} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "weights": digest.hexdigest()}
+    kind = type(model)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "weights": weights_hash(model)}
 
 
 def _key(model: nn.Module) -> str:

@@ -87,8 +87,8 @@ class Call:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-# By classes: two models of one share what Dynamo captured.
-called: weakref.WeakKeyDictionary[type[nn.Module], list[Call]] = weakref.WeakKeyDictionary()
+# By classes and weights: two models that are alike share what Dynamo captured.
+called: weakref.WeakKeyDictionary[type[nn.Module], dict[str, list[Call]]] = weakref.WeakKeyDictionary()
 _loaded: weakref.WeakKeyDictionary[nn.Module, dict[str, bytes]] = weakref.WeakKeyDictionary()
 
 
@@ -103,15 +103,24 @@ def remember() -> None:
     ):
         return
     owner, args, kwargs = found
-    call, known = Call.of(args, kwargs), called.setdefault(type(original(owner)), [])
+    model = original(owner)
+    call, known = Call.of(args, kwargs), called.setdefault(type(model), {}).setdefault(weights_hash(model), [])
     if call is not None and call not in known and len(known) < CALLS:
         known.append(call)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of the names, types and shapes of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {type(tensor).__name__} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    return digest.hexdigest()
 
 
 def captures(model: nn.Module) -> dict[str, bytes]:
     """The calls of a model that were captured whole in this process, for :func:`give` in another one; captures them once more."""
     found: dict[str, bytes] = {}
-    for call in called.get(type(model), ()):
+    for call in called.get(type(model), {}).get(weights_hash(model), ()):
         try:
             with torch.inference_mode(call.inference), torch.no_grad(), compiling(announced=False):
                 found[call.name()] = keep(model, *call.arguments())
@@ -119,7 +128,7 @@ def captures(model: nn.Module) -> dict[str, bytes]:
             fell_back(_ANEW, error)
             warn_once(
                 f"a call of {type(model).__name__} cannot be written, so that each process that loads this captures it anew, "
-                f"which takes seconds: {error}"
+                f"which takes seconds: {str(error).partition(chr(10))[0]}"
             )
     return found
 

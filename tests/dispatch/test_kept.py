@@ -7,6 +7,7 @@ import gc
 import pickle
 import sys
 import threading
+import warnings
 import weakref
 from types import ModuleType
 
@@ -345,6 +346,16 @@ def test_two_models_that_share_a_capture_in_the_first_process(model):
     assert len(captures(model)) == len(captures(other)) == 1
 
 
+def test_calls_of_a_model_of_other_weights_are_not_tried(model):
+    """Of two models of a class with weights of other types, say, each one's calls are its own."""
+    double = TinyDiT().double().eval()
+    drawn(double, LATENT.double(), TEXT.double())
+    drawn(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(captures(model)) == len(captures(double)) == 1
+
+
 def test_an_inference_mode_around_other_tensors(model):
     found = {}
     for _ in range(2):
@@ -489,7 +500,7 @@ def test_only_so_many_calls_are_remembered(model):
         compiled = torch.compile(model, backend="ras", options=EAGER, dynamic=False)
         for width in range(8, 8 + 2 * 12, 2):
             compiled(torch.randn(1, 4, 8, width), torch.ones(1), torch.randn(1, 3, 6))
-    assert len(kept.called[TinyDiT]) == kept.CALLS
+    assert [len(calls) for calls in kept.called[TinyDiT].values()] == [kept.CALLS]
 
 
 def test_a_forward_that_is_none(model):
