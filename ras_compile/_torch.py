@@ -113,13 +113,13 @@ except ImportError as error:
 try:
     # Capture ahead of the first call, with guards that can be written to disk. Without: a loaded start captures anew.
     from torch._dynamo.aot_compile import aot_compile_fullgraph as _aot_compile_fullgraph
-    from torch._dynamo.aot_compile_types import (
-        SerializableCallable as _SerializableCallable,
-    )  # what a backend returns to it
+
+    # what a backend returns to it
+    from torch._dynamo.aot_compile_types import SerializableCallable as _SerializableCallable
     from torch._dynamo.hooks import Hooks as _Hooks  # chooses the guards
-    from torch._dynamo.output_graph import (
-        get_builtins_dict as _builtins_of,
-    )  # what a function's globals hold of Python's own
+
+    # what a function's globals hold of Python's own
+    from torch._dynamo.output_graph import get_builtins_dict as _builtins_of
     from torch._dynamo.package import SerializedCode  # bytecode on disk
     from torch._dynamo.package import load_guard_manager as _load_guard_manager  # guards from disk
 except ImportError:
@@ -254,11 +254,6 @@ def original(module: Any) -> Any:
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after a module's forward; without it tracing would leave them out."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """The hooks that run before and after a module's forward; without it a loaded capture leaves them out."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def tables_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -296,8 +296,9 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **inp
         model, inputs = first_call(model, found, inputs)
     transformer: nn.Module = model
     module: nn.Module = original(transformer)
-    if options is None:
-        config = getattr(compiled_call(module), "config", config)
+    attached = getattr(compiled_call(module), "config", None)
+    if options is None and isinstance(attached, RASConfig):
+        config = attached
     inputs = named(module.forward, args, inputs) if args and transformer is given else inputs
     check_timestep(config.timestep, type(module))
     try:

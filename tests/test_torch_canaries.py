@@ -691,13 +691,10 @@ def test_a_capture_is_kept(name):
     assert isinstance(_torch.sizes_seen(Doubled.forward.__code__), dict)
 
 
-@canary("forward_hooks", "globally_hooked")
-def test_hooks_are_seen(name):
-    module, hook = nn.Identity(), lambda *given: None
-    assert not _torch.forward_hooks(module) and not _torch.globally_hooked()
-    module.register_forward_hook(hook)
-    assert _torch.forward_hooks(module) == [hook]
-    handle = nn.modules.module.register_module_forward_hook(hook)
+@canary("globally_hooked")
+def test_hooks_of_all_modules_are_seen(name):
+    assert not _torch.globally_hooked()
+    handle = nn.modules.module.register_module_forward_hook(lambda *given: None)
     assert _torch.globally_hooked()
     handle.remove()
 

@@ -27,6 +27,18 @@ from ras_compile._torch import (
 
 _VALUES = ("example_value", "val")  # notes on what a node returns: tensors without values
 HASHED = 2**20  # bytes of tensors that are hashed
+# Where functions are found that do not say where they are from.
+_HOMES = (
+    "torch",
+    "torch._C._nn",
+    "torch.nn.functional",
+    "torch.special",
+    "torch.linalg",
+    "torch.fft",
+    "operator",
+    "builtins",
+    "math",
+)
 
 
 class Unkeepable(Exception):
@@ -248,17 +260,3 @@ def _named(target: Any) -> Any:
             except (ImportError, AttributeError):
                 continue
     raise Unkeepable(f"a graph calls {target}, which no name leads to")
-
-
-# Where functions are found that do not say where they are from.
-_HOMES = (
-    "torch",
-    "torch._C._nn",
-    "torch.nn.functional",
-    "torch.special",
-    "torch.linalg",
-    "torch.fft",
-    "operator",
-    "builtins",
-    "math",
-)

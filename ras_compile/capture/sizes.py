@@ -98,8 +98,8 @@ def sides_that_vary(graph: fx.Graph, weights: Collection[fx.Node] = ()) -> dict[
     With dynamic sizes Dynamo makes equal sizes one symbol. For a batch, or for tokens and their places, that is right; a square
     picture's sides are equal by chance, as a side or a number of tokens and a text's length may be. Then all sizes of that
     symbol are told apart; those that have to be equal the model makes one again. So are a text's length and the latent's
-    channels, which a weight has fixed, and the text with them. And where height or width varies, both do, and so do all sizes
-    of what a tensor is a view of: tables of places are views of rows and columns.
+    channels, which a weight has fixed, and the text with them. So are equal sizes of what a tensor is a view of: tables of
+    places are views of rows and columns. And where height or width varies, both do.
 
     Args:
         weights: inputs whose sizes never vary.
@@ -129,7 +129,7 @@ def sides_that_vary(graph: fx.Graph, weights: Collection[fx.Node] = ()) -> dict[
         found[source] = {dim for dim, size in enumerate(sizes) if size in shared}
         if len(sizes) > 3 and sides.intersection(sizes[-2:]):
             found[source] |= {dim for dim in (len(sizes) - 2, len(sizes) - 1) if sizes[dim].is_Integer}
-        base = expressions(base_of(examples[source]))
-        if {size for size in base if not size.is_Integer} and len(set(base)) < len(base):
+        base = [size for size in expressions(base_of(examples[source])) if not size.is_Integer]
+        if len(set(base)) < len(base):
             found[source] |= {dim for dim, size in enumerate(sizes) if not size.is_Integer}
     return found

@@ -36,7 +36,8 @@ def classes_of(model: nn.Module) -> str:
     return _hash("classes", *words)
 
 
-# What Python itself notes in a class (a copy does, too), and what makes objects: Dynamo exchanges that of modules once it compiles.
+# What Python notes in a class by itself, as when an object is copied; and the methods that make objects, which Dynamo exchanges
+# in the classes of modules once it compiles.
 _NOTED = {
     "__init__", "__setstate__", "___needs_generation_tag_patch",
     "__abstractmethods__", "__annotations__", "__dict__", "__doc__", "__module__", "__slotnames__", "__weakref__",
@@ -63,6 +64,7 @@ def fingerprint(value: Any, within: tuple[int, ...] = (), marks: dict[int, int] 
     Raises:
         Unkeepable: there are none: nothing but its class tells such a value from another one.
     """
+    inner = partial(fingerprint, within=within, marks=marks)
     if isinstance(value, Enum):
         return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
     if isinstance(value, (*PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, slice)):
@@ -71,7 +73,7 @@ def fingerprint(value: Any, within: tuple[int, ...] = (), marks: dict[int, int] 
         return f"module {value.__name__}"
     if isinstance(value, CodeType):
         words = [value.co_code.hex(), *map(str, (value.co_names, value.co_varnames, value.co_freevars))]
-        return _hash("code", *words, *[fingerprint(constant, within, marks) for constant in value.co_consts])
+        return _hash("code", *words, *map(inner, value.co_consts))
     if isinstance(value, FunctionType):
         name = f"function {value.__module__}.{value.__qualname__}"
         if id(value) in within:
@@ -85,17 +87,15 @@ def fingerprint(value: Any, within: tuple[int, ...] = (), marks: dict[int, int] 
     if isinstance(value, type):
         return f"class {value.__module__}.{value.__qualname__}"
     if isinstance(value, (staticmethod, classmethod)):
-        return _hash(type(value).__name__, fingerprint(value.__func__, within, marks))
+        return _hash(type(value).__name__, inner(value.__func__))
     if isinstance(value, (property, DynamicClassAttribute)):  # the other one is what enumerations have
-        return _hash("property", *[fingerprint(each, within, marks) for each in (value.fget, value.fset, value.fdel)])
+        return _hash("property", *map(inner, (value.fget, value.fset, value.fdel)))
     if isinstance(value, partial):
-        return _hash(
-            "partial", *[fingerprint(each, within, marks) for each in (value.func, value.args, value.keywords)]
-        )
+        return _hash("partial", *map(inner, (value.func, value.args, value.keywords)))
     if isinstance(value, (tuple, list)):
-        return _hash(type(value).__name__, *[fingerprint(each, within, marks) for each in value])
+        return _hash(type(value).__name__, *map(inner, value))
     if isinstance(value, (set, frozenset)):
-        return _hash(type(value).__name__, *sorted(fingerprint(each, within) for each in value))
+        return _hash(type(value).__name__, *sorted(map(inner, value)))
     if isinstance(value, Mapping):
         return _hash(type(value).__name__, *sorted(map(str, value)))
     if isinstance(value, logging.Logger):

@@ -179,9 +179,8 @@ class KeptCalls(Exchangeable):
         call = Call.of(args, kwargs)
         name = None if call is None else call.name()
         if name not in self._waiting:
-            kept = next(
-                (one for one in self._known if one.fits(model, args, kwargs)), None
-            )  # another thread has made it
+            # another thread may have made it meanwhile
+            kept = next((one for one in self._known if one.fits(model, args, kwargs)), None)
             if kept is None and name not in self._told:
                 self._told.add(name)
                 log.info("a call of %s is captured anew: nothing that was loaded is of its kind", type(model).__name__)
@@ -221,7 +220,8 @@ def with_loaded(
 ) -> Callable[..., Any]:
     """What is compiled of a model, with the captures in front of it that it was given."""
     kept = _loaded.get(model)
-    return compiled if kept is None else KeptCalls(compiled, model, kept, backend)
+    there = isinstance(compiled, KeptCalls)  # since a call before that raised an error
+    return compiled if kept is None or there else KeptCalls(compiled, model, kept, backend)
 
 
 def use_loaded(compiled: OptimizedModule) -> None:

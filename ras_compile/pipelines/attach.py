@@ -48,7 +48,8 @@ from ras_compile.summary import Summary, summarise
 
 # Deterministic solvers of first order, and the one that measured best in their place (examples/quality).
 _FIRST_ORDER, _SECOND_ORDER = ("EulerDiscreteScheduler", "DDIMScheduler"), "DPMSolverMultistepScheduler"
-_FLOW = "FlowMatchEulerDiscreteScheduler"  # of first order, too; diffusers names no other that may take its place, and one may
+# Of first order, too; diffusers names none that may take its place, but the second order's may, if it is told of the flow.
+_FLOW = "FlowMatchEulerDiscreteScheduler"
 
 log = logging.getLogger(__name__)
 
@@ -316,19 +317,14 @@ def _advise(scheduler: Any) -> None:
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     known = {kind.__name__ for kind in getattr(scheduler, "compatibles", None) or ()}
     told = name in _FIRST_ORDER and _SECOND_ORDER in known
-    flow = name == _FLOW and not config.get(
-        "use_dynamic_shifting"
-    )  # else the pipeline hands it noise levels of its own
-    shift = (
-        f', use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift={config.get("shift", 1.0)}'
-        if flow
-        else ""
-    )
-    if (told or flow) and first_time((_SECOND_ORDER, name)):
+    more = ""
+    if name == _FLOW and not config.get("use_dynamic_shifting"):  # else the pipeline hands it noise levels of its own
+        more = f', use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift={config.get("shift", 1.0)}'
+    if (told or more) and first_time((_SECOND_ORDER, name)):
         log.info(
             "%s needs fewer steps for the same quality than %s, and may take its place here: pipe.scheduler = "
             "diffusers.%s.from_config(pipe.scheduler.config%s)",
-            *(_SECOND_ORDER, name, _SECOND_ORDER, shift),
+            *(_SECOND_ORDER, name, _SECOND_ORDER, more),
         )
 
 

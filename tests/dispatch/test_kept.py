@@ -346,6 +346,13 @@ def test_two_models_that_share_a_capture_in_the_first_process(model):
     assert len(captures(model)) == len(captures(other)) == 1
 
 
+def test_captures_stand_in_front_once(model):
+    """A first call that raises an error is followed by another first call."""
+    give(model, {})
+    once = kept.with_loaded(lambda *given: None, model, lambda graph, values: graph)
+    assert kept.with_loaded(once, model, lambda graph, values: graph) is once
+
+
 def test_calls_of_a_model_of_other_weights_are_not_tried(model):
     """Of two models of a class with weights of other types, say, each one's calls are its own."""
     double = TinyDiT().double().eval()

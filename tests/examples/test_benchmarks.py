@@ -14,9 +14,10 @@ import ras_compile
 
 ROOT = Path(__file__).parents[2]
 names = (
-    "caches", "host_profile", "kernel_sites", "measure", "quantise", "rows", "run", "sizes", "step_profile", "table", "ways",
+    "caches", "host_profile", "kernel_sites", "measure", "quantise", "resolutions", "rows", "run", "sizes", "step_profile", "table",
+    "ways",
 )  # fmt: skip
-caches, host_profile, kernel_sites, measure, quantise, rows, run, sizes, step_profile, table, ways = load(
+caches, host_profile, kernel_sites, measure, quantise, resolutions, rows, run, sizes, step_profile, table, ways = load(
     ["benchmarks"], names
 )
 
@@ -388,3 +389,9 @@ def test_profile_of_a_step(tmp_path, kind, told):
     assert linears >= 20, "every linear of a step is seen"
     assert content["busy_ms"] == pytest.approx(sum(content["families"].values()))
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".txt"]
+
+
+def test_sizes_of_references_are_not_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        resolutions.main(["--model", "flux-kontext", "--size", "tiny", "--device", "cpu"])
+    assert "flux-kontext has reference tokens" in capsys.readouterr().err
