@@ -4,10 +4,10 @@
     python examples/benchmarks/resolutions.py --size thin --sides 8x10,9x11,10x12 --dynamic   # on a CPU: real depth, tiny width
 
 Of FLUX, whose latents are packed, or of another model of `sizes.py` (`--model sd3-medium`), whose latents have height and
-width in patches of two: `--sides` are tokens. *Cold* are the seconds of a size's first picture over those of its second
-one, by the clock and of the processors (all of them, if TORCHINDUCTOR_COMPILE_THREADS=1 keeps compilers from living on).
-`--layers 12` takes fewer blocks; `--dynamic` attaches with `dynamic=True`, `--no-dynamic` with `dynamic=False`: each size has
-programs of its own.
+width in patches of two: `--sides` are tokens. *Cold* are the seconds of a size's first picture over those of its last one
+(`--pictures 2`), by the clock and of the processors (all of them, if TORCHINDUCTOR_COMPILE_THREADS=1 keeps compilers from
+living on). `--layers 12` takes fewer blocks; `--dynamic` attaches with `dynamic=True`, `--no-dynamic` with `dynamic=False`:
+each size has programs of its own.
 """
 
 from __future__ import annotations
@@ -84,12 +84,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--sides", default="64x64,48x64,64x80,56x72,48x48", help="rows x columns of tokens, in order")
     parser.add_argument("--model", choices=sorted(MODELS), default="flux-dev")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=2, help="how many of each size, two or more")
     parser.add_argument("--size", choices=SIZES, default="real")
     parser.add_argument("--layers", type=int, help="so many blocks of each kind; all, if it is not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--inner-backend", default="inductor")
     parser.add_argument("--dynamic", action=argparse.BooleanOptionalAction, help="as torch.compile takes it")
     args = parser.parse_args(argv)
+    if args.pictures < 2:
+        parser.error("a size's first picture is compared with a later one; give --pictures 2 or more")
     device = torch.device(args.device)
     work = build(args.model, args.size, device, dtype_of(device), args.layers)
     packed = "img_ids" in work.inputs
@@ -102,7 +105,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for side in args.sides.split(","):
         rows, columns = map(int, side.split("x"))
         seconds, worked = [], []
-        for _ in range(2):
+        for _ in range(args.pictures):
             began, before = time.perf_counter(), processors()
             picture(work, pipe.scheduler, rows, columns, args.steps)
             seconds.append(time.perf_counter() - began)
@@ -111,8 +114,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         told = dict(
             device=short_name(device), model=args.model, size=args.size, dynamic=args.dynamic, tokens=rows * columns
         )
-        told |= dict(cold_s=seconds[0] - seconds[1], cold_processor_s=worked[0] - worked[1])
-        told |= dict(picture_s=seconds[1], programs=len(names), kept_bytes=kept)
+        told |= dict(cold_s=seconds[0] - seconds[-1], cold_processor_s=worked[0] - worked[-1])
+        told |= dict(picture_s=seconds[-1], programs=len(names), kept_bytes=kept)
         found.append(told | dict(cold_of_first=told["cold_s"] / (found[0]["cold_s"] if found else told["cold_s"])))
         print(json.dumps(found[-1]), flush=True)
     handle.detach()
