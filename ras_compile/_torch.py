@@ -54,6 +54,7 @@ try:
 
     # Capture. Without: no graph is captured.
     from torch._dispatch.python import enable_python_dispatcher as python_dispatcher  # sizes that are symbols stay so
+    from torch._dynamo.utils import counters as _counters  # what Inductor has found in its cache
     from torch._dynamo.utils import preserve_rng_state  # a model that seeds itself seeds nothing while it is captured
     from torch._functorch.compile_utils import fx_graph_cse  # equal nodes become one: facts are computed once
 
@@ -218,17 +219,38 @@ def forget_compilations(before: dict) -> None:
     pass over the frame from now on: those calls would then run in parts for good. Frames that are passed over for another
     reason are looked at once more.
     """
-    action = _dynamo_types.FrameAction.DEFAULT
     for seen in list(_convert_frame.input_codes.seen):
         code = seen()
         if code is None:
             continue
-        _eval_frame.set_code_exec_strategy(code, _dynamo_types.FrameExecStrategy(action, action))
+        _look_again(code)
         for entry in _eval_frame._debug_get_cache_entry_list(code):
             made, guards = entry.compile_id, entry.guard_manager
             if made.frame_compile_id >= before.get(made.frame_id, 0) and guards.extra_state is not None:
                 gone = _guards.DeletedGuardManagerWrapper("the call that it was compiled in raised an error")
                 guards.extra_state.invalidate(entry, gone)
+
+
+def look_again_at(function: Callable[..., Any] | None) -> None:
+    """Lets Dynamo capture a function, and what it wraps, though it passes over it because of another model of its class.
+
+    Dynamo passes over the code of a function for good once it could not capture it, whatever module it belonged to.
+    """
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            _look_again(code)
+        function = getattr(function, "__wrapped__", None)
+
+
+def _look_again(code: CodeType) -> None:
+    action = _dynamo_types.FrameAction.DEFAULT
+    _eval_frame.set_code_exec_strategy(code, _dynamo_types.FrameExecStrategy(action, action))
+
+
+def programs_found() -> int:
+    """How many programs Inductor has found in its cache so far and did not have to compile."""
+    return _counters["inductor"]["fxgraph_cache_hit"]
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:

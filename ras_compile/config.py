@@ -343,6 +343,11 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     known = ["preset", *(option.name for option in fields(RASConfig))]
     for name in given:
         if name not in (*known, "mode"):
+            if name == "dynamic":
+                raise ConfigError(
+                    "dynamic is no option, but stands beside them: attach(pipe, dynamic=True), or torch.compile(model, "
+                    "backend='ras', dynamic=True). It changes what is compiled, so detach an attached pipeline first."
+                )
             # "ratio" is meant for "sample_ratio"
             within = [option for option in known if len(str(name)) > 3 and str(name) in option]
             near = difflib.get_close_matches(str(name), known, n=1) or within

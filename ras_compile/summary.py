@@ -174,7 +174,8 @@ class Summary:
         if not shares:
             return "all dense"
         low, high = percent(min(shares)), percent(max(shares))
-        tokens = max(step.tokens for step in self.steps)
+        # a reference may still count as picture in the first dense step
+        tokens = max(step.tokens for step in self.steps if step.kind == "sparse")
         span = high if low == high else f"{low} to {high}"
         return f"{len(self.steps) - len(shares)} dense, {len(shares)} sparse at {span} % of {tokens:,} tokens"
 

@@ -171,10 +171,12 @@ def test_libraries_go_nowhere_but_to_inductor(artefacts, monkeypatch, tmp_path, 
 
 
 PROCESS = """
-import sys, torch
+import logging, sys, torch
 from torch._dynamo.utils import counters
 from tiny import LATENT, TEXT, TinyDiT, run
 import ras_compile
+logging.basicConfig()
+logging.getLogger("ras_compile").setLevel(logging.INFO)
 torch.manual_seed(0)
 compiled = torch.compile(TinyDiT().eval(), backend="ras", options={"warmup_steps": 2, "reset_interval": None})
 latent, text = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 6)
@@ -198,6 +200,8 @@ def test_another_process_captures_and_compiles_nothing(tmp_path, monkeypatch):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert not done.returncode, done.stderr
         told.append(done.stdout.split())
+        assert ("compiled it in" in done.stderr) == (what == "save")
+        assert ("found it in PyTorch's cache" in done.stderr) == (what == "load")
     (picture, missed, captured), (again, missed_again, captured_again) = told
     assert picture == again and int(missed) > 0 and int(missed_again) == 0
     assert int(captured) > 0 and int(captured_again) == 0

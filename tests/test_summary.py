@@ -34,6 +34,12 @@ def test_a_run_in_a_sentence():
     )
 
 
+def test_a_reference_that_counts_as_picture_at_first_is_not_told():
+    first, *others = steps("ddss")
+    told = Summary((replace(first, tokens=128, active=128), *others))
+    assert str(told).startswith("4 steps in 28 s: 2 dense, 2 sparse at 25 % of 64 tokens;")
+
+
 def compiled_at(told: Sequence[Step], *places: int) -> tuple[Step, ...]:
     return tuple(
         replace(step, seconds=step.seconds + 30, compiled=20.0) if step.number in places else step for step in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import math
 import operator
@@ -231,6 +232,48 @@ def test_what_was_compiled_since_is_dropped_and_the_rest_stays(name):
     for size in (2, 3, 3):
         run(torch.ones(size))
     assert [list(shape) for shape in compiled] == [[2], [3], [3]]
+
+
+@canary("programs_found")
+def test_a_program_that_is_found_is_counted(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        before = _torch.programs_found()
+        torch.compile(lambda x: torch.empty_like(x), backend="inductor")(torch.ones(3))
+        found.append(_torch.programs_found() - before)
+    assert found == [0, 1]
+
+
+@canary("look_again_at")
+def test_code_that_is_passed_over_is_looked_at_again(name):
+    """Dynamo gives a function up whose loop breaks the graph, for whatever arguments it is called the next time."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    def function(x, broken):
+        for _ in range(2):
+            x = x + 1
+            if broken:
+                torch._dynamo.graph_break()
+        return x
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+
+    run = torch.compile(wrapper, backend=backend)
+    run(torch.ones(2), True)
+    compiled.clear()
+    run(torch.ones(2), False)
+    assert not compiled
+    _torch.look_again_at(wrapper)
+    run(torch.ones(2), False)
+    assert len(compiled) == 1
 
 
 @canary("DynamoContext")

@@ -23,6 +23,7 @@ from ras_compile._torch import (
     list_mode_options,
     lookup_backend,
     maybe_warm_pool,
+    programs_found,
     tracing,
 )
 from ras_compile.config import RASConfig
@@ -83,8 +84,10 @@ def compile_inner(module: fx.GraphModule, inputs: Sequence[Any], config: RASConf
         return module
     began = time.perf_counter()
     log.info("compiling a program of %s operations with %s", len(module.graph.nodes), config.inner_backend)
+    found = programs_found()
     compiled = _compiled(module, inputs, config)
-    log.info("compiled it in %.1f s", time.perf_counter() - began)
+    how = "found it in PyTorch's cache, and took it from there" if programs_found() > found else "compiled it"
+    log.info("%s in %.1f s", how, time.perf_counter() - began)
     return compiled
 
 

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 from torch import OutOfMemoryError, nn
 
-from ras_compile._torch import OptimizedModule, compilations, compiled_call, forget_compilations, set_compiled_call
+from ras_compile._torch import (
+    OptimizedModule,
+    compilations,
+    compiled_call,
+    forget_compilations,
+    look_again_at,
+    set_compiled_call,
+)
 from ras_compile.backend import compiled_graph, ras
 from ras_compile.capture.inputs import check_timestep
 from ras_compile.capture.sharding import settle_sharding_hooks
@@ -270,6 +277,8 @@ def attach(
         meant = next((known for known in arguments if known == name or known.endswith(f"_{name}")), None)
         if meant is not None:
             raise ConfigError(f"{name} is no option, but an argument of the pipeline: pipe(..., {meant}=...).")
+    if not (dynamic is None or isinstance(dynamic, bool)):
+        raise ConfigError(f"option dynamic takes None, True or False, not {dynamic!r}.")
     config = RASConfig.from_options(chosen)
     known_backend(config)
     if isinstance(pipe, type):
@@ -384,6 +393,7 @@ class _Followed(Exchangeable):
         before, compiled = compilations(), self.compiled
         try:
             if not self._captured:
+                look_again_at(getattr(self._model(), "forward", None))
                 self.compiled = self._with_loaded()
             first = nullcontext() if self._captured else uncollected()
             with first, translate_dynamo_errors(args, kwargs), attached_call(call):

@@ -174,6 +174,17 @@ def test_a_speedup_without_sparse_steps():
         draw_sd3(pipe, steps=4)
 
 
+def test_dynamic_is_no_option_and_a_boolean():
+    pipe = sd3()
+    with pytest.raises(ras_compile.ConfigError, match="dynamic takes None, True or False, not 'yes'"):
+        ras_compile.attach(pipe, dynamic="yes")
+    with (
+        ras_compile.attach(pipe, **EAGER) as handle,
+        pytest.raises(ras_compile.ConfigError, match="dynamic is no option.*detach"),
+    ):
+        handle.configure(dynamic=True)
+
+
 def test_a_warning_points_to_the_users_line():
     pipe = sd3()
     pipe.set_progress_bar_config(disable=True)

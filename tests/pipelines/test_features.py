@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from features import BEGIN, END, FEATURES, OPTIONS, casting, put, tried
-from pipelines import draw_flux, flux
+from features import BEGIN, END, FEATURES, OPTIONS, casting, first_block_cache, hooked, put, tried
+from pipelines import draw_flux, flux, kinds
 from torch import nn
 
 import ras_compile
@@ -25,6 +25,20 @@ def test_the_page_says_what_happens(feature):
 def test_the_page_has_nothing_else():
     rows = PAGE.partition(BEGIN)[2].partition(END)[0]
     assert rows.strip().count("\n") == len(FEATURES) + 1 and put(PAGE, rows.strip("\n") + "\n") == PAGE
+
+
+def test_what_breaks_one_model_is_nothing_to_another_of_its_class():
+    """Dynamo passes over the code of a function that it could not capture, whatever module it belonged to."""
+    torch._dynamo.reset()
+    broken, pipe, plain = flux(), flux(), flux()
+    first_block_cache(broken)
+    with pytest.warns(ras_compile.RASWarning, match="runs dense"), ras_compile.attach(broken, **OPTIONS):
+        draw_flux(broken)
+    hooked(pipe)
+    with ras_compile.attach(pipe, **OPTIONS) as handle:
+        picture = draw_flux(pipe)
+        assert "s" in kinds(ras_compile.trace(handle))
+    assert torch.allclose(picture, draw_flux(plain), atol=1e-4)
 
 
 def test_weights_stay_small_and_hooks_come_back():
