@@ -266,10 +266,18 @@ class Dispatcher(Generic[_AnEntry]):
             return  # the parts on the other side of a break that was told say no more
         warn_once(f"ras_compile: {name} runs dense: {error}")
 
-    def tell_dense(self, weights: Sequence[Tensor], refusal: Refusal, values: Sequence[Any]) -> None:
-        """Records a call that ran past every plan, so that :func:`ras_compile.trace` tells it."""
+    def tell_dense(
+        self, weights: Sequence[Tensor], refusal: Refusal, values: Sequence[Any], known: TransformerState | None = None
+    ) -> TransformerState:
+        """Records a call that ran past every plan, so that :func:`ras_compile.trace` tells it.
+
+        Args:
+            known: the state to which an earlier call of the same transformer was told; see :func:`state_for`.
+        """
         timestep = None if refusal.timestep is None else values[refusal.timestep]
-        state_for(weights, self.config).passed(str(refusal.error), timestep)
+        state = state_for(weights, self.config, known)
+        state.passed(str(refusal.error), timestep)
+        return state
 
 
 def key_of(values: Iterable[Any]) -> tuple:

@@ -44,6 +44,7 @@ from ras_compile.notices import fell_back
 from ras_compile.plans.plan import Plan
 from ras_compile.sampling.branches import versions_of
 from ras_compile.sampling.locate import note_reached
+from ras_compile.sampling.state import TransformerState
 
 # So many sets of values (lengths of prompts, say) are compiled for one set of sizes; further ones run dense.
 _SPECIALISATIONS = 16
@@ -261,6 +262,7 @@ class TracedModel(Dispatcher[TracedEntry]):
         super().__init__(config)
         self._root, self.compiled = weakref.ref(root), compiled
         self._described: dict[Hashable, list[GraphInput]] = {}  # by the structure of the arguments
+        self._told: TransformerState | None = None  # to which calls were told that ran dense
 
     @property
     def root(self) -> nn.Module:
@@ -379,7 +381,8 @@ class TracedModel(Dispatcher[TracedEntry]):
         return traced_plan(entry.trace, entry.inputs, values, config)
 
     def _tell_dense(self, refusal: Refusal, leaves: Sequence[Any]) -> None:
-        self.tell_dense([*self.root.parameters(), *self.root.buffers()], refusal, leaves)
+        weights = [*self.root.parameters(), *self.root.buffers()]
+        self._told = self.tell_dense(weights, refusal, leaves, self._told)
 
 
 @torch.compiler.disable

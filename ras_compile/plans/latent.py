@@ -58,6 +58,9 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
             found.append((rank, index, propagate(graph, nodes[index], frame, kv_cache=config.kv_cache)))
         except UnsupportedGraph as error:
             reasons.append(error)
+        except ConfigError:
+            if not reasons:  # else a likelier one than this has said what is wrong
+                raise
     # as many pictures as outputs: the largest one is the region
     if of_their_own([analysis for _, _, analysis in found]):
         found = [max(found, key=lambda entry: entry[2].frame.tokens)]

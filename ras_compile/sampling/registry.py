@@ -30,11 +30,15 @@ def probes_of(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return weights[0], weights[len(weights) // 2], weights[-1]
 
 
-def state_for(weights: Sequence[Tensor], config: RASConfig) -> TransformerState:
+def state_for(weights: Sequence[Tensor], config: RASConfig, known: TransformerState | None = None) -> TransformerState:
     """The state of the transformer that owns `weights` (parameters and buffers among a graph's inputs).
 
     All graphs of one transformer share a state, also where some of its weights are missing from a graph or have been
     added since (LoRA). Without any weight nothing can be recognised: the state is new at each call, which runs dense.
+
+    Args:
+        known: the state of the same transformer at an earlier call. It stays where nobody knows the weights, as with offloading
+            that makes them anew at each call.
     """
     if not weights:
         return TransformerState(config)
@@ -45,7 +49,7 @@ def state_for(weights: Sequence[Tensor], config: RASConfig) -> TransformerState:
             instance = _instance_of(weights)
         state = instance.states.get(config)
         if state is None:
-            state = instance.states[config] = TransformerState(config)
+            state = instance.states[config] = TransformerState(config) if known is None else known
         return state
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from features import BEGIN, END, FEATURES, OPTIONS, casting, first_block_cache, hooked, put, tried
+from features import BEGIN, END, FEATURES, OPTIONS, casting, first_block_cache, hooked, put, sequential, tried
 from pipelines import draw_flux, flux, kinds
 from torch import nn
 
@@ -25,6 +25,15 @@ def test_the_page_says_what_happens(feature):
 def test_the_page_has_nothing_else():
     rows = PAGE.partition(BEGIN)[2].partition(END)[0]
     assert rows.strip().count("\n") == len(FEATURES) + 1 and put(PAGE, rows.strip("\n") + "\n") == PAGE
+
+
+def test_each_step_is_told_though_weights_are_made_anew_at_each_call():
+    pipe = flux()
+    sequential(pipe)
+    with pytest.warns(ras_compile.RASWarning, match="runs dense"), ras_compile.attach(pipe, **OPTIONS) as handle:
+        draw_flux(pipe)
+        assert kinds(ras_compile.trace(handle)) == "dddddd"
+        assert str(handle.summary()).startswith("6 steps")
 
 
 def test_what_breaks_one_model_is_nothing_to_another_of_its_class():

@@ -77,6 +77,22 @@ def test_a_region_is_of_packed_tokens_and_not_empty():
         latent.frame_of(packed[0], RASConfig.from_options({"region": slice(0, 4)}))
 
 
+def test_why_there_is_no_region_is_told_of_the_likeliest_latent(monkeypatch):
+    def propagate(graph, node, frame, **options):
+        raise UnsupportedGraph(f"{node.name} has no tokens at the end")
+
+    monkeypatch.setattr(latent, "propagate", propagate)
+    packed, pooled = torch.zeros(1, 4, 8), torch.zeros(1, 8)
+    graph, _ = graph_of(packed, pooled)
+    inputs = [GraphInput("x", "x"), GraphInput("pooled", "pooled")]
+    config = RASConfig.from_options({"region": (0, 1)})
+    with pytest.raises(UnsupportedGraph, match="x0 has no tokens at the end"):
+        latent.analyse(graph, inputs, [packed, pooled], config)
+    graph, _ = graph_of(pooled)
+    with pytest.raises(ConfigError, match="packed tokens"):
+        latent.analyse(graph, inputs[1:], [pooled], config)
+
+
 @pytest.mark.parametrize("refused", [True, False])
 def test_a_model_without_a_latent_is_told_why(monkeypatch, refused):
     """The reason is that of the input that looks most like a latent, where there is one."""
