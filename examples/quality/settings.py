@@ -187,7 +187,7 @@ def frontier(rows: str = "points,caches") -> list[Setting]:
 
 
 def points() -> list[Setting]:
-    """Region-adaptive rows from 0.9 to 3.2 ms (of the first model, on an H200), and plain steps of about the same times."""
+    """Region-adaptive rows from 0.9 to 3.3 ms (of the first model, on an H200), and plain steps of about the same times."""
     adaptive = [
         preset("fast", 14, "euler"),
         *(preset("quality", steps) for steps in (14, 17, 20, 24, 28, 31, 36, 40, 43)),

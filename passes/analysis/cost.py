@@ -22,6 +22,7 @@ from ras_compile.passes.analysis.splices import SparsePlan
 from ras_compile.passes.rules.attention import ATTENTION
 from ras_compile.passes.rules.collectives import COLLECTIVES, sent_by
 from ras_compile.passes.rules.registry import Gather, Step, Use, operands
+from ras_compile.passes.rules.token_wise import PACKED
 
 aten = torch.ops.aten
 
@@ -86,6 +87,8 @@ def flops_of(node: fx.Node, shapes: Sequence[Shape], out: Shape) -> Any:
             return _matmul(*shapes[1:])
         case "ras_compile::token_wise":  # all its experts: how many a token goes through, nothing here says
             return sum(_linear(shapes[0], weight) for weight in shapes[1:] if len(weight) == 2)
+        case name if name in PACKED:
+            return 2 * math.prod(shapes[0]) * out[-1]
         case "aten::einsum":
             return _einsum(str(node.args[0]))(*shapes)
         case "aten::conv1d" | "aten::conv2d" | "aten::conv3d":

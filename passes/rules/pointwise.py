@@ -10,7 +10,7 @@ from torch import fx
 from ras_compile._torch import OpOverload
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, opaque, paired
-from ras_compile.passes.rules.registry import RULES, Call, Gather, Rule, Step, Use, rule_for, source_line
+from ras_compile.passes.rules.registry import RULES, Call, Gather, Rule, Step, Use, rule_for, rule_of, source_line
 
 aten = torch.ops.aten
 
@@ -112,7 +112,7 @@ def find_rule(node: fx.Node) -> Rule:
     Raises:
         UnsupportedGraph: the op has none.
     """
-    rule = RULES.get(node.target)
+    rule = rule_of(node.target)
     if rule is None and is_pointwise(node.target):
         rule = pointwise
     if rule is None:

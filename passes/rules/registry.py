@@ -188,6 +188,7 @@ class Call:
 Rule = Callable[[Call], Step]
 
 RULES: dict[OpOverload, Rule] = {}
+NAMED: dict[str, Rule] = {}  # of ops of other libraries
 
 
 def rule_for(*targets: OpOverload) -> Callable[[Rule], Rule]:
@@ -210,3 +211,20 @@ def rule_for(*targets: OpOverload) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def rule_for_name(*names: str) -> Callable[[Rule], Rule]:
+    """Registers the rule that it decorates for ops of libraries that need not be installed, such as "quanto::qbytes_mm"."""
+
+    def register(rule: Rule) -> Rule:
+        NAMED.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def rule_of(target: object) -> Rule | None:
+    """The rule that is registered for an op, if there is one."""
+    if not isinstance(target, OpOverload):
+        return None
+    return RULES.get(target) or NAMED.get(schema_of(target).name)

@@ -1,7 +1,8 @@
-"""Parts of a model that treat each token alone and are run as they are: `... c -> ... d`, one op for a whole module.
+"""What treats each token alone and is run as it is: `... c -> ... d`, one op for a whole module, or one of another library.
 
 Experts that are chosen by values cannot be captured: how many tokens an expert gets hangs on the latent. From outside, such
-a part is an op like a linear layer, that can be given any tokens: in a sparse step it is given the active ones.
+a part is an op like a linear layer, that can be given any tokens: in a sparse step it is given the active ones. So is a product
+with a weight that its library has packed, and alone can read.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ras_compile.passes.algebra.layout import opaque
+from ras_compile.passes.algebra.layout import Layout, opaque
 from ras_compile.passes.rules.contraction import grid_atoms
-from ras_compile.passes.rules.registry import Call, Step, rule_for
+from ras_compile.passes.rules.registry import Call, Step, rule_for, rule_for_name
 from ras_compile.passes.rules.resampling import exclude
 from ras_compile.passes.rules.views import only_layout
 
@@ -78,10 +79,22 @@ def _shape(x: Tensor, weights: list[Tensor], part: int, width: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
 
+PACKED = ("bitsandbytes::gemm_4bit", "quanto::qbytes_mm")  # products with a packed weight
+
+
+@rule_for_name(*PACKED)
+def packed(call: Call) -> Step:
+    """`... c -> ... d`"""
+    return _alone(call, only_layout(call, "A"))
+
+
 @rule_for(torch.ops.ras_compile.token_wise.default)
 def alone(call: Call) -> Step:
     """`... c -> ... d`"""
-    layout = only_layout(call, "x")
+    return _alone(call, only_layout(call, "x"))
+
+
+def _alone(call: Call, layout: Layout) -> Step:
     last = len(layout.dims) - 1
     if layout.raw:
         exclude(call, [layout.dims[last]])

@@ -112,6 +112,25 @@ def by_torchao(model):
     return model
 
 
+def by_quanto(model):
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model.blocks, weights=quanto.qint8)
+    quanto.freeze(model.blocks)
+    return model
+
+
+def by_bitsandbytes(model):
+    layers = pytest.importorskip("bitsandbytes").nn
+    for block, name in linears(model):
+        old = block[name]
+        block[name] = new = layers.Linear4bit(
+            old.in_features, old.out_features, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        new.weight = layers.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")._quantize("cpu")
+        new.bias = old.bias
+    return model
+
+
 def by_gguf(model):
     gguf = pytest.importorskip("gguf")
     utils = pytest.importorskip("diffusers.quantizers.gguf.utils")
@@ -140,7 +159,7 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("quantised", [dressed, made, by_torchao, by_gguf])
+@pytest.mark.parametrize("quantised", [dressed, made, by_torchao, by_quanto, by_bitsandbytes, by_gguf])
 def test_quantised_weights_run_sparse(quantised):
     """All rows active: the model's own noise; a quarter of them: sparse steps, and the same through Inductor."""
 

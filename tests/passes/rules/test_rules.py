@@ -8,6 +8,7 @@ also say what a rule must answer: "rows" (it stays sparse), "apart" (the result 
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import operator
 import re
@@ -33,11 +34,25 @@ from ras_compile.passes.programs.program import dense_program, sparse_program
 from ras_compile.passes.rules.attention import KERNELS
 from ras_compile.passes.rules.collectives import COLLECTIVES, WAIT
 from ras_compile.passes.rules.pointwise import is_pointwise
-from ras_compile.passes.rules.registry import RULES, Gather, Use
+from ras_compile.passes.rules.registry import RULES, Gather, Use, rule_of
 from ras_compile.passes.rules.token_wise import number_of
 
 aten = torch.ops.aten
 HEIGHT, WIDTH, CHANNELS, TEXT = 3, 4, 6, 3
+
+
+def qbytes_mm(A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    """What stands in for quanto's product with a weight of 8 bits."""
+    return A @ (B.to(A.dtype) * scales).t()
+
+
+if importlib.util.find_spec("optimum") is None:  # else the library defines it
+    torch.library.define("quanto::qbytes_mm", "(Tensor A, Tensor B, Tensor scales) -> Tensor")
+    torch.library.impl("quanto::qbytes_mm", "CompositeExplicitAutograd")(qbytes_mm)
+    torch.library.register_fake("quanto::qbytes_mm")(qbytes_mm)
+else:
+    importlib.import_module("optimum.quanto")
+EIGHT_BITS = torch.ops.quanto.qbytes_mm.default
 TOKENS = HEIGHT * WIDTH
 
 
@@ -1003,6 +1018,11 @@ def reduction() -> list[Row]:
             Row(part, lambda s: s(s.columns, [s.given(5, n)], linear_part(n, 5), 5), "whole"),
             Row(part, lambda s: s(s.latent, [s.given(5, 5)], linear_part(5, 5), 5)),
         ],
+        Row(EIGHT_BITS, lambda s: s(s.tokens, *eight_bits(s, c))),
+        Row(EIGHT_BITS, lambda s: s(s.joint, *eight_bits(s, c))),
+        Row(EIGHT_BITS, lambda s: s(s.columns, *eight_bits(s, n)), "whole"),
+        Row(EIGHT_BITS, lambda s: s(s.given(4, n, c), s.also(aten.reshape.default, s.tokens, [-1, c]), s.given(1)),
+            "an operand other than `A`"),
         Row(aten.bucketize.Tensor, lambda s: s(s.joint, s.constant(torch.linspace(-1, 1, 5, dtype=torch.float64)))),
         Row(aten.bucketize.Tensor, lambda s: s(s.tokens, borders(s, s.given(5)))),
         Row(aten.bucketize.Tensor, lambda s: s(s.tokens, s.marks), "whole"),
@@ -1016,6 +1036,12 @@ def reduction() -> list[Row]:
         Row(aten.searchsorted.Tensor, lambda s: s(borders(s, s.given(s.batch, c, 5)), s.columns)),
         Row(aten.searchsorted.Tensor, lambda s: s(s.columns, s.columns), "whole"),
     ]  # fmt: skip
+
+
+def eight_bits(stage: Stage, columns: int) -> tuple[fx.Node, fx.Node]:
+    """A weight of 8 bits, and its scales."""
+    whole = torch.randint(-9, 9, (5, columns), dtype=torch.int8, generator=stage.generator)
+    return stage.constant(whole), stage.given(5, 1)
 
 
 def linear_part(columns: int, width: int) -> int:
@@ -1292,14 +1318,14 @@ NO_ROW: dict[Callable, str] = {
 def test_every_rule_has_a_row():
     tried = {row.target for row in TABLE}
     assert not [str(op) for op in RULES if op not in tried and op not in NO_ROW]
-    assert not [row.target for row in TABLE if row.target not in RULES and not is_pointwise(row.target)]
+    assert not [row.target for row in TABLE if rule_of(row.target) is None and not is_pointwise(row.target)]
 
 
 def test_every_rule_that_can_refuse_has_a_row_for_it():
     """A rule that only ever says "rows" mixes nothing: it is pointwise or a view."""
     answers: dict[Callable, Counter] = {}
     for row in TABLE:
-        answers.setdefault(RULES.get(row.target), Counter())[row.says] += 1
+        answers.setdefault(rule_of(row.target), Counter())[row.says] += 1
     free = {
         "pointwise",
         "copies",
