@@ -184,6 +184,13 @@ def test_explain_takes_quantised_weights_apart():
     assert not found.reason and found.splices
 
 
+@pytest.mark.parametrize("quantised", [by_quanto, by_bitsandbytes])
+def test_a_product_with_packed_weights_costs_what_the_plain_one_does(quantised):
+    given = {"hidden_states": torch.randn(1, 4, 4, 6), "timestep": torch.ones(1)}
+    plain, packed = (ras_compile.explain(model, **given).cost for model in (Model(), quantised(Model())))
+    assert packed.dense_flops == plain.dense_flops and packed.sparse_flops == plain.sparse_flops
+
+
 def test_a_value_that_is_lost_is_refused_and_never_compiled():
     """A constant of which only the sizes are left would end the process."""
 
