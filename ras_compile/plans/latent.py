@@ -59,7 +59,7 @@ def analyse(graph: fx.Graph, inputs: Sequence[GraphInput], values: Sequence[Any]
         except UnsupportedGraph as error:
             reasons.append(error)
         except ConfigError:
-            if not reasons:  # else a likelier one than this has said what is wrong
+            if not (found or reasons):  # else a likelier one was found, or has said what is wrong
                 raise
     # as many pictures as outputs: the largest one is the region
     if of_their_own([analysis for _, _, analysis in found]):
