@@ -17,7 +17,7 @@ from ras_compile.passes.analysis.layers import LAYERS
 from ras_compile.passes.rules.concatenation import CONCATENATIONS
 from ras_compile.passes.rules.constants import constant
 from ras_compile.passes.rules.pointwise import is_pointwise
-from ras_compile.passes.rules.registry import RULES, Call, named_arguments, operands
+from ras_compile.passes.rules.registry import Call, named_arguments, operands, rule_of
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ def spell_out(graph: fx.Graph, node: fx.Node) -> bool:
     `tensordot(x, w)  ->  reshape, mm, reshape`
     """
     target = node.target
-    if not isinstance(target, OpOverload) or target in RULES or is_pointwise(target):
+    if not isinstance(target, OpOverload) or rule_of(target) is not None or is_pointwise(target):
         return False
     layer = LAYERS.get(target)
     if layer is None and not is_composite(target):

@@ -10,7 +10,7 @@ from torch import fx
 from ras_compile._torch import OpOverload
 from ras_compile.errors import UnsupportedGraph
 from ras_compile.passes.algebra.layout import Dim, Layout, atoms_of, opaque, paired
-from ras_compile.passes.rules.registry import RULES, Call, Gather, Rule, Step, Use, rule_for, rule_of, source_line
+from ras_compile.passes.rules.registry import Call, Gather, Rule, Step, Use, rule_for, rule_of, source_line
 
 aten = torch.ops.aten
 
@@ -103,7 +103,7 @@ def new_constant(call: Call) -> Step:
 
 def is_pointwise(target: object) -> bool:
     """Whether PyTorch itself tags an op as pointwise and no rule speaks for it."""
-    return isinstance(target, OpOverload) and target not in RULES and torch.Tag.pointwise in target.tags
+    return isinstance(target, OpOverload) and rule_of(target) is None and torch.Tag.pointwise in target.tags
 
 
 def find_rule(node: fx.Node) -> Rule:

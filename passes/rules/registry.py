@@ -188,7 +188,7 @@ class Call:
 Rule = Callable[[Call], Step]
 
 RULES: dict[OpOverload, Rule] = {}
-NAMED: dict[str, Rule] = {}  # of ops of other libraries
+NAMED: dict[str, Rule] = {}  # by the names of ops of libraries that may not be installed
 
 
 def rule_for(*targets: OpOverload) -> Callable[[Rule], Rule]:

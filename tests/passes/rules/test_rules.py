@@ -8,7 +8,8 @@ also say what a rule must answer: "rows" (it stays sparse), "apart" (the result 
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib
 import inspect
 import operator
 import re
@@ -46,12 +47,12 @@ def qbytes_mm(A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
     return A @ (B.to(A.dtype) * scales).t()
 
 
-if importlib.util.find_spec("optimum") is None:  # else the library defines it
+with contextlib.suppress(ImportError):
+    importlib.import_module("optimum.quanto")
+if not hasattr(torch.ops.quanto, "qbytes_mm"):  # the library is not installed
     torch.library.define("quanto::qbytes_mm", "(Tensor A, Tensor B, Tensor scales) -> Tensor")
     torch.library.impl("quanto::qbytes_mm", "CompositeExplicitAutograd")(qbytes_mm)
     torch.library.register_fake("quanto::qbytes_mm")(qbytes_mm)
-else:
-    importlib.import_module("optimum.quanto")
 EIGHT_BITS = torch.ops.quanto.qbytes_mm.default
 TOKENS = HEIGHT * WIDTH
 
